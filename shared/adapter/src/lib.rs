@@ -1,0 +1,36 @@
+//! LoRA adapters, from their shape to their merged sum. Pure: no I/O, no clock, no hidden randomness.
+//!
+//! Modules are declared in the order in which data passes them: a [`layout`] gives an [`adapter`] its shape,
+//! [`disk`] and [`peft`] put it into files, training turns it into a [`delta`], a device [`mod@compress`]es that,
+//! the aggregator decodes it ([`packed`]), [`clip`]s it and [`mod@merge`]s many of them.
+//!
+//! Nothing here knows a person's text, a device's address or what time it is.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp, reason = "a failed test may panic"))]
+
+pub mod layout;
+pub mod adapter;
+pub mod disk;
+pub mod peft;
+pub mod delta;
+mod select;
+mod rotate;
+pub mod quantize;
+mod entropy;
+pub mod compress;
+pub mod packed;
+pub mod clip;
+pub mod mean;
+mod robust;
+pub mod merge;
+
+pub use adapter::{Adapter, AdapterError};
+pub use clip::{Clip, clip_norm, median_norm};
+pub use compress::{CompressError, CompressOptions, Residual, ResidualError, compress};
+pub use delta::{AdapterDelta, Trainable};
+pub use disk::{AdapterFacts, AdapterKind, ReadError};
+pub use layout::{AdapterLayout, LayoutError, Module, Part, Target, TensorSpec};
+pub use mean::Merger;
+pub use merge::{MergeError, MergeReport, MergeRule, Update, merge};
+pub use packed::{DecodeError, DecodeLimits, PackedDelta};
+pub use peft::{PeftAdapter, export_peft};
+pub use quantize::Bits;

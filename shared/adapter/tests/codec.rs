@@ -1,0 +1,258 @@
+//! Compression as a whole: round trips, error feedback, sizes, and what the decoder refuses.
+#![allow(clippy::unwrap_used, clippy::float_cmp, reason = "a failed test may panic")]
+
+use std::sync::Arc;
+
+use commonweal_adapter::{
+    AdapterDelta, AdapterLayout, Bits, CompressError, CompressOptions, DecodeError, DecodeLimits, Module,
+    PackedDelta, Residual, ResidualError, Target, Trainable, compress,
+};
+use proptest::prelude::*;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+fn layout(layers: usize) -> Arc<AdapterLayout> {
+    let modules = vec![
+        Module { target: Target::Q, inputs: 24, outputs: 24 },
+        Module { target: Target::Down, inputs: 40, outputs: 24 },
+    ];
+    Arc::new(AdapterLayout::new(layers, 4, 8.0, modules).unwrap())
+}
+
+/// Normal values by Box and Muller.
+fn gaussian(count: usize, deviation: f64, seed: u64) -> Vec<f32> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let mut draw = || -> f32 {
+        let (a, b): (f64, f64) = (1.0 - random.random::<f64>(), random.random());
+        (deviation * (-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()) as f32
+    };
+    (0..count).map(|_| draw()).collect()
+}
+
+fn delta(layout: &Arc<AdapterLayout>, values: Vec<f32>) -> AdapterDelta {
+    AdapterDelta::from_values(Arc::clone(layout), Trainable::Both, values).unwrap()
+}
+
+fn decode(bytes: &[u8], layout: &Arc<AdapterLayout>) -> Result<AdapterDelta, DecodeError> {
+    PackedDelta::decode(bytes, layout, &DecodeLimits::of(layout, Trainable::Both))
+}
+
+fn any_options() -> impl Strategy<Value = CompressOptions> {
+    let bits = prop::sample::select(&Bits::ALL[..]);
+    let block = prop::sample::select(&[8_usize, 64, 100, 4096][..]);
+    let top_k = prop::option::of(0.001_f32..1.0);
+    (bits, block, top_k, any::<bool>(), any::<bool>(), 1..4).prop_map(
+        |(bits, block, top_k, rotate, stochastic, level)| CompressOptions {
+            bits,
+            block,
+            top_k,
+            rotate,
+            stochastic,
+            level,
+        },
+    )
+}
+
+proptest! {
+    #[test]
+    fn decoded_and_residual_add_up(
+        options in any_options(),
+        layers in 1_usize..3,
+        exponent in -40_i32..3,
+        seed: u64,
+        both: bool,
+    ) {
+        let layout = layout(layers);
+        let trainable = if both { Trainable::Both } else { Trainable::BOnly };
+        let deviation = 0.2 * 10_f64.powi(exponent);
+        let values = gaussian(layout.trainable_parameters(trainable), deviation, seed);
+        let delta = AdapterDelta::from_values(Arc::clone(&layout), trainable, values).unwrap();
+        let mut residual = Residual::zeros(Arc::clone(&layout), trainable);
+        let pack = |residual: &mut Residual| {
+            compress(&delta, residual, &options, &mut ChaCha8Rng::seed_from_u64(seed)).unwrap()
+        };
+        let packed = pack(&mut residual);
+        prop_assert_eq!(&pack(&mut Residual::zeros(Arc::clone(&layout), trainable)), &packed, "not deterministic");
+        prop_assert!(packed.as_bytes().len() <= PackedDelta::bytes_max(&layout, trainable));
+
+        let limits = DecodeLimits::of(&layout, trainable);
+        let received = PackedDelta::decode(packed.as_bytes(), &layout, &limits).unwrap();
+        prop_assert_eq!(received.trainable(), trainable);
+        for ((sent, received), owed) in delta.values().iter().zip(received.values()).zip(residual.values()) {
+            let scale = sent.abs().max(received.abs());
+            prop_assert!((sent - received - owed).abs() <= scale * 1e-6, "{sent} {received} {owed}");
+        }
+        let saved = residual.to_bytes();
+        prop_assert_eq!(Residual::from_bytes(&saved, Arc::clone(&layout), trainable), Ok(residual));
+    }
+
+    #[test]
+    fn arbitrary_bytes_are_refused_or_make_a_delta(mut bytes: Vec<u8>) {
+        let layout = layout(1);
+        let _ = decode(&bytes, &layout);
+        if let Some(version) = bytes.first_mut() {
+            *version = 1;
+        }
+        let _ = decode(&bytes, &layout);
+    }
+}
+
+/// With error feedback what is received tends to what was trained: the difference stays bounded by one residual,
+/// while the sums grow with the number of rounds. Without it, nearest rounding and top-k lose small values for ever.
+#[test]
+fn error_feedback_loses_nothing_over_rounds() {
+    let layout = layout(2);
+    let direction = gaussian(layout.parameters(), 0.01, 1);
+    let rounds = 200;
+    for bits in Bits::ALL {
+        let options = CompressOptions { bits, top_k: Some(0.25), stochastic: false, ..Default::default() };
+        let mut random = ChaCha8Rng::seed_from_u64(2);
+        let mut residual = Residual::zeros(Arc::clone(&layout), Trainable::Both);
+        let (mut trained, mut received, mut received_without) =
+            (vec![0.0_f64; direction.len()], vec![0.0; direction.len()], vec![0.0; direction.len()]);
+        for round in 0..rounds {
+            let noise = gaussian(direction.len(), 0.002, 100 + round);
+            let values: Vec<f32> = direction.iter().zip(noise).map(|(a, b)| a + b).collect();
+            trained.iter_mut().zip(&values).for_each(|(sum, value)| *sum += f64::from(*value));
+            let mut add = |residual: &mut Residual, sums: &mut Vec<f64>| {
+                let packed =
+                    compress(&delta(&layout, values.clone()), residual, &options, &mut random).unwrap();
+                let decoded = decode(packed.as_bytes(), &layout).unwrap();
+                sums.iter_mut().zip(decoded.values()).for_each(|(sum, value)| *sum += f64::from(*value));
+            };
+            add(&mut residual, &mut received);
+            let mut forgotten = Residual::zeros(Arc::clone(&layout), Trainable::Both);
+            add(&mut forgotten, &mut received_without);
+        }
+        let distance = |sums: &[f64]| {
+            let squares = trained.iter().zip(sums).map(|(a, b)| (a - b).powi(2)).sum::<f64>();
+            (squares / trained.iter().map(|value| value.powi(2)).sum::<f64>()).sqrt()
+        };
+        let (with, without) = (distance(&received), distance(&received_without));
+        assert!(with < 0.05 && without > 5.0 * with, "{bits:?}: {with} with, {without} without");
+    }
+}
+
+/// What reaches the wire, at the size of an update of a small model. Bounds are a little above the measurement.
+#[test]
+fn bits_per_parameter_stay_near_the_entropy() {
+    let modules = vec![Module { target: Target::Q, inputs: 2048, outputs: 2048 }];
+    let layout = Arc::new(AdapterLayout::new(8, 8, 16.0, modules).unwrap());
+    let dense = gaussian(layout.parameters(), 0.003, 3);
+    let mut random = ChaCha8Rng::seed_from_u64(4);
+    let sparse: Vec<f32> =
+        dense.iter().map(|value| if random.random_bool(0.1) { *value } else { 0.0 }).collect();
+    for (name, values, top_k, bounds) in [
+        ("gaussian", &dense, None, [7.80, 3.66, 1.36]),
+        ("90% zeros", &sparse, None, [1.96, 1.30, 0.49]),
+        ("gaussian, top 10%", &dense, Some(0.1), [1.20, 0.80, 0.66]),
+        ("90% zeros, top 10%", &sparse, Some(0.1), [1.27, 0.87, 0.66]),
+    ] {
+        for (bits, bound) in Bits::ALL.into_iter().zip(bounds) {
+            let options = CompressOptions { bits, top_k, ..Default::default() };
+            let mut residual = Residual::zeros(Arc::clone(&layout), Trainable::Both);
+            let packed =
+                compress(&delta(&layout, values.clone()), &mut residual, &options, &mut random).unwrap();
+            let measured = packed.bits_per_parameter();
+            println!("{name}, {bits:?}: {measured:.3} bits per parameter");
+            assert!(measured < bound, "{name}, {bits:?}: {measured} bits per parameter, bound {bound}");
+        }
+    }
+}
+
+#[test]
+fn rotation_helps_against_outliers() {
+    let layout = layout(4);
+    let mut values = gaussian(layout.parameters(), 0.001, 5);
+    values.iter_mut().step_by(50).for_each(|value| *value *= 60.0);
+    let delta = delta(&layout, values);
+    let lost = |rotate: bool| {
+        let options = CompressOptions { rotate, ..Default::default() };
+        let mut residual = Residual::zeros(Arc::clone(&layout), Trainable::Both);
+        compress(&delta, &mut residual, &options, &mut ChaCha8Rng::seed_from_u64(6)).unwrap();
+        residual.norm()
+    };
+    assert!(lost(true) < 0.8 * lost(false), "{} rotated, {} not", lost(true), lost(false));
+}
+
+fn sample() -> (Arc<AdapterLayout>, Vec<u8>) {
+    let layout = layout(1);
+    let delta = delta(&layout, gaussian(layout.parameters(), 0.01, 7));
+    let mut residual = Residual::zeros(Arc::clone(&layout), Trainable::Both);
+    let options = CompressOptions { top_k: Some(0.5), ..Default::default() };
+    let packed = compress(&delta, &mut residual, &options, &mut ChaCha8Rng::seed_from_u64(8)).unwrap();
+    (layout, packed.into_bytes())
+}
+
+#[test]
+fn damaged_bytes_are_refused() {
+    let (layout, bytes) = sample();
+    decode(&bytes, &layout).unwrap();
+    for length in 0..bytes.len() {
+        assert!(decode(&bytes[..length], &layout).is_err(), "cut to {length} of {}", bytes.len());
+    }
+    let longer: Vec<u8> = bytes.iter().copied().chain([0]).collect();
+    assert!(matches!(decode(&longer, &layout), Err(DecodeError::Trailing { got: 1 })));
+    let mut version = bytes.clone();
+    version[0] = 2;
+    assert!(matches!(decode(&version, &layout), Err(DecodeError::Version { got: Some(2) })));
+    assert!(matches!(decode(&[], &layout), Err(DecodeError::Version { got: None })));
+}
+
+#[test]
+fn another_layout_mode_or_length_is_refused() {
+    let (layout, bytes) = sample();
+    let other = AdapterLayout::new(1, 4, 16.0, layout.modules().to_vec()).unwrap();
+    assert!(matches!(decode(&bytes, &Arc::new(other)), Err(DecodeError::Layout { .. })));
+    let limits = DecodeLimits::of(&layout, Trainable::BOnly);
+    let error = PackedDelta::decode(&bytes, &layout, &limits).unwrap_err();
+    assert!(matches!(error, DecodeError::Trainable { got: Trainable::Both, .. }), "{error}");
+    let limits = DecodeLimits { bytes_max: bytes.len() - 1, trainable: None };
+    assert!(matches!(PackedDelta::decode(&bytes, &layout, &limits), Err(DecodeError::TooLong { .. })));
+}
+
+#[test]
+fn a_residual_of_another_adapter_is_refused_and_kept() {
+    let (one, two) = (layout(1), layout(2));
+    let delta = delta(&one, gaussian(one.parameters(), 0.01, 9));
+    let mut random = ChaCha8Rng::seed_from_u64(10);
+    let mut pack = |residual: &mut Residual, options| compress(&delta, residual, &options, &mut random);
+    let options = CompressOptions::default();
+    let mut other = Residual::zeros(Arc::clone(&two), Trainable::Both);
+    assert!(matches!(pack(&mut other, options), Err(CompressError::Layout(_))));
+    let mut other = Residual::zeros(Arc::clone(&one), Trainable::BOnly);
+    assert!(matches!(pack(&mut other, options), Err(CompressError::Trainable { .. })));
+
+    let mut mine = Residual::zeros(Arc::clone(&one), Trainable::Both);
+    pack(&mut mine, options).unwrap();
+    let before = mine.clone();
+    for wrong in [
+        CompressOptions { block: 7, ..options },
+        CompressOptions { top_k: Some(0.0), ..options },
+        CompressOptions { top_k: Some(f32::NAN), ..options },
+        CompressOptions { level: 0, ..options },
+    ] {
+        pack(&mut mine, wrong).unwrap_err();
+    }
+    assert_eq!(mine, before);
+
+    let saved = mine.to_bytes();
+    let read = |bytes: &[u8], layout| Residual::from_bytes(bytes, layout, Trainable::Both);
+    assert!(matches!(read(&saved, two), Err(ResidualError::Header { .. })));
+    assert!(matches!(read(&saved[..saved.len() - 1], Arc::clone(&one)), Err(ResidualError::Values(_))));
+    let mut nan = saved;
+    let end = nan.len();
+    nan[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    assert!(matches!(read(&nan, one), Err(ResidualError::Values(_))));
+}
+
+#[test]
+fn diverged_training_is_not_packed() {
+    let layout = layout(1);
+    let mut values = vec![0.0; layout.parameters()];
+    values[3] = 2e3;
+    let mut residual = Residual::zeros(Arc::clone(&layout), Trainable::Both);
+    let mut random = ChaCha8Rng::seed_from_u64(11);
+    let error = compress(&delta(&layout, values), &mut residual, &CompressOptions::default(), &mut random);
+    assert!(matches!(error, Err(CompressError::Magnitude { got }) if got == 2e3));
+}
