@@ -1,0 +1,39 @@
+//! What must hold for any bytes at all. Run by `../fuzz.rs` and by the targets in `fuzz/`.
+
+use commonweal_protocol::{
+    AggregatorKey, EnrolmentReply, EnrolmentRequest, Message, Reply, Request, SignedRelease, SigningKey,
+    decode, encode,
+};
+
+/// The key that the seeds are signed with.
+pub(crate) fn key() -> SigningKey {
+    SigningKey::from_bytes(&[5; 32])
+}
+
+/// A frame's body is refused with an error that can be shown, or is a message that is encoded and decoded again.
+pub(crate) fn frame(body: &[u8]) {
+    one::<Request>(body);
+    one::<Reply>(body);
+    one::<EnrolmentRequest>(body);
+    one::<EnrolmentReply>(body);
+}
+
+fn one<M: Message + PartialEq + std::fmt::Debug>(body: &[u8]) {
+    match decode::<M>(body) {
+        Ok(message) => {
+            let frame = encode(&message).expect("what was decoded is in its bounds");
+            assert!(frame.len() <= 4 + body.len(), "an encoding is the shortest");
+            assert_eq!(decode::<M>(&frame[4..]).expect("it is decoded again"), message);
+        }
+        Err(error) => assert!(error.to_string().len() < 300, "{error}"),
+    }
+}
+
+/// A signed release is refused, or it is one that the key signed: none but the seeds.
+pub(crate) fn release(bytes: &[u8]) {
+    if let Ok((signed, _)) = postcard::take_from_bytes::<SignedRelease>(bytes)
+        && let Ok(release) = signed.verify(&AggregatorKey::of(&key()))
+    {
+        assert_eq!(release.created_ms, 1_767_225_600_000, "nothing else was ever signed");
+    }
+}
