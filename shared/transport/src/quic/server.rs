@@ -1,0 +1,301 @@
+//! The aggregator's end of QUIC: accepts connections within limits, learns who is there, hands streams to `serve`.
+//! Neighbours: `serve` answers; `authority` issued the certificate.
+
+use super::{CONNECTION_WINDOW_BYTES, STRANGER_WINDOW_BYTES, STREAMS_MAX, code, socket, transport};
+use crate::{
+    ALPN, ALPN_ENROLMENT, Clock, Handler, IdentityError, Peer, ServeLimits, ServerIdentity, certificate,
+    serve::{Service, chain},
+    tls,
+};
+use commonweal_protocol::DeviceId;
+use quinn::{
+    Connection, Endpoint, EndpointConfig, Incoming, VarInt,
+    crypto::rustls::{HandshakeData, QuicServerConfig},
+};
+use rustls_pki_types::CertificateDer;
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+use tokio::sync::Semaphore;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// Connections of one device at once: one for questions, one that transfers, and those that a cut left behind.
+const CONNECTIONS_OF_A_DEVICE_MAX: u32 = 8;
+
+/// Handshakes under way, over those that need no proof of address.
+const HANDSHAKES_OVER_RETRY: usize = 4;
+
+/// How long a close waits for requests under way, and then for peers to hear of it.
+const CLOSE_WAIT: Duration = Duration::from_secs(3);
+
+/// Why the server does not listen.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Its own certificate.
+    #[error("the aggregator's certificate cannot be used")]
+    Identity(#[from] IdentityError),
+    /// The socket.
+    #[error("the socket cannot be opened")]
+    Socket(#[from] io::Error),
+}
+
+/// A listening aggregator. Dropping it without [`QuicServer::close`] cuts its connections.
+#[derive(Debug)]
+pub struct QuicServer {
+    endpoint: Endpoint,
+    local: SocketAddr,
+    clock: Clock,
+    limits: ServeLimits,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl QuicServer {
+    /// Listens on a UDP address and serves both ALPNs until closed. Must be called inside a tokio runtime.
+    pub fn bind<H: Handler>(
+        address: SocketAddr,
+        identity: ServerIdentity,
+        handler: H,
+        limits: ServeLimits,
+        clock: Clock,
+    ) -> Result<Self, BindError> {
+        let config = config(identity, &clock, &limits)?;
+        let runtime = Arc::new(quinn::TokioRuntime);
+        let socket = socket::bind(address)?;
+        let endpoint = Endpoint::new(EndpointConfig::default(), Some(config), socket, runtime)?;
+        let local = endpoint.local_addr()?;
+        let server = Arc::new(Server::new(handler, &clock, &limits));
+        let (stop, tasks) = (server.stop.clone(), server.tasks.clone());
+        tasks.spawn(server.accept(endpoint.clone()));
+        Ok(Self { endpoint, local, clock, limits, stop, tasks })
+    }
+
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.local
+    }
+
+    /// Uses another certificate for connections from now on; those that are open go on.
+    pub fn reload(&self, identity: ServerIdentity) -> Result<(), IdentityError> {
+        self.endpoint.set_server_config(Some(config(identity, &self.clock, &self.limits)?));
+        Ok(())
+    }
+
+    /// Takes no more requests, gives those under way a moment to end, and ends every connection.
+    pub async fn close(&self) {
+        self.stop.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(CLOSE_WAIT, self.tasks.wait()).await.is_err() {
+            tracing::warn!(tasks = self.tasks.len(), "closing while requests are under way");
+        }
+        self.endpoint.close(code::DONE, b"the aggregator stops");
+        if tokio::time::timeout(CLOSE_WAIT, self.endpoint.wait_idle()).await.is_err() {
+            tracing::debug!("some peers did not hear of the close in time");
+        }
+    }
+}
+
+impl Drop for QuicServer {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        self.endpoint.close(code::DONE, b"");
+    }
+}
+
+fn config(
+    identity: ServerIdentity,
+    clock: &Clock,
+    limits: &ServeLimits,
+) -> Result<quinn::ServerConfig, IdentityError> {
+    let mut transport = transport(limits.stall_ms, limits.congestion)?;
+    transport
+        .receive_window(VarInt::from_u32(STRANGER_WINDOW_BYTES))
+        .max_concurrent_bidi_streams(VarInt::from_u32(STREAMS_MAX));
+    let tls = QuicServerConfig::try_from(tls::server_config(identity, clock)?)
+        .map_err(|error| IdentityError::certificate(error.to_string()))?;
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(tls));
+    config
+        .transport_config(Arc::new(transport))
+        .max_incoming(limits.connections_max)
+        .incoming_buffer_size(64 << 10)
+        .incoming_buffer_size_total(16 << 20);
+    Ok(config)
+}
+
+struct Server<H> {
+    service: Service<H>,
+    window: Duration,
+    handshakes: Semaphore,
+    /// Free handshake slots below which a newcomer must prove its address.
+    handshakes_before_proof: usize,
+    connections: Semaphore,
+    enrolments: Semaphore,
+    devices: Mutex<HashMap<DeviceId, u32>>,
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl<H: Handler> Server<H> {
+    fn new(handler: H, clock: &Clock, limits: &ServeLimits) -> Self {
+        let handshakes_max = limits.handshakes_before_retry.max(1) * HANDSHAKES_OVER_RETRY;
+        Self {
+            service: Service::new(handler, clock.clone(), limits),
+            window: Duration::from_millis(limits.stall_ms),
+            handshakes: Semaphore::new(handshakes_max),
+            handshakes_before_proof: handshakes_max - limits.handshakes_before_retry,
+            connections: Semaphore::new(limits.connections_max),
+            enrolments: Semaphore::new(limits.enrolments_max),
+            devices: Mutex::new(HashMap::new()),
+            stop: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        }
+    }
+
+    async fn accept(self: Arc<Self>, endpoint: Endpoint) {
+        loop {
+            let incoming = tokio::select! {
+                incoming = endpoint.accept() => incoming,
+                () = self.stop.cancelled() => None,
+            };
+            let Some(incoming) = incoming else { break };
+            let free = self.handshakes.available_permits();
+            if free <= self.handshakes_before_proof && !incoming.remote_address_validated() {
+                if incoming.may_retry() {
+                    let _ = incoming.retry();
+                }
+            } else if free == 0 {
+                incoming.refuse();
+            } else {
+                self.tasks.spawn(Arc::clone(&self).welcome(incoming));
+            }
+        }
+    }
+
+    async fn welcome(self: Arc<Self>, incoming: Incoming) {
+        let address = incoming.remote_address();
+        let Some(connection) = self.shake_hands(incoming).await else { return };
+        let protocol = connection
+            .handshake_data()
+            .and_then(|data| data.downcast::<HandshakeData>().ok())
+            .and_then(|data| data.protocol);
+        match protocol.as_deref() {
+            Some(ALPN) => match identify(&connection) {
+                Ok(peer) => self.serve_device(&connection, peer).await,
+                Err(error) => {
+                    tracing::info!(%address, error = %chain(&error), "connection without a device's certificate");
+                    connection.close(code::NO_IDENTITY, b"");
+                }
+            },
+            Some(ALPN_ENROLMENT) => self.serve_enrolment(&connection).await,
+            // rustls refuses a handshake that agrees on no protocol.
+            _ => connection.close(code::NO_IDENTITY, b""),
+        }
+    }
+
+    async fn shake_hands(&self, incoming: Incoming) -> Option<Connection> {
+        let address = incoming.remote_address();
+        let Ok(_slot) = self.handshakes.try_acquire() else {
+            incoming.refuse();
+            return None;
+        };
+        let shaken = async { incoming.accept()?.await };
+        match tokio::time::timeout(self.window, shaken).await {
+            Ok(Ok(connection)) => Some(connection),
+            Ok(Err(error)) => {
+                tracing::info!(%address, error = %chain(&error), "handshake failed");
+                None
+            }
+            Err(_) => {
+                tracing::info!(%address, "handshake stalled");
+                None
+            }
+        }
+    }
+
+    async fn serve_device(self: &Arc<Self>, connection: &Connection, peer: Peer) {
+        let seat = Seat::take(&self.devices, peer.device);
+        let (Ok(_slot), Some(_seat)) = (self.connections.try_acquire(), seat) else {
+            tracing::info!(device = %peer.device, "too many connections");
+            connection.close(code::BUSY, b"");
+            return;
+        };
+        connection.set_receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES));
+        loop {
+            let stream = tokio::select! {
+                stream = connection.accept_bi() => stream,
+                () = self.stop.cancelled() => break,
+            };
+            let (mut sending, receiving) = match stream {
+                Ok(stream) => stream,
+                Err(error) => {
+                    tracing::debug!(device = %peer.device, %error, "connection ended");
+                    break;
+                }
+            };
+            let (server, held) = (Arc::clone(self), connection.clone());
+            // Not cancelled when the connection goes: what the handler has begun, it ends.
+            self.tasks.spawn(async move {
+                server.service.device(&peer, &mut sending, receiving).await;
+                // Once the answer is acknowledged; a connection that nobody holds is closed at once.
+                let _ = tokio::time::timeout(server.window, sending.stopped()).await;
+                drop(held);
+            });
+        }
+    }
+
+    async fn serve_enrolment(&self, connection: &Connection) {
+        let Ok(_slot) = self.enrolments.try_acquire() else {
+            connection.close(code::BUSY, b"");
+            return;
+        };
+        connection.set_max_concurrent_bi_streams(VarInt::from_u32(1));
+        let stream = tokio::time::timeout(self.window, connection.accept_bi());
+        let Ok(Ok((mut sending, receiving))) = stream.await else {
+            connection.close(code::DONE, b"");
+            return;
+        };
+        self.service.enrolment(&mut sending, receiving).await;
+        let _ = tokio::time::timeout(self.window, sending.stopped()).await;
+        connection.close(code::DONE, b"");
+    }
+}
+
+fn identify(connection: &Connection) -> Result<Peer, IdentityError> {
+    let chain =
+        connection.peer_identity().and_then(|chain| chain.downcast::<Vec<CertificateDer<'static>>>().ok());
+    certificate::peer(&chain.unwrap_or_default())
+}
+
+/// One connection of a device, counted.
+struct Seat<'s> {
+    devices: &'s Mutex<HashMap<DeviceId, u32>>,
+    device: DeviceId,
+}
+
+impl<'s> Seat<'s> {
+    fn take(devices: &'s Mutex<HashMap<DeviceId, u32>>, device: DeviceId) -> Option<Self> {
+        let mut table = devices.lock().unwrap_or_else(PoisonError::into_inner);
+        let taken = table.entry(device).or_default();
+        if *taken >= CONNECTIONS_OF_A_DEVICE_MAX {
+            return None;
+        }
+        *taken += 1;
+        Some(Self { devices, device })
+    }
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        let mut table = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(taken) = table.get_mut(&self.device) {
+            *taken -= 1;
+            if *taken == 0 {
+                table.remove(&self.device);
+            }
+        }
+    }
+}
