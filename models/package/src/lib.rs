@@ -1,0 +1,19 @@
+//! The model package on disk: what it says about itself (`model.rs`, `manifest.rs`), how it is written
+//! (`staging.rs`, `write.rs`, used by the compiler) and how it is opened and verified (`open.rs`, used by the runtime).
+
+mod model;
+mod manifest;
+mod staging;
+mod write;
+mod open;
+
+pub use manifest::{
+    AdapterDefaults, FORMAT, Hash, HashError, MANIFEST, Manifest, ManifestError, OPTIONAL, REQUIRED, layout,
+};
+pub use model::{
+    Accuracy, Architecture, Bits, BitsError, DIMENSION_MAX, LAYERS_MAX, ModelConfig, ModelError,
+    Quantization, RopeScaling, Tokens,
+};
+pub use open::{OpenError, Package};
+pub use staging::{Staging, StagingError};
+pub use write::{Facts, PackageWriter, WriteError, attach};

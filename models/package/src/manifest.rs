@@ -1,0 +1,238 @@
+//! `package.toml`: what a package says about itself, and the hash that identifies its frozen base.
+//! Written by `write.rs`, read and checked by `open.rs`.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use commonweal_adapter::{AdapterLayout, LayoutError, Module, Target};
+use serde::{Deserialize, Serialize};
+
+use crate::model::{ModelConfig, ModelError, Quantization, Tokens};
+
+/// The one version of the manifest that this crate reads and writes.
+pub const FORMAT: u32 = 1;
+
+/// Name of the manifest in the package's directory.
+pub const MANIFEST: &str = "package.toml";
+
+/// Files that every package has.
+pub const REQUIRED: [&str; 5] =
+    ["infer.onnx", "train.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja"];
+
+/// Files that a package may have.
+pub const OPTIONAL: [&str; 6] = [
+    "adapters/guard.safetensors",
+    "adapters/reviser.safetensors",
+    "guard.toml",
+    "constitution.toml",
+    "LICENSE",
+    "NOTICE",
+];
+
+/// The files whose bytes are part of the base's identity.
+const IDENTITY: [&str; 3] = ["weights.bin", "tokenizer.json", "chat_template.jinja"];
+
+/// What a package says about itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Version of this format, [`FORMAT`].
+    pub format: u32,
+    /// SPDX expression of the model's licence, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub licence: Option<String>,
+    /// Identifies the frozen base; see [`Manifest::identify`].
+    pub base: Hash,
+    /// Dimensions and constants.
+    pub model: ModelConfig,
+    /// How the frozen weights are stored.
+    pub quantization: Quantization,
+    /// The adapter that training starts with by default.
+    pub adapter: AdapterDefaults,
+    /// Special tokens.
+    pub tokens: Tokens,
+    /// Every other file of the package and its BLAKE3.
+    pub files: BTreeMap<String, Hash>,
+}
+
+/// The default shape of a trained adapter, the `[adapter]` table of a manifest.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdapterDefaults {
+    /// Inner dimension.
+    pub rank: usize,
+    /// The adapter's product is scaled by `alpha / rank`.
+    pub alpha: f32,
+    /// The linears that have an adapter, the same in every layer; the training graph has exactly these.
+    pub targets: Vec<Target>,
+}
+
+/// A BLAKE3 hash, hexadecimal in text.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, std::hash::Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Hash(pub [u8; 32]);
+
+impl fmt::Display for Hash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(blake3::Hash::from_bytes(self.0).to_hex().as_str())
+    }
+}
+
+impl fmt::Debug for Hash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Hash({self})")
+    }
+}
+
+impl From<Hash> for String {
+    fn from(hash: Hash) -> String {
+        hash.to_string()
+    }
+}
+
+/// Text that is not a hash.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a hash must be 64 hexadecimal digits, got {0:?}")]
+pub struct HashError(String);
+
+impl TryFrom<String> for Hash {
+    type Error = HashError;
+
+    fn try_from(text: String) -> Result<Self, HashError> {
+        match blake3::Hash::from_hex(&text) {
+            Ok(hash) => Ok(Self(*hash.as_bytes())),
+            Err(_) => Err(HashError(text.chars().take(80).collect())),
+        }
+    }
+}
+
+/// A manifest that parses but cannot be true.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// The text is not TOML, lacks a key, has an unknown key or a value of a wrong type.
+    #[error("{MANIFEST} cannot be read")]
+    Syntax(#[source] toml::de::Error),
+    /// The manifest is of another version.
+    #[error("{MANIFEST} has format {got}, this program reads format {FORMAT}")]
+    Format {
+        /// The version found, as written.
+        got: String,
+    },
+    /// The `[model]`, `[quantization]` or `[tokens]` table cannot be true.
+    #[error("{MANIFEST} describes an impossible model")]
+    Model(#[from] ModelError),
+    /// The `[adapter]` table cannot be true.
+    #[error("{MANIFEST} describes an impossible adapter")]
+    Adapter(#[from] LayoutError),
+    /// A file that every package has is not in `[files]`.
+    #[error("{MANIFEST} must list {file} under [files], got no such entry")]
+    Unlisted {
+        /// The missing name.
+        file: &'static str,
+    },
+    /// `[files]` has a name that no package has.
+    #[error("{MANIFEST} lists {file:?}, which is not a file of a package")]
+    Unknown {
+        /// The unknown name.
+        file: String,
+    },
+    /// The `base` hash does not follow from the manifest's own facts.
+    #[error("{MANIFEST} must have base {expected}, got {got}")]
+    Base {
+        /// What the facts and hashes give.
+        expected: Hash,
+        /// What the manifest says.
+        got: Hash,
+    },
+}
+
+impl Manifest {
+    /// Reads and checks a manifest's text; the files themselves are not looked at.
+    pub fn parse(text: &str) -> Result<Self, ManifestError> {
+        let table: toml::Table = text.parse().map_err(ManifestError::Syntax)?;
+        // The version comes first: another version's unknown keys are no news.
+        match table.get("format") {
+            Some(toml::Value::Integer(format)) if *format == i64::from(FORMAT) => {}
+            Some(other) => return Err(ManifestError::Format { got: other.to_string() }),
+            None => return Err(ManifestError::Format { got: "none".into() }),
+        }
+        let manifest: Self = toml::from_str(text).map_err(ManifestError::Syntax)?;
+        manifest.check()?;
+        Ok(manifest)
+    }
+
+    /// Checks that the facts are possible and agree with each other.
+    pub fn check(&self) -> Result<(), ManifestError> {
+        self.model.check()?;
+        self.quantization.check()?;
+        self.tokens.check(self.model.vocab_size)?;
+        self.layout()?;
+        for file in REQUIRED {
+            if !self.files.contains_key(file) {
+                return Err(ManifestError::Unlisted { file });
+            }
+        }
+        for file in self.files.keys() {
+            if !REQUIRED.contains(&file.as_str()) && !OPTIONAL.contains(&file.as_str()) {
+                return Err(ManifestError::Unknown { file: file.clone() });
+            }
+        }
+        let (expected, got) = (self.identify(), self.base);
+        if expected == got { Ok(()) } else { Err(ManifestError::Base { expected, got }) }
+    }
+
+    /// The hash that identifies the frozen base: the hashes of the weights, the tokenizer and the chat template, and
+    /// the facts of `[model]` and `[quantization]` that say how to read them. Not the graphs, nor the kernels'
+    /// accuracy, nor the name: a better graph or another name keeps every trained adapter valid.
+    pub fn identify(&self) -> Hash {
+        let Self { model, quantization, .. } = self;
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(format!("commonweal base {FORMAT}\n").as_bytes());
+        let mut line = |key: &str, value: &dyn fmt::Debug| {
+            hasher.update(format!("{key} {value:?}\n").as_bytes());
+        };
+        line("architecture", &model.architecture);
+        line("hidden_size", &model.hidden_size);
+        line("intermediate_size", &model.intermediate_size);
+        line("layers", &model.layers);
+        line("heads", &model.heads);
+        line("kv_heads", &model.kv_heads);
+        line("head_dim", &model.head_dim);
+        line("vocab_size", &model.vocab_size);
+        line("context", &model.context);
+        line("rope_theta", &model.rope_theta);
+        line("rms_norm_eps", &model.rms_norm_eps);
+        line("tied", &model.tied);
+        line("rope_scaling", &model.rope_scaling);
+        line("bits", &quantization.bits.count());
+        line("block_size", &quantization.block_size);
+        for file in IDENTITY {
+            line(file, &self.files.get(file));
+        }
+        Hash(*hasher.finalize().as_bytes())
+    }
+
+    /// The default adapter's tensors.
+    pub fn layout(&self) -> Result<AdapterLayout, LayoutError> {
+        layout(&self.model, &self.adapter)
+    }
+}
+
+/// The adapter tensors of a model, for the linears that `defaults` names.
+pub fn layout(model: &ModelConfig, defaults: &AdapterDefaults) -> Result<AdapterLayout, LayoutError> {
+    let modules = defaults.targets.iter().map(|&target| module(model, target)).collect();
+    AdapterLayout::new(model.layers, defaults.rank, defaults.alpha, modules)
+}
+
+/// Inputs and outputs of one linear of a block.
+fn module(model: &ModelConfig, target: Target) -> Module {
+    let (hidden, intermediate) = (model.hidden_size, model.intermediate_size);
+    let (inputs, outputs) = match target {
+        Target::Q => (hidden, model.query_size()),
+        Target::K | Target::V => (hidden, model.kv_size()),
+        Target::O => (model.query_size(), hidden),
+        Target::Gate | Target::Up => (hidden, intermediate),
+        Target::Down => (intermediate, hidden),
+    };
+    Module { target, inputs, outputs }
+}
