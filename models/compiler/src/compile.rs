@@ -1,0 +1,187 @@
+//! The whole way from a checkpoint directory to a package directory: checks, graphs, weights, manifest.
+//! `main.rs` and other crates' tests call [`compile`]; the stages are the crate's other modules.
+
+use std::io;
+use std::path::PathBuf;
+
+use commonweal_adapter::{LayoutError, Target};
+use commonweal_package::{
+    Accuracy, AdapterDefaults, Bits, Facts, Manifest, ModelError, PackageWriter, Quantization, StagingError,
+    WriteError, layout,
+};
+
+use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::config::read_bounded;
+use crate::graph::GraphError;
+use crate::graphs::graphs;
+use crate::weights::{self, BlockError, WeightTable, WeightsError};
+
+/// Longest licence or notice copied.
+const NOTICE_BYTES_MAX: u64 = 16 << 20;
+
+/// What to compile, and how.
+#[derive(Clone, Debug)]
+pub struct CompileOptions {
+    /// A Hugging Face checkpoint directory.
+    pub checkpoint: PathBuf,
+    /// The package directory to make; it must be free or an empty directory.
+    pub out: PathBuf,
+    /// Bits of one stored weight.
+    pub bits: Bits,
+    /// Weights that share one scale: 32, 64 or 128.
+    pub block_size: usize,
+    /// How exactly the inference kernels multiply.
+    pub accuracy: Accuracy,
+    /// Default rank of a trained adapter.
+    pub rank: usize,
+    /// Default alpha of a trained adapter.
+    pub alpha: f32,
+    /// The linears that a trained adapter changes.
+    pub targets: Vec<Target>,
+    /// Longest sequence, where it should be shorter than the checkpoint's.
+    pub context: Option<usize>,
+    /// A Jinja chat template to use in place of the checkpoint's.
+    pub chat_template: Option<PathBuf>,
+    /// The SPDX expression of the model's licence.
+    pub licence: Option<String>,
+    /// A name for people, in place of the checkpoint directory's.
+    pub name: Option<String>,
+}
+
+impl CompileOptions {
+    /// The defaults: 4 bits in blocks of 32, fast kernels, rank 8, alpha 16, every linear.
+    pub fn new(checkpoint: impl Into<PathBuf>, out: impl Into<PathBuf>) -> Self {
+        Self {
+            checkpoint: checkpoint.into(),
+            out: out.into(),
+            bits: Bits::Four,
+            block_size: 32,
+            accuracy: Accuracy::Fast,
+            rank: 8,
+            alpha: 16.0,
+            targets: Target::ALL.to_vec(),
+            context: None,
+            chat_template: None,
+            licence: None,
+            name: None,
+        }
+    }
+}
+
+/// What was compiled.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    /// The package's manifest.
+    pub manifest: Manifest,
+    /// Length of `weights.bin` in bytes.
+    pub weights_bytes: u64,
+}
+
+/// Why nothing was compiled. Nothing is left behind.
+#[derive(Debug, thiserror::Error)]
+pub enum CompileError {
+    /// The checkpoint cannot be used.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The quantization is impossible.
+    #[error("the quantization is impossible")]
+    Quantization(#[from] ModelError),
+    /// The model's rows cannot be cut into blocks.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// The adapter is impossible.
+    #[error("the adapter is impossible")]
+    Adapter(#[from] LayoutError),
+    /// A longer context than the checkpoint's.
+    #[error("context must be between 1 and the checkpoint's {max}, got {got}")]
+    Context {
+        /// The checkpoint's.
+        max: usize,
+        /// What was asked for.
+        got: usize,
+    },
+    /// A graph cannot be built.
+    #[error("the graphs cannot be built")]
+    Graph(#[from] GraphError),
+    /// The weights cannot be read or written.
+    #[error("the weights cannot be compiled")]
+    Weights(#[from] WeightsError),
+    /// A licence or notice of the checkpoint cannot be read.
+    #[error("{} cannot be read", path.display())]
+    Notice {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The package cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// A file of the package cannot be written.
+    #[error(transparent)]
+    Staging(#[from] StagingError),
+}
+
+impl CompileError {
+    /// Whether what was given is to blame, rather than the disk or this program.
+    pub fn is_bad_input(&self) -> bool {
+        match self {
+            Self::Weights(WeightsError::Write(_)) | Self::Graph(_) => false,
+            Self::Write(error) => matches!(error, WriteError::Staging(StagingError::Occupied { .. })),
+            Self::Staging(error) => matches!(error, StagingError::Occupied { .. }),
+            _ => true,
+        }
+    }
+}
+
+/// Compiles a checkpoint into a package.
+pub fn compile(options: &CompileOptions) -> Result<Summary, CompileError> {
+    compile_with_progress(options, &mut |_, _| ())
+}
+
+/// Compiles a checkpoint into a package; `progress` is told bytes of weights written and bytes in all.
+pub fn compile_with_progress(
+    options: &CompileOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Summary, CompileError> {
+    let &CompileOptions { bits, block_size, accuracy, rank, alpha, .. } = options;
+    let quantization = Quantization { bits, block_size, accuracy };
+    quantization.check()?;
+    let checkpoint = Checkpoint::open(&options.checkpoint, options.chat_template.as_deref())?;
+    let Checkpoint { mut model, tokens, tokenizer, chat_template, tensors } = checkpoint;
+    if let Some(got) = options.context {
+        let max = model.context;
+        model.context =
+            Some(got).filter(|got| (1..=max).contains(got)).ok_or(CompileError::Context { max, got })?;
+    }
+    if let Some(name) = &options.name {
+        model.name.clone_from(name);
+    }
+    let adapter = AdapterDefaults { rank, alpha, targets: options.targets.clone() };
+    let layout = layout(&model, &adapter)?;
+    let table = WeightTable::plan(&model, &quantization)?;
+    let (infer, train) = graphs(&model, &quantization, &layout, &table)?;
+
+    let mut package = PackageWriter::create(&options.out)?;
+    package.write_bytes("infer.onnx", &infer)?;
+    package.write_bytes("train.onnx", &train)?;
+    package.write_bytes("tokenizer.json", &tokenizer)?;
+    package.write_bytes("chat_template.jinja", chat_template.as_bytes())?;
+    for name in ["LICENSE", "NOTICE"] {
+        let path = options.checkpoint.join(name);
+        if path.exists() {
+            let bytes = read_bounded(&path, NOTICE_BYTES_MAX)
+                .map_err(|source| CompileError::Notice { path, source })?;
+            package.write_bytes(name, &bytes)?;
+        }
+    }
+    let weights_bytes = table.length();
+    package.write("weights.bin", |file, _| {
+        let told = &mut |written| progress(written, weights_bytes);
+        weights::write(file, &model, &quantization, &tensors, told).map_err(CompileError::from)
+    })?;
+    let licence = options.licence.clone();
+    let manifest = package.finish(Facts { licence, model, quantization, adapter, tokens })?;
+    Ok(Summary { manifest, weights_bytes })
+}

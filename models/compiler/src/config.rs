@@ -1,0 +1,250 @@
+//! Reads `config.json` and `generation_config.json` of a Hugging Face checkpoint into a [`ModelConfig`] and the special
+//! tokens that they declare. First stage of `checkpoint.rs`. What the compiler cannot build is refused by name.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use commonweal_package::{Architecture, ModelConfig, ModelError, RopeScaling};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+/// Longest configuration file read. Real ones are a few kB.
+const CONFIG_BYTES_MAX: u64 = 1 << 20;
+
+/// What the configuration files of a checkpoint say.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Dimensions and constants.
+    pub model: ModelConfig,
+    /// Special tokens by number, `generation_config.json` before `config.json`.
+    pub tokens: DeclaredTokens,
+}
+
+/// Special tokens as configuration files declare them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeclaredTokens {
+    /// Begins a sequence.
+    pub bos: Option<u32>,
+    /// Any of these ends a generation.
+    pub eos: Vec<u32>,
+    /// Fills shorter rows.
+    pub pad: Option<u32>,
+}
+
+/// Why a configuration cannot be compiled.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file is not there or cannot be read.
+    #[error("{} cannot be read", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is not JSON, lacks a key or has a value of a wrong type.
+    #[error("{} is not a model configuration", path.display())]
+    Syntax {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// Another family of networks.
+    #[error("architecture {got} is not supported; supported is LlamaForCausalLM")]
+    Architecture {
+        /// What the file says.
+        got: String,
+    },
+    /// A feature that the graphs do not have.
+    #[error("{feature} is not supported, got {got}")]
+    Unsupported {
+        /// The key in the file.
+        feature: &'static str,
+        /// Its value.
+        got: String,
+    },
+    /// The dimensions are impossible.
+    #[error("the configuration describes an impossible model")]
+    Model(#[from] ModelError),
+}
+
+#[derive(Deserialize)]
+struct RawConfig {
+    #[serde(default)]
+    architectures: Option<Vec<String>>,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: Option<usize>,
+    head_dim: Option<usize>,
+    vocab_size: usize,
+    max_position_embeddings: usize,
+    rope_theta: Option<f64>,
+    rms_norm_eps: Option<f64>,
+    tie_word_embeddings: Option<bool>,
+    attention_bias: Option<bool>,
+    mlp_bias: Option<bool>,
+    hidden_act: Option<String>,
+    sliding_window: Option<usize>,
+    rope_scaling: Option<RawRope>,
+    /// Newer name of `rope_scaling` and `rope_theta` together.
+    rope_parameters: Option<RawRope>,
+    quantization_config: Option<serde_json::Value>,
+    #[serde(flatten)]
+    tokens: RawTokens,
+}
+
+#[derive(Deserialize)]
+struct RawRope {
+    #[serde(alias = "type")]
+    rope_type: Option<String>,
+    rope_theta: Option<f64>,
+    factor: Option<f64>,
+    low_freq_factor: Option<f64>,
+    high_freq_factor: Option<f64>,
+    original_max_position_embeddings: Option<usize>,
+}
+
+#[derive(Default, Deserialize)]
+#[expect(clippy::struct_field_names, reason = "the names of the file's keys")]
+struct RawTokens {
+    bos_token_id: Option<u32>,
+    eos_token_id: Option<OneOrMany>,
+    pad_token_id: Option<i64>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+impl From<RawTokens> for DeclaredTokens {
+    fn from(raw: RawTokens) -> Self {
+        let eos = match raw.eos_token_id {
+            None => Vec::new(),
+            Some(OneOrMany::One(token)) => vec![token],
+            Some(OneOrMany::Many(tokens)) => tokens,
+        };
+        // Some checkpoints write -1 for "none".
+        let pad = raw.pad_token_id.and_then(|token| u32::try_from(token).ok());
+        Self { bos: raw.bos_token_id, eos, pad }
+    }
+}
+
+/// Reads the configuration files of a checkpoint directory.
+pub fn read(directory: &Path) -> Result<Config, ConfigError> {
+    let mut config = read_file(&directory.join("config.json"))?;
+    let path = directory.join("generation_config.json");
+    if path.exists() {
+        let generation = DeclaredTokens::from(read_json::<RawTokens>(&path)?);
+        let declared = &mut config.tokens;
+        declared.bos = generation.bos.or(declared.bos);
+        declared.pad = generation.pad.or(declared.pad);
+        if !generation.eos.is_empty() {
+            declared.eos = generation.eos;
+        }
+    }
+    Ok(config)
+}
+
+/// Reads one `config.json`. The model is named after its directory.
+pub fn read_file(path: &Path) -> Result<Config, ConfigError> {
+    let raw: RawConfig = read_json(path)?;
+    let directory = path.parent().unwrap_or(Path::new(".")).canonicalize().unwrap_or_default();
+    let name = directory.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+    check(raw, name)
+}
+
+fn check(raw: RawConfig, name: String) -> Result<Config, ConfigError> {
+    let architectures = raw.architectures.unwrap_or_default();
+    if architectures != ["LlamaForCausalLM"] {
+        let got = if architectures.is_empty() { "none".into() } else { architectures.join(", ") };
+        return Err(ConfigError::Architecture { got });
+    }
+    let unsupported =
+        |feature, got: &dyn ToString| ConfigError::Unsupported { feature, got: got.to_string() };
+    for (feature, value) in [("attention_bias", raw.attention_bias), ("mlp_bias", raw.mlp_bias)] {
+        if value == Some(true) {
+            return Err(unsupported(feature, &true));
+        }
+    }
+    if let Some(activation) = raw.hidden_act.filter(|name| name != "silu") {
+        return Err(unsupported("hidden_act", &activation));
+    }
+    if let Some(window) = raw.sliding_window {
+        return Err(unsupported("sliding_window", &window));
+    }
+    if let Some(quantized) = raw.quantization_config {
+        let method = quantized.get("quant_method").and_then(|method| method.as_str()).unwrap_or("unknown");
+        return Err(unsupported("quantization_config", &method));
+    }
+    let rope = raw.rope_parameters.or(raw.rope_scaling);
+    let rope_theta = rope.as_ref().and_then(|rope| rope.rope_theta).or(raw.rope_theta).unwrap_or(10_000.0);
+    let rope_scaling = rope.as_ref().map(scaling).transpose()?.flatten();
+    let heads = raw.num_attention_heads;
+    let model = ModelConfig {
+        architecture: Architecture::Llama,
+        name,
+        hidden_size: raw.hidden_size,
+        intermediate_size: raw.intermediate_size,
+        layers: raw.num_hidden_layers,
+        heads,
+        kv_heads: raw.num_key_value_heads.unwrap_or(heads),
+        head_dim: raw.head_dim.or(raw.hidden_size.checked_div(heads)).unwrap_or(0),
+        vocab_size: raw.vocab_size,
+        context: raw.max_position_embeddings,
+        rope_theta,
+        rms_norm_eps: raw.rms_norm_eps.unwrap_or(1e-6),
+        tied: raw.tie_word_embeddings.unwrap_or(false),
+        rope_scaling,
+    };
+    model.check()?;
+    Ok(Config { model, tokens: raw.tokens.into() })
+}
+
+fn scaling(rope: &RawRope) -> Result<Option<RopeScaling>, ConfigError> {
+    let missing = |feature| ConfigError::Unsupported { feature, got: "none".into() };
+    match rope.rope_type.as_deref() {
+        None | Some("default") => Ok(None),
+        Some("llama3") => Ok(Some(RopeScaling {
+            factor: rope.factor.ok_or(missing("rope_scaling.factor"))?,
+            low_frequency_factor: rope.low_freq_factor.ok_or(missing("rope_scaling.low_freq_factor"))?,
+            high_frequency_factor: rope.high_freq_factor.ok_or(missing("rope_scaling.high_freq_factor"))?,
+            original_context: rope
+                .original_max_position_embeddings
+                .ok_or(missing("rope_scaling.original_max_position_embeddings"))?,
+        })),
+        Some(other) => Err(ConfigError::Unsupported { feature: "rope_scaling", got: other.into() }),
+    }
+}
+
+/// The bytes of a configuration file.
+pub(crate) fn read_bytes(path: &Path) -> Result<Vec<u8>, ConfigError> {
+    read_bounded(path, CONFIG_BYTES_MAX).map_err(|source| ConfigError::Read { path: path.into(), source })
+}
+
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    serde_json::from_slice(&read_bytes(path)?)
+        .map_err(|source| ConfigError::Syntax { path: path.into(), source })
+}
+
+/// Reads a plain file of at most `bytes_max` bytes.
+pub(crate) fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    // A pipe or a device would block or never end.
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("not a plain file"));
+    }
+    let mut bytes = Vec::new();
+    File::open(path)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > bytes_max {
+        return Err(io::Error::other(format!("longer than {bytes_max} bytes")));
+    }
+    Ok(bytes)
+}

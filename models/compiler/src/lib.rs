@@ -1,0 +1,27 @@
+//! Compiles a Hugging Face checkpoint into a package.
+//!
+//! Modules in the order that data passes them.
+
+pub mod config;
+pub mod tensors;
+pub mod tokenizer;
+pub mod checkpoint;
+pub mod quantize;
+pub mod shape;
+pub mod op;
+mod infer;
+pub mod graph;
+mod build;
+mod rules;
+pub mod llama;
+pub mod differentiate;
+pub mod recompute;
+pub mod plan;
+pub mod weights;
+pub mod onnx;
+pub mod lower;
+pub mod graphs;
+pub mod compile;
+pub mod random;
+
+pub use commonweal_package::{Accuracy, Architecture, Bits, ModelConfig, Quantization, RopeScaling, Tokens};

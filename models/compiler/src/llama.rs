@@ -1,0 +1,134 @@
+//! The Llama family as graphs: what both forms share. `llama/infer.rs` decodes with a cache, `llama/train.rs` computes
+//! losses and, through `differentiate.rs`, gradients. The blocks read the weights that `weights.rs` lays out.
+
+mod infer;
+mod train;
+
+pub use infer::infer;
+pub use train::{TrainGraph, train};
+
+use commonweal_adapter::Target;
+
+use crate::graph::{Graph, GraphError, TensorType, ValueId};
+use crate::op::{Op, Packing};
+use crate::shape::{Dim, Shape};
+use crate::{Bits, ModelConfig, Quantization};
+
+/// A linear layer of a block as stored: one matrix for several targets, stacked along its rows.
+struct Linear {
+    /// The matrix's name after `layers.{i}.`.
+    name: &'static str,
+    /// What is stacked, with the rows of each.
+    parts: Vec<(Target, usize)>,
+    /// Columns.
+    inputs: usize,
+}
+
+impl Linear {
+    fn rows(&self) -> usize {
+        self.parts.iter().map(|(_, rows)| rows).sum()
+    }
+}
+
+/// The linear layers of a block.
+struct Block {
+    qkv: Linear,
+    o: Linear,
+    gate_up: Linear,
+    down: Linear,
+}
+
+impl Block {
+    fn of(model: &ModelConfig) -> Self {
+        let (hidden, inner) = (model.hidden_size, model.intermediate_size);
+        let (query, kv) = (model.query_size(), model.kv_size());
+        let linear = |name, parts: &[(Target, usize)], inputs| Linear { name, parts: parts.into(), inputs };
+        Self {
+            qkv: linear("qkv", &[(Target::Q, query), (Target::K, kv), (Target::V, kv)], hidden),
+            o: linear("o", &[(Target::O, hidden)], query),
+            gate_up: linear("gate_up", &[(Target::Gate, inner), (Target::Up, inner)], hidden),
+            down: linear("down", &[(Target::Down, hidden)], inner),
+        }
+    }
+
+    fn linears(&self) -> [&Linear; 4] {
+        [&self.qkv, &self.o, &self.gate_up, &self.down]
+    }
+}
+
+/// How the matrices are packed; nothing for floats.
+fn packing(quantization: &Quantization) -> Option<Packing> {
+    match quantization.bits {
+        Bits::Full => None,
+        bits => Some(Packing { bits: bits.count(), block_size: quantization.block_size }),
+    }
+}
+
+fn vector(graph: &mut Graph, name: &str, size: usize) -> Result<ValueId, GraphError> {
+    let name = format!("{name}.w");
+    graph.weight(name.clone(), name, TensorType::f32([size]))
+}
+
+/// A packed matrix as `GatherBlockQuantized` reads it, `[rows, bytes]`, and its scales.
+fn packed_rows(
+    graph: &mut Graph,
+    name: &str,
+    (rows, columns): (usize, usize),
+    packing: Packing,
+) -> Result<(ValueId, ValueId), GraphError> {
+    let bytes = columns * packing.bits / 8;
+    let weights =
+        graph.weight(format!("{name}.q.rows"), format!("{name}.q"), TensorType::u8([rows, bytes]))?;
+    Ok((weights, scales(graph, name, rows, columns, packing)?))
+}
+
+fn scales(
+    graph: &mut Graph,
+    name: &str,
+    rows: usize,
+    columns: usize,
+    packing: Packing,
+) -> Result<ValueId, GraphError> {
+    let name = format!("{name}.s");
+    let kind = TensorType::f32([rows, columns / packing.block_size]);
+    match graph.find(&name) {
+        Some(known) => Ok(known),
+        None => graph.weight(name.clone(), name, kind),
+    }
+}
+
+/// Rows of the embedding, for tokens of any shape.
+fn embed(
+    graph: &mut Graph,
+    model: &ModelConfig,
+    quantization: &Quantization,
+    tokens: ValueId,
+) -> Result<ValueId, GraphError> {
+    let size = (model.vocab_size, model.hidden_size);
+    match packing(quantization) {
+        Some(packing) => {
+            let (weights, scales) = packed_rows(graph, "embed", size, packing)?;
+            graph.add(Op::GatherBlockQuantized { packing }, &[weights, tokens, scales])
+        }
+        None => {
+            let weights = graph.weight("embed.w", "embed.w", TensorType::f32([size.0, size.1]))?;
+            graph.add(Op::Gather { axis: 0 }, &[weights, tokens])
+        }
+    }
+}
+
+fn head_name(model: &ModelConfig) -> &'static str {
+    if model.tied { "embed" } else { "head" }
+}
+
+/// The rotary tables, `[context, head_dim / 2]` each.
+fn rotary_tables(graph: &mut Graph, model: &ModelConfig) -> Result<(ValueId, ValueId), GraphError> {
+    let kind = TensorType::f32([model.context, model.head_dim / 2]);
+    let cosines = graph.weight("rope.cos", "rope.cos", kind.clone())?;
+    let sines = graph.weight("rope.sin", "rope.sin", kind)?;
+    Ok((cosines, sines))
+}
+
+fn shape<const N: usize>(dims: [&Dim; N]) -> Shape {
+    dims.into_iter().cloned().collect()
+}

@@ -1,0 +1,166 @@
+//! The decoder with a cache and adapter inputs: prefill and decoding in one graph, on the fused kernels of ONNX
+//! Runtime. The caller writes the cache in place: one buffer is bound as `past` and as `present`.
+
+use super::{Block, Linear, embed, head_name, packing, rotary_tables, scales, shape, vector};
+use crate::graph::{Graph, GraphError, TensorType, ValueId};
+use crate::op::Op;
+use crate::shape::{Dim, Shape};
+use crate::{Accuracy, ModelConfig, Quantization};
+
+/// Names of the inner sizes of the fused adapter inputs, by linear layer.
+const RANKS: [&str; 4] = ["rank_qkv", "rank_o", "rank_gate_up", "rank_down"];
+
+/// Builds `infer.onnx`'s graph.
+///
+/// Inputs: `input_ids [batch, new] i64`; `seqlens_k [batch] i32`, tokens in the row with the new ones, less one;
+/// `total_seq [1] i32`; `logit_rows [rows] i64`, which of the `batch · new` positions to give logits for; for each
+/// layer `past.{i}.key` and `past.{i}.value`, `[batch, kv_heads, cache, head_dim] f32`, and for each of its linear
+/// layers `lora.{i}.{qkv|o|gate_up|down}.a [inputs, rank]` and `.b [rank, outputs]`.
+/// Outputs: `logits [rows, vocab]`, `present.{i}.key`, `present.{i}.value`.
+pub fn infer(model: &ModelConfig, quantization: &Quantization) -> Result<Graph, GraphError> {
+    let mut decoder = Decoder::new(model, quantization)?;
+    let logits = decoder.run()?;
+    decoder.graph.output("logits", logits)?;
+    for (layer, (key, value)) in std::mem::take(&mut decoder.present).into_iter().enumerate() {
+        decoder.graph.output(format!("present.{layer}.key"), key)?;
+        decoder.graph.output(format!("present.{layer}.value"), value)?;
+    }
+    Ok(decoder.graph)
+}
+
+struct Decoder<'m> {
+    model: &'m ModelConfig,
+    quantization: &'m Quantization,
+    block: Block,
+    graph: Graph,
+    tokens: ValueId,
+    lengths: ValueId,
+    total: ValueId,
+    logit_rows: ValueId,
+    tables: (ValueId, ValueId),
+    present: Vec<(ValueId, ValueId)>,
+}
+
+impl<'m> Decoder<'m> {
+    fn new(model: &'m ModelConfig, quantization: &'m Quantization) -> Result<Self, GraphError> {
+        let mut graph = Graph::new();
+        let (batch, new) = (Dim::named("batch"), Dim::named("new"));
+        let tokens = graph.input("input_ids", TensorType::i64(shape([&batch, &new])))?;
+        let lengths = graph.input("seqlens_k", TensorType::i32(shape([&batch])))?;
+        let total = graph.input("total_seq", TensorType::i32([1]))?;
+        let logit_rows = graph.input("logit_rows", TensorType::i64([Dim::named("rows")]))?;
+        let tables = rotary_tables(&mut graph, model)?;
+        let (block, present) = (Block::of(model), Vec::new());
+        Ok(Self { model, quantization, block, graph, tokens, lengths, total, logit_rows, tables, present })
+    }
+
+    fn run(&mut self) -> Result<ValueId, GraphError> {
+        let (model, hidden) = (self.model, self.model.hidden_size);
+        let epsilon = model.rms_norm_eps as f32;
+        self.graph.enter("embed", 0);
+        let mut residual = embed(&mut self.graph, model, self.quantization, self.tokens)?;
+        let weight = self.norm_weight(0)?;
+        let mut normed = self.graph.add(Op::RmsNorm { epsilon }, &[residual, weight])?;
+        for layer in 0..model.layers {
+            self.graph.enter(format!("layers.{layer}"), layer);
+            let context = self.attention(layer, normed)?;
+            let attended = self.linear(layer, 1, context)?;
+            let weight = vector(&mut self.graph, &format!("layers.{layer}.mlp_norm"), hidden)?;
+            (normed, residual) = self.skip_norm(attended, residual, weight, epsilon)?;
+            let inner = self.gated(layer, normed)?;
+            let projected = self.linear(layer, 3, inner)?;
+            let weight = self.norm_weight(layer + 1)?;
+            (normed, residual) = self.skip_norm(projected, residual, weight, epsilon)?;
+        }
+        self.graph.enter("head", model.layers);
+        self.head(normed)
+    }
+
+    /// The weight of the norm before layer `layer`, which for the last is the head's.
+    fn norm_weight(&mut self, layer: usize) -> Result<ValueId, GraphError> {
+        let name =
+            if layer < self.model.layers { format!("layers.{layer}.attn_norm") } else { "norm".into() };
+        vector(&mut self.graph, &name, self.model.hidden_size)
+    }
+
+    fn skip_norm(
+        &mut self,
+        x: ValueId,
+        skip: ValueId,
+        weight: ValueId,
+        epsilon: f32,
+    ) -> Result<(ValueId, ValueId), GraphError> {
+        let outputs = self.graph.add_many(Op::SkipRmsNorm { epsilon }, &[x, skip, weight])?;
+        Ok((outputs[0], outputs[1]))
+    }
+
+    fn attention(&mut self, layer: usize, x: ValueId) -> Result<ValueId, GraphError> {
+        let ModelConfig { heads, kv_heads, head_dim, .. } = *self.model;
+        let qkv = self.linear(layer, 0, x)?;
+        let cache = [Dim::named("batch"), kv_heads.into(), Dim::named("cache"), head_dim.into()];
+        let cache = TensorType::f32(cache);
+        let key = self.graph.input(format!("past.{layer}.key"), cache.clone())?;
+        let value = self.graph.input(format!("past.{layer}.value"), cache)?;
+        let inputs = [qkv, key, value, self.lengths, self.total, self.tables.0, self.tables.1];
+        let outputs = self.graph.add_many(Op::GroupQueryAttention { heads, kv_heads, head_dim }, &inputs)?;
+        self.present.push((outputs[1], outputs[2]));
+        Ok(outputs[0])
+    }
+
+    fn gated(&mut self, layer: usize, x: ValueId) -> Result<ValueId, GraphError> {
+        let fused = self.linear(layer, 2, x)?;
+        let sizes = vec![self.model.intermediate_size.into(); 2];
+        let halves = self.graph.add_many(Op::Split { axis: 2, sizes }, &[fused])?;
+        let gate = self.graph.add(Op::QuickGelu { alpha: 1.0 }, &[halves[0]])?;
+        self.graph.times(gate, halves[1])
+    }
+
+    /// Linear layer `which` of a block, plus its adapter: `x W + (x a) b`.
+    fn linear(&mut self, layer: usize, which: usize, x: ValueId) -> Result<ValueId, GraphError> {
+        let Linear { name, inputs, .. } = *self.block.linears()[which];
+        let rows = self.block.linears()[which].rows();
+        let base = self.multiply(&format!("layers.{layer}.{name}"), rows, inputs, x)?;
+        let rank = Dim::named(RANKS[which]);
+        let kind = |dims: [Dim; 2]| TensorType::f32(dims);
+        let a = self.graph.input(format!("lora.{layer}.{name}.a"), kind([inputs.into(), rank.clone()]))?;
+        let b = self.graph.input(format!("lora.{layer}.{name}.b"), kind([rank, rows.into()]))?;
+        let inner = self.graph.matmul(x, a)?;
+        let adapter = self.graph.matmul(inner, b)?;
+        self.graph.plus(base, adapter)
+    }
+
+    /// `x Wᵀ` with a frozen matrix of `rows` by `columns`.
+    fn multiply(
+        &mut self,
+        name: &str,
+        rows: usize,
+        columns: usize,
+        x: ValueId,
+    ) -> Result<ValueId, GraphError> {
+        let Some(packing) = packing(self.quantization) else {
+            let entry = format!("{name}.w");
+            let weight = match self.graph.find(&entry) {
+                Some(known) => known,
+                None => self.graph.weight(entry.clone(), entry, TensorType::f32([rows, columns]))?,
+            };
+            return self.graph.matmul_transposed(x, weight);
+        };
+        let accuracy_level = match self.quantization.accuracy {
+            Accuracy::Fast => 4,
+            Accuracy::Exact => 0,
+        };
+        let blocks = Shape::from([rows, columns / packing.block_size, packing.block_size * packing.bits / 8]);
+        let entry = format!("{name}.q");
+        let weight = self.graph.weight(entry.clone(), entry, TensorType::u8(blocks))?;
+        let scales = scales(&mut self.graph, name, rows, columns, packing)?;
+        self.graph.add(Op::MatMulNBits { packing, accuracy_level }, &[x, weight, scales])
+    }
+
+    fn head(&mut self, normed: ValueId) -> Result<ValueId, GraphError> {
+        let ModelConfig { hidden_size, vocab_size, .. } = *self.model;
+        let positions = Dim::named("batch").times(&Dim::named("new"));
+        let flat = self.graph.reshape(normed, [positions, hidden_size.into()])?;
+        let chosen = self.graph.add(Op::Gather { axis: 0 }, &[flat, self.logit_rows])?;
+        self.multiply(head_name(self.model), vocab_size, hidden_size, chosen)
+    }
+}

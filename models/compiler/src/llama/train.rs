@@ -1,0 +1,291 @@
+//! The loss and its gradient with respect to an adapter. The forward is written here with operators that have a
+//! gradient rule; the backward is derived from it (`differentiate.rs`). Activations are `[rows, width]` with
+//! `rows = batch · time`, but inside the attention.
+
+use std::collections::BTreeMap;
+
+use commonweal_adapter::{AdapterLayout, Part, Target};
+
+use super::{Block, Linear, embed, head_name, packed_rows, packing, rotary_tables, shape, vector};
+use crate::differentiate::differentiate;
+use crate::graph::{Constant, Graph, GraphError, Keep, TensorType, ValueId};
+use crate::op::{Op, Unary};
+use crate::shape::{Dim, Shape};
+use crate::{ModelConfig, Quantization};
+
+/// Added to the scores of positions that lie ahead: far below any score, so that their probability is exactly zero,
+/// and finite, so that no difference of two is undefined.
+const MASKED: f32 = -1e9;
+
+/// Logits of one chunk of the sequence take about this much for a batch of [`CHUNKED_ROWS`] tokens.
+const CHUNK_BYTES: usize = 16 << 20;
+
+/// The batch, in tokens, for which the number of chunks is chosen; larger ones have larger chunks.
+const CHUNKED_ROWS: usize = 1024;
+
+/// The loss with its gradient, before planning.
+#[derive(Debug)]
+pub struct TrainGraph {
+    /// Forward, then backward.
+    pub graph: Graph,
+    /// The segment that holds the final norm and the loss, whose backward follows its forward at once.
+    pub head_segment: usize,
+}
+
+/// Builds `train.onnx`'s graph for the modules of `layout`, at any rank.
+///
+/// Inputs: `input_ids`, `targets` `[batch, time] i64`; `weights [batch, time] f32`, signed, 0 for positions without a
+/// loss; `lora_scale [] f32`; and each tensor of the adapter by its canonical name, `rank` not fixed.
+/// Outputs: `loss [] f32`, `-Σ weights · log-probability of the target`; `token_logprob [batch, time] f32`; and
+/// `grad.{name}` for each tensor of the adapter.
+pub fn train(
+    model: &ModelConfig,
+    quantization: &Quantization,
+    layout: &AdapterLayout,
+) -> Result<TrainGraph, GraphError> {
+    let mut trainer = Trainer::new(model, quantization, layout)?;
+    let (loss, token_logprob) = trainer.forward()?;
+    let parameters: Vec<ValueId> = trainer.parameters.iter().map(|&(_, value)| value).collect();
+    let mut graph = trainer.graph;
+    graph.output("loss", loss)?;
+    graph.output("token_logprob", token_logprob)?;
+    let gradients = differentiate(&mut graph, loss, &parameters)?;
+    for ((name, _), gradient) in trainer.parameters.iter().zip(gradients) {
+        graph.output(format!("grad.{name}"), gradient)?;
+    }
+    Ok(TrainGraph { graph, head_segment: model.layers })
+}
+
+struct Trainer<'m> {
+    model: &'m ModelConfig,
+    quantization: &'m Quantization,
+    block: Block,
+    graph: Graph,
+    parameters: Vec<(String, ValueId)>,
+    adapters: BTreeMap<(usize, Target, Part), ValueId>,
+    tokens: ValueId,
+    targets: ValueId,
+    weights: ValueId,
+    scale: ValueId,
+}
+
+/// What every layer's attention reads.
+#[derive(Clone, Copy)]
+struct Positions {
+    start: ValueId,
+    cosines: ValueId,
+    sines: ValueId,
+    mask: ValueId,
+}
+
+impl<'m> Trainer<'m> {
+    fn new(
+        model: &'m ModelConfig,
+        quantization: &'m Quantization,
+        layout: &AdapterLayout,
+    ) -> Result<Self, GraphError> {
+        let mut graph = Graph::new();
+        let (batch, time, rank) = (Dim::named("batch"), Dim::named("time"), Dim::named("rank"));
+        let tokens = graph.input("input_ids", TensorType::i64(shape([&batch, &time])))?;
+        let targets = graph.input("targets", TensorType::i64(shape([&batch, &time])))?;
+        let weights = graph.input("weights", TensorType::f32(shape([&batch, &time])))?;
+        let scale = graph.input("lora_scale", TensorType::f32(Shape::scalar()))?;
+        let (mut parameters, mut adapters) = (Vec::new(), BTreeMap::new());
+        for tensor in layout.tensors() {
+            let dims: [Dim; 2] = match tensor.part {
+                Part::A => [rank.clone(), tensor.columns.into()],
+                Part::B => [tensor.rows.into(), rank.clone()],
+            };
+            let value = graph.input(tensor.name(), TensorType::f32(dims))?;
+            parameters.push((tensor.name(), value));
+            adapters.insert((tensor.layer, tensor.target, tensor.part), value);
+        }
+        let block = Block::of(model);
+        Ok(Self { model, quantization, block, graph, parameters, adapters, tokens, targets, weights, scale })
+    }
+
+    fn rows() -> Dim {
+        Dim::named("batch").times(&Dim::named("time"))
+    }
+
+    fn forward(&mut self) -> Result<(ValueId, ValueId), GraphError> {
+        let (model, hidden) = (self.model, self.model.hidden_size);
+        let epsilon = model.rms_norm_eps as f32;
+        self.graph.enter("embed", 0);
+        let positions = self.positions()?;
+        let tokens = self.graph.reshape(self.tokens, [Self::rows()])?;
+        let mut x = embed(&mut self.graph, model, self.quantization, tokens)?;
+        self.graph.keep(x, Keep::Always);
+        for layer in 0..model.layers {
+            self.graph.enter(format!("layers.{layer}.attention"), layer);
+            let weight = vector(&mut self.graph, &format!("layers.{layer}.attn_norm"), hidden)?;
+            let normed = self.graph.add(Op::RmsNorm { epsilon }, &[x, weight])?;
+            let attended = self.attention(layer, normed, positions)?;
+            x = self.graph.plus(x, attended)?;
+            self.graph.keep(x, Keep::Activation);
+            self.graph.enter(format!("layers.{layer}.mlp"), layer);
+            let weight = vector(&mut self.graph, &format!("layers.{layer}.mlp_norm"), hidden)?;
+            let normed = self.graph.add(Op::RmsNorm { epsilon }, &[x, weight])?;
+            let gate_up = self.linear(layer, 2, normed)?;
+            gate_up.iter().for_each(|&half| self.graph.keep(half, Keep::Activation));
+            let gate = self.graph.add(Op::QuickGelu { alpha: 1.0 }, &[gate_up[0]])?;
+            let inner = self.graph.times(gate, gate_up[1])?;
+            let projected = self.linear(layer, 3, inner)?;
+            x = self.graph.plus(x, projected[0])?;
+            self.graph.keep(x, Keep::Always);
+        }
+        self.graph.enter("head", model.layers);
+        let weight = vector(&mut self.graph, "norm", hidden)?;
+        let normed = self.graph.add(Op::RmsNorm { epsilon }, &[x, weight])?;
+        self.cross_entropy(normed)
+    }
+
+    /// Rows begin at position zero; the mask is `[time, time]`, [`MASKED`] where the column lies ahead of the row.
+    fn positions(&mut self) -> Result<Positions, GraphError> {
+        let time = Dim::named("time");
+        let graph = &mut self.graph;
+        let (cosines, sines) = rotary_tables(graph, self.model)?;
+        let start = graph.constant(Constant::I64(vec![0]), [1])?;
+        let range = graph.add(Op::Range(time.clone()), &[])?;
+        let column = graph.reshape(range, [time.clone(), 1.into()])?;
+        let row = graph.reshape(range, [1.into(), time])?;
+        let ahead = graph.add(Op::Less, &[column, row])?;
+        let (masked, zero) = (graph.scalar(MASKED)?, graph.scalar(0.0)?);
+        let mask = graph.add(Op::Where, &[ahead, masked, zero])?;
+        graph.keep(mask, Keep::Always);
+        Ok(Positions { start, cosines, sines, mask })
+    }
+
+    /// A frozen matrix as floats.
+    fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Result<ValueId, GraphError> {
+        let Some(packing) = packing(self.quantization) else {
+            let entry = format!("{name}.w");
+            return match self.graph.find(&entry) {
+                Some(known) => Ok(known),
+                None => self.graph.weight(entry.clone(), entry, TensorType::f32([rows, columns])),
+            };
+        };
+        let found = (self.graph.find(&format!("{name}.q.rows")), self.graph.find(&format!("{name}.s")));
+        let (weights, scales) = match found {
+            (Some(weights), Some(scales)) => (weights, scales),
+            _ => packed_rows(&mut self.graph, name, (rows, columns), packing)?,
+        };
+        let all = self.graph.add(Op::Range(rows.into()), &[])?;
+        self.graph.add(Op::GatherBlockQuantized { packing }, &[weights, all, scales])
+    }
+
+    /// Linear layer `which` of a block over `[rows, inputs]`: `x Wᵀ + scale (x Aᵀ) Bᵀ`, one output for each target.
+    /// The adapters of one input are multiplied by it at once.
+    fn linear(&mut self, layer: usize, which: usize, x: ValueId) -> Result<Vec<ValueId>, GraphError> {
+        let Linear { name, ref parts, inputs } = *self.block.linears()[which];
+        let (parts, rows) = (parts.clone(), self.block.linears()[which].rows());
+        let weight = self.matrix(&format!("layers.{layer}.{name}"), rows, inputs)?;
+        let base = self.graph.matmul_transposed(x, weight)?;
+        let sizes = parts.iter().map(|&(_, rows)| rows.into()).collect();
+        let mut outputs = self.pieces(base, 1, sizes)?;
+        let adapter = |target, part| self.adapters.get(&(layer, target, part)).copied();
+        let adapted = parts.iter().enumerate().filter_map(|(place, &(target, _))| {
+            Some((place, adapter(target, Part::A)?, adapter(target, Part::B)?))
+        });
+        let adapted: Vec<(usize, ValueId, ValueId)> = adapted.collect();
+        let down: Vec<ValueId> = adapted.iter().map(|&(_, a, _)| a).collect();
+        let stacked = match down.as_slice() {
+            [] => return Ok(outputs),
+            [one] => *one,
+            several => self.graph.add(Op::Concat { axis: 0 }, several)?,
+        };
+        let inner = self.graph.matmul_transposed(x, stacked)?;
+        let inner = self.graph.times(inner, self.scale)?;
+        let inner = self.pieces(inner, 1, vec![Dim::named("rank"); adapted.len()])?;
+        for ((place, _, b), inner) in adapted.into_iter().zip(inner) {
+            self.graph.keep(inner, Keep::Activation);
+            let update = self.graph.matmul_transposed(inner, b)?;
+            outputs[place] = self.graph.plus(outputs[place], update)?;
+        }
+        Ok(outputs)
+    }
+
+    fn pieces(&mut self, x: ValueId, axis: usize, sizes: Vec<Dim>) -> Result<Vec<ValueId>, GraphError> {
+        if sizes.len() == 1 { Ok(vec![x]) } else { self.graph.add_many(Op::Split { axis, sizes }, &[x]) }
+    }
+
+    /// Grouped queries attend without copies of the keys: the queries of a group are rows of one matrix.
+    fn attention(&mut self, layer: usize, x: ValueId, at: Positions) -> Result<ValueId, GraphError> {
+        let ModelConfig { heads, kv_heads, head_dim, .. } = *self.model;
+        let qkv = self.linear(layer, 0, x)?;
+        let (batch, time, kv, width) =
+            (Dim::named("batch"), Dim::named("time"), Dim::fixed(kv_heads), Dim::fixed(head_dim));
+        let group = Dim::fixed(heads / kv_heads);
+        let grouped_time = group.times(&time);
+        let query = self.rotate(qkv[0], heads, at)?;
+        let key = self.rotate(qkv[1], kv_heads, at)?;
+        let graph = &mut self.graph;
+        let query = graph.reshape(query, shape([&batch, &time, &kv, &group, &width]))?;
+        let query = graph.transpose(query, &[0, 2, 3, 1, 4])?;
+        let query = graph.reshape(query, shape([&batch, &kv, &grouped_time, &width]))?;
+        let key = graph.reshape(key, shape([&batch, &time, &kv, &width]))?;
+        let key = graph.transpose(key, &[0, 2, 1, 3])?;
+        let value = graph.reshape(qkv[2], shape([&batch, &time, &kv, &width]))?;
+        let value = graph.transpose(value, &[0, 2, 1, 3])?;
+        [query, key, value].into_iter().for_each(|operand| graph.keep(operand, Keep::Activation));
+        let scores = graph.product((query, false), (key, true), (head_dim as f32).sqrt().recip())?;
+        let scores = graph.reshape(scores, shape([&batch, &kv, &group, &time, &time]))?;
+        let scores = graph.plus(scores, at.mask)?;
+        let probabilities = graph.add(Op::Softmax, &[scores])?;
+        let probabilities = graph.reshape(probabilities, shape([&batch, &kv, &grouped_time, &time]))?;
+        let context = graph.matmul(probabilities, value)?;
+        let context = graph.reshape(context, shape([&batch, &kv, &group, &time, &width]))?;
+        let context = graph.transpose(context, &[0, 3, 1, 2, 4])?;
+        let context = graph.reshape(context, [Self::rows(), (heads * head_dim).into()])?;
+        graph.keep(context, Keep::Activation);
+        Ok(self.linear(layer, 1, context)?[0])
+    }
+
+    /// Rotary positions over `[rows, heads · head_dim]`; gives `[batch, time, heads · head_dim]`.
+    fn rotate(&mut self, x: ValueId, heads: usize, at: Positions) -> Result<ValueId, GraphError> {
+        let width = Dim::fixed(heads * self.model.head_dim);
+        let x = self.graph.reshape(x, shape([&Dim::named("batch"), &Dim::named("time"), &width]))?;
+        self.graph.add(Op::RotaryEmbedding { heads }, &[x, at.start, at.cosines, at.sines])
+    }
+
+    /// The loss and the log-probabilities of the targets, chunk by chunk of the sequence, so that the logits of all of
+    /// it never exist at once.
+    fn cross_entropy(&mut self, normed: ValueId) -> Result<(ValueId, ValueId), GraphError> {
+        let ModelConfig { hidden_size, vocab_size, .. } = *self.model;
+        let rows = Self::rows();
+        let chunks = rows.chunks(chunk_count(vocab_size));
+        let column = shape([&rows, &Dim::fixed(1)]);
+        let targets = self.graph.reshape(self.targets, column.clone())?;
+        let weights = self.graph.reshape(self.weights, column)?;
+        let normed = self.pieces(normed, 0, chunks.clone())?;
+        let targets = self.pieces(targets, 0, chunks.clone())?;
+        let weights = self.pieces(weights, 0, chunks)?;
+        let head = self.matrix(head_name(self.model), vocab_size, hidden_size)?;
+        let (mut sum, mut picked) = (None, Vec::with_capacity(normed.len()));
+        for ((normed, target), weight) in normed.into_iter().zip(targets).zip(weights) {
+            let logits = self.graph.matmul_transposed(normed, head)?;
+            let logprobs = self.graph.add(Op::LogSoftmax, &[logits])?;
+            let logprob = self.graph.add(Op::GatherElements { axis: 1 }, &[logprobs, target])?;
+            let weighted = self.graph.times(logprob, weight)?;
+            let total = self.graph.total(weighted)?;
+            sum = Some(match sum {
+                None => total,
+                Some(sum) => self.graph.plus(sum, total)?,
+            });
+            picked.push(logprob);
+        }
+        let sum = match sum {
+            Some(sum) => sum,
+            None => self.graph.scalar(0.0)?,
+        };
+        let loss = self.graph.unary(Unary::Neg, sum)?;
+        let picked = self.graph.add(Op::Concat { axis: 0 }, &picked)?;
+        let picked = self.graph.reshape(picked, shape([&Dim::named("batch"), &Dim::named("time")]))?;
+        Ok((loss, picked))
+    }
+}
+
+/// Pieces of the sequence for a vocabulary; at least two, so that none holds all logits.
+fn chunk_count(vocab_size: usize) -> usize {
+    (vocab_size * CHUNKED_ROWS * size_of::<f32>()).div_ceil(CHUNK_BYTES).clamp(2, 32)
+}

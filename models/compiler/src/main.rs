@@ -1,0 +1,294 @@
+//! The `model-compiler` command: arguments in, one library call, a summary or an error out.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use commonweal_adapter::Target;
+use commonweal_compiler::compile::{CompileError, CompileOptions, compile_with_progress};
+use commonweal_compiler::random::{RandomError, RandomOptions, random};
+use commonweal_compiler::{Accuracy, Bits};
+use commonweal_package::{Manifest, OpenError, Package, StagingError, WriteError, attach};
+use indicatif::{ProgressBar, ProgressStyle};
+
+const EXAMPLES: &str = "Examples:
+  model-compiler compile --checkpoint SmolLM2-135M-Instruct --out smol.package
+  model-compiler compile --checkpoint my-model --out my.package --bits 8 --rank 16 --targets q,v
+  model-compiler random --config config.json --tokenizer tokenizer.json --out random-checkpoint
+  model-compiler inspect smol.package --json
+  model-compiler attach smol.package --file guard.toml=guard.toml --file NOTICE=NOTICE.txt
+
+Exit codes: 0 done, 2 usage, 3 bad input, 1 anything else.";
+
+/// Compiles a Hugging Face checkpoint into a package that devices run and train.
+#[derive(Parser)]
+#[command(version, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Compile a checkpoint directory into a package directory
+    #[command(after_help = EXAMPLES)]
+    Compile(CompileArgs),
+    /// Make a random checkpoint of a given shape, to measure shapes without their weights
+    Random(RandomArgs),
+    /// Verify a package and show what it holds
+    Inspect {
+        /// The package directory
+        package: PathBuf,
+        /// Print the manifest as one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Add a guard, a reviser, a constitution, a licence or a notice to a package
+    Attach {
+        /// The package directory
+        package: PathBuf,
+        /// NAME=FILE, where NAME is guard.toml, constitution.toml, adapters/guard.safetensors,
+        /// adapters/reviser.safetensors, LICENSE or NOTICE; repeatable
+        #[arg(long = "file", value_name = "NAME=FILE", required = true, value_parser = name_and_file)]
+        files: Vec<(String, PathBuf)>,
+    },
+}
+
+#[derive(Args)]
+struct CompileArgs {
+    /// A Hugging Face checkpoint directory: config.json, safetensors, tokenizer.json, chat template
+    #[arg(long, env = "COMMONWEAL_CHECKPOINT")]
+    checkpoint: PathBuf,
+    /// The package directory to make; it must not exist yet, or be empty
+    #[arg(long, env = "COMMONWEAL_OUT")]
+    out: PathBuf,
+    /// Bits of one stored weight: 4, 8 or 32
+    #[arg(long, env = "COMMONWEAL_BITS", default_value = "4", value_parser = bits)]
+    bits: Bits,
+    /// Weights that share one scale: 32, 64 or 128
+    #[arg(long = "block", env = "COMMONWEAL_BLOCK", default_value_t = 32)]
+    block_size: usize,
+    /// Fast kernels round activations to 8 bits; exact ones do not
+    #[arg(long, env = "COMMONWEAL_ACCURACY", default_value = "fast")]
+    accuracy: AccuracyArg,
+    /// Default rank of a trained adapter
+    #[arg(long, env = "COMMONWEAL_RANK", default_value_t = 8)]
+    rank: usize,
+    /// Default alpha of a trained adapter [default: twice the rank]
+    #[arg(long, env = "COMMONWEAL_ALPHA")]
+    alpha: Option<f32>,
+    /// The linears that a trained adapter changes
+    #[arg(long, env = "COMMONWEAL_TARGETS", value_delimiter = ',', default_value = "q,k,v,o,gate,up,down")]
+    targets: Vec<Target>,
+    /// Longest sequence [default: the checkpoint's]
+    #[arg(long, env = "COMMONWEAL_CONTEXT")]
+    context: Option<usize>,
+    /// A Jinja chat template to use in place of the checkpoint's
+    #[arg(long, env = "COMMONWEAL_CHAT_TEMPLATE", value_name = "FILE")]
+    chat_template: Option<PathBuf>,
+    /// The SPDX expression of the model's licence
+    #[arg(long, env = "COMMONWEAL_LICENCE", value_name = "SPDX")]
+    licence: Option<String>,
+    /// A name for people [default: the checkpoint directory's]
+    #[arg(long, env = "COMMONWEAL_NAME")]
+    name: Option<String>,
+}
+
+#[derive(Args)]
+struct RandomArgs {
+    /// A Hugging Face config.json that gives the shape
+    #[arg(long)]
+    config: PathBuf,
+    /// A tokenizer.json whose tokens the shape has room for
+    #[arg(long)]
+    tokenizer: PathBuf,
+    /// A Jinja chat template [default: a plain one]
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
+    /// The checkpoint directory to make; it must not exist yet, or be empty
+    #[arg(long)]
+    out: PathBuf,
+    /// Equal seeds give equal weights
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum AccuracyArg {
+    Fast,
+    Exact,
+}
+
+impl From<AccuracyArg> for Accuracy {
+    fn from(accuracy: AccuracyArg) -> Self {
+        match accuracy {
+            AccuracyArg::Fast => Self::Fast,
+            AccuracyArg::Exact => Self::Exact,
+        }
+    }
+}
+
+fn bits(text: &str) -> Result<Bits, String> {
+    let bits: u8 = text.parse().map_err(|_| "must be 4, 8 or 32".to_owned())?;
+    Bits::try_from(bits).map_err(|error| error.to_string())
+}
+
+fn name_and_file(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, file) = text.split_once('=').ok_or("must be NAME=FILE")?;
+    Ok((name.to_owned(), file.into()))
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Compile(args) => run_compile(args),
+        Command::Random(args) => run_random(args),
+        Command::Inspect { package, json } => inspect(package, json),
+        Command::Attach { package, files } => run_attach(package, &files),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(if is_bad_input(&error) { 3 } else { 1 })
+        }
+    }
+}
+
+/// Whether what was given is to blame, rather than the disk or this program.
+fn is_bad_input(error: &anyhow::Error) -> bool {
+    if let Some(error) = error.downcast_ref::<CompileError>() {
+        error.is_bad_input()
+    } else if let Some(error) = error.downcast_ref::<RandomError>() {
+        !matches!(error, RandomError::Staging(StagingError::Write { .. }))
+    } else if let Some(error) = error.downcast_ref::<WriteError>() {
+        matches!(error, WriteError::Name { .. } | WriteError::Manifest(_))
+    } else {
+        error.is::<OpenError>() || error.is::<std::io::Error>()
+    }
+}
+
+fn run_compile(args: CompileArgs) -> Result<()> {
+    let options = CompileOptions {
+        bits: args.bits,
+        block_size: args.block_size,
+        accuracy: args.accuracy.into(),
+        rank: args.rank,
+        alpha: args.alpha.unwrap_or(2.0 * args.rank as f32),
+        targets: args.targets,
+        context: args.context,
+        chat_template: args.chat_template,
+        licence: args.licence,
+        name: args.name,
+        ..CompileOptions::new(args.checkpoint, args.out)
+    };
+    let bar = progress_bar("quantize");
+    let summary = compile_with_progress(&options, &mut |written, total| show(&bar, written, total))?;
+    bar.finish_and_clear();
+    println!("{}", options.out.display());
+    describe(&summary.manifest, summary.weights_bytes);
+    Ok(())
+}
+
+fn run_random(args: RandomArgs) -> Result<()> {
+    let RandomArgs { config, tokenizer, chat_template, out, seed } = args;
+    let options = RandomOptions { config, tokenizer, chat_template, out, seed };
+    let bar = progress_bar("random");
+    random(&options, &mut |written, total| show(&bar, written, total))?;
+    bar.finish_and_clear();
+    println!("{}", options.out.display());
+    Ok(())
+}
+
+fn inspect(package: PathBuf, json: bool) -> Result<()> {
+    let package = Package::open(package)?;
+    if json {
+        println!("{}", serde_json::to_string(package.manifest())?);
+    } else {
+        let weights = package.weights();
+        let bytes = fs::metadata(&weights).with_context(|| weights.display().to_string())?.len();
+        describe(package.manifest(), bytes);
+    }
+    Ok(())
+}
+
+fn run_attach(package: PathBuf, files: &[(String, PathBuf)]) -> Result<()> {
+    let package = Package::open_base(package)?;
+    let mut read = Vec::new();
+    for (name, path) in files {
+        read.push((
+            name.as_str(),
+            fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?,
+        ));
+    }
+    let files: Vec<(&str, &[u8])> = read.iter().map(|(name, bytes)| (*name, bytes.as_slice())).collect();
+    attach(&package, &files)?;
+    Ok(())
+}
+
+fn describe(manifest: &Manifest, weights_bytes: u64) {
+    let Manifest { model, quantization, adapter, tokens, .. } = manifest;
+    let line = |key: &str, value: String| println!("  {key:<12} {value}");
+    line("name", model.name.clone());
+    line("licence", manifest.licence.clone().unwrap_or("not stated".into()));
+    line(
+        "model",
+        format!(
+            "{:?}, {} layers, hidden {}, intermediate {}, {} heads ({} for keys and values) of {}",
+            model.architecture,
+            model.layers,
+            model.hidden_size,
+            model.intermediate_size,
+            model.heads,
+            model.kv_heads,
+            model.head_dim
+        ),
+    );
+    line(
+        "vocabulary",
+        format!("{} tokens, {}", model.vocab_size, if model.tied { "tied head" } else { "separate head" }),
+    );
+    line("context", format!("{} tokens", model.context));
+    line("parameters", format!("{:.1} million", parameters(manifest) as f64 / 1e6));
+    line(
+        "weights",
+        format!(
+            "{} bits in blocks of {}, {:?} kernels, {:.1} MB",
+            quantization.bits.count(),
+            quantization.block_size,
+            quantization.accuracy,
+            weights_bytes as f64 / 1e6
+        ),
+    );
+    let targets: Vec<&str> = adapter.targets.iter().map(|target| target.name()).collect();
+    let values = manifest.layout().map_or(0, |layout| layout.parameters());
+    line(
+        "adapter",
+        format!("rank {}, alpha {}, {}, {values} values", adapter.rank, adapter.alpha, targets.join(" ")),
+    );
+    line("tokens", format!("bos {:?}, eos {:?}, pad {}", tokens.bos, tokens.eos, tokens.pad));
+    line("base", manifest.base.to_string());
+    for (file, hash) in &manifest.files {
+        line(file, hash.to_string());
+    }
+}
+
+fn parameters(manifest: &Manifest) -> u64 {
+    let shapes = commonweal_compiler::checkpoint::tensor_shapes(&manifest.model);
+    shapes.iter().map(|(_, shape)| shape.iter().map(|&size| size as u64).product::<u64>()).sum()
+}
+
+fn progress_bar(stage: &'static str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {eta}");
+    let bar = ProgressBar::new(0).with_message(stage);
+    match style {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}
+
+fn show(bar: &ProgressBar, written: u64, total: u64) {
+    bar.set_length(total);
+    bar.set_position(written);
+}

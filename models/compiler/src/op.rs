@@ -1,0 +1,248 @@
+//! The operators of `graph.rs`: those of ONNX (opset 21) and of ONNX Runtime's `com.microsoft` set that the graphs
+//! need. `infer.rs` gives their types, `rules/` their gradients, `interpret.rs` their meaning, `lower.rs` their ONNX
+//! form.
+
+use crate::graph::ElementType;
+use crate::shape::{Dim, Shape};
+
+/// An element-wise function of one tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unary {
+    /// `-x`
+    Neg,
+    /// `1 / x`
+    Reciprocal,
+    /// The square root.
+    Sqrt,
+    /// `e^x`
+    Exp,
+    /// `1 / (1 + e^-x)`
+    Sigmoid,
+}
+
+/// An element-wise function of two tensors, which broadcast.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Binary {
+    /// `a + b`
+    Add,
+    /// `a - b`
+    Sub,
+    /// `a * b`
+    Mul,
+    /// `a / b`
+    Div,
+}
+
+/// How a reduction combines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reduction {
+    /// The sum.
+    Sum,
+    /// The mean.
+    Mean,
+}
+
+/// How a quantized matrix is packed: symmetric blocks along the rows, one scale each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packing {
+    /// Bits of one weight: 4 or 8.
+    pub bits: usize,
+    /// Weights that share one scale.
+    pub block_size: usize,
+}
+
+/// An operator and its attributes. Inputs are in the order of the documentation of each.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Op {
+    /// `(x)`: the same tensor under another name.
+    Identity,
+    /// `(x, y)`: `x`, but only once `y`, of the same shape, has been computed.
+    After,
+    /// `(x)`
+    Unary(Unary),
+    /// `(a, b)`
+    Binary(Binary),
+    /// `(x)`: `x · sigmoid(alpha · x)`, SiLU when alpha is 1.
+    QuickGelu {
+        /// Slope inside the sigmoid.
+        alpha: f32,
+    },
+    /// `(a, b)`: whether `a < b`, integers or floats, broadcast.
+    Less,
+    /// `(condition, a, b)`: `a` where the condition holds, else `b`, broadcast.
+    Where,
+    /// `(x)`
+    Reduce {
+        /// How.
+        reduction: Reduction,
+        /// Over which axes, ascending.
+        axes: Vec<usize>,
+        /// Whether they stay, with size 1.
+        keep: bool,
+    },
+    /// `(x)`: over the last axis.
+    Softmax,
+    /// `(x)`: over the last axis.
+    LogSoftmax,
+    /// `(x, weight)`: `x / sqrt(mean(x²) + epsilon) · weight` over the last axis. The second output is
+    /// `1 / sqrt(mean(x²) + epsilon)`, with a last axis of size 1.
+    RmsNorm {
+        /// Added to the mean square.
+        epsilon: f32,
+    },
+    /// `(x, skip, weight)`: the RMS norm of `x + skip`, and `x + skip`.
+    SkipRmsNorm {
+        /// Added to the mean square.
+        epsilon: f32,
+    },
+    /// `(a, b)` or `(a, b, c)`: `alpha · aᵀ? bᵀ? (+ c)` over the last two axes, the others broadcast. With `c` all
+    /// are matrices and `c` has the shape of the product.
+    MatMul {
+        /// Whether `a` is transposed.
+        transpose_a: bool,
+        /// Whether `b` is transposed.
+        transpose_b: bool,
+        /// Factor of the product.
+        alpha: f32,
+    },
+    /// `(x, packed, scales)`: `x · Wᵀ`, with `W` packed as `[outputs, blocks, bytes]`.
+    MatMulNBits {
+        /// Of the weights.
+        packing: Packing,
+        /// 4: activations are rounded to 8 bits; 0: they are not.
+        accuracy_level: i64,
+    },
+    /// `(packed, indices, scales)`: rows of `W` as floats, with `W` packed as `[rows, bytes]`.
+    GatherBlockQuantized {
+        /// Of the weights.
+        packing: Packing,
+    },
+    /// `(data, indices)`: rows along the axis.
+    Gather {
+        /// The axis.
+        axis: usize,
+    },
+    /// `(data, indices)`: one element of `data` for each index, along the axis.
+    GatherElements {
+        /// The axis.
+        axis: usize,
+    },
+    /// `(data, indices, updates)`: `data` with the updates added at the indices along the axis.
+    ScatterAdd {
+        /// The axis.
+        axis: usize,
+    },
+    /// `(x, positions, cosines, sines)`: turns the pairs `(i, i + head_dim / 2)` of each head of
+    /// `[batch, time, heads · head_dim]` by its position times a frequency; `positions` is `[1]`, where the rows
+    /// begin.
+    RotaryEmbedding {
+        /// Number of heads.
+        heads: usize,
+    },
+    /// `(qkv, past key, past value, lengths - 1, total length, cosines, sines)`: causal attention with rotary
+    /// positions and a cache that it updates; gives the context and the new keys and values.
+    GroupQueryAttention {
+        /// Query heads.
+        heads: usize,
+        /// Key and value heads.
+        kv_heads: usize,
+        /// Width of one head.
+        head_dim: usize,
+    },
+    /// `(x)`: the same elements in another shape.
+    Reshape(Shape),
+    /// `(x)`: broadcast to a shape.
+    Expand(Shape),
+    /// `(x)`
+    Transpose {
+        /// Which input axis each output axis is.
+        permutation: Vec<usize>,
+    },
+    /// `(x)`: consecutive pieces along an axis.
+    Split {
+        /// The axis.
+        axis: usize,
+        /// Their lengths.
+        sizes: Vec<Dim>,
+    },
+    /// `(x, …)`
+    Concat {
+        /// The axis.
+        axis: usize,
+    },
+    /// `(x)`: elements `start .. start + length` of an axis.
+    Slice {
+        /// The axis.
+        axis: usize,
+        /// The first element.
+        start: usize,
+        /// How many.
+        length: usize,
+    },
+    /// `(x)`: zeros around an axis of fixed size.
+    Pad {
+        /// The axis.
+        axis: usize,
+        /// Zeros before.
+        before: usize,
+        /// Zeros after.
+        after: usize,
+    },
+    /// `()`: the integers from zero up to a size.
+    Range(Dim),
+    /// `()`: one number everywhere.
+    Fill {
+        /// The number.
+        value: f32,
+        /// The shape.
+        shape: Shape,
+    },
+    /// `(x)`
+    Cast(ElementType),
+}
+
+impl Op {
+    /// The operator's name in ONNX, or the nearest to it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Identity => "Identity",
+            Self::After => "After",
+            Self::Unary(Unary::Neg) => "Neg",
+            Self::Unary(Unary::Reciprocal) => "Reciprocal",
+            Self::Unary(Unary::Sqrt) => "Sqrt",
+            Self::Unary(Unary::Exp) => "Exp",
+            Self::Unary(Unary::Sigmoid) => "Sigmoid",
+            Self::Binary(Binary::Add) => "Add",
+            Self::Binary(Binary::Sub) => "Sub",
+            Self::Binary(Binary::Mul) => "Mul",
+            Self::Binary(Binary::Div) => "Div",
+            Self::QuickGelu { .. } => "QuickGelu",
+            Self::Less => "Less",
+            Self::Where => "Where",
+            Self::Reduce { reduction: Reduction::Sum, .. } => "ReduceSum",
+            Self::Reduce { reduction: Reduction::Mean, .. } => "ReduceMean",
+            Self::Softmax => "Softmax",
+            Self::LogSoftmax => "LogSoftmax",
+            Self::RmsNorm { .. } => "SimplifiedLayerNormalization",
+            Self::SkipRmsNorm { .. } => "SkipSimplifiedLayerNormalization",
+            Self::MatMul { .. } => "MatMul",
+            Self::MatMulNBits { .. } => "MatMulNBits",
+            Self::GatherBlockQuantized { .. } => "GatherBlockQuantized",
+            Self::Gather { .. } => "Gather",
+            Self::GatherElements { .. } => "GatherElements",
+            Self::ScatterAdd { .. } => "ScatterElements",
+            Self::RotaryEmbedding { .. } => "RotaryEmbedding",
+            Self::GroupQueryAttention { .. } => "GroupQueryAttention",
+            Self::Reshape(_) => "Reshape",
+            Self::Expand(_) => "Expand",
+            Self::Transpose { .. } => "Transpose",
+            Self::Split { .. } => "Split",
+            Self::Concat { .. } => "Concat",
+            Self::Slice { .. } => "Slice",
+            Self::Pad { .. } => "Pad",
+            Self::Range(_) => "Range",
+            Self::Fill { .. } => "ConstantOfShape",
+            Self::Cast(_) => "Cast",
+        }
+    }
+}

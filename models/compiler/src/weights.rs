@@ -1,0 +1,290 @@
+//! `weights.bin`: where each frozen tensor lies ([`WeightTable`], known before any weight is read), and the streaming
+//! writer that fills it from a checkpoint (`checkpoint.rs`) through quantization (`quantize.rs`).
+//!
+//! Both graphs refer to the entries as ONNX external data. Matrices keep Hugging Face's orientation, one row per
+//! output: `[outputs, inputs]`, so a float matrix is used transposed and a quantized one is what `MatMulNBits` reads.
+//!
+//! | name | rows | columns |
+//! |---|---|---|
+//! | `layers.{i}.qkv` | queries, keys, values | hidden |
+//! | `layers.{i}.o` | hidden | heads · head_dim |
+//! | `layers.{i}.gate_up` | gate, up | hidden |
+//! | `layers.{i}.down` | hidden | intermediate |
+//! | `embed` | vocabulary | hidden; also the head of a tied model |
+//! | `head` | vocabulary | hidden; untied models only |
+//!
+//! A quantized matrix has `{name}.q` (u8 `[rows, columns / block, block · bits / 8]`) and `{name}.s` (f32
+//! `[rows, columns / block]`); a float one has `{name}.w` (f32 `[rows, columns]`). Vectors are f32 `[hidden]`:
+//! `layers.{i}.attn_norm.w`, `layers.{i}.mlp_norm.w`, `norm.w`. The rotary tables are f32 `[context, head_dim / 2]`:
+//! `rope.cos`, `rope.sin`.
+
+use std::io::{self, BufWriter, Write};
+use std::thread;
+
+use commonweal_package::{Bits, ModelConfig, Quantization};
+
+use crate::quantize::{BlockFormat, Quantized};
+use crate::tensors::{TensorError, Tensors};
+
+/// Entries begin at multiples of this, so that they can be memory-mapped one by one.
+pub const ALIGNMENT: u64 = 4096;
+
+/// The element type of an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightType {
+    /// 32-bit floats, little endian.
+    F32,
+    /// Bytes of packed quantized weights.
+    U8,
+}
+
+/// One tensor of `weights.bin`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WeightEntry {
+    /// The name, unique in the table.
+    pub name: String,
+    /// The element type.
+    pub dtype: WeightType,
+    /// The shape, row-major.
+    pub shape: Vec<usize>,
+    /// First byte in the file; a multiple of [`ALIGNMENT`].
+    pub offset: u64,
+    /// Length in bytes.
+    pub length: u64,
+}
+
+/// Where every frozen tensor lies in `weights.bin`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WeightTable {
+    entries: Vec<WeightEntry>,
+}
+
+/// A matrix whose rows cannot be cut into blocks.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "block size {block_size} must divide the row length of {matrix}, got {columns}; try a smaller --block or --bits 32"
+)]
+pub struct BlockError {
+    /// The matrix.
+    pub matrix: String,
+    /// Its row length.
+    pub columns: usize,
+    /// The quantization's block size.
+    pub block_size: usize,
+}
+
+/// Why `weights.bin` was not written.
+#[derive(Debug, thiserror::Error)]
+pub enum WeightsError {
+    /// A tensor of the checkpoint cannot be read.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+    /// The disk, or its space.
+    #[error("weights.bin cannot be written")]
+    Write(#[from] io::Error),
+}
+
+/// Values quantized at a time: 16 MB of floats.
+const CHUNK_VALUES: usize = 4 << 20;
+
+/// Where the values of one or two entries come from.
+enum Source {
+    /// A vector of the checkpoint.
+    Vector(String),
+    /// Matrices of the checkpoint, one below the other: names and rows.
+    Matrix(Vec<(String, usize)>),
+    /// A rotary table: this function of position times frequency.
+    Rotary(fn(f64) -> f64),
+}
+
+/// Every tensor of the file: name, source, columns; in the order of the forward pass.
+fn sources(model: &ModelConfig) -> Vec<(String, Source, usize)> {
+    let (hidden, intermediate) = (model.hidden_size, model.intermediate_size);
+    let whole = |name: &str, rows| Source::Matrix(vec![(name.to_owned(), rows)]);
+    let mut list = vec![
+        ("embed".into(), whole("model.embed_tokens.weight", model.vocab_size), hidden),
+        ("rope.cos".into(), Source::Rotary(libm::cos), model.head_dim / 2),
+        ("rope.sin".into(), Source::Rotary(libm::sin), model.head_dim / 2),
+    ];
+    for layer in 0..model.layers {
+        let theirs = |part: &str| format!("model.layers.{layer}.{part}.weight");
+        let stack = |parts: &[(&str, usize)]| {
+            Source::Matrix(parts.iter().map(|&(part, rows)| (theirs(part), rows)).collect())
+        };
+        let (query, kv) = (model.query_size(), model.kv_size());
+        let qkv = stack(&[("self_attn.q_proj", query), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)]);
+        let gate_up = stack(&[("mlp.gate_proj", intermediate), ("mlp.up_proj", intermediate)]);
+        let mut push =
+            |part: &str, source, columns| list.push((format!("layers.{layer}.{part}"), source, columns));
+        push("attn_norm", Source::Vector(theirs("input_layernorm")), hidden);
+        push("qkv", qkv, hidden);
+        push("o", stack(&[("self_attn.o_proj", hidden)]), query);
+        push("mlp_norm", Source::Vector(theirs("post_attention_layernorm")), hidden);
+        push("gate_up", gate_up, hidden);
+        push("down", stack(&[("mlp.down_proj", hidden)]), intermediate);
+    }
+    list.push(("norm".into(), Source::Vector("model.norm.weight".into()), hidden));
+    if !model.tied {
+        list.push(("head".into(), whole("lm_head.weight", model.vocab_size), hidden));
+    }
+    list
+}
+
+impl WeightTable {
+    /// Lays out the file for a model: in the order of the forward pass, each entry aligned to [`ALIGNMENT`].
+    pub fn plan(model: &ModelConfig, quantization: &Quantization) -> Result<Self, BlockError> {
+        let mut table = Self { entries: Vec::new() };
+        for (name, source, columns) in sources(model) {
+            match source {
+                Source::Rotary(_) => table.push(name, WeightType::F32, vec![model.context, columns]),
+                Source::Vector(_) => table.push(format!("{name}.w"), WeightType::F32, vec![columns]),
+                Source::Matrix(parts) => {
+                    let rows = parts.iter().map(|(_, rows)| rows).sum();
+                    table.matrix(name, rows, columns, quantization)?;
+                }
+            }
+        }
+        Ok(table)
+    }
+
+    /// The entries in the order of the file.
+    pub fn entries(&self) -> &[WeightEntry] {
+        &self.entries
+    }
+
+    /// The entry of that name.
+    pub fn find(&self, name: &str) -> Option<&WeightEntry> {
+        self.entries.iter().find(|entry| entry.name == name)
+    }
+
+    /// Length of the file in bytes.
+    pub fn length(&self) -> u64 {
+        self.entries.last().map_or(0, |last| last.offset + last.length)
+    }
+
+    fn matrix(
+        &mut self,
+        name: String,
+        rows: usize,
+        columns: usize,
+        quantization: &Quantization,
+    ) -> Result<(), BlockError> {
+        let Quantization { bits, block_size, .. } = *quantization;
+        if bits == Bits::Full {
+            self.push(format!("{name}.w"), WeightType::F32, vec![rows, columns]);
+            return Ok(());
+        }
+        if !columns.is_multiple_of(block_size) {
+            return Err(BlockError { matrix: name, columns, block_size });
+        }
+        let blocks = columns / block_size;
+        self.push(format!("{name}.q"), WeightType::U8, vec![rows, blocks, block_size * bits.count() / 8]);
+        self.push(format!("{name}.s"), WeightType::F32, vec![rows, blocks]);
+        Ok(())
+    }
+
+    fn push(&mut self, name: String, dtype: WeightType, shape: Vec<usize>) {
+        let width = match dtype {
+            WeightType::F32 => 4,
+            WeightType::U8 => 1,
+        };
+        let length = shape.iter().map(|&size| size as u64).product::<u64>() * width;
+        let offset = self.length().next_multiple_of(ALIGNMENT);
+        self.entries.push(WeightEntry { name, dtype, shape, offset, length });
+    }
+}
+
+/// Writes `weights.bin` as [`WeightTable::plan`] lays it out, a chunk of rows at a time. `progress` is told the number
+/// of bytes written so far.
+pub fn write(
+    file: &mut impl Write,
+    model: &ModelConfig,
+    quantization: &Quantization,
+    tensors: &Tensors,
+    progress: &mut dyn FnMut(u64),
+) -> Result<(), WeightsError> {
+    let format = BlockFormat::of(quantization);
+    let mut out = Output { file: BufWriter::with_capacity(1 << 20, file), written: 0, progress };
+    for (_, source, columns) in sources(model) {
+        out.align()?;
+        match source {
+            Source::Vector(name) => out.floats(&tensors.rows(&name, 0..columns)?)?,
+            Source::Rotary(function) => {
+                let frequencies = model.rotary_frequencies();
+                for position in 0..model.context {
+                    let row =
+                        frequencies.iter().map(|frequency| function(position as f64 * frequency) as f32);
+                    out.floats(&row.collect::<Vec<_>>())?;
+                }
+            }
+            Source::Matrix(parts) => {
+                let mut scales = Vec::new();
+                for (name, rows) in parts {
+                    let step = (CHUNK_VALUES / columns).max(1);
+                    for start in (0..rows).step_by(step) {
+                        let values = tensors.rows(&name, start..rows.min(start + step))?;
+                        match format {
+                            None => out.floats(&values)?,
+                            Some(format) => {
+                                let quantized = quantize_in_parallel(format, &values, columns);
+                                out.bytes(&quantized.codes)?;
+                                scales.extend(quantized.scales);
+                            }
+                        }
+                    }
+                }
+                if format.is_some() {
+                    out.align()?;
+                    out.floats(&scales)?;
+                }
+            }
+        }
+    }
+    out.file.flush()?;
+    Ok(())
+}
+
+/// Quantizes rows on every core. Blocks do not depend on each other, so the result does not depend on the cores.
+fn quantize_in_parallel(format: BlockFormat, values: &[f32], columns: usize) -> Quantized {
+    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let rows = (values.len() / columns).div_ceil(cores).max(1);
+    let parts: Vec<Quantized> = thread::scope(|scope| {
+        let chunks = values.chunks(rows * columns);
+        let workers: Vec<_> = chunks.map(|chunk| scope.spawn(move || format.quantize(chunk))).collect();
+        workers
+            .into_iter()
+            .map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    });
+    let mut whole = Quantized { codes: Vec::new(), scales: Vec::new() };
+    for part in parts {
+        whole.codes.extend(part.codes);
+        whole.scales.extend(part.scales);
+    }
+    whole
+}
+
+struct Output<'a, W: Write> {
+    file: BufWriter<W>,
+    written: u64,
+    progress: &'a mut dyn FnMut(u64),
+}
+
+impl<W: Write> Output<'_, W> {
+    fn bytes(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all(bytes)?;
+        self.written += bytes.len() as u64;
+        (self.progress)(self.written);
+        Ok(())
+    }
+
+    fn floats(&mut self, values: &[f32]) -> io::Result<()> {
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        self.bytes(&bytes)
+    }
+
+    fn align(&mut self) -> io::Result<()> {
+        let gap = self.written.next_multiple_of(ALIGNMENT) - self.written;
+        self.bytes(&vec![0; gap as usize])
+    }
+}

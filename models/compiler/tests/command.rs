@@ -1,0 +1,135 @@
+//! The `model-compiler` command as a person meets it: what it prints, what it leaves, how it exits.
+#![allow(clippy::unwrap_used, reason = "a failed test may panic")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use commonweal_package::Package;
+use tempfile::TempDir;
+
+fn goldens(variant: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens").join(variant)
+}
+
+fn model_compiler(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_model-compiler")).args(arguments).output().unwrap()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn compiles_inspects_and_attaches() {
+    let directory = TempDir::new().unwrap();
+    let package = directory.path().join("new/package");
+    let checkpoint = goldens("untied");
+    let arguments = ["compile", "--checkpoint", text(&checkpoint), "--out", text(&package)];
+    let output =
+        model_compiler(&[&arguments[..], &["--bits", "8", "--targets", "q,v", "--licence", "MIT"]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = model_compiler(&["inspect", text(&package)]);
+    let shown = String::from_utf8(output.stdout).unwrap();
+    for words in ["8 bits in blocks of 32", "separate head", "rank 8, alpha 16, q v", "MIT"] {
+        assert!(shown.contains(words), "{shown}");
+    }
+    let base = Package::open(&package).unwrap().base();
+    let notice = checkpoint.join("config.json");
+    let file = format!("NOTICE={}", text(&notice));
+    assert!(model_compiler(&["attach", text(&package), "--file", &file]).status.success());
+    let output = model_compiler(&["inspect", text(&package), "--json"]);
+    let manifest: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(manifest["base"], base.to_string());
+    assert!(manifest["files"]["NOTICE"].is_string());
+    let file = format!("weights.bin={}", text(&notice));
+    assert_eq!(model_compiler(&["attach", text(&package), "--file", &file]).status.code(), Some(3));
+}
+
+#[test]
+fn random_checkpoints_compile_and_repeat() {
+    let directory = TempDir::new().unwrap();
+    let (config, tokenizer) = (goldens("tied").join("config.json"), goldens("tied").join("tokenizer.json"));
+    let make = |name: &str, seed: &str| {
+        let out = directory.path().join(name);
+        let output = model_compiler(&[
+            "random",
+            "--config",
+            text(&config),
+            "--tokenizer",
+            text(&tokenizer),
+            "--out",
+            text(&out),
+            "--seed",
+            seed,
+        ]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        fs::read(out.join("model.safetensors")).unwrap()
+    };
+    let first = make("first", "7");
+    assert!(first == make("again", "7") && first != make("other", "8"));
+    let (checkpoint, package) = (directory.path().join("first"), directory.path().join("package"));
+    let output = model_compiler(&["compile", "--checkpoint", text(&checkpoint), "--out", text(&package)]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn exit_codes_tell_usage_from_bad_input() {
+    let directory = TempDir::new().unwrap();
+    let out = directory.path().join("package");
+    let bits = ["compile", "--checkpoint", ".", "--out", text(&out), "--bits", "5"];
+    assert_eq!(model_compiler(&bits).status.code(), Some(2));
+    let nowhere = model_compiler(&["compile", "--checkpoint", "/nowhere", "--out", text(&out)]);
+    assert_eq!(nowhere.status.code(), Some(3));
+    assert!(String::from_utf8(nowhere.stderr).unwrap().contains("/nowhere is not a directory"));
+    assert_eq!(model_compiler(&["inspect", "/nowhere"]).status.code(), Some(3));
+    assert!(model_compiler(&["--help"]).status.success());
+}
+
+/// A limit on the size of files stands for a full disk: writing fails in the middle of the package.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_nothing_behind() {
+    let directory = TempDir::new().unwrap();
+    let out = directory.path().join("package");
+    let script = "trap '' XFSZ; ulimit -f 40; exec \"$0\" compile --checkpoint \"$1\" --out \"$2\" --bits 32";
+    let output = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_model-compiler"), text(&goldens("tied")), text(&out)])
+        .output()
+        .unwrap();
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("cannot be written"), "{message}");
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+/// ONNX's own checker, where Python has it: set `COMMONWEAL_PYTHON`, or have `onnx` in `python3`.
+#[test]
+fn the_onnx_checker_accepts_the_graphs() {
+    let python = std::env::var("COMMONWEAL_PYTHON").unwrap_or_else(|_| "python3".into());
+    let present = Command::new(&python).args(["-c", "import onnx"]).output();
+    if !present.is_ok_and(|output| output.status.success()) {
+        eprintln!("SKIPPED: {python} has no onnx; set COMMONWEAL_PYTHON to a Python that does");
+        return;
+    }
+    let directory = TempDir::new().unwrap();
+    for (variant, bits) in [("tied", "4"), ("untied", "8"), ("untied", "32")] {
+        let out = directory.path().join(format!("{variant}{bits}"));
+        let checkpoint = goldens(variant);
+        let output = model_compiler(&[
+            "compile",
+            "--checkpoint",
+            text(&checkpoint),
+            "--out",
+            text(&out),
+            "--bits",
+            bits,
+        ]);
+        assert!(output.status.success());
+        for graph in ["infer.onnx", "train.onnx"] {
+            let script = "import onnx, sys; onnx.checker.check_model(sys.argv[1])";
+            let output = Command::new(&python).args(["-c", script, text(&out.join(graph))]).output().unwrap();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+}
