@@ -1,0 +1,353 @@
+//! Generates text: reads the prompts (`infer.rs`), chooses tokens (`sample_token.rs`) and decodes row by row until each
+//! stops.
+
+use commonweal_package::Tokens;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use crate::{
+    adapt::PreparedAdapter,
+    cache::Cache,
+    cancel::{Cancel, Run},
+    conversation::Prompt,
+    infer::{InferError, Lane, check_prompt},
+    model::Model,
+    prefix::SharedPrefix,
+    sample_token::choose,
+    tokenize::TextStream,
+};
+
+/// How text is generated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenerateOptions {
+    /// Most tokens of an answer; the context may end it sooner.
+    pub max_new_tokens: usize,
+    /// 0 takes the most probable token each time; 1 samples from the network's own distribution.
+    pub temperature: f32,
+    /// Samples only from the most probable tokens that together reach this probability; 1 from all.
+    pub top_p: f32,
+    /// Texts that end an answer; they are not part of it.
+    pub stop: Vec<String>,
+    /// Seed of the random numbers; each row draws its own, whatever else runs beside it.
+    pub seed: u64,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self { max_new_tokens: 256, temperature: 0.0, top_p: 1.0, stop: Vec::new(), seed: 0 }
+    }
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// The network ended it with one of the package's end tokens.
+    EndToken,
+    /// A stop text was reached.
+    StopText,
+    /// `max_new_tokens` was reached.
+    Length,
+    /// The context was full.
+    Context,
+}
+
+/// One answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generated {
+    /// The answer's text, without special tokens and without the stop text.
+    pub text: String,
+    /// The tokens generated, the end token and those of the stop text included.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub stop: StopReason,
+    /// Sum of the tokens' log-probabilities under the network's own distribution.
+    pub logprob: f64,
+}
+
+/// Receives text as it is generated: the prompt's index and the new piece. The pieces of a row make up its text.
+pub type OnText<'f> = &'f mut dyn FnMut(usize, &str);
+
+impl Model {
+    /// An answer for every prompt, in their order.
+    pub fn generate(
+        &self,
+        adapter: &PreparedAdapter,
+        prompts: &[Prompt],
+        options: &GenerateOptions,
+        cancel: &Cancel,
+    ) -> Result<Vec<Generated>, InferError> {
+        self.generate_streaming(adapter, None, prompts, options, &mut |_, _| (), cancel)
+    }
+
+    /// Like [`Model::generate`], with a shared prefix for the prompts that begin with it and with the text as it comes.
+    pub fn generate_streaming(
+        &self,
+        adapter: &PreparedAdapter,
+        prefix: Option<&SharedPrefix>,
+        prompts: &[Prompt],
+        options: &GenerateOptions,
+        on_text: OnText<'_>,
+        cancel: &Cancel,
+    ) -> Result<Vec<Generated>, InferError> {
+        options.check()?;
+        for (row, prompt) in prompts.iter().enumerate() {
+            check_prompt(self, row, &prompt.ids, self.context() - 1)?;
+        }
+        if let Some(prefix) = prefix {
+            prefix.check(adapter)?;
+        }
+        let run = Run::new(cancel)?;
+        let mut answers: Vec<Option<Generated>> = vec![None; prompts.len()];
+        for group in self.groups(prompts, options) {
+            let mut batch = Batch { model: self, adapter, prefix, run: &run, options };
+            batch.generate(prompts, &group, on_text, &mut answers)?;
+        }
+        Ok(answers.into_iter().flatten().collect())
+    }
+
+    /// Rows that run side by side: of similar length, as many as the options and the cache's memory allow.
+    fn groups(&self, prompts: &[Prompt], options: &GenerateOptions) -> Vec<Vec<usize>> {
+        let config = &self.manifest().model;
+        let mut order: Vec<usize> = (0..prompts.len()).collect();
+        order.sort_by_key(|&row| std::cmp::Reverse(prompts[row].ids.len()));
+        let mut groups: Vec<Vec<usize>> = Vec::new();
+        let mut group_max = 0;
+        for row in order {
+            match groups.last_mut() {
+                Some(group) if group.len() < group_max => group.push(row),
+                _ => {
+                    let bytes = Cache::row_bytes(config, capacity(self, &prompts[row].ids, options));
+                    group_max =
+                        (self.options().cache_bytes_max / bytes.max(1)).clamp(1, self.options().batch_max);
+                    groups.push(vec![row]);
+                }
+            }
+        }
+        groups
+    }
+}
+
+impl GenerateOptions {
+    fn check(&self) -> Result<(), InferError> {
+        let refuse = |name, expected, got| Err(InferError::Option { name, expected, got });
+        if self.max_new_tokens == 0 {
+            return refuse("max_new_tokens", "at least 1", 0.0);
+        }
+        if !self.temperature.is_finite() || self.temperature < 0.0 {
+            return refuse("temperature", "a number of at least 0", f64::from(self.temperature));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return refuse("top_p", "above 0 and at most 1", f64::from(self.top_p));
+        }
+        if self.stop.iter().any(String::is_empty) {
+            return refuse("stop", "texts of at least 1 character", 0.0);
+        }
+        Ok(())
+    }
+}
+
+/// Cache positions that a prompt and its answer need.
+fn capacity(model: &Model, ids: &[u32], options: &GenerateOptions) -> usize {
+    model.context().min(ids.len().saturating_add(options.max_new_tokens))
+}
+
+/// One group of rows on its way.
+struct Batch<'a> {
+    model: &'a Model,
+    adapter: &'a PreparedAdapter,
+    prefix: Option<&'a SharedPrefix>,
+    run: &'a Run,
+    options: &'a GenerateOptions,
+}
+
+impl Batch<'_> {
+    fn generate(
+        &mut self,
+        prompts: &[Prompt],
+        group: &[usize],
+        on_text: OnText<'_>,
+        answers: &mut [Option<Generated>],
+    ) -> Result<(), InferError> {
+        let vocab_size = self.model.manifest().model.vocab_size;
+        let ids: Vec<&[u32]> = group.iter().map(|&row| prompts[row].ids.as_slice()).collect();
+        let (mut lane, mut logits) = self.read_prompts(&ids)?;
+        let start = |(&row, ids): (&usize, &&[u32])| Row::new(self.model, self.options, row, ids.len());
+        let mut rows: Vec<Row<'_>> = group.iter().zip(&ids).map(start).collect();
+        loop {
+            for (row, logits) in rows.iter_mut().zip(logits.chunks_exact(vocab_size)) {
+                row.choose(self.options, logits, on_text)?;
+            }
+            for row in rows.iter_mut().filter(|row| row.stop.is_some()) {
+                if answers[row.prompt].is_none() {
+                    answers[row.prompt] = Some(row.answer(on_text)?);
+                }
+            }
+            let running = rows.iter().filter(|row| row.stop.is_none()).count();
+            if running == 0 {
+                return Ok(());
+            }
+            // Rows that have ended cost as much as running ones: leave them behind once they are half of all.
+            if running * 2 <= rows.len() {
+                let keep = |(at, row): (usize, &Row<'_>)| row.stop.is_none().then_some((at, row.length));
+                let kept: Vec<(usize, usize)> = rows.iter().enumerate().filter_map(keep).collect();
+                lane = lane.kept(&kept, lane.cache.capacity)?;
+                rows.retain(|row| row.stop.is_none());
+            }
+            let tokens: Vec<u32> = rows.iter().map(|row| row.last).collect();
+            let lengths: Vec<usize> = rows.iter().map(|row| row.length).collect();
+            logits = lane.decode(self.run, &tokens, &lengths)?.to_vec();
+            // An ended row writes its token to the same place again and again, so it never outgrows the cache.
+            rows.iter_mut().filter(|row| row.stop.is_none()).for_each(|row| row.length += 1);
+        }
+    }
+
+    /// Fills a lane with the prompts; the logits behind each prompt.
+    fn read_prompts(&self, ids: &[&[u32]]) -> Result<(Lane, Vec<f32>), InferError> {
+        let vocab_size = self.model.manifest().model.vocab_size;
+        let capacity = ids.iter().map(|ids| capacity(self.model, ids, self.options)).max().unwrap_or(1);
+        let mut lane = Lane::new(self.model, self.adapter, ids.len(), capacity)?;
+        let mut logits = vec![0.0; ids.len() * vocab_size];
+        let mut put = |row: usize, from: &[f32]| {
+            logits[row * vocab_size..][..vocab_size].copy_from_slice(from);
+            Ok(())
+        };
+        let lengths: Vec<usize> = ids.iter().map(|ids| ids.len()).collect();
+        if self.prefix.is_none() && Lane::fits_padded(self.model, &lengths, ids.len()) {
+            let lasts: Vec<Vec<usize>> = lengths.iter().map(|length| vec![length - 1]).collect();
+            lane.read_padded(self.run, ids, &lasts, |row, _, from| put(row, from))?;
+            return Ok((lane, logits));
+        }
+        // The attention operator takes several new tokens behind a past only for one row at a time.
+        let longest = lengths.iter().copied().max().unwrap_or(1);
+        let mut alone = Lane::new(self.model, self.adapter, 1, longest)?;
+        for (row, ids) in ids.iter().enumerate() {
+            let shared = match self.prefix {
+                Some(prefix) => prefix.lane_for(ids)?.map(|lane| (lane, prefix.ids().len())),
+                None => None,
+            };
+            let last = [ids.len() - 1];
+            if let Some((mut shared, start)) = shared {
+                shared.read(self.run, ids, start, &last, |_, from| put(row, from))?;
+                lane.cache.copy_row(row, &shared.cache, 0, ids.len());
+            } else {
+                alone.read(self.run, ids, 0, &last, |_, from| put(row, from))?;
+                lane.cache.copy_row(row, &alone.cache, 0, ids.len());
+            }
+        }
+        Ok((lane, logits))
+    }
+}
+
+/// One answer on its way.
+struct Row<'m> {
+    /// Index of the prompt among those of the call.
+    prompt: usize,
+    /// Tokens in the cache.
+    length: usize,
+    context: usize,
+    tokens: &'m Tokens,
+    random: ChaCha8Rng,
+    text: Option<TextStream<'m>>,
+    /// Bytes of the text that `on_text` has received.
+    shown: usize,
+    /// Where the stop text begins.
+    cut: Option<usize>,
+    last: u32,
+    logprob: f64,
+    stop: Option<StopReason>,
+}
+
+impl<'m> Row<'m> {
+    fn new(model: &'m Model, options: &GenerateOptions, prompt: usize, length: usize) -> Self {
+        let mut random = ChaCha8Rng::seed_from_u64(options.seed);
+        random.set_stream(prompt as u64);
+        let text = Some(model.tokenizer().text_stream());
+        let (context, tokens) = (model.context(), &model.manifest().tokens);
+        Self {
+            prompt,
+            length,
+            context,
+            tokens,
+            random,
+            text,
+            shown: 0,
+            cut: None,
+            last: 0,
+            logprob: 0.0,
+            stop: None,
+        }
+    }
+
+    fn choose(
+        &mut self,
+        options: &GenerateOptions,
+        logits: &[f32],
+        on_text: OnText<'_>,
+    ) -> Result<(), InferError> {
+        let (None, Some(stream)) = (self.stop, &mut self.text) else { return Ok(()) };
+        let choice = choose(logits, options.temperature, options.top_p, &mut self.random)
+            .ok_or(InferError::NotFinite { row: self.prompt })?;
+        self.last = choice.token;
+        self.logprob += f64::from(choice.logprob);
+        let seen = stream.tokens().len();
+        let text = stream.push(choice.token)?;
+        // A stop text that begins before `shown` would have been found, or held back, earlier.
+        self.cut = options.stop.iter().filter_map(|stop| text[self.shown..].find(stop)).min();
+        self.cut = self.cut.map(|cut| cut + self.shown);
+        self.stop = if self.tokens.eos.contains(&choice.token) {
+            Some(StopReason::EndToken)
+        } else if self.cut.is_some() {
+            Some(StopReason::StopText)
+        } else if seen + 1 >= options.max_new_tokens {
+            Some(StopReason::Length)
+        } else if self.length + 1 >= self.context {
+            Some(StopReason::Context)
+        } else {
+            None
+        };
+        if self.stop.is_none() {
+            let safe = text.len() - held_back(&text[self.shown..], &options.stop);
+            show(self.prompt, text, &mut self.shown, safe, on_text);
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, on_text: OnText<'_>) -> Result<Generated, InferError> {
+        let (mut text, tokens) = self.text.take().map(TextStream::finish).transpose()?.unwrap_or_default();
+        text.truncate(self.cut.unwrap_or(text.len()));
+        let end = text.len();
+        show(self.prompt, &text, &mut self.shown, end, on_text);
+        let stop = self.stop.unwrap_or(StopReason::Length);
+        Ok(Generated { text, tokens, stop, logprob: self.logprob })
+    }
+}
+
+fn show(prompt: usize, text: &str, shown: &mut usize, end: usize, on_text: OnText<'_>) {
+    if let Some(piece) = text.get(*shown..end).filter(|piece| !piece.is_empty()) {
+        on_text(prompt, piece);
+        *shown = end;
+    }
+}
+
+/// Bytes at the end of a text that may be the beginning of a stop text.
+fn held_back(text: &str, stops: &[String]) -> usize {
+    let begins = |stop: &String| {
+        let longest = text.len().min(stop.len() - 1);
+        (1..=longest).rev().find(|&length| stop.is_char_boundary(length) && text.ends_with(&stop[..length]))
+    };
+    stops.iter().filter_map(begins).max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_that_may_become_a_stop_text_is_held_back() {
+        let stops = ["\n\nUser:".to_owned(), "</s>".to_owned()];
+        assert_eq!(held_back("hello", &stops), 0);
+        assert_eq!(held_back("hello\n", &stops), 1);
+        assert_eq!(held_back("hello\n\nUs", &stops), 4);
+        assert_eq!(held_back("a<", &stops), 1);
+    }
+}

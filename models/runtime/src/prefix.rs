@@ -1,0 +1,94 @@
+//! A prefix that many prompts share, read once: the guard's policy, a system message. `generate.rs` and `score.rs`
+//! start the prompts that begin with it behind it.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::{
+    adapt::PreparedAdapter,
+    cancel::{Cancel, Run},
+    conversation::Prompt,
+    infer::{InferError, Lane, check_prompt},
+    model::Model,
+};
+
+/// Room for a prompt behind a prefix before its buffer grows for the first time.
+const ROOM_TOKENS: usize = 256;
+
+/// The cache of a prefix under one adapter. Prompts that do not begin with it are read whole; the result of a call
+/// never depends on the prefix, only its time.
+#[derive(Debug)]
+pub struct SharedPrefix {
+    ids: Vec<u32>,
+    adapter: u64,
+    /// One row: the prefix, and behind it whatever the last prompt left.
+    lane: Mutex<Lane>,
+}
+
+impl Model {
+    /// Reads a prefix. Its last token must leave room for one more in the context.
+    pub fn share_prefix(
+        &self,
+        adapter: &PreparedAdapter,
+        ids: &[u32],
+        cancel: &Cancel,
+    ) -> Result<SharedPrefix, InferError> {
+        check_prompt(self, 0, ids, self.context() - 1)?;
+        let run = Run::new(cancel)?;
+        let capacity = self.context().min(ids.len() + ROOM_TOKENS);
+        let mut lane = Lane::new(self, adapter, 1, capacity)?;
+        lane.read(&run, ids, 0, &[], |_, _| Ok(()))?;
+        Ok(SharedPrefix { ids: ids.to_vec(), adapter: adapter.identity(), lane: Mutex::new(lane) })
+    }
+}
+
+impl SharedPrefix {
+    /// The tokens of the prefix.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    pub(crate) fn check(&self, adapter: &PreparedAdapter) -> Result<(), InferError> {
+        if adapter.identity() == self.adapter {
+            Ok(())
+        } else {
+            Err(InferError::Foreign { what: "prefix", owner: "adapter" })
+        }
+    }
+
+    /// The row with room for a prompt that begins with the prefix and goes on.
+    pub(crate) fn lane_for(&self, prompt: &[u32]) -> Result<Option<MutexGuard<'_, Lane>>, InferError> {
+        if prompt.len() <= self.ids.len() || !prompt.starts_with(&self.ids) {
+            return Ok(None);
+        }
+        let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
+        if lane.cache.capacity < prompt.len() {
+            *lane = lane.grown(prompt.len().next_multiple_of(ROOM_TOKENS), self.ids.len())?;
+        }
+        Ok(Some(lane))
+    }
+}
+
+/// The longest run of tokens that all prompts begin with, one token short of the shortest prompt so that every prompt
+/// goes on behind it.
+pub fn common_prefix(prompts: &[Prompt]) -> &[u32] {
+    let Some((first, others)) = prompts.split_first() else { return &[] };
+    let shortest = prompts.iter().map(|prompt| prompt.ids.len()).min().unwrap_or(0);
+    let shared =
+        |other: &Prompt| first.ids.iter().zip(&other.ids).take_while(|(left, right)| left == right).count();
+    let length = others.iter().map(shared).min().unwrap_or(first.ids.len()).min(shortest.saturating_sub(1));
+    &first.ids[..length]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn common_prefix_leaves_every_prompt_a_token() {
+        let prompts = |rows: &[&[u32]]| rows.iter().map(|row| Prompt::from(row.to_vec())).collect::<Vec<_>>();
+        assert_eq!(common_prefix(&prompts(&[&[1, 2, 3, 4], &[1, 2, 5], &[1, 2, 3]])), [1, 2]);
+        assert_eq!(common_prefix(&prompts(&[&[1, 2], &[1, 2, 3]])), [1]);
+        assert_eq!(common_prefix(&prompts(&[&[7]])), [0_u32; 0]);
+        assert_eq!(common_prefix(&[]), [0_u32; 0]);
+    }
+}

@@ -1,0 +1,262 @@
+//! Renders a conversation with the package's `chat_template.jinja`, as Hugging Face's `apply_chat_template` does.
+//! `conversation.rs` turns the rendered text into tokens.
+
+use std::{fmt, path::Path};
+
+use minijinja::{Environment, Error, ErrorKind, Value, context, value::Kwargs};
+use minijinja_contrib::pycompat::unknown_method_callback;
+use serde::{Deserialize, Serialize};
+use serde_json::ser::{Formatter, PrettyFormatter};
+
+/// Who speaks in a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Instructions that stand above the conversation.
+    System,
+    /// The person.
+    User,
+    /// The model.
+    Assistant,
+}
+
+/// One turn of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// Who speaks.
+    pub role: Role,
+    /// What is said.
+    pub content: String,
+}
+
+impl Message {
+    /// A turn of the system.
+    pub fn system(content: impl Into<String>) -> Self {
+        Self { role: Role::System, content: content.into() }
+    }
+
+    /// A turn of the person.
+    pub fn user(content: impl Into<String>) -> Self {
+        Self { role: Role::User, content: content.into() }
+    }
+
+    /// A turn of the model.
+    pub fn assistant(content: impl Into<String>) -> Self {
+        Self { role: Role::Assistant, content: content.into() }
+    }
+}
+
+/// The texts of the special tokens that templates print.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct SpecialTokens {
+    /// Begins a sequence; empty where the model has none.
+    pub bos_token: String,
+    /// Ends a sequence.
+    pub eos_token: String,
+    /// Fills a row.
+    pub pad_token: String,
+}
+
+/// A chat template in the form Hugging Face publishes (Jinja, trimmed blocks, Python methods, `raise_exception`).
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    special: SpecialTokens,
+}
+
+/// Why a template could not be read or rendered.
+#[derive(Debug, thiserror::Error)]
+pub enum TemplateError {
+    /// The file could not be read.
+    #[error("chat template {path} does not read")]
+    Read {
+        /// The file.
+        path: String,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The template is no valid Jinja.
+    #[error("chat template does not parse")]
+    Parse(#[source] Error),
+    /// The template failed on these messages, or refused them with `raise_exception`.
+    #[error("chat template does not render {messages} messages")]
+    Render {
+        /// Number of messages.
+        messages: usize,
+        /// What the template said.
+        #[source]
+        source: Error,
+    },
+}
+
+const NAME: &str = "chat";
+
+impl ChatTemplate {
+    /// Reads a template file.
+    pub fn open(path: &Path, special: SpecialTokens) -> Result<Self, TemplateError> {
+        let read = std::fs::read_to_string(path);
+        let source =
+            read.map_err(|source| TemplateError::Read { path: path.display().to_string(), source })?;
+        Self::parse(&source, special)
+    }
+
+    /// Parses a template.
+    pub fn parse(source: &str, special: SpecialTokens) -> Result<Self, TemplateError> {
+        let mut environment = Environment::new();
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_unknown_method_callback(unknown_method_callback);
+        environment.add_function("raise_exception", |text: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, text))
+        });
+        environment.add_filter("tojson", to_python_json);
+        environment.add_template_owned(NAME, source.to_owned()).map_err(TemplateError::Parse)?;
+        Ok(Self { environment, special })
+    }
+
+    /// The text of a conversation. With `add_generation_prompt` it ends where the assistant's next turn begins.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TemplateError> {
+        let SpecialTokens { bos_token, eos_token, pad_token } = &self.special;
+        let failed = |source| TemplateError::Render { messages: messages.len(), source };
+        self.environment
+            .get_template(NAME)
+            .and_then(|template| {
+                template.render(context! { messages, add_generation_prompt, bos_token, eos_token, pad_token })
+            })
+            .map_err(failed)
+    }
+}
+
+impl fmt::Debug for ChatTemplate {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("ChatTemplate").field("special", &self.special).finish_non_exhaustive()
+    }
+}
+
+/// `tojson` as Hugging Face defines it: Python's `json.dumps(…, ensure_ascii=False)`. Jinja's own escapes HTML.
+#[expect(clippy::needless_pass_by_value, reason = "a filter owns its arguments")]
+fn to_python_json(value: &Value, options: Kwargs) -> Result<String, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    let _ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
+    options.assert_all_used()?;
+    let failed = |error| Error::new(ErrorKind::BadSerialization, "value has no JSON form").with_source(error);
+    let mut bytes = Vec::new();
+    match indent {
+        Some(width) => {
+            let spaces = " ".repeat(width.min(16));
+            let pretty = PrettyFormatter::with_indent(spaces.as_bytes());
+            value
+                .serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, pretty))
+                .map_err(failed)?;
+        }
+        None => {
+            value
+                .serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, Spaced))
+                .map_err(failed)?;
+        }
+    }
+    String::from_utf8(bytes)
+        .map_err(|error| Error::new(ErrorKind::BadSerialization, "not utf-8").with_source(error))
+}
+
+/// Python's separators: a space after each comma and colon.
+struct Spaced;
+
+impl Formatter for Spaced {
+    fn begin_array_value<W: ?Sized + std::io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { out.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + std::io::Write>(
+        &mut self,
+        out: &mut W,
+        first: bool,
+    ) -> std::io::Result<()> {
+        if first { Ok(()) } else { out.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, out: &mut W) -> std::io::Result<()> {
+        out.write_all(b": ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The form of TinyLlama-1.1B-Chat's template: roles by branches, `eos_token` after each turn, `loop.last`.
+    const ZEPHYR: &str = "{% for message in messages %}\n{% if message['role'] == 'user' %}\n\
+        {{ '<|user|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n\
+        {{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n\
+        {{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n\
+        {% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}";
+
+    /// The form of Qwen2.5's template: a default system turn, `tools` that may be undefined, `-` trimming.
+    const CHATML: &str = "{%- if tools %}\n    {{- '# Tools' }}\n{%- else %}\n    {%- if messages[0]['role'] == 'system' %}\n\
+        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n    {%- else %}\n\
+        {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}\n    {%- endif %}\n{%- endif %}\n\
+        {%- for message in messages %}\n    {%- if (message.role == \"user\") or (message.role == \"system\" and not loop.first) or (message.role == \"assistant\" and not message.tool_calls) %}\n\
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n    {%- endif %}\n{%- endfor %}\n\
+        {%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n";
+
+    fn template(source: &str) -> ChatTemplate {
+        let special =
+            SpecialTokens { bos_token: "<s>".into(), eos_token: "</s>".into(), pad_token: String::new() };
+        ChatTemplate::parse(source, special).unwrap()
+    }
+
+    // The expected texts are those of Jinja2 3.1.6 with Hugging Face's settings (trim_blocks, lstrip_blocks).
+    #[test]
+    fn zephyr_form_renders_as_published() {
+        let messages = [Message::system("Be kind."), Message::user("Hi"), Message::assistant("Hello")];
+        assert_eq!(
+            template(ZEPHYR).render(&messages[..2], true).unwrap(),
+            "<|system|>\nBe kind.</s>\n<|user|>\nHi</s>\n<|assistant|>\n"
+        );
+        assert_eq!(
+            template(ZEPHYR).render(&messages, false).unwrap(),
+            "<|system|>\nBe kind.</s>\n<|user|>\nHi</s>\n<|assistant|>\nHello</s>\n"
+        );
+    }
+
+    #[test]
+    fn chatml_form_renders_as_published() {
+        let messages = [Message::user("Hi"), Message::assistant("Hello")];
+        assert_eq!(
+            template(CHATML).render(&messages[..1], true).unwrap(),
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n\
+             <|im_start|>assistant\n"
+        );
+        assert_eq!(
+            template(CHATML).render(&[Message::system("S"), messages[0].clone()], false).unwrap(),
+            "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        );
+    }
+
+    #[test]
+    fn python_methods_and_tojson_work_as_in_hugging_face() {
+        let source = "{{ bos_token }}{% for m in messages %}{{ m['content'].strip().split(',')[0].upper() }}\
+            {{ {'a': [1, 'é<b>'], 'c': none} | tojson }}{% endfor %}";
+        let text = template(source).render(&[Message::user("  x,y ")], false).unwrap();
+        assert_eq!(text, "<s>X{\"a\": [1, \"é<b>\"], \"c\": null}");
+    }
+
+    #[test]
+    fn raise_exception_is_an_error_with_its_text() {
+        let source =
+            "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}";
+        let error = template(source).render(&[Message::assistant("x")], false).unwrap_err();
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("roles must alternate"), "{cause}");
+    }
+
+    #[test]
+    fn broken_template_is_an_error() {
+        let error = ChatTemplate::parse("{% for %}", SpecialTokens::default()).unwrap_err();
+        assert!(matches!(error, TemplateError::Parse(_)), "{error}");
+    }
+}

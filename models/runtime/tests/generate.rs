@@ -1,0 +1,254 @@
+//! Generation on the real library: adapters over one base, ragged batches, chunks, prefixes, stops, limits.
+#![allow(clippy::unwrap_used, reason = "a failed test may panic")]
+
+mod support;
+
+use commonweal_runtime::{Cancel, GenerateOptions, Generated, InferError, OpenOptions, Prompt, StopReason};
+use support::{adapter, greedy, model, model_with, prompts};
+
+const TEXTS: [&str; 4] = ["The sea is", "a", "Once upon a time there was a very long prompt that", "x = "];
+
+fn same(left: &[Generated], right: &[Generated]) {
+    assert_eq!(left.len(), right.len());
+    for (left, right) in left.iter().zip(right) {
+        assert_eq!((&left.tokens, &left.text, left.stop), (&right.tokens, &right.text, right.stop));
+        assert!((left.logprob - right.logprob).abs() < 1e-3, "{} {}", left.logprob, right.logprob);
+    }
+}
+
+#[test]
+fn two_adapters_over_one_base_give_what_each_gives_alone() {
+    let shared = model();
+    let (one, two) = (adapter(&shared, 1), adapter(&shared, 2));
+    let alone = |adapter| {
+        let model = model();
+        let prepared = model.prepare(adapter).unwrap();
+        model.generate(&prepared, &prompts(&model, &TEXTS), &greedy(12), &Cancel::new()).unwrap()
+    };
+    let expected = [alone(Some(&one)), alone(Some(&two)), alone(None)];
+    assert_ne!(expected[0][0].tokens, expected[1][0].tokens);
+    assert_ne!(expected[0][0].tokens, expected[2][0].tokens);
+    let prepared = [Some(&one), Some(&two), None].map(|adapter| shared.prepare(adapter).unwrap());
+    for turn in [0, 1, 2, 1, 0, 0, 2] {
+        let got = shared.generate(&prepared[turn], &prompts(&shared, &TEXTS), &greedy(12), &Cancel::new());
+        assert_eq!(got.unwrap(), expected[turn]);
+    }
+}
+
+#[test]
+fn ragged_batch_gives_what_each_row_gives_alone() {
+    let model = model();
+    let prepared = model.prepare(Some(&adapter(&model, 3))).unwrap();
+    let prompts = prompts(&model, &TEXTS);
+    let run = |prompts: &[Prompt]| model.generate(&prepared, prompts, &greedy(20), &Cancel::new()).unwrap();
+    let alone: Vec<Generated> = prompts.iter().flat_map(|prompt| run(std::slice::from_ref(prompt))).collect();
+    same(&run(&prompts), &alone);
+}
+
+#[test]
+fn small_chunks_and_small_groups_change_nothing() {
+    let whole = model();
+    for options in [
+        OpenOptions { prefill_tokens_max: 7, ..OpenOptions::default() },
+        OpenOptions { batch_max: 3, ..OpenOptions::default() },
+        OpenOptions { cache_bytes_max: 1, ..OpenOptions::default() },
+    ] {
+        let small = model_with(options);
+        let run = |model: &commonweal_runtime::Model| {
+            let prepared = model.prepare(Some(&adapter(model, 4))).unwrap();
+            model.generate(&prepared, &prompts(model, &TEXTS), &greedy(10), &Cancel::new()).unwrap()
+        };
+        same(&run(&small), &run(&whole));
+    }
+}
+
+#[test]
+fn shared_prefix_changes_nothing_even_when_prompts_outgrow_it() {
+    let model = model();
+    let prepared = model.prepare(Some(&adapter(&model, 5))).unwrap();
+    let policy = "Policy: be kind, be brief. ";
+    let long = format!("{policy}{}", "and so on ".repeat(15));
+    let texts = [&*format!("{policy}One?"), "no policy here", &*long, policy, &*format!("{policy}Two!")];
+    let prompts = prompts(&model, &texts);
+    // Short enough that the long prompt makes the prefix's buffer grow.
+    let ids = model.tokenizer().encode("Policy: be ").unwrap();
+    let prefix = model.share_prefix(&prepared, &ids, &Cancel::new()).unwrap();
+    let options = greedy(8);
+    let with = |prompts: &[Prompt]| {
+        model
+            .generate_streaming(&prepared, Some(&prefix), prompts, &options, &mut |_, _| (), &Cancel::new())
+            .unwrap()
+    };
+    let without = model.generate(&prepared, &prompts, &options, &Cancel::new()).unwrap();
+    same(&with(&prompts), &without);
+    same(&with(&prompts), &without);
+}
+
+#[test]
+fn stop_text_ends_the_answer_and_is_not_part_of_it() {
+    let model = model();
+    let prepared = model.prepare(Some(&adapter(&model, 6))).unwrap();
+    let prompts = prompts(&model, &TEXTS);
+    let free = model.generate(&prepared, &prompts, &greedy(40), &Cancel::new()).unwrap();
+    let mut checked = 0;
+    for (row, free) in free.iter().enumerate() {
+        // Two characters from the middle of what it says anyway.
+        let characters: Vec<(usize, char)> = free.text.char_indices().collect();
+        let Some([first, second]) = characters.get(10..12).and_then(|pair| <[_; 2]>::try_from(pair).ok())
+        else {
+            continue;
+        };
+        let stop: String = [first.1, second.1].iter().collect();
+        let options = GenerateOptions { stop: vec!["never said".into(), stop.clone()], ..greedy(40) };
+        let mut streamed = String::new();
+        let answer = model
+            .generate_streaming(
+                &prepared,
+                None,
+                &prompts[row..=row],
+                &options,
+                &mut |_, piece| streamed.push_str(piece),
+                &Cancel::new(),
+            )
+            .unwrap()
+            .remove(0);
+        assert_eq!(answer.stop, StopReason::StopText);
+        assert_eq!(answer.text, free.text[..free.text.find(&stop).unwrap()]);
+        assert_eq!(streamed, answer.text);
+        assert!(free.tokens.starts_with(&answer.tokens) && answer.tokens.len() < free.tokens.len());
+        checked += 1;
+    }
+    assert!(checked > 1, "{checked} answers long enough to be stopped");
+}
+
+#[test]
+fn streamed_pieces_make_up_each_text() {
+    let model = model();
+    let prepared = model.prepare(None).unwrap();
+    let mut streamed = vec![String::new(); TEXTS.len()];
+    let answers = model
+        .generate_streaming(
+            &prepared,
+            None,
+            &prompts(&model, &TEXTS),
+            &greedy(15),
+            &mut |row, piece| streamed[row].push_str(piece),
+            &Cancel::new(),
+        )
+        .unwrap();
+    assert_eq!(streamed, answers.iter().map(|answer| answer.text.clone()).collect::<Vec<_>>());
+}
+
+#[test]
+fn sampling_depends_on_seed_and_row_only() {
+    let model = model();
+    let prepared = model.prepare(None).unwrap();
+    let prompts = prompts(&model, &TEXTS);
+    let run = |seed, count: usize| {
+        let options = GenerateOptions { temperature: 1.0, top_p: 0.95, seed, ..greedy(16) };
+        let answers = model.generate(&prepared, &prompts[..count], &options, &Cancel::new()).unwrap();
+        answers.into_iter().map(|answer| answer.tokens).collect::<Vec<_>>()
+    };
+    assert_eq!(run(7, 4), run(7, 4));
+    assert_eq!(run(7, 2), run(7, 4)[..2]);
+    assert_ne!(run(7, 4), run(8, 4));
+}
+
+#[test]
+fn answer_ends_where_the_context_does() {
+    let model = model_with(OpenOptions { context_max: Some(24), ..OpenOptions::default() });
+    let prepared = model.prepare(None).unwrap();
+    let prompts = [Prompt::from(vec![70; 20]), Prompt::from(vec![71; 5])];
+    let answers = model.generate(&prepared, &prompts, &greedy(100), &Cancel::new()).unwrap();
+    for (answer, prompt) in answers.iter().zip(&prompts) {
+        if answer.stop != StopReason::EndToken {
+            assert_eq!(answer.stop, StopReason::Context);
+            assert_eq!(prompt.ids.len() + answer.tokens.len(), 24);
+        }
+    }
+}
+
+#[test]
+fn cancelled_calls_end_with_a_clear_error() {
+    let model = model();
+    let prepared = model.prepare(None).unwrap();
+    let prompts = prompts(&model, &TEXTS);
+    let used = Cancel::new();
+    used.cancel();
+    let before = model.generate(&prepared, &prompts, &greedy(5), &used);
+    assert!(matches!(before, Err(InferError::Cancelled)), "{before:?}");
+    // From inside the call, after the first piece of text, and from another thread: neither runs on to the end.
+    let cancel = Cancel::new();
+    let mut pieces = 0;
+    let mut stop = |_: usize, _: &str| {
+        pieces += 1;
+        let cancel = cancel.clone();
+        std::thread::spawn(move || cancel.cancel()).join().unwrap();
+    };
+    let during = model.generate_streaming(&prepared, None, &prompts, &greedy(200), &mut stop, &cancel);
+    assert!(matches!(during, Err(InferError::Cancelled)), "{during:?}");
+    assert!(pieces <= prompts.len(), "{pieces} pieces after the cancellation");
+    // The model is as usable as before.
+    assert!(model.generate(&prepared, &prompts, &greedy(5), &Cancel::new()).is_ok());
+}
+
+#[test]
+fn cancel_interrupts_a_run_in_progress() {
+    let model = model();
+    let prepared = model.prepare(None).unwrap();
+    let cancel = Cancel::new();
+    let handle = cancel.clone();
+    // Far more work than can be done before the other thread has cancelled: without the handle, many minutes.
+    let rows = vec![support::row(&model, &"p".repeat(100), &"q".repeat(100)); 50_000];
+    let canceller = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        handle.cancel();
+    });
+    let result = model.score_rows(&prepared, &rows, &cancel);
+    assert!(matches!(result, Err(InferError::Cancelled)), "{:?}", result.map(|scores| scores.len()));
+    canceller.join().unwrap();
+}
+
+#[test]
+fn bad_prompts_and_options_are_refused() {
+    let model = model();
+    let prepared = model.prepare(None).unwrap();
+    let run = |prompts: &[Prompt], options: &GenerateOptions| {
+        model.generate(&prepared, prompts, options, &Cancel::new()).unwrap_err()
+    };
+    let good = Prompt::from(vec![70, 71]);
+    let long = run(&[good.clone(), Prompt::from(vec![70; 256])], &greedy(1));
+    assert_eq!(long.to_string(), "prompt 1 must have at most 255 tokens, got 256");
+    assert!(matches!(run(&[Prompt::default()], &greedy(1)), InferError::Empty { row: 0 }));
+    let foreign = run(&[Prompt::from(vec![288])], &greedy(1));
+    assert!(matches!(foreign, InferError::Token { got: 288, vocab_size: 288, .. }), "{foreign}");
+    for options in [
+        greedy(0),
+        GenerateOptions { temperature: f32::NAN, ..greedy(1) },
+        GenerateOptions { temperature: -1.0, ..greedy(1) },
+        GenerateOptions { top_p: 0.0, ..greedy(1) },
+        GenerateOptions { stop: vec![String::new()], ..greedy(1) },
+    ] {
+        assert!(
+            matches!(run(std::slice::from_ref(&good), &options), InferError::Option { .. }),
+            "{options:?}"
+        );
+    }
+    assert_eq!(model.generate(&prepared, &[], &greedy(1), &Cancel::new()).unwrap(), []);
+}
+
+#[test]
+fn adapter_with_nan_and_foreign_adapters_are_refused() {
+    let model = model();
+    let mut broken = adapter(&model, 1);
+    broken.values_mut()[17] = f32::NAN;
+    let error = model.prepare(Some(&broken)).unwrap_err();
+    assert_eq!(error.to_string(), "adapter value 17 must be finite, got NaN");
+    let other = support::model().prepare(None).unwrap();
+    let foreign = model.generate(&other, &prompts(&model, &TEXTS), &greedy(1), &Cancel::new());
+    assert!(matches!(foreign, Err(InferError::Foreign { what: "adapter", .. })), "{foreign:?}");
+    let (one, two) = (model.prepare(None).unwrap(), model.prepare(Some(&adapter(&model, 1))).unwrap());
+    let prefix = model.share_prefix(&one, &[70, 71], &Cancel::new()).unwrap();
+    let foreign = model.score_next(&two, Some(&prefix), &prompts(&model, &TEXTS), &[3], &Cancel::new());
+    assert!(matches!(foreign, Err(InferError::Foreign { what: "prefix", .. })), "{foreign:?}");
+}

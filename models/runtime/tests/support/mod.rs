@@ -1,0 +1,85 @@
+//! What the tests against the real library share: a tiny random package, compiled once per process, and adapters.
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
+
+use commonweal_adapter::Adapter;
+use commonweal_compiler::{Accuracy, compile::CompileOptions, random::RandomOptions};
+use commonweal_package::Package;
+use commonweal_runtime::{GenerateOptions, Library, Model, OpenOptions, Prompt, TrainingRow};
+
+pub(crate) fn library() -> Library {
+    Library::load(None).expect("the onnx runtime library, put in place by scripts/setup")
+}
+
+/// A random Llama of two layers with a byte-level tokenizer; exact kernels, so that numbers compare closely.
+pub(crate) fn package() -> Package {
+    static BUILT: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
+    let (_, path) = BUILT.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = build(folder.path());
+        (folder, path)
+    });
+    Package::open(path).unwrap()
+}
+
+/// Compiles the tiny package inside a folder.
+pub(crate) fn build(folder: &Path) -> PathBuf {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    let (checkpoint, out) = (folder.join("checkpoint"), folder.join("package"));
+    let options = RandomOptions {
+        config: data.join("tiny.config.json"),
+        tokenizer: data.join("bytes.tokenizer.json"),
+        chat_template: Some(data.join("chatml.jinja")),
+        out: checkpoint.clone(),
+        seed: 1,
+    };
+    commonweal_compiler::random::random(&options, &mut |_, _| ()).unwrap();
+    let options = CompileOptions {
+        accuracy: Accuracy::Exact,
+        rank: 4,
+        alpha: 8.0,
+        ..CompileOptions::new(checkpoint, &out)
+    };
+    commonweal_compiler::compile::compile(&options).unwrap();
+    out
+}
+
+pub(crate) fn model() -> Model {
+    model_with(OpenOptions::default())
+}
+
+pub(crate) fn model_with(options: OpenOptions) -> Model {
+    Model::open(&library(), &package(), options).unwrap()
+}
+
+/// An adapter that changes the model's output visibly.
+pub(crate) fn adapter(model: &Model, seed: u64) -> Adapter {
+    let mut adapter = Adapter::init(Arc::clone(model.layout()), seed);
+    for (index, value) in adapter.values_mut().iter_mut().enumerate() {
+        let wave =
+            ((index as u64).wrapping_mul(2_654_435_761).wrapping_add(seed * 97) % 1000) as f32 / 1000.0;
+        *value += 0.3 * (wave - 0.5);
+    }
+    adapter
+}
+
+pub(crate) fn prompts(model: &Model, texts: &[&str]) -> Vec<Prompt> {
+    texts.iter().map(|text| Prompt::from(model.tokenizer().encode(text).unwrap())).collect()
+}
+
+/// A row that learns `answer` after `prompt`.
+pub(crate) fn row(model: &Model, prompt: &str, answer: &str) -> TrainingRow {
+    let mut ids = model.tokenizer().encode(prompt).unwrap();
+    let mut weights = vec![0.0; ids.len()];
+    ids.extend(model.tokenizer().encode(answer).unwrap());
+    weights.resize(ids.len(), 1.0);
+    TrainingRow { ids, weights }
+}
+
+pub(crate) fn greedy(max_new_tokens: usize) -> GenerateOptions {
+    GenerateOptions { max_new_tokens, ..GenerateOptions::default() }
+}
