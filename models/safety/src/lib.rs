@@ -1,0 +1,30 @@
+//! Safety over one base: what is unsafe, why, what to write instead, and how well that works.
+//!
+//! Flow: `guard.toml` ([`GuardConfig`]) + an adapter → [`Guard::judge`] gives each [`Pair`] a calibrated
+//! [`Judgement`] → a flagged pair goes to [`Reviser::revise`] with a [`Constitution`] → [`Revision`].
+//! [`refusal`] and [`SafetyReport`] measure answers; [`calibrate`] turns raw scores into probabilities.
+//!
+//! Works on `&str` only. It keeps no person's text, and neither its errors nor its logs contain any.
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed"))]
+
+mod category;
+mod config;
+mod question;
+mod guard;
+mod constitution;
+mod revise;
+mod open;
+pub mod refusal;
+pub mod calibrate;
+mod report;
+
+pub use category::{Category, CategoryId, InvalidCategoryId};
+pub use config::{ConfigError, GuardConfig, Layout, Place, Problem};
+pub use constitution::{Constitution, ConstitutionError, Principle, PrincipleId};
+pub use guard::{Guard, GuardError, Judgement, Pair};
+pub use open::OpenError;
+pub use question::{QuestionError, Questions};
+pub use report::{Confusion, GuardReport, Rate, SafetyReport};
+pub use revise::{
+    Flagged, ReviseError, ReviseOptions, Reviser, Revision, critique_messages, revision_messages,
+};

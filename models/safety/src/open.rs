@@ -1,0 +1,144 @@
+//! Opens the guard and the reviser that a package brings with it. Devices and the aggregator begin here; whoever has
+//! other files uses [`Guard::open`] and [`Reviser::open`].
+
+use std::{fs::File, io, io::Read, path::PathBuf};
+
+use commonweal_adapter::{
+    Adapter,
+    disk::{self, AdapterKind, ReadError},
+};
+use commonweal_package::Hash;
+use commonweal_runtime::{Cancel, Model};
+
+use crate::{
+    config::{ConfigError, GuardConfig},
+    constitution::{Constitution, ConstitutionError},
+    guard::{Guard, GuardError},
+    revise::{ReviseError, Reviser},
+};
+
+/// The guard's configuration in a package.
+const GUARD: &str = "guard.toml";
+/// The constitution in a package.
+const CONSTITUTION: &str = "constitution.toml";
+/// The reviser's adapter in a package.
+const REVISER: &str = "adapters/reviser.safetensors";
+/// An adapter of rank 64 on all linears of a model of 8 billion parameters has 670 MB.
+const FILE_BYTES_MAX: u64 = 1 << 30;
+
+/// Why a package's guard or reviser cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The package does not have the file.
+    #[error("package {} has no {name}", package.display())]
+    Missing {
+        /// The package's directory.
+        package: PathBuf,
+        /// The file that is absent from its manifest.
+        name: String,
+    },
+    /// The file cannot be read.
+    #[error("{} cannot be read", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is no adapter.
+    #[error("{name} is not an adapter")]
+    Adapter {
+        /// The file.
+        name: String,
+        /// What is wrong with it.
+        #[source]
+        source: ReadError,
+    },
+    /// The adapter is for something else.
+    #[error("{name} must be a {expected} adapter for base {base}, is a {got} adapter for {got_base}")]
+    Foreign {
+        /// The file.
+        name: String,
+        /// What it should be for.
+        expected: AdapterKind,
+        /// The package's base.
+        base: Hash,
+        /// What it is for.
+        got: AdapterKind,
+        /// The base that it was trained on.
+        got_base: Hash,
+    },
+    /// `guard.toml` cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// `constitution.toml` cannot be used.
+    #[error(transparent)]
+    Constitution(#[from] ConstitutionError),
+    /// The guard does not fit the model.
+    #[error(transparent)]
+    Guard(#[from] GuardError),
+    /// The reviser does not fit the model.
+    #[error(transparent)]
+    Reviser(#[from] ReviseError),
+}
+
+impl Guard {
+    /// The guard that the model's package brings: `guard.toml` and the adapter that it names.
+    pub fn from_package(model: &Model, cancel: &Cancel) -> Result<Self, OpenError> {
+        let config = GuardConfig::from_toml(&text(model, GUARD)?)?;
+        let adapter =
+            config.adapter.as_deref().map(|name| adapter(model, name, AdapterKind::Guard)).transpose()?;
+        Ok(Self::open(model, config, adapter.as_ref(), cancel)?)
+    }
+}
+
+impl Reviser {
+    /// The reviser that the model's package brings: `constitution.toml`, or the default constitution where there is
+    /// none, and `adapters/reviser.safetensors`, or the base alone.
+    pub fn from_package(model: &Model) -> Result<Self, OpenError> {
+        let constitution = match model.package().file(CONSTITUTION) {
+            Some(_) => Constitution::from_toml(&text(model, CONSTITUTION)?)?,
+            None => Constitution::default(),
+        };
+        let adapter = match model.package().file(REVISER) {
+            Some(_) => Some(adapter(model, REVISER, AdapterKind::Reviser)?),
+            None => None,
+        };
+        Ok(Self::open(model, constitution, adapter.as_ref())?)
+    }
+}
+
+fn bytes(model: &Model, name: &str) -> Result<Vec<u8>, OpenError> {
+    let package = model.package();
+    let missing = || OpenError::Missing { package: package.directory().into(), name: name.to_owned() };
+    let path = package.file(name).ok_or_else(missing)?;
+    let read = |path: &PathBuf| {
+        let mut bytes = Vec::new();
+        File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > FILE_BYTES_MAX {
+            return Err(io::Error::other(format!("file has more than {FILE_BYTES_MAX} bytes")));
+        }
+        Ok(bytes)
+    };
+    read(&path).map_err(|source| OpenError::Read { path, source })
+}
+
+fn text(model: &Model, name: &str) -> Result<String, OpenError> {
+    let invalid = |error: std::string::FromUtf8Error| OpenError::Read {
+        path: name.into(),
+        source: io::Error::new(io::ErrorKind::InvalidData, error.utf8_error()),
+    };
+    String::from_utf8(bytes(model, name)?).map_err(invalid)
+}
+
+fn adapter(model: &Model, name: &str, expected: AdapterKind) -> Result<Adapter, OpenError> {
+    let read = disk::read(&bytes(model, name)?);
+    let (adapter, facts) = read.map_err(|source| OpenError::Adapter { name: name.to_owned(), source })?;
+    let (base, got_base) = (model.manifest().base, Hash(facts.base));
+    if facts.kind != expected || got_base != base {
+        let name = name.to_owned();
+        return Err(OpenError::Foreign { name, expected, base, got: facts.kind, got_base });
+    }
+    Ok(adapter)
+}
