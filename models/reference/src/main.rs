@@ -1,0 +1,332 @@
+//! `train-reference`: trains, calibrates and evaluates the adapters of the bundled guard and reviser.
+//!
+//! Flow: `rows.rs` reads JSONL → `learn_guard.rs`, `learn_reviser.rs` make tokens → `batches.rs`, `learn.rs` train →
+//! `calibrate.rs` fills in `guard.toml` → `evaluate.rs` makes the table. Everything runs on the project's own runtime,
+//! with the gradient graph that devices use.
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed"))]
+
+use std::{fs, num::NonZeroUsize, path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use commonweal_adapter::{Adapter, disk::AdapterKind};
+use commonweal_package::Package;
+use commonweal_runtime::{Cancel, Library, LibraryError, Model, OpenOptions};
+use commonweal_safety::{
+    ConfigError, Constitution, ConstitutionError, Guard, GuardConfig, Reviser, calibrate::Target,
+};
+use serde_json::json;
+
+mod show;
+mod rows;
+mod learn_guard;
+mod learn_reviser;
+mod batches;
+mod learn;
+mod calibrate;
+mod evaluate;
+mod adapter_file;
+#[cfg(test)]
+mod test_model;
+
+use crate::{learn::Recipe, show::Progress};
+
+const EXAMPLES: &str = "Examples:
+  train-reference guard --package P --config guard.toml --rows guard.train.jsonl --out guard.safetensors
+  train-reference calibrate --package P --config guard.toml --guard guard.safetensors --rows guard.dev.jsonl
+  train-reference evaluate --package P --config guard.toml --guard guard.safetensors --rows guard.test.jsonl
+  train-reference reviser --package P --rows reviser.train.jsonl --out reviser.safetensors
+
+Exit codes: 0 done, 2 usage, 3 bad input, 5 runtime library missing, 1 anything else.";
+
+/// Trains, calibrates and evaluates the adapters of the bundled guard and reviser.
+#[derive(Parser)]
+#[command(version, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// One JSON object a line on stdout, no bar
+    #[arg(long, global = true)]
+    json: bool,
+    /// Threads of the runtime [default: as many as the machine runs at once]
+    #[arg(long, global = true)]
+    threads: Option<NonZeroUsize>,
+    /// The ONNX Runtime library
+    #[arg(long, global = true, value_name = "FILE")]
+    library: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train the guard's adapter
+    Guard {
+        #[command(flatten)]
+        files: TrainFiles,
+        /// The guard's questions and labels
+        #[arg(long, default_value = "models/reference/guard.toml")]
+        config: PathBuf,
+        #[command(flatten)]
+        recipe: Recipe,
+    },
+    /// Train the reviser's adapter
+    Reviser {
+        #[command(flatten)]
+        files: TrainFiles,
+        /// The principles that the rows name
+        #[arg(long, default_value = "models/reference/constitution.toml")]
+        constitution: PathBuf,
+        #[command(flatten)]
+        recipe: Recipe,
+    },
+    /// Fit probabilities and thresholds on a dev split, and write them into the guard's configuration
+    Calibrate {
+        #[command(flatten)]
+        guard: GuardFiles,
+        /// Labelled rows that the guard was not trained on
+        #[arg(long)]
+        rows: PathBuf,
+        /// What the thresholds are chosen for
+        #[arg(long, value_enum, default_value = "f1")]
+        target: TargetArg,
+        /// The recall or precision to reach, for those targets
+        #[arg(long, default_value_t = 0.9)]
+        reach: f64,
+        /// Give each category a threshold of its own where there are enough rows
+        #[arg(long)]
+        per_category: bool,
+        /// Where to write the configuration [default: in place]
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// Measure guard, and reviser, on labelled rows
+    Evaluate {
+        #[command(flatten)]
+        guard: GuardFiles,
+        /// Labelled guard rows; may be given several times
+        #[arg(long)]
+        rows: Vec<PathBuf>,
+        /// The reviser's adapter; revises the harmful replies of `--reviser-rows`
+        #[arg(long, requires = "reviser_rows")]
+        reviser: Option<PathBuf>,
+        /// Reviser rows
+        #[arg(long)]
+        reviser_rows: Option<PathBuf>,
+        /// The principles
+        #[arg(long, default_value = "models/reference/constitution.toml")]
+        constitution: PathBuf,
+    },
+}
+
+#[derive(Args)]
+struct TrainFiles {
+    /// The compiled package of the base
+    #[arg(long)]
+    package: PathBuf,
+    /// Training rows
+    #[arg(long)]
+    rows: PathBuf,
+    /// Where to write the adapter
+    #[arg(long)]
+    out: PathBuf,
+    /// Where a run's state is kept, so that a killed run resumes [default: beside the adapter]
+    #[arg(long)]
+    state: Option<PathBuf>,
+    /// Where to write the training log [default: the adapter's name with .log.jsonl]
+    #[arg(long)]
+    log: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct GuardFiles {
+    /// The compiled package of the base
+    #[arg(long)]
+    package: PathBuf,
+    /// The guard's configuration
+    #[arg(long, default_value = "models/reference/guard.toml")]
+    config: PathBuf,
+    /// The guard's adapter; without one the base is judged as it is
+    #[arg(long)]
+    guard: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum TargetArg {
+    F1,
+    Recall,
+    Precision,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// What the contract of all commands says: 3 for bad input, 5 for a missing library.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let bad_input = |cause: &(dyn std::error::Error + 'static)| {
+        cause.is::<rows::RowsError>()
+            || cause.is::<ConfigError>()
+            || cause.is::<ConstitutionError>()
+            || cause.is::<commonweal_package::OpenError>()
+    };
+    if error.chain().any(<dyn std::error::Error>::is::<LibraryError>) {
+        5
+    } else if error.chain().any(bad_input) {
+        3
+    } else {
+        1
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    let progress = Progress::new(cli.json);
+    let open = |package: &PathBuf| -> Result<Model> {
+        let library = Library::load_with(cli.library.as_deref(), cli.threads)?;
+        let package = Package::open_base(package)?;
+        Ok(Model::open(&library, &package, OpenOptions::default())?)
+    };
+    match cli.command {
+        Command::Guard { files, config, recipe } => {
+            let rows = rows::read(&files.rows)?;
+            let config = GuardConfig::from_toml(&read_text(&config)?)?;
+            let model = open(&files.package)?;
+            let learned = learn_guard::guard_rows(&model, &config, &rows)?;
+            files.train(&model, &learned, &recipe, AdapterKind::Guard, progress)
+        }
+        Command::Reviser { files, constitution, recipe } => {
+            let rows = rows::read(&files.rows)?;
+            let constitution = Constitution::from_toml(&read_text(&constitution)?)?;
+            let model = open(&files.package)?;
+            let learned = learn_reviser::reviser_rows(&model, &constitution, &rows)?;
+            files.train(&model, &learned, &recipe, AdapterKind::Reviser, progress)
+        }
+        Command::Calibrate { guard, rows, target, reach, per_category, out } => {
+            let rows = rows::read(&rows)?;
+            let target = match target {
+                TargetArg::F1 => Target::F1,
+                TargetArg::Recall => Target::Recall(reach),
+                TargetArg::Precision => Target::Precision(reach),
+            };
+            let model = open(&guard.package)?;
+            let text = read_text(&guard.config)?;
+            let mut config = GuardConfig::from_toml(&text)?;
+            // Every row gets a category, so that each category's rows can be counted.
+            config.threshold = f64::MIN_POSITIVE;
+            config.categories.iter_mut().for_each(|category| category.threshold = None);
+            let judge = guard.open(&model, config.clone())?;
+            let judgements = calibrate::judge(&judge, &rows, progress)?;
+            let (calibrated, measured) =
+                calibrate::calibrate(&config, &rows, &judgements, target, per_category)?;
+            let out = out.unwrap_or(guard.config);
+            learn::write_whole(&out, (heading(&text) + &calibrated.to_toml()?).as_bytes())?;
+            progress.event(&json!({"event": "calibrated", "out": out, "measured": measured}));
+            Ok(())
+        }
+        Command::Evaluate { guard, rows, reviser, reviser_rows, constitution } => {
+            if rows.is_empty() && reviser_rows.is_none() {
+                bail!("nothing to evaluate: give --rows or --reviser with --reviser-rows");
+            }
+            let model = open(&guard.package)?;
+            let config = GuardConfig::from_toml(&read_text(&guard.config)?)?;
+            let judge = guard.open(&model, config)?;
+            for path in rows {
+                let evaluation = evaluate::evaluate(&judge, &rows::read(&path)?, progress)?;
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                if progress.is_json() {
+                    println!("{}", evaluation.json(&name));
+                } else {
+                    evaluation.print(&name);
+                }
+            }
+            if let Some(path) = reviser_rows {
+                let constitution = Constitution::from_toml(&read_text(&constitution)?)?;
+                let adapter =
+                    reviser.map(|file| read_adapter(&file, &model, AdapterKind::Reviser)).transpose()?;
+                let reviser = Reviser::open(&model, constitution, adapter.as_ref())?;
+                let counts = evaluate::evaluate_reviser(&judge, &reviser, &rows::read(&path)?, progress)?;
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                if progress.is_json() {
+                    println!("{}", counts.json(&name));
+                } else {
+                    counts.print(&name);
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+impl TrainFiles {
+    fn train(
+        &self,
+        model: &Model,
+        rows: &[commonweal_runtime::TrainingRow],
+        recipe: &Recipe,
+        kind: AdapterKind,
+        progress: Progress,
+    ) -> Result<()> {
+        let beside = self.out.parent().map(PathBuf::from).unwrap_or_default();
+        let state = self.state.clone().unwrap_or_else(|| beside.join("state"));
+        let log = self.log.clone().unwrap_or_else(|| self.out.with_extension("log.jsonl"));
+        let adapter = learn::learn(model, rows, recipe, &state, &log, progress)?;
+        learn::write_whole(&self.out, &adapter_file::write(&adapter, model, kind)?)?;
+        progress.event(&json!({"event": "trained", "kind": kind.name(), "out": self.out}));
+        Ok(())
+    }
+}
+
+impl GuardFiles {
+    fn open(&self, model: &Model, config: GuardConfig) -> Result<Guard> {
+        let adapter =
+            self.guard.as_ref().map(|file| read_adapter(file, model, AdapterKind::Guard)).transpose()?;
+        Ok(Guard::open(model, config, adapter.as_ref(), &Cancel::new())?)
+    }
+}
+
+/// The comment that a file opens with: writing TOML would lose it.
+fn heading(text: &str) -> String {
+    text.split_inclusive('\n').take_while(|line| line.starts_with('#')).collect()
+}
+
+fn read_text(path: &PathBuf) -> Result<String> {
+    fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))
+}
+
+fn read_adapter(path: &PathBuf, model: &Model, kind: AdapterKind) -> Result<Adapter> {
+    let bytes = fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?;
+    adapter_file::read(&bytes, model, kind).with_context(|| path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_arguments_are_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_opening_comment_is_kept() {
+        assert_eq!(heading("# one\n# two\nformat = 1\n# three\n"), "# one\n# two\n");
+        assert_eq!(heading("format = 1\n"), "");
+    }
+
+    #[test]
+    fn bad_input_and_a_missing_library_have_their_own_exit_codes() {
+        let rows: anyhow::Error = rows::RowsError::Empty { path: "x".into() }.into();
+        assert_eq!(exit_code(&rows.context("while reading")), 3);
+        assert_eq!(exit_code(&GuardConfig::from_toml("?").unwrap_err().into()), 3);
+        let missing = Library::load(Some("/nonexistent/libonnxruntime.so".as_ref()));
+        assert_eq!(exit_code(&missing.unwrap_err().into()), 5);
+        assert_eq!(exit_code(&anyhow::anyhow!("anything else")), 1);
+    }
+}
