@@ -1,0 +1,182 @@
+//! The command line of `edge-client`: what a person types becomes one call into the stages.
+//!
+//! Each verb has a function in a file below; `main.rs` turns the error into an exit code with [`exit::code`].
+
+pub mod exit;
+mod open;
+mod enroll;
+mod evaluate;
+mod serve;
+mod add;
+mod offline;
+mod rounds;
+mod status;
+mod chat;
+mod bench;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::events::Output;
+
+const EXAMPLES: &str = "\
+Examples:
+  edge-client enroll 'commonweal://aggregator.example:4433/?token=…&ca=…'
+  edge-client add chats.jsonl            keep a file's conversations for training
+  edge-client run                        take part in rounds until stopped
+  edge-client once --json                one round, its stages as JSON lines
+  edge-client filter chats.jsonl --json  what the guard says, without training
+  edge-client chat                       talk to the installed model
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 4 refused by the aggregator, 5 unavailable (network, library).";
+
+/// Takes part in federated fine-tuning; a person's text never leaves this device.
+#[derive(Debug, Parser)]
+#[command(name = "edge-client", version, about, after_help = EXAMPLES)]
+pub struct Cli {
+    /// Options of every verb.
+    #[command(flatten)]
+    pub shared: Shared,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Options of every verb. Each can also be set in `device.toml` in the state directory.
+#[derive(Debug, Args)]
+pub struct Shared {
+    /// State directory: identity, samples, adapters [default: $XDG_DATA_HOME/commonweal/device]
+    #[arg(long, global = true, env = "COMMONWEAL_DIR", value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// Model package [default: target/reference/package]
+    #[arg(long, global = true, env = "COMMONWEAL_PACKAGE", value_name = "DIR")]
+    pub package: Option<PathBuf>,
+    /// ONNX Runtime library [default: what scripts/setup fetched]
+    #[arg(long, global = true, env = "ORT_DYLIB_PATH", value_name = "FILE")]
+    pub library: Option<PathBuf>,
+    /// Policy file [default: policy.toml in the state directory, else built in]
+    #[arg(long, global = true, env = "COMMONWEAL_POLICY", value_name = "FILE")]
+    pub policy: Option<PathBuf>,
+    /// Constitution file [default: the package's]
+    #[arg(long, global = true, env = "COMMONWEAL_CONSTITUTION", value_name = "FILE")]
+    pub constitution: Option<PathBuf>,
+    /// Threads that the network runs on [default: all cores]
+    #[arg(long, global = true, env = "COMMONWEAL_THREADS", value_name = "N")]
+    pub threads: Option<usize>,
+    /// One JSON object a line on stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+impl Shared {
+    /// How events are shown.
+    pub fn output(&self) -> Output {
+        if self.json { Output::Json } else { Output::Text }
+    }
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Get an identity from an aggregator with a single-use invitation
+    Enroll {
+        /// `commonweal://HOST:PORT/?token=…&ca=…`, as `aggregator token` prints it
+        invitation: String,
+    },
+    /// Take part in rounds until stopped
+    Run {
+        /// Stop after this many accepted updates
+        #[arg(long, value_name = "N")]
+        rounds: Option<u64>,
+    },
+    /// Take part in one round, if there is one, and install what was published
+    Once,
+    /// What the device is, has and did
+    Status,
+    /// Keep a file's conversations for training (chat JSONL, chosen/rejected JSONL, goal,target CSV)
+    Add {
+        /// The files
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+    /// What the guard says of a file's conversations; nothing is kept
+    Filter {
+        /// The file
+        file: PathBuf,
+        /// Judge against the rows' labels and print the confusion table (rows: prompt, response, label, source)
+        #[arg(long)]
+        evaluate: bool,
+    },
+    /// Filter a file and rewrite what is harmful; prints the pairs that training would use
+    Revise {
+        /// The file
+        file: PathBuf,
+    },
+    /// Filter, revise and train on a file; writes an adapter, sends nothing
+    Train {
+        /// The file
+        file: PathBuf,
+        /// Where the adapter goes
+        #[arg(long, default_value = "adapter.safetensors", value_name = "FILE")]
+        out: PathBuf,
+        /// Optimizer steps
+        #[arg(long, default_value_t = 100, value_name = "N")]
+        steps: u32,
+        /// Peak learning rate
+        #[arg(long, default_value_t = 1e-3, value_name = "RATE")]
+        learning_rate: f32,
+    },
+    /// Talk to the installed model
+    Chat {
+        /// Answer this and end, instead of reading from the terminal
+        #[arg(long, value_name = "TEXT")]
+        prompt: Option<String>,
+        /// 0 always takes the most probable word
+        #[arg(long, default_value_t = 0.7)]
+        temperature: f32,
+        /// Tokens of an answer at most
+        #[arg(long, default_value_t = 256, value_name = "N")]
+        max_tokens: usize,
+    },
+    /// An OpenAI-compatible endpoint on this machine for the installed model
+    Serve {
+        /// Where to listen; the loopback only, unless you say otherwise
+        #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+        listen: std::net::SocketAddr,
+    },
+    /// Measure filter, generation and training on this device
+    Bench,
+    /// Take part in no more rounds until `resume`
+    Pause,
+    /// Take part again
+    Resume,
+}
+
+/// Runs a verb to its end.
+pub fn run(cli: &Cli) -> anyhow::Result<()> {
+    let shared = &cli.shared;
+    match &cli.verb {
+        Verb::Enroll { invitation } => enroll::enroll(shared, invitation),
+        Verb::Run { rounds } => rounds::run(shared, *rounds),
+        Verb::Once => rounds::once(shared),
+        Verb::Status => status::status(shared),
+        Verb::Add { files } => add::add(shared, files),
+        Verb::Filter { file, evaluate: false } => offline::filter(shared, file),
+        Verb::Filter { file, evaluate: true } => evaluate::evaluate(shared, file),
+        Verb::Revise { file } => offline::revise(shared, file),
+        Verb::Train { file, out, steps, learning_rate } => {
+            let (steps, learning_rate) = (*steps, *learning_rate);
+            let request =
+                offline::TrainRequest { file: file.clone(), out: out.clone(), steps, learning_rate };
+            offline::train(shared, &request)
+        }
+        Verb::Chat { prompt, temperature, max_tokens } => {
+            chat::chat(shared, prompt.clone(), *temperature, *max_tokens)
+        }
+        Verb::Serve { listen } => serve::serve(shared, *listen),
+        Verb::Bench => bench::bench(shared),
+        Verb::Pause => status::pause(shared),
+        Verb::Resume => status::resume(shared),
+    }
+}

@@ -1,0 +1,150 @@
+//! Opens what a verb needs: settings, policy, package, model, guard, reviser, store.
+
+use std::{
+    fs::File,
+    io::{BufReader, IsTerminal},
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context, Result};
+use commonweal_adapter::AdapterLayout;
+use commonweal_package::Package;
+use commonweal_protocol::BaseHash;
+use commonweal_runtime::{Cancel, Library, Model, OpenOptions};
+use commonweal_safety::{Constitution, Guard, Reviser};
+
+use super::Shared;
+use crate::{
+    policy::Policy,
+    sample::{self, Form, Parsed},
+    settings::{self, SettingsFile},
+    store::Store,
+};
+
+/// The state directory and the settings in it.
+pub(super) struct Place {
+    pub(super) directory: PathBuf,
+    pub(super) settings: SettingsFile,
+}
+
+impl Place {
+    pub(super) fn find(shared: &Shared) -> Result<Self> {
+        let directory = shared.dir.clone().unwrap_or_else(settings::default_directory);
+        let settings = SettingsFile::read(&directory)?;
+        Ok(Self { directory, settings })
+    }
+
+    pub(super) fn store(&self) -> Result<Store> {
+        Ok(Store::open(&self.directory)?)
+    }
+
+    pub(super) fn look(&self) -> Result<Store> {
+        Ok(Store::open_shared(&self.directory)?)
+    }
+
+    pub(super) fn policy(&self, shared: &Shared) -> Result<Policy> {
+        let path = match &shared.policy {
+            Some(path) => path.clone(),
+            None => self.directory.join("policy.toml"),
+        };
+        if shared.policy.is_none() && !path.exists() {
+            return Ok(Policy::default());
+        }
+        let text =
+            std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        Policy::from_toml(&text).with_context(|| path.display().to_string())
+    }
+}
+
+/// The base, opened once, with guard and reviser over it.
+pub(super) struct Stages {
+    pub(super) model: Model,
+    pub(super) guard: Guard,
+    pub(super) reviser: Reviser,
+}
+
+impl Stages {
+    pub(super) fn open(shared: &Shared, place: &Place, cancel: &Cancel) -> Result<Self> {
+        let model = open_model(shared, place)?;
+        let guard = Guard::from_package(&model, cancel).context("guard")?;
+        let reviser = match &shared.constitution {
+            None => Reviser::from_package(&model).context("reviser")?,
+            Some(path) => {
+                let text = std::fs::read_to_string(path)
+                    .with_context(|| format!("cannot read {}", path.display()))?;
+                let constitution =
+                    Constitution::from_toml(&text).with_context(|| path.display().to_string())?;
+                Reviser::from_package(&model).context("reviser")?.with_constitution(constitution)
+            }
+        };
+        Ok(Self { model, guard, reviser })
+    }
+
+    pub(super) fn base(&self) -> BaseHash {
+        crate::pipeline::base_of(&self.model)
+    }
+
+    pub(super) fn layout(&self) -> Arc<AdapterLayout> {
+        Arc::clone(self.model.layout())
+    }
+}
+
+/// The base alone.
+pub(super) fn open_model(shared: &Shared, place: &Place) -> Result<Model> {
+    let package = settings::find_package(shared.package.clone().or_else(|| place.settings.package.clone()))?;
+    let library = shared.library.clone().or_else(|| place.settings.library.clone());
+    let threads = shared.threads.or(place.settings.threads).and_then(NonZeroUsize::new);
+    let package = Package::open(package)?;
+    let library = Library::load_with(library.as_deref(), threads)?;
+    Ok(Model::open(&library, &package, OpenOptions::default())?)
+}
+
+/// Reads a file of samples; bad lines are named on stderr and left out.
+pub(super) fn read_samples(path: &Path) -> Result<Parsed> {
+    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let parsed =
+        sample::read(BufReader::new(file), Form::of(path)).with_context(|| path.display().to_string())?;
+    for bad in &parsed.bad {
+        tracing::warn!("{}: {bad}; left out", path.display());
+    }
+    Ok(parsed)
+}
+
+/// A bar on a terminal, nothing elsewhere.
+pub(super) fn bar(what: &'static str, length: usize) -> indicatif::ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return indicatif::ProgressBar::hidden();
+    }
+    let style = indicatif::ProgressStyle::with_template("{msg:10} [{bar:32}] {pos}/{len}  {eta}");
+    let bar = indicatif::ProgressBar::new(length as u64);
+    if let Ok(style) = style {
+        bar.set_style(style);
+    }
+    bar.set_message(what);
+    bar
+}
+
+/// A handle that Ctrl-C and SIGTERM use.
+pub(super) fn stop_on_signal(runtime: &tokio::runtime::Handle) -> Cancel {
+    let cancel = Cancel::new();
+    let stopped = cancel.clone();
+    runtime.spawn(async move {
+        let terminated = async {
+            #[cfg(unix)]
+            if let Ok(mut signal) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
+            {
+                signal.recv().await;
+                return;
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            () = terminated => {}
+        }
+        stopped.cancel();
+    });
+    cancel
+}

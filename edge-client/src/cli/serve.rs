@@ -1,0 +1,226 @@
+//! `serve`: an OpenAI-compatible endpoint for the installed model, on this machine. What is said here is answered and
+//! forgotten: chats become samples only by `add`.
+
+use std::{net::SocketAddr, sync::Arc, time::SystemTime};
+
+use anyhow::{Context, Result};
+use axum::{
+    Json, Router,
+    extract::State,
+    http::StatusCode,
+    response::{IntoResponse, Response, Sse, sse::Event},
+    routing::{get, post},
+};
+use commonweal_runtime::{Cancel, GenerateOptions, Message, Model, PreparedAdapter, StopReason};
+use commonweal_safety::{Guard, Pair};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+
+use super::{Shared, open, rounds};
+use crate::install::{self, Expected};
+
+/// Requests that wait for the model at once; further ones are told to come back.
+const WAITING_MAX: usize = 16;
+/// Texts of one moderation request.
+const INPUTS_MAX: usize = 64;
+/// Pieces of an answer that a slow reader may leave unread before generation waits for it.
+const PIECES_MAX: usize = 256;
+
+struct Served {
+    model: Model,
+    guard: Guard,
+    adapter: PreparedAdapter,
+    name: String,
+    places: Semaphore,
+}
+
+#[derive(Deserialize)]
+struct ChatRequest {
+    messages: Vec<Message>,
+    #[serde(default)]
+    stream: bool,
+    #[serde(default)]
+    temperature: Option<f32>,
+    #[serde(default)]
+    top_p: Option<f32>,
+    #[serde(default, alias = "max_completion_tokens")]
+    max_tokens: Option<usize>,
+    #[serde(default)]
+    seed: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Inputs {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Deserialize)]
+struct ModerationRequest {
+    input: Inputs,
+}
+
+pub(super) fn serve(shared: &Shared, listen: SocketAddr) -> Result<()> {
+    let place = open::Place::find(shared)?;
+    let cancel = Cancel::new();
+    let stages = open::Stages::open(shared, &place, &cancel)?;
+    let store = place.look()?;
+    let installed = match rounds::credentials(&store)? {
+        None => None,
+        Some((credentials, _)) => {
+            let expected =
+                Expected { key: *credentials.signing_key(), base: stages.base(), layout: stages.layout() };
+            install::installed(&store, &expected)?
+        }
+    };
+    let adapter = stages.model.prepare(installed.as_ref().map(|installed| &installed.adapter))?;
+    let release = installed.map_or("base".to_owned(), |installed| format!("release-{}", installed.version.0));
+    let name = format!("{}/{release}", stages.model.manifest().model.name);
+    let served = Served {
+        model: stages.model,
+        guard: stages.guard,
+        adapter,
+        name,
+        places: Semaphore::new(WAITING_MAX),
+    };
+    let app = Router::new()
+        .route("/v1/models", get(models))
+        .route("/v1/chat/completions", post(chat))
+        .route("/v1/moderations", post(moderate))
+        .with_state(Arc::new(served));
+    let runtime = tokio::runtime::Runtime::new().context("cannot start")?;
+    runtime.block_on(async {
+        let listener = tokio::net::TcpListener::bind(listen)
+            .await
+            .with_context(|| format!("cannot listen on {listen}"))?;
+        tracing::info!("serving http://{}/v1", listener.local_addr()?);
+        let stop = async { drop(tokio::signal::ctrl_c().await) };
+        axum::serve(listener, app).with_graceful_shutdown(stop).await.context("the endpoint failed")
+    })
+}
+
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+fn refuse(status: StatusCode, message: impl Into<String>) -> Response {
+    let body = json!({"error": {"message": message.into(), "type": "invalid_request_error"}});
+    (status, Json(body)).into_response()
+}
+
+async fn models(State(served): State<Arc<Served>>) -> Json<Value> {
+    let model = json!({"id": served.name, "object": "model", "created": 0, "owned_by": "commonweal"});
+    Json(json!({"object": "list", "data": [model]}))
+}
+
+fn finish_reason(stop: StopReason) -> &'static str {
+    match stop {
+        StopReason::EndToken | StopReason::StopText => "stop",
+        StopReason::Length | StopReason::Context => "length",
+    }
+}
+
+async fn chat(State(served): State<Arc<Served>>, Json(request): Json<ChatRequest>) -> Response {
+    let prompt = match served.model.chat().prompt(&request.messages) {
+        Ok(prompt) if prompt.ids.len() < served.model.context() => prompt,
+        Ok(prompt) => {
+            let (got, context) = (prompt.ids.len(), served.model.context());
+            let text = format!("conversation has {got} tokens, expected fewer than {context}");
+            return refuse(StatusCode::BAD_REQUEST, text);
+        }
+        Err(error) => return refuse(StatusCode::BAD_REQUEST, error.to_string()),
+    };
+    let options = GenerateOptions {
+        max_new_tokens: request.max_tokens.unwrap_or(256).max(1),
+        temperature: request.temperature.unwrap_or(0.7),
+        top_p: request.top_p.unwrap_or(1.0),
+        stop: Vec::new(),
+        seed: request.seed.unwrap_or_else(unix_seconds),
+    };
+    if served.places.available_permits() == 0 {
+        return refuse(StatusCode::TOO_MANY_REQUESTS, "too many requests at once");
+    }
+    let prompt_tokens = prompt.ids.len();
+    let (pieces, receiver) = mpsc::channel::<String>(PIECES_MAX);
+    let worker = Arc::clone(&served);
+    let streaming = request.stream;
+    let task = tokio::task::spawn_blocking(move || {
+        let _place = worker.places.try_acquire();
+        let cancel = Cancel::new();
+        let stop = cancel.clone();
+        let mut on_text = |_: usize, piece: &str| {
+            // A reader who went away needs no more words.
+            if streaming && pieces.blocking_send(piece.to_owned()).is_err() {
+                stop.cancel();
+            }
+        };
+        worker.model.generate_streaming(&worker.adapter, None, &[prompt], &options, &mut on_text, &cancel)
+    });
+    let (id, created) = (format!("chatcmpl-{}", unix_seconds()), unix_seconds());
+    let name = served.name.clone();
+    if streaming {
+        let chunk = move |delta: Value, finish: Value| {
+            let choice = json!({"index": 0, "delta": delta, "finish_reason": finish});
+            let body = json!({"id": id, "object": "chat.completion.chunk", "created": created, "model": name,
+                "choices": [choice]});
+            Ok::<_, std::convert::Infallible>(Event::default().data(body.to_string()))
+        };
+        let end = [chunk(json!({}), json!("stop")), Ok(Event::default().data("[DONE]"))];
+        let stream = ReceiverStream::new(receiver)
+            .map(move |piece| chunk(json!({"content": piece}), Value::Null))
+            .chain(tokio_stream::iter(end));
+        return Sse::new(stream).into_response();
+    }
+    match task.await {
+        Ok(Ok(answers)) => {
+            let Some(answer) = answers.into_iter().next() else {
+                return refuse(StatusCode::INTERNAL_SERVER_ERROR, "no answer");
+            };
+            let completion_tokens = answer.tokens.len();
+            Json(json!({
+                "id": id, "object": "chat.completion", "created": created, "model": name,
+                "choices": [{"index": 0, "message": {"role": "assistant", "content": answer.text},
+                    "finish_reason": finish_reason(answer.stop)}],
+                "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
+                    "total_tokens": prompt_tokens + completion_tokens},
+            }))
+            .into_response()
+        }
+        Ok(Err(error)) => refuse(StatusCode::BAD_REQUEST, error.to_string()),
+        Err(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, "generation failed"),
+    }
+}
+
+async fn moderate(State(served): State<Arc<Served>>, Json(request): Json<ModerationRequest>) -> Response {
+    let inputs = match request.input {
+        Inputs::One(text) => vec![text],
+        Inputs::Many(texts) => texts,
+    };
+    if inputs.len() > INPUTS_MAX {
+        return refuse(StatusCode::BAD_REQUEST, format!("expected at most {INPUTS_MAX} inputs"));
+    }
+    let name = served.name.clone();
+    let judged = tokio::task::spawn_blocking(move || {
+        let pairs: Vec<Pair<'_>> = inputs.iter().map(|text| Pair { prompt: text, response: None }).collect();
+        served.guard.judge(&pairs, &Cancel::new())
+    });
+    match judged.await {
+        Ok(Ok(judgements)) => {
+            let results: Vec<Value> = judgements
+                .into_iter()
+                .map(|judgement| {
+                    let category = judgement.category.map_or("unsafe".to_owned(), |id| id.to_string());
+                    json!({"flagged": judgement.is_unsafe,
+                        "categories": {category.clone(): judgement.is_unsafe},
+                        "category_scores": {category: judgement.probability}})
+                })
+                .collect();
+            Json(json!({"id": "modr-0", "model": name, "results": results})).into_response()
+        }
+        Ok(Err(error)) => refuse(StatusCode::BAD_REQUEST, error.to_string()),
+        Err(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, "the guard failed"),
+    }
+}

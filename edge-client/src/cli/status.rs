@@ -1,0 +1,59 @@
+//! `status`, `pause`, `resume`: what the device is, has and did, and whether it takes part.
+
+use anyhow::Result;
+use serde_json::json;
+
+use super::{Shared, open, rounds};
+use crate::{events::Output, sample, upload};
+
+pub(super) fn status(shared: &Shared) -> Result<()> {
+    let place = open::Place::find(shared)?;
+    let store = place.look()?;
+    let samples = sample::stored(&store)?.len();
+    let receipts = upload::delivered(&store)?;
+    let installed = store
+        .read("installed")?
+        .and_then(|bytes| String::from_utf8(bytes).ok()?.split_whitespace().next()?.parse::<u64>().ok());
+    let identity = rounds::credentials(&store)?;
+    let device = identity.as_ref().map(|(credentials, _)| credentials.device().to_string());
+    let paused = store.read(rounds::PAUSED)?.is_some();
+    let in_progress = store.read("round/task.json")?.is_some();
+    let last_round = receipts.last().map(|delivered| delivered.round.0);
+    if shared.output() == Output::Json {
+        let line = json!({
+            "device": device, "enrolled": device.is_some(), "paused": paused, "samples": samples,
+            "installed": installed, "updates_accepted": receipts.len(), "last_round": last_round,
+            "round_in_progress": in_progress,
+        });
+        println!("{line}");
+        return Ok(());
+    }
+    match device {
+        None => println!("not enrolled: get an invitation from an operator, then `edge-client enroll`"),
+        Some(device) if paused => {
+            println!("device {device}, paused: `edge-client resume` to take part again")
+        }
+        Some(device) => println!("device {device}, takes part when `edge-client run` is running"),
+    }
+    println!("{samples} samples, {} updates accepted", receipts.len());
+    match installed {
+        Some(version) => println!("release {version} installed"),
+        None => println!("no release installed yet"),
+    }
+    if in_progress {
+        println!("a round is in progress");
+    }
+    Ok(())
+}
+
+pub(super) fn pause(shared: &Shared) -> Result<()> {
+    open::Place::find(shared)?.look()?.write(rounds::PAUSED, b"")?;
+    println!("paused");
+    Ok(())
+}
+
+pub(super) fn resume(shared: &Shared) -> Result<()> {
+    open::Place::find(shared)?.look()?.remove(rounds::PAUSED)?;
+    println!("resumed");
+    Ok(())
+}

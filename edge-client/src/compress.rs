@@ -1,0 +1,95 @@
+//! Stage 5, **compress**: packs the delta; what packing loses is kept as the residual and added next time.
+//!
+//! From `train.rs`; to `upload.rs`. Only [`compress`] and [`Packed::from_disk`] make a [`Packed`], the latter from the
+//! bytes that the former left before a restart.
+
+use std::sync::Arc;
+
+use commonweal_adapter::{
+    AdapterLayout, Bits, CompressError, CompressOptions, DecodeError, DecodeLimits, PackedDelta, Residual,
+    Trainable,
+};
+use commonweal_protocol::CompressSettings;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+
+use crate::train::Trained;
+
+/// An update as it is sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Packed {
+    bytes: Vec<u8>,
+}
+
+impl Packed {
+    /// What crosses the wire.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Takes up an update that a crash left undelivered; refuses bytes that do not decode.
+    pub fn from_disk(
+        bytes: Vec<u8>,
+        layout: &Arc<AdapterLayout>,
+        trainable: Trainable,
+    ) -> Result<Self, DecodeError> {
+        PackedDelta::decode(&bytes, layout, &DecodeLimits::of(layout, trainable))?;
+        Ok(Self { bytes })
+    }
+}
+
+/// What packing did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PackSummary {
+    /// Of the packed update.
+    pub bits_per_parameter: f64,
+    /// Norm of the delta before packing.
+    pub norm: f64,
+}
+
+/// Why nothing was packed.
+#[derive(Debug, thiserror::Error)]
+pub enum PackError {
+    /// The round asks for a width that does not exist.
+    #[error("compression: expected 8, 4 or 2 bits, got {got}")]
+    Bits {
+        /// What it asks.
+        got: u8,
+    },
+    /// The delta or the settings cannot be packed.
+    #[error("delta cannot be packed")]
+    Compress(#[from] CompressError),
+}
+
+/// The settings of a round as options of the codec.
+pub fn options(settings: &CompressSettings) -> Result<CompressOptions, PackError> {
+    let bits = match settings.bits {
+        8 => Bits::Eight,
+        4 => Bits::Four,
+        2 => Bits::Two,
+        got => return Err(PackError::Bits { got }),
+    };
+    Ok(CompressOptions {
+        bits,
+        block: usize::from(settings.block),
+        top_k: settings.top_k,
+        rotate: settings.rotate,
+        stochastic: settings.stochastic,
+        level: i32::from(settings.level),
+    })
+}
+
+/// Packs a delta together with what is owed from before. `residual` then holds what is owed after; keep it only once
+/// the update is accepted.
+pub fn compress(
+    trained: &Trained,
+    residual: &mut Residual,
+    options: &CompressOptions,
+    seed: u64,
+) -> Result<(Packed, PackSummary), PackError> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let packed = commonweal_adapter::compress(trained.delta(), residual, options, &mut random)?;
+    let summary =
+        PackSummary { bits_per_parameter: packed.bits_per_parameter(), norm: trained.delta().norm() };
+    Ok((Packed { bytes: packed.into_bytes() }, summary))
+}

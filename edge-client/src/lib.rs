@@ -1,0 +1,24 @@
+//! The device: sample → filter → revise → train → compress → upload → install.
+//!
+//! One file a stage, declared in the order in which data passes them, each with a type that only it can make;
+//! `pipeline.rs` decides what runs when, `store.rs` keeps results so that a kill costs little, `cli.rs` is what a person
+//! types. Types that hold a person's text live in this crate only.
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed"))]
+
+pub mod settings;
+pub mod policy;
+pub mod store;
+pub mod events;
+mod rows;
+pub mod sample;
+pub mod filter;
+pub mod revise;
+pub mod train;
+pub mod compress;
+pub mod upload;
+pub mod install;
+mod pipeline_error;
+pub mod pipeline;
+pub mod cli;
+
+pub use pipeline_error::PipelineError;

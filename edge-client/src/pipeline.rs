@@ -1,0 +1,374 @@
+//! What a device does with a poll's answer: install what was published, then the round's stages in order.
+//!
+//! This file decides; the stages compute. Each stage leaves its result in `round/`, so that after a kill the round goes
+//! on with the stage that was not finished: pairs, training checkpoint, packed update, receipt.
+
+use std::time::Instant;
+
+use commonweal_adapter::{Adapter, Residual, Trainable};
+use commonweal_protocol::{
+    BaseHash, Content, DeviceReport, Mode, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
+};
+use commonweal_runtime::{Cancel, Model};
+use commonweal_safety::{Guard, Reviser};
+use commonweal_transport::Link;
+use serde::{Deserialize, Serialize};
+use tokio::runtime::Handle;
+
+use crate::{
+    compress::{self, Packed},
+    events::{Done, Event, Output},
+    filter,
+    install::{self, Expected},
+    pipeline_error::{PipelineError, damaged},
+    policy::Policy,
+    revise::{self, ReviseCounts, TrainingPair},
+    sample,
+    store::{Store, StoreError},
+    train::{self, TrainSummary, TrainTask, Trained},
+    upload::{self, UploadError},
+};
+
+const TASK: &str = "round/task.json";
+const PAIRS: &str = "round/pairs.json";
+const CHECKPOINT: &str = "round/training.safetensors";
+const PACKED: &str = "round/update.packed";
+const PACKED_REPORT: &str = "round/update.json";
+const NEXT_RESIDUAL: &str = "round/residual.bin";
+const RESIDUAL: &str = "residual.bin";
+
+/// A device that is ready to take part.
+#[derive(Debug)]
+pub struct Device<L> {
+    /// Its directory, locked.
+    pub store: Store,
+    /// What its owner decided.
+    pub policy: Policy,
+    /// The one base in memory.
+    pub model: Model,
+    /// Over that base.
+    pub guard: Guard,
+    /// Over that base.
+    pub reviser: Reviser,
+    /// To the aggregator.
+    pub link: L,
+    /// What adapters are checked against.
+    pub expected: Expected,
+    /// How events are shown.
+    pub output: Output,
+    /// Where the link's futures run.
+    pub runtime: Handle,
+    /// Stops whatever runs.
+    pub cancel: Cancel,
+}
+
+/// What a visit to the aggregator came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// There was no work.
+    Idle,
+    /// There is a round, but nothing to train on.
+    NoSamples,
+    /// This round's update was delivered before.
+    AlreadyDelivered(RoundId),
+    /// An update was delivered; the receipt is on disk.
+    Delivered(RoundId),
+    /// The aggregator did not take it.
+    Refused(RoundId, Refusal),
+}
+
+/// A visit's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Visit {
+    /// What it came to.
+    pub outcome: Outcome,
+    /// When to come back.
+    pub reconnect: ReconnectWindow,
+}
+
+/// The screened and revised samples of a round, as kept on disk.
+#[derive(Serialize, Deserialize)]
+struct Prepared {
+    sampled: usize,
+    counts: ReviseCounts,
+    pairs: Vec<TrainingPair>,
+}
+
+/// The packed update's report, as kept on disk beside it.
+#[derive(Serialize, Deserialize)]
+struct PackedReport {
+    report: DeviceReport,
+    samples: u32,
+}
+
+impl<L: Link> Device<L> {
+    /// One poll, and everything that follows from it.
+    pub fn visit(&self) -> Result<Visit, PipelineError> {
+        let installed = install::installed(&self.store, &self.expected)?.map(|installed| installed.version);
+        let poll = Poll { base: self.expected.base, installed };
+        let PollReply { task, release, reconnect } = self.runtime.block_on(self.link.poll(poll))?;
+        if let Some(release) = release.filter(|notice| Some(notice.release.version) != installed) {
+            let begun = Instant::now();
+            let done =
+                self.runtime.block_on(install::install(&self.link, &self.store, &self.expected, &release))?;
+            let round = release.release.round.map_or(0, |round| round.0);
+            self.stage(round, begun, Done::Install { version: done.version.0 });
+        }
+        let outcome = match task {
+            None => Outcome::Idle,
+            Some(task) => self.take_part(&task)?,
+        };
+        Ok(Visit { outcome, reconnect })
+    }
+
+    fn take_part(&self, task: &RoundTask) -> Result<Outcome, PipelineError> {
+        if task.base != self.expected.base {
+            return Err(PipelineError::Base { expected: self.expected.base, got: task.base });
+        }
+        if upload::delivered(&self.store)?.iter().any(|known| known.round == task.round) {
+            return Ok(Outcome::AlreadyDelivered(task.round));
+        }
+        self.begin_or_continue(task)?;
+        let Some((packed, report)) = self.packed_update(task)? else { return Ok(Outcome::NoSamples) };
+        self.deliver(task, &packed, &report)
+    }
+
+    /// Keeps what a kill left of this very task; clears what is of another.
+    fn begin_or_continue(&self, task: &RoundTask) -> Result<(), PipelineError> {
+        let same = |known: &RoundTask| RoundTask { deadline_ms: task.deadline_ms, ..*known } == *task;
+        let known = self.read_json::<RoundTask>(TASK).ok().flatten();
+        if !known.as_ref().is_some_and(same) {
+            self.store.clear_round()?;
+            self.write_json(TASK, task)?;
+        }
+        Ok(())
+    }
+
+    fn packed_update(&self, task: &RoundTask) -> Result<Option<(Packed, PackedReport)>, PipelineError> {
+        let trainable = trainable(task.mode);
+        if let (Some(bytes), Some(report)) =
+            (self.store.read(PACKED)?, self.read_json::<PackedReport>(PACKED_REPORT)?)
+        {
+            let layout = &self.expected.layout;
+            if let Ok(packed) = Packed::from_disk(bytes, layout, trainable) {
+                return Ok(Some((packed, report)));
+            }
+        }
+        let Some(prepared) = self.prepare(task)? else { return Ok(None) };
+        let start = self.start(task)?;
+        let trained = self.train(task, &start, &prepared)?;
+        let begun = Instant::now();
+        let (packed, residual, summary) = self.pack(task, &trained)?;
+        let report = report(&prepared, trained.summary(), summary.norm);
+        let report = PackedReport { report, samples: prepared.pairs.len() as u32 };
+        // The report last: with it, the update counts as packed.
+        self.store.write(NEXT_RESIDUAL, &residual.to_bytes())?;
+        self.store.write(PACKED, packed.bytes())?;
+        self.write_json(PACKED_REPORT, &report)?;
+        let (bytes, bits_per_parameter) = (packed.bytes().len(), summary.bits_per_parameter);
+        self.stage(task.round.0, begun, Done::Compress { bytes, bits_per_parameter, norm: summary.norm });
+        Ok(Some((packed, report)))
+    }
+
+    /// Sample, filter, revise.
+    fn prepare(&self, task: &RoundTask) -> Result<Option<Prepared>, PipelineError> {
+        if let Some(prepared) = self.read_json::<Prepared>(PAIRS)? {
+            return Ok(Some(prepared));
+        }
+        let round = task.round.0;
+        let begun = Instant::now();
+        let samples = sample::draw(sample::stored(&self.store)?, self.policy.train.samples_max, task.seed);
+        let sampled = samples.len();
+        if sampled == 0 {
+            return Ok(None);
+        }
+        self.stage(round, begun, Done::Sample { samples: sampled });
+
+        let begun = Instant::now();
+        let screened = filter::screen(&self.guard, &self.policy, samples, &self.cancel, |_| ())?;
+        let found = filter::count(&screened);
+        let filter::FilterCounts { kept, dropped, refused, flagged } = found;
+        self.stage(round, begun, Done::Filter { kept, dropped, refused, flagged });
+
+        let begun = Instant::now();
+        let (pairs, counts) = revise::revise(
+            &self.guard,
+            &self.reviser,
+            &self.policy,
+            screened,
+            task.seed,
+            &self.cancel,
+            |_| (),
+        )?;
+        let ReviseCounts { revised, refused, dropped, attempts, .. } = counts;
+        self.stage(round, begun, Done::Revise { revised, refused, dropped, attempts });
+        let prepared = Prepared { sampled, counts, pairs };
+        self.write_json(PAIRS, &prepared)?;
+        Ok(Some(prepared))
+    }
+
+    fn start(&self, task: &RoundTask) -> Result<Adapter, PipelineError> {
+        let content = Content { digest: task.start.digest, length: task.start.length };
+        Ok(self.runtime.block_on(install::obtain(&self.link, &self.store, &self.expected, content))?)
+    }
+
+    fn train(
+        &self,
+        task: &RoundTask,
+        start: &Adapter,
+        prepared: &Prepared,
+    ) -> Result<Trained, PipelineError> {
+        let begun = Instant::now();
+        let checkpoint = self.store.read(CHECKPOINT)?;
+        let mut watch = Watching { store: &self.store, output: self.output, round: task.round.0 };
+        let trained = train::train(
+            &self.model,
+            start,
+            &prepared.pairs,
+            &train_task(task),
+            &self.policy.train,
+            checkpoint.as_deref(),
+            &mut watch,
+            &self.cancel,
+        )?;
+        // Activations are needed for minutes a day; the base stays.
+        self.model.close_training();
+        let TrainSummary { steps, tokens, loss_first, loss_last, resumed_step, .. } = *trained.summary();
+        self.stage(task.round.0, begun, Done::Train { steps, tokens, loss_first, loss_last, resumed_step });
+        Ok(trained)
+    }
+
+    fn pack(
+        &self,
+        task: &RoundTask,
+        trained: &Trained,
+    ) -> Result<(Packed, Residual, compress::PackSummary), PipelineError> {
+        let (layout, trainable) = (trained.delta().layout().clone(), trainable(task.mode));
+        // A residual of another layout or mode is of another federation: begin with none.
+        let mut residual = self
+            .store
+            .read(RESIDUAL)?
+            .and_then(|bytes| Residual::from_bytes(&bytes, layout.clone(), trainable).ok())
+            .unwrap_or_else(|| Residual::zeros(layout, trainable));
+        let options = compress::options(&task.compress)?;
+        let (packed, summary) = compress::compress(trained, &mut residual, &options, task.seed)?;
+        Ok((packed, residual, summary))
+    }
+
+    fn deliver(
+        &self,
+        task: &RoundTask,
+        packed: &Packed,
+        report: &PackedReport,
+    ) -> Result<Outcome, PipelineError> {
+        let begun = Instant::now();
+        let round = task.round;
+        let open = upload::announce(round, self.expected.base, packed, report.report, report.samples);
+        let sent =
+            self.runtime.block_on(upload::upload(&self.link, &self.expected.key, &self.store, &open, packed));
+        match sent {
+            Ok(_) => {
+                // What compression owes now follows from what the aggregator has.
+                if let Some(residual) = self.store.read(NEXT_RESIDUAL)? {
+                    self.store.write(RESIDUAL, &residual)?;
+                }
+                self.store.clear_round()?;
+                self.stage(round.0, begun, Done::Upload { bytes: open.length });
+                Ok(Outcome::Delivered(round))
+            }
+            Err(error) => match error.refusal() {
+                Some(refusal) if error.is_final() => {
+                    self.store.clear_round()?;
+                    self.stage(round.0, begun, Done::Refused { reason: refusal.to_string() });
+                    Ok(Outcome::Refused(round, refusal))
+                }
+                _ => Err(error.into()),
+            },
+        }
+    }
+
+    fn stage(&self, round: u64, begun: Instant, done: Done) {
+        self.output.show(&Event::Stage { round, seconds: begun.elapsed().as_secs_f64(), done });
+    }
+
+    fn read_json<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
+        let Some(bytes) = self.store.read(name)? else { return Ok(None) };
+        serde_json::from_slice(&bytes).map(Some).map_err(|error| damaged(&self.store, name, &error))
+    }
+
+    fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), StoreError> {
+        let bytes = serde_json::to_vec(value).map_err(|error| damaged(&self.store, name, &error))?;
+        self.store.write(name, &bytes)
+    }
+}
+
+/// Shows steps and keeps checkpoints.
+struct Watching<'s> {
+    store: &'s Store,
+    output: Output,
+    round: u64,
+}
+
+impl train::Watch for Watching<'_> {
+    fn step(&mut self, step: u32, loss: f32) {
+        self.output.show(&Event::Step { round: self.round, step, loss });
+    }
+
+    fn checkpoint(&mut self, bytes: Vec<u8>) -> Result<(), StoreError> {
+        self.store.write(CHECKPOINT, &bytes)
+    }
+}
+
+/// Which factors a mode trains.
+pub fn trainable(mode: Mode) -> Trainable {
+    match mode {
+        Mode::Fedit => Trainable::Both,
+        Mode::Ffa => Trainable::BOnly,
+    }
+}
+
+/// A round's settings as training takes them.
+pub fn train_task(task: &RoundTask) -> TrainTask {
+    let settings = &task.train;
+    TrainTask {
+        steps_max: settings.steps_max,
+        warmup_steps: settings.warmup_steps,
+        step_rows: settings.accumulation as usize,
+        row_tokens_max: settings.row_tokens_max as usize,
+        learning_rate: settings.learning_rate,
+        weight_decay: settings.weight_decay,
+        clip_norm: settings.clip_norm,
+        proximal_mu: settings.proximal_mu,
+        trainable: trainable(task.mode),
+        seed: task.seed,
+    }
+}
+
+fn report(prepared: &Prepared, summary: &TrainSummary, norm: f64) -> DeviceReport {
+    let ReviseCounts { kept, revised, refused, dropped, attempts } = prepared.counts;
+    let count = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+    DeviceReport {
+        sampled: count(prepared.sampled),
+        kept: count(kept),
+        dropped: count(dropped),
+        refused: count(refused),
+        revised: count(revised),
+        revision_attempts: count(attempts),
+        steps: summary.steps,
+        trained_tokens: summary.tokens,
+        loss_first: summary.loss_first,
+        loss_last: summary.loss_last,
+        delta_norm: norm as f32,
+    }
+}
+
+/// The base of a package as the protocol names it.
+pub fn base_of(model: &Model) -> BaseHash {
+    BaseHash(model.package().base().0)
+}
+
+impl From<UploadError> for PipelineError {
+    fn from(error: UploadError) -> Self {
+        Self::Upload(Box::new(error))
+    }
+}

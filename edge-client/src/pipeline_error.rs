@@ -1,0 +1,69 @@
+//! Why a round stopped: one cause a stage, for `pipeline.rs` and the exit codes of the command line.
+
+use commonweal_protocol::BaseHash;
+use commonweal_safety::{GuardError, ReviseError};
+use commonweal_transport::LinkError;
+
+use crate::{
+    compress::PackError,
+    install::InstallError,
+    store::{Store, StoreError},
+    train::TrainingError,
+    upload::UploadError,
+};
+
+/// Why a visit ended before its time. What was finished is on disk; the next visit goes on from there.
+#[derive(Debug, thiserror::Error)]
+pub enum PipelineError {
+    /// The aggregator could not be asked.
+    #[error("cannot ask the aggregator for work")]
+    Poll(#[from] LinkError),
+    /// The round is for another base.
+    #[error("the round is for base {got}, this device has {expected}")]
+    Base {
+        /// This device's.
+        expected: BaseHash,
+        /// The round's.
+        got: BaseHash,
+    },
+    /// A release or the round's start could not be had.
+    #[error("install failed")]
+    Install(#[from] InstallError),
+    /// The guard failed; no sample passed unseen.
+    #[error("filter failed")]
+    Filter(#[from] GuardError),
+    /// Revision failed.
+    #[error("revise failed")]
+    Revise(#[from] ReviseError),
+    /// Training failed.
+    #[error("train failed")]
+    Train(#[from] TrainingError),
+    /// Packing failed.
+    #[error("compress failed")]
+    Compress(#[from] PackError),
+    /// The update was not delivered, and may be later.
+    #[error("upload failed")]
+    Upload(#[source] Box<UploadError>),
+    /// The disk refused.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+impl PipelineError {
+    /// Whether waiting and trying again can help.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Poll(error) => error.is_transient(),
+            Self::Install(InstallError::Fetch { source, .. }) => source.is_transient(),
+            Self::Upload(error) => {
+                matches!(&**error, UploadError::Link { source, .. } if source.is_transient())
+            }
+            _ => false,
+        }
+    }
+}
+
+pub(crate) fn damaged(store: &Store, name: &str, error: &serde_json::Error) -> StoreError {
+    let reason = format!("{:?} error at line {}", error.classify(), error.line());
+    StoreError::Damaged { path: store.path(name), reason }
+}

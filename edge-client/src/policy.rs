@@ -1,0 +1,270 @@
+//! What the device's owner decides: what happens to harmful samples, how hard to revise, how much to train.
+//!
+//! Read from `policy.toml` in the state directory; every value has a default. Used by `filter.rs`, `revise.rs` and
+//! `train.rs`; `pipeline.rs` passes it along.
+
+use std::collections::BTreeMap;
+
+use commonweal_safety::CategoryId;
+use serde::{Deserialize, Serialize};
+
+/// A policy fits in a page; more is a wrong file.
+const FILE_BYTES_MAX: usize = 64 * 1024;
+
+/// The whole policy.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Policy {
+    /// What the guard's judgement leads to.
+    pub filter: FilterPolicy,
+    /// How a flagged sample is rewritten.
+    pub revise: RevisePolicy,
+    /// How much is trained at most.
+    pub train: TrainPolicy,
+}
+
+/// What happens to a sample that the guard finds unsafe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Action {
+    /// Train on it as it is.
+    Keep,
+    /// Leave it out.
+    Drop,
+    /// Train on a refusal in place of the reply.
+    Refuse,
+    /// Rewrite the reply by the constitution, then judge again.
+    Revise,
+}
+
+/// The filter stage.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FilterPolicy {
+    /// Off only for measuring what the filter is worth; said in every log when off.
+    pub enabled: bool,
+    /// Unsafe from this calibrated probability on; the guard's own threshold where absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<f64>,
+    /// For unsafe samples of a category without its own rule.
+    pub action: Action,
+    /// Rules by category.
+    pub categories: BTreeMap<CategoryId, CategoryRule>,
+}
+
+/// A rule for one category; what is absent falls back to the filter's own.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CategoryRule {
+    /// Unsafe from this calibrated probability on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<f64>,
+    /// What then happens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub action: Option<Action>,
+}
+
+/// What happens when revision did not make a sample safe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Otherwise {
+    /// Train on the constitution's refusal.
+    Refuse,
+    /// Leave the sample out.
+    Drop,
+}
+
+/// The revise stage.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RevisePolicy {
+    /// Rewrites tried before giving up, 1 to 8.
+    pub attempts_max: u32,
+    /// What happens then.
+    pub otherwise: Otherwise,
+}
+
+/// What training imitates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// Supervised: the tokens of the reply.
+    Sft,
+    /// Direct preference optimization on (revised, original) and published pairs; samples without a pair are SFT.
+    Dpo,
+}
+
+/// The train stage.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainPolicy {
+    /// SFT or DPO.
+    pub method: Method,
+    /// DPO's temperature.
+    pub beta: f32,
+    /// Rows of one forward pass; more need more memory.
+    pub batch_rows: usize,
+    /// Tokens of one sample; a longer one keeps its end, where the reply is. The model's context where absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sample_tokens_max: Option<usize>,
+    /// Optimizer steps of a round at most, whatever the aggregator asks.
+    pub steps_max: u32,
+    /// Samples of a round at most.
+    pub samples_max: usize,
+    /// Steps between two checkpoints on disk: what a crash can cost.
+    pub checkpoint_steps: u32,
+}
+
+impl Default for FilterPolicy {
+    fn default() -> Self {
+        Self { enabled: true, threshold: None, action: Action::Revise, categories: BTreeMap::new() }
+    }
+}
+
+impl Default for RevisePolicy {
+    fn default() -> Self {
+        Self { attempts_max: 2, otherwise: Otherwise::Refuse }
+    }
+}
+
+impl Default for TrainPolicy {
+    fn default() -> Self {
+        Self {
+            method: Method::Sft,
+            beta: 0.1,
+            batch_rows: 8,
+            sample_tokens_max: None,
+            steps_max: 1_000,
+            samples_max: 4_096,
+            checkpoint_steps: 10,
+        }
+    }
+}
+
+/// Why a policy cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum PolicyError {
+    /// Larger than any real policy.
+    #[error("policy has {bytes} bytes, expected at most {FILE_BYTES_MAX}")]
+    TooLarge {
+        /// Its size.
+        bytes: usize,
+    },
+    /// Not TOML, or a field is unknown or of another type.
+    #[error("policy does not parse")]
+    Parse(#[source] Box<toml::de::Error>),
+    /// Every value out of its range.
+    #[error("policy is not valid: {}", .0.join("; "))]
+    Invalid(Vec<String>),
+}
+
+impl Policy {
+    /// Parses and checks `policy.toml`; every problem is listed at once.
+    pub fn from_toml(text: &str) -> Result<Self, PolicyError> {
+        if text.len() > FILE_BYTES_MAX {
+            return Err(PolicyError::TooLarge { bytes: text.len() });
+        }
+        let policy: Self = toml::from_str(text).map_err(|source| PolicyError::Parse(Box::new(source)))?;
+        let problems = policy.problems();
+        if problems.is_empty() { Ok(policy) } else { Err(PolicyError::Invalid(problems)) }
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let mut problems = Vec::new();
+        let mut require = |holds: bool, text: String| {
+            if !holds {
+                problems.push(text);
+            }
+        };
+        let probability = |value: f64| value > 0.0 && value <= 1.0;
+        if let Some(threshold) = self.filter.threshold {
+            require(
+                probability(threshold),
+                format!("filter.threshold: expected a probability above 0, got {threshold}"),
+            );
+        }
+        for (id, rule) in &self.filter.categories {
+            if let Some(threshold) = rule.threshold {
+                let text = format!(
+                    "filter.categories.{id}.threshold: expected a probability above 0, got {threshold}"
+                );
+                require(probability(threshold), text);
+            }
+        }
+        let RevisePolicy { attempts_max, .. } = self.revise;
+        require(
+            (1..=8).contains(&attempts_max),
+            format!("revise.attempts_max: expected 1 to 8, got {attempts_max}"),
+        );
+        let train = &self.train;
+        require(
+            (1..=256).contains(&train.batch_rows),
+            format!("train.batch_rows: expected 1 to 256, got {}", train.batch_rows),
+        );
+        require(
+            train.beta > 0.0 && train.beta <= 10.0,
+            format!("train.beta: expected above 0, at most 10, got {}", train.beta),
+        );
+        require(train.steps_max >= 1, "train.steps_max: expected at least 1, got 0".into());
+        require(train.samples_max >= 1, "train.samples_max: expected at least 1, got 0".into());
+        require(train.checkpoint_steps >= 1, "train.checkpoint_steps: expected at least 1, got 0".into());
+        require(
+            train.sample_tokens_max.is_none_or(|tokens| tokens >= 16),
+            "train.sample_tokens_max: expected at least 16".into(),
+        );
+        problems
+    }
+
+    /// The action for a judgement: what its category's rule says, else what the filter says; `Keep` below the
+    /// threshold. `guard_threshold` is the guard's own for this category.
+    pub fn action(&self, probability: f64, category: Option<&CategoryId>, guard_threshold: f64) -> Action {
+        let rule = category.and_then(|id| self.filter.categories.get(id));
+        let threshold =
+            rule.and_then(|rule| rule.threshold).or(self.filter.threshold).unwrap_or(guard_threshold);
+        if !self.filter.enabled || probability < threshold {
+            return Action::Keep;
+        }
+        rule.and_then(|rule| rule.action).unwrap_or(self.filter.action)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_is_the_default_and_a_rule_wins_over_it() {
+        assert_eq!(Policy::from_toml("").unwrap(), Policy::default());
+        let policy = Policy::from_toml(
+            "[filter]\naction = \"refuse\"\n[filter.categories.weapons]\nthreshold = 0.2\naction = \"drop\"\n\
+             [filter.categories.hate]\nthreshold = 0.9\n",
+        )
+        .unwrap();
+        let weapons = "weapons".parse().unwrap();
+        let hate = "hate".parse().unwrap();
+        assert_eq!(policy.action(0.3, Some(&weapons), 0.5), Action::Drop);
+        assert_eq!(policy.action(0.3, None, 0.5), Action::Keep);
+        assert_eq!(policy.action(0.6, None, 0.5), Action::Refuse);
+        assert_eq!(policy.action(0.8, Some(&hate), 0.5), Action::Keep);
+        assert_eq!(policy.action(0.95, Some(&hate), 0.5), Action::Refuse);
+    }
+
+    #[test]
+    fn a_disabled_filter_keeps_everything() {
+        let policy = Policy::from_toml("[filter]\nenabled = false\n").unwrap();
+        assert_eq!(policy.action(1.0, None, 0.5), Action::Keep);
+    }
+
+    #[test]
+    fn every_problem_is_listed() {
+        let error = Policy::from_toml(
+            "[filter]\nthreshold = 2.0\n[revise]\nattempts_max = 0\n[train]\nbatch_rows = 0\n",
+        )
+        .unwrap_err();
+        let text = error.to_string();
+        for place in ["filter.threshold", "revise.attempts_max", "train.batch_rows"] {
+            assert!(text.contains(place), "{text}");
+        }
+        assert!(matches!(Policy::from_toml("[filter]\nsurprise = 1"), Err(PolicyError::Parse(_))));
+    }
+}

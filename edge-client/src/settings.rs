@@ -1,0 +1,126 @@
+//! Where things are: flag, then environment, then `device.toml` in the state directory, then a default that works on
+//! one machine. Read once by `cli/`, handed down as values.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+
+/// A settings file has a few lines; more is a wrong file.
+const FILE_BYTES_MAX: u64 = 64 * 1024;
+
+/// `device.toml`; every key has a flag and an environment variable of the same name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SettingsFile {
+    /// The model package's directory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub package: Option<PathBuf>,
+    /// The ONNX Runtime library.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub library: Option<PathBuf>,
+    /// Threads that the network runs on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub threads: Option<usize>,
+    /// Longest wait between two polls, whatever the aggregator asks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub poll_seconds_max: Option<u64>,
+}
+
+/// Why settings cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// The file could not be read.
+    #[error("cannot read {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Larger than any settings.
+    #[error("{path} has {bytes} bytes, expected at most {FILE_BYTES_MAX}")]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// Not TOML, or a key is unknown or of another type.
+    #[error("{path} is not valid")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// No package was named and none is at the usual places.
+    #[error("no model package: looked at {}; name one with --package DIR, or run scripts/setup", .0.join(", "))]
+    NoPackage(Vec<String>),
+}
+
+impl SettingsFile {
+    /// Reads `device.toml`; an absent file is an empty one.
+    pub fn read(directory: &Path) -> Result<Self, SettingsError> {
+        let path = directory.join("device.toml");
+        let bytes = match std::fs::metadata(&path) {
+            Ok(metadata) => metadata.len(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(source) => return Err(SettingsError::Read { path, source }),
+        };
+        if bytes > FILE_BYTES_MAX {
+            return Err(SettingsError::TooLarge { path, bytes });
+        }
+        let text = std::fs::read_to_string(&path)
+            .map_err(|source| SettingsError::Read { path: path.clone(), source })?;
+        toml::from_str(&text).map_err(|source| SettingsError::Parse { path, source: Box::new(source) })
+    }
+}
+
+/// The state directory when none is named: `$XDG_DATA_HOME/commonweal/device`.
+pub fn default_directory() -> PathBuf {
+    let data = env::var_os("XDG_DATA_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let home = env::var_os("HOME").map(PathBuf::from).unwrap_or_default();
+    data.unwrap_or_else(|| home.join(".local/share")).join("commonweal").join("device")
+}
+
+/// The package when none is named: beside the executable, in the build tree, or below the working directory.
+pub fn find_package(named: Option<PathBuf>) -> Result<PathBuf, SettingsError> {
+    if let Some(path) = named {
+        return Ok(path);
+    }
+    let mut places = Vec::new();
+    if let Some(beside) = env::current_exe().ok().as_deref().and_then(Path::parent) {
+        places.push(beside.join("package"));
+        // target/release/edge-client → target/reference/package
+        places.extend(beside.parent().map(|target| target.join("reference/package")));
+    }
+    places.push(PathBuf::from("target/reference/package"));
+    places.iter().find(|place| place.join("package.toml").is_file()).cloned().ok_or_else(|| {
+        SettingsError::NoPackage(places.iter().map(|place| place.display().to_string()).collect())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_gives_what_it_names_and_refuses_what_it_does_not_know() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(SettingsFile::read(directory.path()).unwrap(), SettingsFile::default());
+        std::fs::write(directory.path().join("device.toml"), "threads = 3\n").unwrap();
+        assert_eq!(SettingsFile::read(directory.path()).unwrap().threads, Some(3));
+        std::fs::write(directory.path().join("device.toml"), "treads = 3\n").unwrap();
+        assert!(matches!(SettingsFile::read(directory.path()), Err(SettingsError::Parse { .. })));
+    }
+
+    #[test]
+    fn a_named_package_is_taken_as_it_is() {
+        assert_eq!(find_package(Some("x".into())).unwrap(), Path::new("x"));
+    }
+}

@@ -1,0 +1,267 @@
+//! The device's directory: identity, samples, the round in progress, installed adapters.
+//!
+//! Everything is written to a temporary file, synced and renamed, so a kill or a full disk leaves the old file or
+//! the new one, never half of either. One process at a time holds the lock. Used by `pipeline.rs` and the commands.
+//!
+//! ```text
+//! device/
+//!   device.toml policy.toml           what the owner set
+//!   identity/                         key (0600), certificate, CA, aggregator's signing key, address
+//!   samples/000001.jsonl …            what was added, one file an `add`
+//!   round/                            task, pairs, training checkpoint, packed update of the round in progress
+//!   residual.bin                      error feedback: what compression has not sent yet
+//!   releases/<digest>.{release,adapter}  signed releases and their adapters
+//!   installed                         which of them is in use
+//!   receipts.jsonl                    one line an accepted update
+//! ```
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+/// Why the device's directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The disk refused.
+    #[error("cannot {action} {path}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// Where.
+        path: PathBuf,
+        /// The cause: permission, no space left, …
+        #[source]
+        source: io::Error,
+    },
+    /// Another process works in it.
+    #[error("{0} is in use by another edge-client")]
+    Locked(PathBuf),
+    /// A file of ours does not parse.
+    #[error("{path} is damaged: {reason}")]
+    Damaged {
+        /// Which.
+        path: PathBuf,
+        /// What was expected.
+        reason: String,
+    },
+}
+
+/// Adds the action and the path to an I/O error.
+pub(crate) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+    let path = path.to_owned();
+    move |source| StoreError::Io { action, path, source }
+}
+
+/// Replaces a file as a whole: temporary file beside it, fsync, rename, fsync of the directory.
+pub(crate) fn replace(path: &Path, bytes: &[u8], private: bool) -> Result<(), StoreError> {
+    let directory = path.parent().unwrap_or(Path::new("."));
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".part");
+    let part = directory.join(name);
+    let written = write_synced(&part, bytes, private).and_then(|()| fs::rename(&part, path));
+    if let Err(source) = written {
+        // A part that does not fit is worth nothing; leaving it would keep the disk full.
+        let _ = fs::remove_file(&part);
+        return Err(at("write", path)(source));
+    }
+    sync_directory(directory).map_err(at("sync", directory))
+}
+
+fn write_synced(path: &Path, bytes: &[u8], private: bool) -> io::Result<()> {
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true);
+    #[cfg(unix)]
+    if private {
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    }
+    let _ = private;
+    let mut file = options.open(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+fn sync_directory(path: &Path) -> io::Result<()> {
+    if cfg!(unix) { File::open(path)?.sync_all() } else { Ok(()) }
+}
+
+/// The device's directory, locked for this process.
+#[derive(Debug)]
+pub struct Store {
+    directory: PathBuf,
+    _lock: Option<File>,
+}
+
+impl Store {
+    /// Opens the directory, made if absent, and locks it.
+    pub fn open(directory: &Path) -> Result<Self, StoreError> {
+        let mut store = Self::open_shared(directory)?;
+        let path = directory.join("lock");
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(at("open", &path))?;
+        match fs4::FileExt::try_lock(&lock) {
+            Ok(()) => store._lock = Some(lock),
+            Err(fs4::TryLockError::WouldBlock) => return Err(StoreError::Locked(directory.to_owned())),
+            Err(fs4::TryLockError::Error(source)) => return Err(at("lock", &path)(source)),
+        }
+        Ok(store)
+    }
+
+    /// Opens the directory without the lock, to look at it while a daemon runs.
+    pub fn open_shared(directory: &Path) -> Result<Self, StoreError> {
+        for part in ["identity", "samples", "round", "releases"] {
+            let path = directory.join(part);
+            fs::create_dir_all(&path).map_err(at("create", &path))?;
+        }
+        #[cfg(unix)]
+        {
+            let path = directory.join("identity");
+            let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
+            fs::set_permissions(&path, private).map_err(at("protect", &path))?;
+        }
+        Ok(Self { directory: directory.to_owned(), _lock: None })
+    }
+
+    /// A file inside.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// Writes a file as a whole, durably.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        replace(&self.path(name), bytes, false)
+    }
+
+    /// The same, readable by the owner only.
+    pub fn write_private(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        replace(&self.path(name), bytes, true)
+    }
+
+    /// Reads a file; `None` when it does not exist.
+    pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        let path = self.path(name);
+        match fs::read(&path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(at("read", &path)(error)),
+        }
+    }
+
+    /// Removes a file; fine when there is none.
+    pub fn remove(&self, name: &str) -> Result<(), StoreError> {
+        let path = self.path(name);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", &path)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Appends one line to a file and syncs it. A line that a kill cut short is passed over by [`Self::lines`].
+    pub fn append_line(&self, name: &str, line: &str) -> Result<(), StoreError> {
+        let path = self.path(name);
+        let whole = self.read(name)?.unwrap_or_default();
+        let end = whole.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+        let mut file = OpenOptions::new().create(true).append(true).open(&path).map_err(at("open", &path))?;
+        if end < whole.len() {
+            // What a kill cut short would otherwise spoil the next line too.
+            file.set_len(end as u64).map_err(at("repair", &path))?;
+        }
+        file.write_all(format!("{line}\n").as_bytes()).map_err(at("append to", &path))?;
+        file.sync_data().map_err(at("sync", &path))
+    }
+
+    /// The whole lines of a file; none when there is no file.
+    pub fn lines(&self, name: &str) -> Result<Vec<String>, StoreError> {
+        let bytes = self.read(name)?.unwrap_or_default();
+        let end = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+        Ok(String::from_utf8_lossy(&bytes[..end]).lines().map(str::to_owned).collect())
+    }
+
+    /// Names of the files in a folder, sorted, unfinished ones left out.
+    pub fn list(&self, folder: &str) -> Result<Vec<String>, StoreError> {
+        let path = self.path(folder);
+        let entries = fs::read_dir(&path).map_err(at("list", &path))?;
+        let mut names = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(at("list", &path))?.file_name().to_string_lossy().into_owned();
+            if !name.ends_with(".part") {
+                names.push(name);
+            }
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    /// Empties the folder of the round in progress.
+    pub fn clear_round(&self) -> Result<(), StoreError> {
+        let path = self.path("round");
+        for entry in fs::read_dir(&path).map_err(at("list", &path))? {
+            let entry = entry.map_err(at("list", &path))?.path();
+            fs::remove_file(&entry).map_err(at("remove", &entry))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_process_is_kept_out_and_a_look_is_not() {
+        let directory = tempfile::tempdir().unwrap();
+        let held = Store::open(directory.path()).unwrap();
+        assert!(matches!(Store::open(directory.path()), Err(StoreError::Locked(_))));
+        assert!(Store::open_shared(directory.path()).is_ok());
+        drop(held);
+        assert!(Store::open(directory.path()).is_ok());
+    }
+
+    #[test]
+    fn an_unwritable_directory_is_a_clear_error() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("file");
+        fs::write(&file, "x").unwrap();
+        let error = Store::open(&file.join("device")).unwrap_err();
+        assert!(error.to_string().contains("cannot create"), "{error}");
+    }
+
+    #[test]
+    fn a_failed_write_keeps_the_old_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        store.write("a", b"old").unwrap();
+        // The part's name is taken by a directory: the write fails as on a full disk, before the rename.
+        fs::create_dir(directory.path().join("a.part")).unwrap();
+        assert!(store.write("a", b"new").is_err());
+        assert_eq!(store.read("a").unwrap().unwrap(), b"old");
+    }
+
+    #[test]
+    fn a_line_cut_short_is_passed_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        store.append_line("l", "one").unwrap();
+        store.append_line("l", "two").unwrap();
+        let whole = fs::read(store.path("l")).unwrap();
+        fs::write(store.path("l"), &whole[..whole.len() - 2]).unwrap();
+        assert_eq!(store.lines("l").unwrap(), ["one"]);
+        store.append_line("l", "three").unwrap();
+        assert_eq!(store.lines("l").unwrap(), ["one", "three"]);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_key_is_for_its_owner_only() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        store.write_private("identity/key", b"k").unwrap();
+        assert_eq!(fs::metadata(store.path("identity/key")).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+}

@@ -1,0 +1,318 @@
+//! Stage 4, **train**: fits the round's adapter to the training pairs on the frozen base.
+//!
+//! From `revise.rs`, whose [`TrainingPair`] is the only thing it takes; to `compress.rs`. Every step depends on the
+//! pairs, the settings and the seed only, so a run continued from a checkpoint ends in the same bits.
+
+use commonweal_adapter::{Adapter, AdapterDelta, AdapterError, Trainable};
+use commonweal_runtime::{
+    AdamW, Cancel, ConversationError, Message, Model, Preference, ReferredPreference, Schedule, TrainError,
+    TrainOptions, Trainer, TrainingRow,
+};
+use rand::{Rng, SeedableRng, seq::SliceRandom};
+use rand_chacha::ChaCha8Rng;
+
+use crate::{
+    policy::{Method, TrainPolicy},
+    revise::TrainingPair,
+};
+
+/// What a round asks of training; see `commonweal_protocol::TrainSettings` for the meaning of each.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainTask {
+    /// Optimizer steps at most.
+    pub steps_max: u32,
+    /// Steps over which the learning rate rises.
+    pub warmup_steps: u32,
+    /// Rows of a step.
+    pub step_rows: usize,
+    /// Tokens of a row at most.
+    pub row_tokens_max: usize,
+    /// Peak learning rate.
+    pub learning_rate: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// Norm to which a step's gradient is clipped.
+    pub clip_norm: f32,
+    /// FedProx's pull towards the start; 0 is none.
+    pub proximal_mu: f32,
+    /// Which factors change.
+    pub trainable: Trainable,
+    /// Order of the rows.
+    pub seed: u64,
+}
+
+/// A trained adapter's difference from where the round started, and how training went. Only [`train`] makes one.
+#[derive(Clone, Debug)]
+pub struct Trained {
+    delta: AdapterDelta,
+    adapter: Adapter,
+    summary: TrainSummary,
+}
+
+/// How training went.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TrainSummary {
+    /// Optimizer steps, those before a restart included.
+    pub steps: u32,
+    /// Tokens learned from.
+    pub tokens: u64,
+    /// Mean loss of the first tenth of the steps, at least one.
+    pub loss_first: f32,
+    /// Mean loss of the last tenth.
+    pub loss_last: f32,
+    /// Pairs left out because no token of the reply fits.
+    pub too_long: u32,
+    /// Step that a checkpoint let it continue from; 0 from the start.
+    pub resumed_step: u32,
+}
+
+/// What happens between steps: progress, and bytes to keep so that a crash costs little.
+pub trait Watch {
+    /// A step is done.
+    fn step(&mut self, step: u32, loss: f32);
+    /// Keep these bytes; [`train`] resumes from them. An error stops training before more is lost.
+    fn checkpoint(&mut self, bytes: Vec<u8>) -> Result<(), crate::store::StoreError>;
+}
+
+/// Why nothing was trained.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainingError {
+    /// Nothing to learn from.
+    #[error("no training pairs: {too_long} were too long for {row_tokens_max} tokens")]
+    NoPairs {
+        /// Left out.
+        too_long: u32,
+        /// The bound.
+        row_tokens_max: usize,
+    },
+    /// A conversation could not be encoded.
+    #[error("training pair cannot be encoded")]
+    Conversation(#[from] ConversationError),
+    /// A step failed.
+    #[error("training failed")]
+    Train(#[from] TrainError),
+    /// The result is not finite.
+    #[error("trained adapter cannot be used")]
+    Adapter(#[from] AdapterError),
+    /// A checkpoint could not be kept.
+    #[error(transparent)]
+    Store(#[from] crate::store::StoreError),
+}
+
+impl Trained {
+    /// Trained minus start.
+    pub fn delta(&self) -> &AdapterDelta {
+        &self.delta
+    }
+
+    /// The adapter itself, for a person who trains without a federation.
+    pub fn adapter(&self) -> &Adapter {
+        &self.adapter
+    }
+
+    /// How training went.
+    pub fn summary(&self) -> &TrainSummary {
+        &self.summary
+    }
+}
+
+/// Trains from `start`, or from where `checkpoint` stopped.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "each is another thing: what, how, from where, and who watches"
+)]
+pub fn train(
+    model: &Model,
+    start: &Adapter,
+    pairs: &[TrainingPair],
+    task: &TrainTask,
+    policy: &TrainPolicy,
+    checkpoint: Option<&[u8]>,
+    watch: &mut impl Watch,
+    cancel: &Cancel,
+) -> Result<Trained, TrainingError> {
+    let options = options(task, policy);
+    let steps = options.steps_max as u32;
+    // A checkpoint of other settings is of another round: begin anew.
+    let restored = checkpoint
+        .and_then(|bytes| Trainer::restore(model, bytes).ok())
+        .filter(|trainer| *trainer.options() == options && trainer.start() == start);
+    let resumed_step = restored.as_ref().map_or(0, |trainer| trainer.steps_done() as u32);
+    let mut trainer = match restored {
+        Some(trainer) => trainer,
+        None => Trainer::new(model, start.clone(), options)?,
+    };
+    let lessons = Lessons::new(model, &trainer, pairs, task, policy, cancel)?;
+    let mut summary = TrainSummary { resumed_step, too_long: lessons.too_long, ..TrainSummary::default() };
+    let mut losses = Vec::with_capacity(steps as usize);
+    for step in resumed_step..steps {
+        let (loss, tokens) = match lessons.draw(step, task) {
+            Batch::Rows(rows) => {
+                let report = trainer.step(&rows, cancel)?;
+                (report.loss as f32, report.tokens)
+            }
+            Batch::Preferences(pairs) => {
+                (trainer.step_preferences(&pairs, f64::from(policy.beta), cancel)?.loss as f32, 0)
+            }
+        };
+        losses.push(loss);
+        summary.tokens += tokens as u64;
+        watch.step(step + 1, loss);
+        if (step + 1) % policy.checkpoint_steps == 0 || step + 1 == steps {
+            watch.checkpoint(trainer.checkpoint()?)?;
+        }
+    }
+    summary.steps = trainer.steps_done() as u32;
+    (summary.loss_first, summary.loss_last) = ends(&losses);
+    let adapter = trainer.finish();
+    let delta = AdapterDelta::between(start, &adapter, task.trainable)?;
+    Ok(Trained { delta, adapter, summary })
+}
+
+fn options(task: &TrainTask, policy: &TrainPolicy) -> TrainOptions {
+    let steps_max = u64::from(task.steps_max.min(policy.steps_max));
+    TrainOptions {
+        learning_rate: f64::from(task.learning_rate),
+        optimizer: AdamW { weight_decay: f64::from(task.weight_decay), ..AdamW::default() },
+        schedule: Schedule::default(),
+        warmup_steps: u64::from(task.warmup_steps).min(steps_max),
+        steps_max,
+        accumulation: task.step_rows.div_ceil(policy.batch_rows).max(1),
+        clip_norm: Some(f64::from(task.clip_norm)),
+        proximal_mu: f64::from(task.proximal_mu),
+        trainable: task.trainable,
+    }
+}
+
+/// Means of the first and the last tenth.
+fn ends(losses: &[f32]) -> (f32, f32) {
+    let count = (losses.len() / 10).max(1).min(losses.len());
+    let mean =
+        |part: &[f32]| if part.is_empty() { 0.0 } else { part.iter().sum::<f32>() / part.len() as f32 };
+    (mean(&losses[..count]), mean(&losses[losses.len() - count..]))
+}
+
+/// All that can be learned from, encoded once.
+struct Lessons {
+    rows: Vec<TrainingRow>,
+    preferences: Vec<ReferredPreference>,
+    too_long: u32,
+}
+
+enum Batch {
+    Rows(Vec<TrainingRow>),
+    Preferences(Vec<ReferredPreference>),
+}
+
+impl Lessons {
+    fn new(
+        model: &Model,
+        trainer: &Trainer,
+        pairs: &[TrainingPair],
+        task: &TrainTask,
+        policy: &TrainPolicy,
+        cancel: &Cancel,
+    ) -> Result<Self, TrainingError> {
+        let row_tokens_max =
+            task.row_tokens_max.min(policy.sample_tokens_max.unwrap_or(usize::MAX)).min(model.context());
+        let (mut rows, mut preferences, mut too_long) = (Vec::new(), Vec::new(), 0);
+        for pair in pairs {
+            let chosen = encode(model, pair.messages(), row_tokens_max)?;
+            let rejected = match (policy.method, pair.rejected()) {
+                (Method::Dpo, Some(messages)) => encode(model, messages, row_tokens_max)?,
+                _ => None,
+            };
+            match (chosen, rejected) {
+                (Some(chosen), Some(rejected)) => preferences.push(Preference { chosen, rejected }),
+                (Some(row), None) => rows.push(row),
+                (None, _) => too_long += 1,
+            }
+        }
+        if rows.is_empty() && preferences.is_empty() {
+            return Err(TrainingError::NoPairs { too_long, row_tokens_max });
+        }
+        let preferences = trainer.refer(preferences, cancel)?;
+        Ok(Self { rows, preferences, too_long })
+    }
+
+    /// The rows of one step: a permutation of everything an epoch, in an order that step and seed alone decide.
+    fn draw(&self, step: u32, task: &TrainTask) -> Batch {
+        let mut random = ChaCha8Rng::seed_from_u64(task.seed);
+        random.set_stream(u64::from(step) + 1);
+        let all = self.rows.len() + self.preferences.len();
+        let choose_preferences = random.random_range(0..all) < self.preferences.len();
+        let of = |count: usize| {
+            permuted(count, u64::from(step) * task.step_rows as u64, task.step_rows, task.seed)
+        };
+        if choose_preferences {
+            Batch::Preferences(of(self.preferences.len()).map(|at| self.preferences[at].clone()).collect())
+        } else {
+            Batch::Rows(of(self.rows.len()).map(|at| self.rows[at].clone()).collect())
+        }
+    }
+}
+
+/// Places `start .. start + count` of an endless row of permutations of `0..length`.
+fn permuted(length: usize, start: u64, count: usize, seed: u64) -> impl Iterator<Item = usize> {
+    let mut epoch = None;
+    let mut order: Vec<usize> = Vec::new();
+    (start..start + count as u64).map(move |place| {
+        let this = place / length as u64;
+        if epoch != Some(this) {
+            epoch = Some(this);
+            order = (0..length).collect();
+            let mut random = ChaCha8Rng::seed_from_u64(seed ^ 0x5eed);
+            random.set_stream(this);
+            order.shuffle(&mut random);
+        }
+        order[(place % length as u64) as usize]
+    })
+}
+
+/// The row of a conversation that fits: the oldest exchanges are left out first, then the reply's end. `None` when
+/// no token of a reply is left.
+fn encode(
+    model: &Model,
+    mut messages: Vec<Message>,
+    tokens_max: usize,
+) -> Result<Option<TrainingRow>, ConversationError> {
+    use commonweal_runtime::Role;
+    let mut row = model.chat().training_row(&messages)?;
+    while row.ids.len() > tokens_max {
+        let first = usize::from(messages.first().is_some_and(|message| message.role == Role::System));
+        let next_user = messages.iter().skip(first + 1).position(|message| message.role == Role::User);
+        match next_user.map(|at| first + 1 + at) {
+            Some(user) => drop(messages.drain(first..user)),
+            None => {
+                row = row.truncated(tokens_max);
+                break;
+            }
+        }
+        row = model.chat().training_row(&messages)?;
+    }
+    Ok((row.targets() > 0).then_some(row))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_comes_once_an_epoch_and_the_order_is_the_seeds() {
+        let mut seen: Vec<usize> = permuted(7, 0, 7, 1).collect();
+        assert_eq!(permuted(7, 3, 4, 1).collect::<Vec<_>>(), seen[3..]);
+        assert_ne!(permuted(7, 0, 7, 2).collect::<Vec<_>>(), seen);
+        seen.sort_unstable();
+        assert_eq!(seen, (0..7).collect::<Vec<_>>());
+        // A batch may span epochs.
+        assert_eq!(permuted(2, 1, 4, 1).count(), 4);
+    }
+
+    #[test]
+    fn the_ends_are_means_of_a_tenth() {
+        let losses: Vec<f32> = (0..20).map(|i| i as f32).collect();
+        assert_eq!(ends(&losses), (0.5, 18.5));
+        assert_eq!(ends(&[3.0]), (3.0, 3.0));
+        assert_eq!(ends(&[]), (0.0, 0.0));
+    }
+}
