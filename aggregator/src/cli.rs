@@ -1,0 +1,263 @@
+//! The operator's side: verbs, flags and exit codes. Each verb is a function that prints its result; `main`
+//! only maps its error to a code.
+
+mod flags;
+mod init;
+mod inspect;
+mod adapters;
+mod tokens;
+
+use std::path::{Path, PathBuf};
+
+use clap::{Parser, Subcommand};
+
+use crate::config::{Config, ConfigError};
+use crate::desk::DeskError;
+use crate::directory::{Directory, DirectoryError};
+use crate::events::Events;
+use crate::laboratory::{Base, LaboratoryError, open_package};
+use crate::publish::{PublishError, Publisher};
+use crate::receive::enroll::EnrollError;
+use crate::serve::ServeError;
+use crate::store::{Access, Storage, StoreError};
+use flags::Flags;
+
+const EXAMPLES: &str = "\
+Examples:
+  aggregator init --dir state --package target/reference/package --address 192.0.2.7:4433
+  aggregator token --dir state --count 4 --expires 1h
+  aggregator serve --dir state
+  aggregator rounds --dir state
+  aggregator rollback 3 --dir state
+  aggregator export 5 --format peft --out adapter --dir state
+
+Settings come from STATE/aggregator.toml (written by init), then the environment, then flags.
+Exit codes: 0 done, 2 usage, 3 bad input, 4 refused by a gate, 5 unavailable, 1 anything else.";
+
+/// Rounds of federated fine-tuning: receive, merge, align, evaluate, publish.
+#[derive(Debug, Parser)]
+#[command(name = "aggregator", version, about, after_help = EXAMPLES)]
+pub struct Cli {
+    /// The state directory.
+    #[arg(long, global = true, default_value = "aggregator-state", env = "COMMONWEAL_DIR")]
+    dir: PathBuf,
+    /// JSON lines on stdout in place of sentences.
+    #[arg(long, global = true, env = "COMMONWEAL_JSON")]
+    json: bool,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Make a state directory: authority, signing key, database and the first release.
+    #[command(
+        after_help = "Example:\n  aggregator init --dir state --package package --address fl.example.org:4433"
+    )]
+    Init(init::Init),
+    /// Take devices' updates, hold rounds, publish releases; until a signal, or for some rounds.
+    #[command(after_help = "Examples:\n  aggregator serve --dir state\n  \
+        aggregator serve --dir state --rounds 3 --json\n\n\
+        COMMONWEAL_PAUSE_AT=upload|receipt|merge|merged|align|evaluate|publish|published halts there (kill tests).")]
+    Serve(Box<ServeVerb>),
+    /// Print single-use invitations for devices.
+    #[command(after_help = "Example:\n  aggregator token --dir state --count 4 --expires 1h")]
+    Token(tokens::TokenVerb),
+    /// Where the federation stands.
+    Status,
+    /// Every round: outcome, measures, counts, seconds.
+    Rounds(inspect::RoundsVerb),
+    /// Publish an earlier release's adapter again, as the newest release.
+    #[command(after_help = "Example:\n  aggregator rollback 3 --dir state")]
+    Rollback {
+        /// The release to go back to.
+        version: u64,
+    },
+    /// Write a release's adapter for other programs.
+    #[command(after_help = "Example:\n  aggregator export 5 --format peft --out adapter --dir state")]
+    Export(adapters::ExportVerb),
+    /// Measure a release, or an adapter file, and judge it by the gates.
+    #[command(after_help = "Examples:\n  aggregator evaluate --dir state\n  \
+        aggregator evaluate --dir state --adapter candidate.safetensors\n\nExits with 4 if a gate fails.")]
+    Evaluate(Box<adapters::EvaluateVerb>),
+    /// The enrolled devices.
+    Devices,
+    /// Refuse a device from its next request on.
+    Revoke {
+        /// Its name, as `devices` prints it.
+        device: String,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct ServeVerb {
+    #[command(flatten)]
+    flags: Flags,
+    /// Stop after this many rounds, counted from this start.
+    #[arg(long, env = "COMMONWEAL_ROUNDS")]
+    rounds: Option<u64>,
+    /// After the last round, seconds to wait for its devices to install the release.
+    #[arg(long, default_value_t = 30)]
+    linger_seconds: u64,
+}
+
+/// Why a verb failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// Settings.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The state directory.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The releases.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// The package or the model.
+    #[error(transparent)]
+    Laboratory(#[from] LaboratoryError),
+    /// The round's state.
+    #[error(transparent)]
+    Desk(#[from] DeskError),
+    /// Tokens and devices.
+    #[error(transparent)]
+    Enroll(#[from] EnrollError),
+    /// The server.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// An argument that cannot be used.
+    #[error("{0}")]
+    Input(String),
+    /// A gate failed.
+    #[error("refused: {0}")]
+    Gate(String),
+    /// Anything else.
+    #[error("{what}")]
+    Other {
+        /// What failed.
+        what: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl CliError {
+    fn other(what: impl Into<String>, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self::Other { what: what.into(), source: Box::new(source) }
+    }
+
+    /// The process's exit code.
+    pub fn code(&self) -> u8 {
+        match self {
+            Self::Config(_)
+            | Self::Input(_)
+            | Self::Directory(DirectoryError::Absent { .. } | DirectoryError::Present { .. })
+            | Self::Publish(PublishError::Unknown { .. })
+            | Self::Enroll(EnrollError::DeviceUnknown { .. })
+            | Self::Laboratory(
+                LaboratoryError::Package(_)
+                | LaboratoryError::Set(_)
+                | LaboratoryError::Adapter { .. }
+                | LaboratoryError::Facts { .. }
+                | LaboratoryError::GuardConfig(_)
+                | LaboratoryError::Constitution(_)
+                | LaboratoryError::NoGuard,
+            ) => 3,
+            Self::Gate(_) => 4,
+            Self::Laboratory(LaboratoryError::Library(_))
+            | Self::Directory(DirectoryError::Locked { .. })
+            | Self::Serve(ServeError::Listen { .. }) => 5,
+            Self::Serve(ServeError::Laboratory(error)) => {
+                if matches!(error, LaboratoryError::Library(_)) {
+                    5
+                } else {
+                    3
+                }
+            }
+            _ => 1,
+        }
+    }
+}
+
+/// What most verbs need.
+struct Opened {
+    directory: Directory,
+    config: Config,
+    storage: Storage,
+}
+
+impl Opened {
+    fn open(dir: &Path) -> Result<Self, CliError> {
+        let directory = Directory::open(dir)?;
+        let config = Config::read(dir)?;
+        let storage = Storage::open(dir, Access::Shared)?;
+        Ok(Self { directory, config, storage })
+    }
+
+    /// The releases; the package's files are verified.
+    fn publisher(&self) -> Result<(Publisher, Base), CliError> {
+        let (_, base) = open_package(&self.config.package)?;
+        let key = self.directory.signing_key()?;
+        let publisher = Publisher::new(self.storage.coord.clone(), self.storage.blob.clone(), key, base.hash);
+        Ok((publisher, base))
+    }
+}
+
+/// Runs what was asked.
+pub fn run(cli: Cli) -> Result<(), CliError> {
+    let Cli { dir, json, verb } = cli;
+    match verb {
+        Verb::Init(init) => init::init(&dir, init, json),
+        Verb::Serve(serve) => {
+            Directory::open(&dir)?;
+            let mut config = Config::read(&dir)?;
+            serve.flags.apply(&mut config);
+            config.check()?;
+            let options = crate::serve::Options {
+                dir,
+                config,
+                rounds: serve.rounds,
+                linger_ms: serve.linger_seconds.saturating_mul(1_000),
+            };
+            Ok(crate::serve::serve(options, &Events::to_stdout(json))?)
+        }
+        Verb::Token(token) => tokens::token(&Opened::open(&dir)?, &token, json),
+        Verb::Status => inspect::status(&Opened::open(&dir)?, json),
+        Verb::Rounds(rounds) => inspect::rounds(&Opened::open(&dir)?, &rounds, json),
+        Verb::Rollback { version } => adapters::rollback(&Opened::open(&dir)?, version, json),
+        Verb::Export(export) => adapters::export(&Opened::open(&dir)?, &export, json),
+        Verb::Evaluate(evaluate) => adapters::evaluate(Opened::open(&dir)?, &evaluate, json),
+        Verb::Devices => inspect::devices(&Opened::open(&dir)?, json),
+        Verb::Revoke { device } => tokens::revoke(&Opened::open(&dir)?, &device, json),
+    }
+}
+
+fn now_ms() -> u64 {
+    commonweal_transport::Clock::system().unix_ms()
+}
+
+/// A moment for a person.
+fn moment(unix_ms: u64) -> String {
+    let format = time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]:[second]Z");
+    i64::try_from(unix_ms / 1000)
+        .ok()
+        .and_then(|seconds| time::OffsetDateTime::from_unix_timestamp(seconds).ok())
+        .and_then(|moment| moment.format(format).ok())
+        .unwrap_or_else(|| format!("{unix_ms} ms"))
+}
+
+/// One line of stdout. A reader that went away ends nothing.
+fn say(line: &str) {
+    use std::io::Write;
+    drop(writeln!(std::io::stdout().lock(), "{line}"));
+}
+
+fn say_json(value: &impl serde::Serialize) -> Result<(), CliError> {
+    let line = serde_json::to_string(value).map_err(|error| CliError::other("the result", error))?;
+    say(&line);
+    Ok(())
+}

@@ -1,0 +1,158 @@
+//! Flags that change settings, shared by `init`, `serve` and `evaluate`; each also an environment variable.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use commonweal_protocol::Mode;
+
+use crate::config::{Config, Rule};
+
+/// See the module. What is absent leaves the setting as it is.
+#[derive(Clone, Debug, Default, clap::Args)]
+#[command(next_help_heading = "Settings")]
+pub(super) struct Flags {
+    /// The model package.
+    #[arg(long, env = "COMMONWEAL_PACKAGE", value_name = "DIR")]
+    package: Option<PathBuf>,
+    /// Where to listen (UDP).
+    #[arg(long, env = "COMMONWEAL_LISTEN", value_name = "ADDRESS:PORT")]
+    listen: Option<SocketAddr>,
+    /// Where devices find the aggregator, for invitations.
+    #[arg(long, env = "COMMONWEAL_ADDRESS", value_name = "HOST:PORT")]
+    address: Option<String>,
+    /// The ONNX Runtime library.
+    #[arg(long, env = "COMMONWEAL_LIBRARY", value_name = "FILE")]
+    library: Option<PathBuf>,
+    /// Threads of the model.
+    #[arg(long, env = "COMMONWEAL_THREADS")]
+    threads: Option<usize>,
+    /// No clipping, no alignment, no gates: plain averaging, for comparison.
+    #[arg(long, env = "COMMONWEAL_PLAIN")]
+    plain: bool,
+    /// Updates wanted in a round.
+    #[arg(long, env = "COMMONWEAL_DEVICES", value_name = "N")]
+    devices: Option<u32>,
+    /// Updates without which a round ends with nothing [default: half of the devices].
+    #[arg(long, env = "COMMONWEAL_QUORUM", value_name = "N")]
+    quorum: Option<u32>,
+    /// Tasks handed out for each update wanted.
+    #[arg(long, env = "COMMONWEAL_OVER_SELECTION", value_name = "FACTOR")]
+    over_selection: Option<f64>,
+    /// Seconds to wait for all devices before a round begins with the quorum.
+    #[arg(long, env = "COMMONWEAL_WAIT_SECONDS", value_name = "SECONDS")]
+    wait_seconds: Option<u64>,
+    /// Seconds that devices have.
+    #[arg(long, env = "COMMONWEAL_DEADLINE_SECONDS", value_name = "SECONDS")]
+    deadline_seconds: Option<u64>,
+    /// Which factors are trained: fedit (A and B) or ffa (B alone).
+    #[arg(long, env = "COMMONWEAL_MODE", value_parser = mode)]
+    mode: Option<Mode>,
+    /// Optimizer steps of a device and round.
+    #[arg(long, env = "COMMONWEAL_STEPS", value_name = "N")]
+    steps: Option<u32>,
+    /// Peak learning rate of devices.
+    #[arg(long, env = "COMMONWEAL_LEARNING_RATE", value_name = "RATE")]
+    learning_rate: Option<f32>,
+    /// Pull of devices towards the release (FedProx).
+    #[arg(long, env = "COMMONWEAL_PROXIMAL_MU", value_name = "MU")]
+    proximal_mu: Option<f32>,
+    /// Bits of an update's values: 8, 4 or 2.
+    #[arg(long, env = "COMMONWEAL_BITS")]
+    bits: Option<u8>,
+    /// How updates are merged.
+    #[arg(long, env = "COMMONWEAL_RULE")]
+    rule: Option<Rule>,
+    /// Norm to which updates are clipped, in place of a multiple of the median.
+    #[arg(long, env = "COMMONWEAL_CLIP_NORM", value_name = "NORM")]
+    clip_norm: Option<f64>,
+    /// No alignment.
+    #[arg(long, env = "COMMONWEAL_NO_ALIGN")]
+    no_align: bool,
+    /// Red-team prompts answered in a round.
+    #[arg(long, env = "COMMONWEAL_ALIGN_PROMPTS", value_name = "N")]
+    align_prompts: Option<usize>,
+    /// Optimizer steps of the alignment.
+    #[arg(long, env = "COMMONWEAL_ALIGN_STEPS", value_name = "N")]
+    align_steps: Option<u32>,
+    /// Harmful prompts to measure by (CSV as AdvBench, or JSONL) [default: bundled].
+    #[arg(long, env = "COMMONWEAL_EVAL_HARMFUL", value_name = "FILE")]
+    eval_harmful: Option<PathBuf>,
+    /// Benign prompts to measure by [default: bundled].
+    #[arg(long, env = "COMMONWEAL_EVAL_BENIGN", value_name = "FILE")]
+    eval_benign: Option<PathBuf>,
+    /// Held-out conversations (JSONL) [default: bundled].
+    #[arg(long, env = "COMMONWEAL_HELDOUT", value_name = "FILE")]
+    heldout: Option<PathBuf>,
+    /// Red-team prompts to align by [default: bundled].
+    #[arg(long, env = "COMMONWEAL_REDTEAM", value_name = "FILE")]
+    redteam: Option<PathBuf>,
+    /// Benign conversations to keep usefulness [default: a quarter of the held-out ones].
+    #[arg(long, env = "COMMONWEAL_REPLAY", value_name = "FILE")]
+    replay: Option<PathBuf>,
+}
+
+fn mode(text: &str) -> Result<Mode, String> {
+    match text {
+        "fedit" => Ok(Mode::Fedit),
+        "ffa" => Ok(Mode::Ffa),
+        _ => Err("expected fedit or ffa".to_owned()),
+    }
+}
+
+fn set<T: Clone>(setting: &mut T, flag: Option<&T>) {
+    if let Some(value) = flag {
+        setting.clone_from(value);
+    }
+}
+
+/// Paths are kept absolute, since the configuration outlives the current directory.
+fn set_path(setting: &mut Option<PathBuf>, flag: Option<&PathBuf>) {
+    if let Some(path) = flag {
+        *setting = Some(std::path::absolute(path).unwrap_or_else(|_| path.clone()));
+    }
+}
+
+impl Flags {
+    /// Changes what was given.
+    pub(super) fn apply(&self, config: &mut Config) {
+        let mut package = Some(config.package.clone());
+        set_path(&mut package, self.package.as_ref());
+        config.package = package.unwrap_or_default();
+        set(&mut config.listen, self.listen.as_ref());
+        if self.address.is_some() {
+            config.address.clone_from(&self.address);
+        }
+        set_path(&mut config.runtime_library, self.library.as_ref());
+        if self.threads.is_some() {
+            config.threads = self.threads;
+        }
+        config.plain |= self.plain;
+        if let Some(devices) = self.devices {
+            config.round.goal = devices;
+            config.round.quorum = devices.div_ceil(2);
+        }
+        set(&mut config.round.quorum, self.quorum.as_ref());
+        set(&mut config.round.over_selection, self.over_selection.as_ref());
+        let milliseconds = |seconds: Option<u64>| seconds.map(|seconds| seconds.saturating_mul(1_000));
+        set(&mut config.round.wait_ms, milliseconds(self.wait_seconds).as_ref());
+        set(&mut config.round.deadline_ms, milliseconds(self.deadline_seconds).as_ref());
+        set(&mut config.train.mode, self.mode.as_ref());
+        if let Some(steps) = self.steps {
+            config.train.steps_max = steps;
+            config.train.warmup_steps = config.train.warmup_steps.min(steps);
+        }
+        set(&mut config.train.learning_rate, self.learning_rate.as_ref());
+        set(&mut config.train.proximal_mu, self.proximal_mu.as_ref());
+        set(&mut config.compress.bits, self.bits.as_ref());
+        set(&mut config.merge.rule, self.rule.as_ref());
+        set(&mut config.merge.clip_norm, self.clip_norm.as_ref());
+        config.align.enabled &= !self.no_align;
+        set(&mut config.align.prompts, self.align_prompts.as_ref());
+        set(&mut config.align.steps, self.align_steps.as_ref());
+        set_path(&mut config.evaluate.harmful, self.eval_harmful.as_ref());
+        set_path(&mut config.evaluate.benign, self.eval_benign.as_ref());
+        set_path(&mut config.evaluate.held_out, self.heldout.as_ref());
+        set_path(&mut config.align.redteam, self.redteam.as_ref());
+        set_path(&mut config.align.replay, self.replay.as_ref());
+    }
+}

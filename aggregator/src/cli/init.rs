@@ -1,0 +1,68 @@
+//! `aggregator init`: a state directory with its keys and the first release, measured.
+
+use std::path::Path;
+
+use commonweal_adapter::Adapter;
+use commonweal_protocol::{Digest, ReportCard};
+use commonweal_runtime::Cancel;
+
+use super::{CliError, Flags, now_ms};
+use crate::config::Config;
+use crate::desk::Record;
+use crate::directory::Directory;
+use crate::events::{Event, Events};
+use crate::laboratory::{Laboratory, LaboratoryError, has_guard, open_package};
+use crate::publish::{Candidate, Publisher};
+use crate::store::{Access, Storage};
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Init {
+    #[command(flatten)]
+    flags: Flags,
+    /// Seed of the first adapter's random half.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Publish the first release without measuring it; relative gates then have nothing to compare with.
+    #[arg(long)]
+    no_evaluate: bool,
+}
+
+pub(super) fn init(dir: &Path, init: Init, json: bool) -> Result<(), CliError> {
+    let mut config = Config::default();
+    init.flags.apply(&mut config);
+    config.check()?;
+    let (package, base) = open_package(&config.package)?;
+    if config.align.enabled && !config.plain && !has_guard(&package) {
+        return Err(LaboratoryError::NoGuard.into());
+    }
+    Directory::require_none(dir)?;
+    let adapter = Adapter::init(base.layout.clone(), init.seed);
+    let card = if init.no_evaluate {
+        ReportCard::default()
+    } else {
+        let laboratory = Laboratory::open(&package, &base, &config, &Cancel::new())?;
+        crate::evaluate::measure(&laboratory, &config.evaluate, &adapter)?.report_card
+    };
+    // Whatever can be wrong with the input was found above: nothing is left behind by then.
+    let directory = Directory::create(dir, now_ms())?;
+    let storage = Storage::open(dir, Access::Exclusive)?;
+    let bytes = base.write(&adapter).map_err(|error| CliError::other("the first adapter", error))?;
+    let digest = Digest::of(&bytes);
+    storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice())?;
+    let publisher =
+        Publisher::new(storage.coord.clone(), storage.blob.clone(), directory.signing_key()?, base.hash);
+    let now_ms = now_ms();
+    Record::of_base(&card, now_ms).append(storage.coord.as_ref())?;
+    let first = Candidate { round: None, parent: None, digest, card };
+    let release = publisher.publish(first, now_ms)?.release;
+    let text = toml::to_string(&config).map_err(|error| CliError::other("the configuration", error))?;
+    directory.write_config(&text)?;
+    Events::to_stdout(json).tell(&Event::Published {
+        round: release.round,
+        version: release.version,
+        parent: release.parent,
+        digest: release.digest,
+        report_card: release.report_card,
+    });
+    Ok(())
+}

@@ -1,0 +1,91 @@
+//! `aggregator token` and `revoke`: who may take part.
+
+use commonweal_protocol::{DeviceId, Host, Invitation, Token};
+use rand::RngCore;
+use serde_json::json;
+
+use super::{CliError, Opened, now_ms, say, say_json};
+use crate::receive::enroll::Registry;
+
+/// Most invitations of one call.
+const COUNT_MAX: u32 = 10_000;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct TokenVerb {
+    /// How many.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(COUNT_MAX)))]
+    count: u32,
+    /// How long they can be used: a number and s, m, h or d.
+    #[arg(long, default_value = "1h", value_parser = duration)]
+    expires: u64,
+}
+
+fn duration(text: &str) -> Result<u64, String> {
+    let wrong = || format!("expected a number and s, m, h or d, such as 30m, got `{text}`");
+    let (digits, unit) = text.split_at(text.len() - text.chars().last().map_or(0, char::len_utf8));
+    let seconds: u64 = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3_600,
+        "d" => 86_400,
+        _ => return Err(wrong()),
+    };
+    let count: u64 = digits.parse().map_err(|_| wrong())?;
+    count.checked_mul(seconds * 1_000).filter(|duration| *duration > 0).ok_or_else(wrong)
+}
+
+pub(super) fn token(opened: &Opened, verb: &TokenVerb, json: bool) -> Result<(), CliError> {
+    let address = opened.config.address.clone().unwrap_or_else(|| opened.config.listen.to_string());
+    let wrong = || {
+        CliError::Input(format!(
+            "address: expected HOST:PORT that devices can reach, got `{address}`; set it with --address at init"
+        ))
+    };
+    let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
+    let host: Host = host.trim_matches(['[', ']']).parse().map_err(|_| wrong())?;
+    let port: u16 = port.parse().map_err(|_| wrong())?;
+    let authority = opened.directory.authority()?.digest();
+    let registry = Registry::new(opened.storage.coord.clone());
+    let now_ms = now_ms();
+    let mut invitations = Vec::new();
+    for _ in 0..verb.count {
+        let mut token = Token([0; 32]);
+        rand::rng().fill_bytes(&mut token.0);
+        registry.invite(&token, now_ms, now_ms.saturating_add(verb.expires))?;
+        invitations.push(Invitation { host: host.clone(), port, token, authority }.to_string());
+    }
+    if json {
+        return say_json(
+            &json!({ "event": "invited", "invitations": invitations, "expires_ms": now_ms + verb.expires }),
+        );
+    }
+    for invitation in invitations {
+        say(&invitation);
+    }
+    Ok(())
+}
+
+pub(super) fn revoke(opened: &Opened, device: &str, json: bool) -> Result<(), CliError> {
+    let id: DeviceId =
+        device.parse().map_err(|error| CliError::Input(format!("device `{device}`: {error}")))?;
+    Registry::new(opened.storage.coord.clone()).revoke(&id, now_ms())?;
+    if json {
+        return say_json(&json!({ "event": "revoked", "device": id }));
+    }
+    say(&format!("device {id} is refused from its next request on"));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_have_a_unit() {
+        assert_eq!(duration("90s"), Ok(90_000));
+        assert_eq!(duration("2d"), Ok(172_800_000));
+        for wrong in ["", "h", "5", "1w", "-1h", "0h", "99999999999999999d", "1é"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+}

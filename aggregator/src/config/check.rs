@@ -1,0 +1,202 @@
+//! Every problem of a configuration at once, in the operator's words.
+
+use std::path::Path;
+
+use commonweal_adapter::layout::RANK_MAX;
+use commonweal_protocol::{
+    BaseHash, Digest, PollReply, ReconnectWindow, Reply, RoundId, RoundTask, Start, Version, encode,
+};
+
+use super::{Config, ConfigError};
+use crate::evaluate::sets;
+
+impl Config {
+    /// Refuses values that cannot work, all named together.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let mut problems: Vec<String> =
+            self.round.problems().into_iter().map(|problem| problem.to_string()).collect();
+        let mut require = |holds: bool, text: String| {
+            if !holds {
+                problems.push(text);
+            }
+        };
+        if let Err(error) = encode(&Reply::Poll(self.probe())) {
+            let cause =
+                std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+            require(false, format!("train or compress: {cause}"));
+        }
+        require(
+            self.package.join("package.toml").is_file(),
+            format!(
+                "package: expected a model package, found no package.toml in `{}`",
+                self.package.display()
+            ),
+        );
+        require(
+            self.threads.is_none_or(|threads| (1..=1024).contains(&threads)),
+            "threads: expected 1 to 1024".to_owned(),
+        );
+        require(
+            (1..=3650).contains(&self.certificate_days),
+            format!("certificate_days: expected 1 to 3650, got {}", self.certificate_days),
+        );
+        let receive = &self.receive;
+        require(
+            receive.requests_burst >= 4 && receive.requests_per_second >= 0.1,
+            "receive: expected requests_burst of at least 4 and requests_per_second of at least 0.1"
+                .to_owned(),
+        );
+        require(
+            receive.resends_max >= 1 && receive.releases_kept >= 2 && receive.norm_max > 0.0,
+            "receive: expected resends_max ≥ 1, releases_kept ≥ 2, norm_max > 0".to_owned(),
+        );
+        let merge = &self.merge;
+        require(
+            (0.0..0.5).contains(&merge.trimmed_share),
+            format!("merge.trimmed_share: expected 0 to below 0.5, got {}", merge.trimmed_share),
+        );
+        require(
+            merge.server_learning_rate > 0.0 && merge.server_learning_rate <= 10.0,
+            format!("merge.server_learning_rate: expected 0 to 10, got {}", merge.server_learning_rate),
+        );
+        for (name, value) in [
+            ("clip_median_factor", merge.clip_median_factor),
+            ("clip_norm", merge.clip_norm),
+            ("weight_median_factor", merge.weight_median_factor),
+        ] {
+            require(
+                value.is_finite() && value >= 0.0,
+                format!("merge.{name}: expected 0 or more, got {value}"),
+            );
+        }
+        let align = &self.align;
+        require(
+            (1..=10_000).contains(&align.prompts)
+                && (1..=10_000).contains(&align.steps)
+                && (2..=RANK_MAX).contains(&align.batch)
+                && (1..=16).contains(&align.attempts_max)
+                && (1..=4096).contains(&align.answer_tokens_max),
+            "align: expected prompts and steps 1 to 10000, batch 2 to 512, attempts_max 1 to 16, \
+             answer_tokens_max 1 to 4096"
+                .to_owned(),
+        );
+        require(
+            align.learning_rate > 0.0 && align.learning_rate <= 1.0,
+            format!("align.learning_rate: expected 0 to 1, got {}", align.learning_rate),
+        );
+        require(
+            self.evaluate.rows_max > 0 && (1..=4096).contains(&self.evaluate.answer_tokens_max),
+            "evaluate: expected rows_max ≥ 1 and answer_tokens_max 1 to 4096".to_owned(),
+        );
+        let gates = &self.evaluate.gates;
+        for (name, value, high) in [
+            ("safe_rate_min", gates.safe_rate_min, 1.0),
+            ("safe_rate_drop_max", gates.safe_rate_drop_max, 1.0),
+            ("attack_success_rate_max", gates.attack_success_rate_max, 1.0),
+            ("over_refusal_max", gates.over_refusal_max, 1.0),
+            ("over_refusal_rise_max", gates.over_refusal_rise_max, 1.0),
+            ("held_out_loss_max", gates.held_out_loss_max, 1e6),
+            ("held_out_loss_rise_max", gates.held_out_loss_rise_max, 1e6),
+        ] {
+            require(
+                value.is_none_or(|value| (0.0..=high).contains(&value)),
+                format!("evaluate.gates.{name}: expected 0 to {high}, got {}", value.unwrap_or_default()),
+            );
+        }
+        let prompts = [&self.evaluate.harmful, &self.evaluate.benign, &align.redteam];
+        for path in prompts.into_iter().flatten() {
+            check_set(path, |path| sets::read_prompts(path).map(drop), &mut require);
+        }
+        for path in [&self.evaluate.held_out, &align.replay].into_iter().flatten() {
+            check_set(path, |path| sets::read_conversations(path).map(drop), &mut require);
+        }
+        if problems.is_empty() { Ok(()) } else { Err(ConfigError::Values(problems)) }
+    }
+
+    /// A reply with this configuration's settings: what does not encode would be refused by devices.
+    fn probe(&self) -> PollReply {
+        let task = RoundTask {
+            round: RoundId(1),
+            base: BaseHash([0; 32]),
+            start: Start { version: Version(0), digest: Digest([0; 32]), length: 1 },
+            mode: self.train.mode,
+            train: self.train.settings(),
+            compress: self.compress.settings(),
+            seed: 0,
+            deadline_ms: self.round.deadline_ms,
+        };
+        let reconnect = ReconnectWindow {
+            after_ms: self.receive.reconnect_after_ms,
+            spread_ms: self.receive.reconnect_spread_ms,
+        };
+        PollReply { task: Some(task), release: None, reconnect }
+    }
+}
+
+fn check_set(
+    path: &Path,
+    read: impl Fn(&Path) -> Result<(), sets::SetError>,
+    require: &mut impl FnMut(bool, String),
+) {
+    if let Err(error) = read(path) {
+        let cause =
+            std::error::Error::source(&error).map_or_else(String::new, |source| format!(" ({source})"));
+        require(false, format!("{error}{cause}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sound() -> (tempfile::TempDir, Config) {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("package.toml"), "").unwrap();
+        let config = Config { package: dir.path().to_owned(), ..Config::default() };
+        (dir, config)
+    }
+
+    #[test]
+    fn the_default_is_sound_and_survives_its_file() {
+        let (dir, config) = sound();
+        config.check().unwrap();
+        let text = toml::to_string(&config).unwrap();
+        std::fs::write(dir.path().join(super::super::FILE), text).unwrap();
+        assert_eq!(Config::read(dir.path()).unwrap(), config);
+    }
+
+    #[test]
+    fn all_problems_are_listed_at_once() {
+        let (dir, mut config) = sound();
+        let bad = dir.path().join("bad.jsonl");
+        std::fs::write(&bad, "{\"prompt\":\"a\"}\nnot json\n").unwrap();
+        config.round.quorum = 99;
+        config.train.learning_rate = f32::NAN;
+        config.merge.trimmed_share = 0.5;
+        config.evaluate.gates.safe_rate_min = Some(80.0);
+        config.evaluate.benign = Some(bad);
+        config.align.redteam = Some("absent.jsonl".into());
+        config.package = "nowhere".into();
+        let text = config.check().unwrap_err().to_string();
+        for part in [
+            "round.quorum",
+            "train or compress: learning_rate",
+            "merge.trimmed_share",
+            "safe_rate_min: expected 0 to 1, got 80",
+            "bad.jsonl, line 2",
+            "absent.jsonl: cannot be read",
+            "nowhere",
+        ] {
+            assert!(text.contains(part), "{part} in {text}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_its_line() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(super::super::FILE), "plain = true\nplian = true\n").unwrap();
+        let error = Config::read(dir.path()).unwrap_err();
+        let cause = std::error::Error::source(&error).unwrap().to_string();
+        assert!(cause.contains("line 2") && cause.contains("plian"), "{cause}");
+    }
+}

@@ -1,0 +1,376 @@
+//! The round's durable state: applies events to [`Rounds`], saves before anything depends on it, keeps the
+//! accepted updates in step with it, and hands the work of the stages to `drive`.
+//!
+//! Between `round` (pure, below) and `receive` and `drive` (above, on many threads).
+
+mod state;
+mod record;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use commonweal_protocol::{DeviceId, Open, RoundId, SignedReceipt, Start};
+use serde::{Deserialize, Serialize};
+
+use crate::events::{AlignFigures, EvaluateFigures, Event as Told, Events, Figures, MergeFigures};
+use crate::publish::Publisher;
+use crate::round::{Action, Event, NotAdmitted, Outcome, Phase, Policy, Rounds, Summary};
+use crate::store::{Append, Coord, Storage, StoreError};
+
+pub use record::{RECORDS, Record, records};
+pub use state::{Accepted, DeskError, Progress, peek};
+use state::{Durable, LOG, load};
+pub(crate) use state::{RECEIPTS_KEPT_ROUNDS, decode_accepted, queue};
+
+/// What `drive` has to do next.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Next {
+    /// A stage's work.
+    Work(RoundId, Action),
+    /// Nothing before this time, if there is one.
+    Wait(Option<u64>),
+    /// The last wanted round is over.
+    Stop,
+}
+
+/// How an offered update ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Taken {
+    /// It counts from now on.
+    Now,
+    /// It was already taken, with this answer.
+    Before(Accepted),
+}
+
+struct Inner {
+    durable: Durable,
+    sequence: u64,
+    work: Option<Action>,
+    wake_ms: Option<u64>,
+    stop: bool,
+    /// The last finished round, to be cleaned up.
+    finished: Option<RoundId>,
+}
+
+/// See the module.
+pub struct Desk {
+    storage: Storage,
+    publisher: Publisher,
+    policy: Policy,
+    events: Events,
+    inner: Mutex<Inner>,
+    blobs: RwLock<()>,
+}
+
+impl std::fmt::Debug for Desk {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Desk").field("policy", &self.policy).finish_non_exhaustive()
+    }
+}
+
+impl Desk {
+    /// Takes up the round where the last process left it.
+    pub fn open(
+        storage: Storage,
+        publisher: Publisher,
+        policy: Policy,
+        events: Events,
+        now_ms: u64,
+    ) -> Result<Arc<Self>, DeskError> {
+        let (durable, sequence) = load(storage.coord.as_ref())?;
+        let inner = Inner { durable, sequence, work: None, wake_ms: None, stop: false, finished: None };
+        let desk =
+            Self { storage, publisher, policy, events, inner: Mutex::new(inner), blobs: RwLock::new(()) };
+        desk.apply(&mut desk.lock(), now_ms, Event::Resumed)?;
+        desk.reconcile(&mut desk.lock(), now_ms)?;
+        Ok(Arc::new(desk))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Held from storing an update's bytes until the inbox names them, so that no sweep falls in between.
+    pub fn keep_blobs(&self) -> RwLockReadGuard<'_, ()> {
+        self.blobs.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Held while blobs that nothing names are deleted.
+    pub fn sweep_blobs(&self) -> RwLockWriteGuard<'_, ()> {
+        self.blobs.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The current round, or the next one.
+    pub fn round(&self) -> RoundId {
+        self.lock().durable.rounds.round
+    }
+
+    /// The state machine as it stands.
+    pub fn rounds(&self) -> Rounds {
+        self.lock().durable.rounds.clone()
+    }
+
+    /// What the stages did so far.
+    pub fn progress(&self) -> Progress {
+        self.lock().durable.progress.clone()
+    }
+
+    /// A device is ready for work; true if it has a task of the current round. The release that the round
+    /// starts from comes with it.
+    pub fn poll(
+        &self,
+        now_ms: u64,
+        device: DeviceId,
+        start: Start,
+    ) -> Result<Option<(RoundId, Start, u64)>, DeskError> {
+        let mut inner = self.lock();
+        let actions = self.apply(&mut inner, now_ms, Event::Polled(device, start))?;
+        if !actions.contains(&Action::Assign(device)) {
+            return Ok(None);
+        }
+        let rounds = &inner.durable.rounds;
+        match (&rounds.phase, rounds.start) {
+            (Phase::Collecting { deadline_ms, .. }, Some(start)) => {
+                Ok(Some((rounds.round, start, deadline_ms.saturating_sub(now_ms).max(1))))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether an update would be counted now; `Ok(true)` if it already is.
+    pub fn admits(&self, round: RoundId, device: &DeviceId) -> Result<bool, NotAdmitted> {
+        self.lock().durable.rounds.admits(round, device)
+    }
+
+    /// Takes an update into the round, durably and once. Whoever closes the round waits for this, so an
+    /// update is either in before the merge or was never acknowledged.
+    pub fn take(&self, now_ms: u64, accepted: &Accepted) -> Result<Taken, DeskError> {
+        let device = accepted.receipt.receipt.device;
+        let round = accepted.open.round;
+        let value = postcard::to_allocvec(accepted).map_err(|error| DeskError::damaged("receipt", error))?;
+        let mut inner = self.lock();
+        inner.durable.rounds.admits(round, &device)?;
+        let taken = match self.storage.inbox.append_once(&queue(round), &device.to_string(), &value)? {
+            Append::Appended => Taken::Now,
+            Append::Duplicate(found) => Taken::Before(decode_accepted(&found)?),
+        };
+        self.apply(&mut inner, now_ms, Event::Received(device))?;
+        if taken == Taken::Now {
+            let (received, target) = inner.durable.rounds.progress();
+            self.events.tell(&Told::Received {
+                round,
+                device,
+                bytes: accepted.open.length,
+                samples: accepted.open.samples,
+                received,
+                target,
+            });
+        }
+        Ok(taken)
+    }
+
+    /// What was taken from a device for a round, if its receipt is still kept.
+    pub fn taken(&self, round: RoundId, device: &DeviceId) -> Result<Option<Accepted>, DeskError> {
+        let found = self.storage.inbox.find(&queue(round), &device.to_string())?;
+        found.map(|bytes| decode_accepted(&bytes)).transpose()
+    }
+
+    /// What a stage has to do, after seeing to the time.
+    pub fn next(&self, now_ms: u64) -> Result<Next, DeskError> {
+        let mut inner = self.lock();
+        if inner.work.is_none() {
+            if inner.durable.rounds.is_due(now_ms) {
+                self.reconcile(&mut inner, now_ms)?;
+            }
+            self.apply(&mut inner, now_ms, Event::TimePassed)?;
+        }
+        Ok(match &inner.work {
+            Some(work) => Next::Work(inner.durable.rounds.round, work.clone()),
+            None if inner.stop => Next::Stop,
+            None => Next::Wait(inner.wake_ms),
+        })
+    }
+
+    /// A stage is done: its figures and its event are saved together.
+    pub fn done(
+        &self,
+        now_ms: u64,
+        seconds: f64,
+        figures: Option<Figures>,
+        event: Event,
+    ) -> Result<(), DeskError> {
+        let mut inner = self.lock();
+        let round = inner.durable.rounds.round;
+        let before = inner.durable.progress.clone();
+        if let Some(figures) = &figures {
+            let progress = &mut inner.durable.progress;
+            let stage = match figures {
+                Figures::Merge(merge) => {
+                    progress.merge = Some(merge.clone());
+                    "merge"
+                }
+                Figures::Align(align) => {
+                    progress.align = Some(align.clone());
+                    "align"
+                }
+                Figures::Evaluate(evaluate) => {
+                    progress.evaluate = Some(evaluate.clone());
+                    "evaluate"
+                }
+                Figures::Publish { .. } => "publish",
+            };
+            progress.seconds.insert(stage.to_owned(), seconds);
+        }
+        if let Err(error) = self.apply(&mut inner, now_ms, event) {
+            inner.durable.progress = before;
+            return Err(error);
+        }
+        drop(inner);
+        if let Some(figures) = figures {
+            self.events.tell(&Told::Stage { round, seconds, figures });
+        }
+        Ok(())
+    }
+
+    /// The round that ended and has not been cleaned up since.
+    pub fn take_finished(&self) -> Option<RoundId> {
+        self.lock().finished.take()
+    }
+
+    /// The inbox is the truth about what came in; the state is behind it after a crash, or after a store that failed
+    /// without saying whether it had written.
+    fn reconcile(&self, inner: &mut Inner, now_ms: u64) -> Result<(), DeskError> {
+        let round = inner.durable.rounds.round;
+        for item in self.storage.inbox.list(&queue(round), crate::store::PAGE_MAX)? {
+            if let Ok(device) = item.key.parse() {
+                self.apply(inner, now_ms, Event::Received(device))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// One step of the state machine: on a copy, which becomes the state once it is saved.
+    fn apply(&self, inner: &mut Inner, now_ms: u64, event: Event) -> Result<Vec<Action>, DeskError> {
+        let mut durable = inner.durable.clone();
+        let actions = durable.rounds.tick(&self.policy, now_ms, event);
+        let before = std::mem::replace(&mut inner.durable, durable);
+        let mut effects = Effects::default();
+        for action in &actions {
+            if let Err(error) = self.carry_out(inner, &before, action, &mut effects) {
+                inner.durable = before;
+                return Err(error);
+            }
+        }
+        if let Some(work) = effects.work {
+            inner.work = work;
+        }
+        inner.wake_ms = effects.wake_ms.or(inner.wake_ms.filter(|wake_ms| *wake_ms > now_ms));
+        inner.stop |= effects.stop;
+        inner.finished = effects.finished.or(inner.finished);
+        for told in &effects.told {
+            self.events.tell(told);
+        }
+        // A timer that is set again is nothing to wake anybody for.
+        if actions.iter().any(|action| !matches!(action, Action::WakeAt(_))) {
+            self.storage.watch.notify();
+        }
+        Ok(actions)
+    }
+
+    fn carry_out(
+        &self,
+        inner: &mut Inner,
+        before: &Durable,
+        action: &Action,
+        effects: &mut Effects,
+    ) -> Result<(), DeskError> {
+        let rounds = &inner.durable.rounds;
+        match action {
+            Action::Save => self.save(inner)?,
+            Action::Assign(device) => {
+                let is_new = rounds.phase != before.rounds.phase;
+                if is_new {
+                    effects.told.push(Told::Assigned { round: rounds.round, device: *device });
+                }
+            }
+            Action::Opened => effects.told.push(Told::RoundOpened {
+                round: rounds.round,
+                start: rounds.start.map(|start| start.version).unwrap_or_default(),
+                target: rounds.progress().1,
+            }),
+            Action::Closed => effects.told.push(self.closed(&before.rounds)?),
+            work @ (Action::Merge | Action::Align(_) | Action::Evaluate(_) | Action::Publish(..)) => {
+                effects.work = Some(Some(work.clone()));
+            }
+            Action::Finish(summary) => {
+                self.record(summary, &inner.durable.progress)?;
+                inner.durable.progress = Progress::default();
+                effects.work = Some(None);
+                effects.finished = Some(summary.round);
+                effects.told.extend(match &summary.outcome {
+                    Outcome::Published { .. } => None,
+                    Outcome::Rejected { reason } => {
+                        Some(Told::Rejected { round: summary.round, reason: reason.clone() })
+                    }
+                    Outcome::Abandoned { quorum } => Some(Told::Rejected {
+                        round: summary.round,
+                        reason: format!(
+                            "{} updates by the deadline, the quorum is {quorum}",
+                            summary.received
+                        ),
+                    }),
+                });
+            }
+            Action::WakeAt(at_ms) => effects.wake_ms = Some(*at_ms),
+            Action::Stop => effects.stop = true,
+        }
+        Ok(())
+    }
+
+    fn closed(&self, rounds: &Rounds) -> Result<Told, DeskError> {
+        let items = self.storage.inbox.list(&queue(rounds.round), crate::store::PAGE_MAX)?;
+        let mut uploaded_bytes = 0;
+        for item in &items {
+            uploaded_bytes += decode_accepted(&item.value)?.open.length;
+        }
+        let selected = match &rounds.phase {
+            Phase::Collecting { selected, .. } => selected.len() as u32,
+            _ => 0,
+        };
+        let received = items.len() as u32;
+        Ok(Told::RoundClosed { round: rounds.round, selected, received, uploaded_bytes })
+    }
+
+    /// Appends the state. The directory's lock makes this process the only writer, so a head that moved can
+    /// only be an own write that was thought to have failed.
+    fn save(&self, inner: &mut Inner) -> Result<(), DeskError> {
+        let bytes = postcard::to_allocvec(&inner.durable)
+            .map_err(|error| DeskError::damaged("round's state", error))?;
+        inner.sequence = match self.storage.coord.compare_and_set(LOG, inner.sequence, &bytes) {
+            Err(StoreError::Conflict { found, .. }) => {
+                self.storage.coord.compare_and_set(LOG, found, &bytes)?
+            }
+            result => result?,
+        };
+        if inner.sequence % 64 == 0 {
+            self.storage.coord.truncate(LOG, inner.sequence)?;
+        }
+        Ok(())
+    }
+
+    fn record(&self, summary: &Summary, progress: &Progress) -> Result<(), DeskError> {
+        let head = self.publisher.head()?;
+        let card = head.as_ref().map(|signed| &signed.release.report_card);
+        let version = head.as_ref().map(|signed| signed.release.version).unwrap_or_default();
+        Record::of_round(summary, progress, version, card).append(self.storage.coord.as_ref())
+    }
+}
+
+#[derive(Default)]
+struct Effects {
+    work: Option<Option<Action>>,
+    wake_ms: Option<u64>,
+    stop: bool,
+    finished: Option<RoundId>,
+    told: Vec<Told>,
+}

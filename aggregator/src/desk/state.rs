@@ -1,0 +1,98 @@
+//! What of the desk is stored, and under which names.
+
+use std::collections::BTreeMap;
+
+use commonweal_protocol::{Open, RoundId, SignedReceipt};
+use serde::{Deserialize, Serialize};
+
+use crate::events::{AlignFigures, EvaluateFigures, MergeFigures};
+use crate::round::{NotAdmitted, Rounds};
+use crate::store::{Coord, StoreError};
+
+/// The log of the state; only its newest entry matters.
+pub(super) const LOG: &str = "round";
+/// Rounds whose receipts can still be repeated to a device that missed them.
+pub(crate) const RECEIPTS_KEPT_ROUNDS: u64 = 16;
+
+/// Everything about the current round that must survive.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Durable {
+    pub(super) rounds: Rounds,
+    pub(super) progress: Progress,
+}
+
+/// What the stages of the current round did so far.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Figures of the merge.
+    pub merge: Option<MergeFigures>,
+    /// Figures of the alignment.
+    pub align: Option<AlignFigures>,
+    /// Figures of the evaluation.
+    pub evaluate: Option<EvaluateFigures>,
+    /// Seconds of each stage.
+    pub seconds: BTreeMap<String, f64>,
+}
+
+/// An accepted update, as the inbox keeps it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Accepted {
+    /// What the device announced.
+    pub open: Open,
+    /// What it was answered, to be repeated word for word.
+    pub receipt: SignedReceipt,
+}
+
+/// Why the desk could not do something.
+#[derive(Debug, thiserror::Error)]
+pub enum DeskError {
+    /// The store failed.
+    #[error("the round's state was not stored")]
+    Store(#[from] StoreError),
+    /// A stored state or item does not decode.
+    #[error("the stored {what} is damaged")]
+    Damaged {
+        /// Which thing.
+        what: String,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The lineage cannot be read.
+    #[error("the releases cannot be read")]
+    Publish(#[from] crate::publish::PublishError),
+    /// The round does not take the update.
+    #[error(transparent)]
+    NotAdmitted(#[from] NotAdmitted),
+}
+
+impl DeskError {
+    pub(super) fn damaged(
+        what: impl Into<String>,
+        source: impl std::error::Error + Send + Sync + 'static,
+    ) -> Self {
+        Self::Damaged { what: what.into(), source: Box::new(source) }
+    }
+}
+
+/// Queue of a round's accepted updates; sorts by round.
+pub(crate) fn queue(round: RoundId) -> String {
+    format!("update/{:020}", round.0)
+}
+
+pub(super) fn load(coord: &dyn Coord) -> Result<(Durable, u64), DeskError> {
+    let Some(entry) = coord.head(LOG)? else { return Ok((Durable::default(), 0)) };
+    let durable =
+        postcard::from_bytes(&entry.value).map_err(|error| DeskError::damaged("round's state", error))?;
+    Ok((durable, entry.sequence))
+}
+
+/// The stored state, for who only looks.
+pub fn peek(coord: &dyn Coord) -> Result<(Rounds, Progress), DeskError> {
+    let (durable, _) = load(coord)?;
+    Ok((durable.rounds, durable.progress))
+}
+
+pub(crate) fn decode_accepted(bytes: &[u8]) -> Result<Accepted, DeskError> {
+    postcard::from_bytes(bytes).map_err(|error| DeskError::damaged("update's receipt", error))
+}

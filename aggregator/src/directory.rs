@@ -1,0 +1,259 @@
+//! The state directory: its lock, its keys, its paths.
+//!
+//! ```text
+//! STATE/  aggregator.toml  aggregator.db  blobs/  partials/
+//!         authority.pem (0600)  signing.pem (0600)  lock
+//! ```
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use commonweal_protocol::SigningKey;
+use commonweal_transport::{Authority, IdentityError};
+use ed25519_dalek::pkcs8::{DecodePrivateKey, EncodePrivateKey, spki::der::pem::LineEnding};
+
+use crate::store::sync_dir;
+
+/// Why a state directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DirectoryError {
+    /// There is none.
+    #[error("{}: expected a state directory, make one with `aggregator init`", path.display())]
+    Absent {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// There is one already.
+    #[error("{}: is a state directory already", path.display())]
+    Present {
+        /// Where.
+        path: PathBuf,
+    },
+    /// It cannot be read or written.
+    #[error("{}: cannot be read or written", path.display())]
+    File {
+        /// Which part.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A server runs on it.
+    #[error("{}: another aggregator serves this directory", path.display())]
+    Locked {
+        /// The lock.
+        path: PathBuf,
+    },
+    /// The signing key is damaged.
+    #[error("{}: expected an Ed25519 key", path.display())]
+    Key {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: ed25519_dalek::pkcs8::Error,
+    },
+    /// The authority is damaged.
+    #[error("{}: expected a certificate authority", path.display())]
+    Authority {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: IdentityError,
+    },
+}
+
+/// A state directory.
+#[derive(Clone, Debug)]
+pub struct Directory {
+    path: PathBuf,
+}
+
+/// Held by the one server of a directory; released with the process, however it ends.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Directory {
+    /// An existing one.
+    pub fn open(path: &Path) -> Result<Self, DirectoryError> {
+        if !path.join(crate::config::FILE).is_file() {
+            return Err(DirectoryError::Absent { path: path.to_owned() });
+        }
+        Ok(Self { path: path.to_owned() })
+    }
+
+    /// Refuses a place where there is one already.
+    pub fn require_none(path: &Path) -> Result<(), DirectoryError> {
+        if path.join(crate::config::FILE).exists() {
+            return Err(DirectoryError::Present { path: path.to_owned() });
+        }
+        Ok(())
+    }
+
+    /// A new one; everything but the configuration, which makes it complete and is written last.
+    pub fn create(path: &Path, now_ms: u64) -> Result<Self, DirectoryError> {
+        Self::require_none(path)?;
+        let failed = |source| DirectoryError::File { path: path.to_owned(), source };
+        fs::create_dir_all(path).map_err(failed)?;
+        let directory = Self { path: path.to_owned() };
+        // Left behind by an interrupted `init`: it never served anyone.
+        for name in ["aggregator.db", "aggregator.db-wal", "aggregator.db-shm"] {
+            match fs::remove_file(path.join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+                _ => {}
+            }
+        }
+        let mut seed = zeroize::Zeroizing::new([0_u8; 32]);
+        rand::RngCore::fill_bytes(&mut rand::rng(), seed.as_mut());
+        let path = directory.signing_key_path();
+        let pem = SigningKey::from_bytes(&seed)
+            .to_pkcs8_pem(LineEnding::LF)
+            .map_err(|source| DirectoryError::Key { path: path.clone(), source })?;
+        directory.write_secret(&path, pem.as_bytes())?;
+        let path = directory.authority_path();
+        let authority = Authority::create(now_ms)
+            .map_err(|source| DirectoryError::Authority { path: path.clone(), source })?;
+        directory.write_secret(&path, authority.to_pem().as_bytes())?;
+        Ok(directory)
+    }
+
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Unfinished uploads.
+    pub fn partials(&self) -> PathBuf {
+        self.path.join("partials")
+    }
+
+    fn signing_key_path(&self) -> PathBuf {
+        self.path.join("signing.pem")
+    }
+
+    fn authority_path(&self) -> PathBuf {
+        self.path.join("authority.pem")
+    }
+
+    /// Writes a file that only its owner may read, whole or not at all.
+    fn write_secret(&self, path: &Path, bytes: &[u8]) -> Result<(), DirectoryError> {
+        self.write(path, bytes, 0o600)
+    }
+
+    /// Writes the configuration.
+    pub fn write_config(&self, text: &str) -> Result<(), DirectoryError> {
+        self.write(&self.path.join(crate::config::FILE), text.as_bytes(), 0o644)
+    }
+
+    fn write(&self, path: &Path, bytes: &[u8], mode: u32) -> Result<(), DirectoryError> {
+        let failed = |source| DirectoryError::File { path: path.to_owned(), source };
+        let temporary = path.with_extension("new");
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(mode)
+            .open(&temporary)
+            .map_err(failed)?;
+        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
+        fs::rename(&temporary, path).and_then(|()| sync_dir(&self.path)).map_err(failed)
+    }
+
+    /// The key that signs receipts and releases.
+    pub fn signing_key(&self) -> Result<SigningKey, DirectoryError> {
+        let path = self.signing_key_path();
+        let text = self.read(&path)?;
+        SigningKey::from_pkcs8_pem(&text).map_err(|source| DirectoryError::Key { path, source })
+    }
+
+    /// The federation's certificate authority.
+    pub fn authority(&self) -> Result<Authority, DirectoryError> {
+        let path = self.authority_path();
+        let text = self.read(&path)?;
+        Authority::from_pem(&text).map_err(|source| DirectoryError::Authority { path, source })
+    }
+
+    fn read(&self, path: &Path) -> Result<zeroize::Zeroizing<String>, DirectoryError> {
+        fs::read_to_string(path)
+            .map(zeroize::Zeroizing::new)
+            .map_err(|source| DirectoryError::File { path: path.to_owned(), source })
+    }
+
+    /// Becomes the one server.
+    pub fn lock(&self) -> Result<Lock, DirectoryError> {
+        let path = self.path.join("lock");
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(|source| DirectoryError::File { path: path.clone(), source })?;
+        match fs4::FileExt::try_lock(&file) {
+            Ok(()) => Ok(Lock { _file: file }),
+            Err(fs4::TryLockError::WouldBlock) => Err(DirectoryError::Locked { path }),
+            Err(fs4::TryLockError::Error(source)) => Err(DirectoryError::File { path, source }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn made() -> (tempfile::TempDir, Directory) {
+        let dir = tempfile::tempdir().unwrap();
+        let directory = Directory::create(&dir.path().join("state"), 1_700_000_000_000).unwrap();
+        (dir, directory)
+    }
+
+    #[test]
+    fn secrets_are_for_their_owner_only() {
+        let (_dir, directory) = made();
+        for path in [directory.signing_key_path(), directory.authority_path()] {
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "{path:?}");
+        }
+        directory.signing_key().unwrap();
+        directory.authority().unwrap();
+    }
+
+    #[test]
+    fn a_directory_is_made_once_and_complete_with_its_configuration() {
+        let (_dir, directory) = made();
+        assert!(matches!(Directory::open(directory.path()), Err(DirectoryError::Absent { .. })));
+        directory.write_config("").unwrap();
+        Directory::open(directory.path()).unwrap();
+        assert!(matches!(Directory::create(directory.path(), 0), Err(DirectoryError::Present { .. })));
+    }
+
+    #[test]
+    fn one_server_at_a_time() {
+        let (_dir, directory) = made();
+        let lock = directory.lock().unwrap();
+        assert!(matches!(directory.lock(), Err(DirectoryError::Locked { .. })));
+        drop(lock);
+        directory.lock().unwrap();
+    }
+
+    #[test]
+    fn a_place_that_cannot_be_written_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = Directory::create(&file.join("state"), 0).unwrap_err();
+        assert!(error.to_string().contains("state: cannot be read or written"), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_key_is_refused() {
+        let (_dir, directory) = made();
+        fs::write(directory.signing_key_path(), "nonsense").unwrap();
+        assert!(matches!(directory.signing_key(), Err(DirectoryError::Key { .. })));
+    }
+}

@@ -1,0 +1,353 @@
+//! Carries out what the round decides: merge, align, evaluate, publish, and the cleaning up after it.
+//!
+//! One thread, beside the many of `receive`; `desk` says what is next and saves what came of it. Each stage's
+//! result is stored before the state names it, so that a killed process begins again at the last finished stage.
+
+mod stages;
+
+use std::time::Instant;
+
+use commonweal_adapter::{Adapter, AdapterKind};
+use commonweal_protocol::{Digest, ReportCard, RoundId, Version, bounds};
+
+use crate::desk::{self, DeskError, Next, RECEIPTS_KEPT_ROUNDS, decode_accepted, queue};
+use crate::evaluate;
+use crate::events::{AlignFigures, Event as Told, Figures};
+use crate::laboratory::{Base, LaboratoryError};
+use crate::merge::{self, Member};
+use crate::publish::{Candidate, PublishError};
+use crate::receive::{Parts, chain};
+use crate::round::{Action, Event, Phase};
+use crate::store::{PAGE_MAX, StoreError};
+
+pub use stages::{ModelStages, Stages};
+
+/// Who claims updates; there is one reducer for each state directory.
+const OWNER: &str = "drive";
+/// How long a claim lasts; longer than any merge.
+const LEASE_MS: u64 = 3_600_000;
+/// Times that a stage which lacks its library or its files is tried before the round is given up.
+const UNAVAILABLE_TRIES_MAX: u32 = 3;
+/// First and longest pause before a stage is tried again.
+const RETRY_MS: (u64, u64) = (1_000, 60_000);
+
+/// Why a stage did not end.
+#[derive(Debug, thiserror::Error)]
+enum DriveError {
+    #[error(transparent)]
+    Desk(#[from] DeskError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    #[error("the stage cannot run here and now")]
+    Unavailable(#[source] LaboratoryError),
+    #[error("the process is ending")]
+    Cancelled,
+}
+
+/// A stage's end: figures and the event for the round.
+type Outcome = Result<(Option<Figures>, Event), DriveError>;
+
+/// What the caller of [`Driver::step`] does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Call again.
+    Worked,
+    /// Call again at this time at the latest, or when the watch says so.
+    Wait(Option<u64>),
+    /// The last wanted round is over.
+    Stop,
+}
+
+/// See the module.
+pub struct Driver<S> {
+    parts: Parts,
+    base: Base,
+    stages: S,
+    tries: u32,
+    retry_ms: u64,
+}
+
+impl<S> std::fmt::Debug for Driver<S> {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Driver").field("tries", &self.tries).finish_non_exhaustive()
+    }
+}
+
+impl<S: Stages> Driver<S> {
+    /// Ready; first removes what an earlier process left and nothing names.
+    pub fn new(parts: Parts, base: Base, stages: S) -> Self {
+        let driver = Self { parts, base, stages, tries: 0, retry_ms: 0 };
+        driver.sweep();
+        driver
+    }
+
+    /// Does the next thing, if there is one.
+    pub fn step(&mut self) -> Step {
+        let now_ms = self.parts.clock.unix_ms();
+        if let Some(round) = self.parts.desk.take_finished() {
+            self.clean_up(round);
+        }
+        if now_ms < self.retry_ms {
+            return Step::Wait(Some(self.retry_ms));
+        }
+        match self.parts.desk.next(now_ms) {
+            Ok(Next::Work(round, work)) => {
+                self.work(round, &work);
+                Step::Worked
+            }
+            Ok(Next::Wait(at_ms)) => Step::Wait(at_ms),
+            Ok(Next::Stop) => Step::Stop,
+            Err(error) => {
+                self.retry(self.parts.desk.round(), &error);
+                Step::Worked
+            }
+        }
+    }
+
+    fn work(&mut self, round: RoundId, work: &Action) {
+        let started = Instant::now();
+        let outcome = match work {
+            Action::Merge => self.merge(round),
+            Action::Align(candidate) => self.align(round, candidate),
+            Action::Evaluate(candidate) => self.evaluate(round, candidate),
+            Action::Publish(candidate, card) => self.publish(round, *candidate, card),
+            _ => return,
+        };
+        let outcome = outcome.and_then(|(figures, event)| {
+            let now_ms = self.parts.clock.unix_ms();
+            let seconds = started.elapsed().as_secs_f64();
+            Ok(self.parts.desk.done(now_ms, seconds, figures, event)?)
+        });
+        match outcome {
+            Ok(()) => (self.tries, self.retry_ms) = (0, 0),
+            Err(DriveError::Cancelled) => tracing::info!(%round, "stage cancelled, to be taken up again"),
+            Err(DriveError::Unavailable(error)) if self.tries + 1 >= UNAVAILABLE_TRIES_MAX => {
+                self.tries = 0;
+                let reason = format!("unavailable: {}", chain(&error));
+                let now_ms = self.parts.clock.unix_ms();
+                if let Err(error) = self.parts.desk.done(now_ms, 0.0, None, Event::Refused(reason)) {
+                    self.retry(round, &error);
+                }
+            }
+            Err(error) => self.retry(round, &error),
+        }
+    }
+
+    fn retry(&mut self, round: RoundId, error: &dyn std::error::Error) {
+        let after_ms = (RETRY_MS.0 << self.tries.min(16)).min(RETRY_MS.1);
+        self.tries += 1;
+        self.retry_ms = self.parts.clock.unix_ms().saturating_add(after_ms);
+        self.parts.events.tell(&Told::Retrying { round, reason: chain(error), after_ms });
+    }
+
+    fn load(&self, digest: &Digest) -> Result<Result<Adapter, String>, DriveError> {
+        let bytes = self.parts.storage.blob.read_all(digest, bounds::CONTENT_BYTES_MAX)?;
+        let read = self.base.read("candidate", &bytes, AdapterKind::Assistant);
+        Ok(read.map_err(|error| chain(&error)))
+    }
+
+    fn keep(&self, adapter: &Adapter) -> Result<Result<Digest, String>, DriveError> {
+        let bytes = match self.base.write(adapter) {
+            Ok(bytes) => bytes,
+            Err(error) => return Ok(Err(chain(&error))),
+        };
+        let digest = Digest::of(&bytes);
+        self.parts.storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice())?;
+        Ok(Ok(digest))
+    }
+
+    fn merge(&mut self, round: RoundId) -> Outcome {
+        self.parts.pause.here("merge", &self.parts.events);
+        let Some(start) = self.parts.desk.rounds().start else {
+            return refused("merge: the round has no start");
+        };
+        let start = match self.load(&start.digest)? {
+            Ok(start) => start,
+            Err(reason) => return refused(format!("merge: {reason}")),
+        };
+        let now_ms = self.parts.clock.unix_ms();
+        let items = self.parts.storage.inbox.claim(&queue(round), OWNER, now_ms, LEASE_MS, PAGE_MAX)?;
+        let updates: Vec<desk::Accepted> =
+            items.iter().map(|item| decode_accepted(&item.value)).collect::<Result<_, _>>()?;
+        let members: Vec<Member> = updates
+            .iter()
+            .map(|update| Member {
+                device: update.receipt.receipt.device,
+                samples: update.open.samples,
+                length: update.open.length,
+                report: update.open.report,
+            })
+            .collect();
+        let digests: std::collections::BTreeMap<_, _> =
+            updates.iter().map(|update| (update.receipt.receipt.device, update.open.digest)).collect();
+        let config = &self.parts.config;
+        let options = merge::Options::new(&config.merge, config.train.trainable(), config.plain);
+        let blob = &self.parts.storage.blob;
+        let merged = merge::merge(&start, &members, &options, |device| {
+            let missing = || StoreError::Missing { subject: format!("update of {device}") };
+            blob.read_all(digests.get(device).ok_or_else(missing)?, bounds::UPDATE_BYTES_MAX)
+        });
+        let (candidate, mut figures) = match merged {
+            Ok(merged) => merged,
+            Err(merge::CandidateError::Read { source, .. }) if !is_lost(&source) => return Err(source.into()),
+            Err(error) => return refused(format!("merge: {}", chain(&error))),
+        };
+        figures.counts.devices_selected = self.parts.desk.rounds().selected();
+        match self.keep(&candidate)? {
+            Ok(digest) => {
+                self.parts.pause.here("merged", &self.parts.events);
+                Ok((Some(Figures::Merge(figures)), Event::Merged(digest)))
+            }
+            Err(reason) => refused(format!("merge: {reason}")),
+        }
+    }
+
+    fn align(&mut self, round: RoundId, candidate: &Digest) -> Outcome {
+        self.parts.pause.here("align", &self.parts.events);
+        let config = &self.parts.config;
+        let skipped = match (config.plain, config.align.enabled) {
+            (true, _) => Some("the run is plain"),
+            (_, false) => Some("switched off"),
+            _ => None,
+        };
+        if let Some(reason) = skipped {
+            let figures = AlignFigures { skipped: Some(reason.to_owned()), ..AlignFigures::default() };
+            return Ok((Some(Figures::Align(figures)), Event::Aligned(*candidate)));
+        }
+        let merged = match self.load(candidate)? {
+            Ok(merged) => merged,
+            Err(reason) => return refused(format!("align: {reason}")),
+        };
+        match self.stages.align(round, merged) {
+            Ok((aligned, figures)) => match self.keep(&aligned)? {
+                Ok(digest) => Ok((Some(Figures::Align(figures)), Event::Aligned(digest))),
+                Err(reason) => refused(format!("align: {reason}")),
+            },
+            Err(error) => stage_failed("align", error),
+        }
+    }
+
+    fn evaluate(&mut self, round: RoundId, candidate: &Digest) -> Outcome {
+        self.parts.pause.here("evaluate", &self.parts.events);
+        let adapter = match self.load(candidate)? {
+            Ok(adapter) => adapter,
+            Err(reason) => return refused(format!("evaluate: {reason}")),
+        };
+        let mut figures = match self.stages.evaluate(round, &adapter) {
+            Ok(figures) => figures,
+            Err(error) => return stage_failed("evaluate", error),
+        };
+        let parent = self.parts.desk.rounds().start.map(|start| start.version).unwrap_or_default();
+        let parent = self.parts.publisher.release(parent)?.release.report_card;
+        let progress = self.parts.desk.progress();
+        let card = &mut figures.report_card;
+        card.counts = progress.merge.map(|merge| merge.counts).unwrap_or_default();
+        card.counts.align_steps = progress.align.map_or(0, |align| align.steps);
+        if !self.parts.config.plain {
+            card.gates = evaluate::judge(card, Some(&parent), &self.parts.config.evaluate.gates);
+        }
+        let event = match evaluate::refusal(&card.gates) {
+            None => Event::Accepted(Box::new(card.clone())),
+            Some(reason) => Event::Refused(reason),
+        };
+        Ok((Some(Figures::Evaluate(figures)), event))
+    }
+
+    fn publish(&mut self, round: RoundId, candidate: Digest, card: &ReportCard) -> Outcome {
+        self.parts.pause.here("publish", &self.parts.events);
+        let parent = self.parts.desk.rounds().start.map(|start| start.version);
+        let candidate = Candidate { round: Some(round), parent, digest: candidate, card: card.clone() };
+        let release = match self.parts.publisher.publish(candidate, self.parts.clock.unix_ms()) {
+            Ok(signed) => signed.release,
+            Err(error @ (PublishError::Moved { .. } | PublishError::GateFailed | PublishError::Sign(_))) => {
+                return refused(format!("publish: {}", chain(&error)));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        self.parts.pause.here("published", &self.parts.events);
+        self.parts.events.tell(&Told::Published {
+            round: release.round,
+            version: release.version,
+            parent: release.parent,
+            digest: release.digest,
+            report_card: release.report_card,
+        });
+        let version: Version = release.version;
+        Ok((Some(Figures::Publish { version }), Event::Published(version)))
+    }
+
+    /// After a round: its updates are done with. Whatever fails here is done after the next round.
+    fn clean_up(&self, round: RoundId) {
+        let result = (|| -> Result<(), StoreError> {
+            let inbox = &self.parts.storage.inbox;
+            let now_ms = self.parts.clock.unix_ms();
+            for item in inbox.claim(&queue(round), OWNER, now_ms, LEASE_MS, PAGE_MAX)? {
+                inbox.ack(&queue(round), &item.key, OWNER)?;
+            }
+            match round.0.checked_sub(RECEIPTS_KEPT_ROUNDS) {
+                Some(old) => inbox.purge(&queue(RoundId(old))),
+                None => Ok(()),
+            }
+        })();
+        if let Err(error) = result {
+            tracing::warn!(%round, error = chain(&error), "clean-up is put off");
+        }
+        if let Err(error) = self.parts.partials.discard_before(round.0.saturating_add(1)) {
+            tracing::warn!(%round, %error, "unfinished uploads are left over");
+        }
+        self.sweep();
+    }
+
+    /// Deletes every blob that no release, no candidate and no update of the current round names.
+    fn sweep(&self) {
+        let _blobs = self.parts.desk.sweep_blobs();
+        let result = (|| -> Result<usize, DriveError> {
+            let mut named = self.parts.publisher.kept(self.parts.config.receive.releases_kept)?;
+            let rounds = self.parts.desk.rounds();
+            if let Phase::Aligning { candidate }
+            | Phase::Evaluating { candidate }
+            | Phase::Publishing { candidate, .. } = &rounds.phase
+            {
+                named.insert(*candidate);
+            }
+            for item in self.parts.storage.inbox.list(&queue(rounds.round), PAGE_MAX)? {
+                named.insert(decode_accepted(&item.value)?.open.digest);
+            }
+            let (mut after, mut deleted) = (None, 0);
+            loop {
+                let page = self.parts.storage.blob.list(after.as_ref(), PAGE_MAX)?;
+                after = page.last().copied();
+                if after.is_none() {
+                    return Ok(deleted);
+                }
+                for digest in page.iter().filter(|digest| !named.contains(digest)) {
+                    self.parts.storage.blob.delete(digest)?;
+                    deleted += 1;
+                }
+            }
+        })();
+        match result {
+            Ok(deleted) => tracing::debug!(deleted, "swept"),
+            Err(error) => tracing::warn!(error = chain(&error), "blobs that nothing names are left over"),
+        }
+    }
+}
+
+/// The bytes are gone or damaged for good: trying again would not bring them back.
+fn is_lost(error: &StoreError) -> bool {
+    matches!(error, StoreError::Missing { .. } | StoreError::Refused { .. })
+}
+
+fn refused(reason: impl Into<String>) -> Outcome {
+    Ok((None, Event::Refused(reason.into())))
+}
+
+fn stage_failed(stage: &str, error: LaboratoryError) -> Outcome {
+    match error {
+        LaboratoryError::Cancelled => Err(DriveError::Cancelled),
+        error if error.is_unavailable() => Err(DriveError::Unavailable(error)),
+        error => refused(format!("{stage}: {}", chain(&error))),
+    }
+}

@@ -1,0 +1,335 @@
+//! What a run tells the outside: one [`Event`] for each thing that an operator or a report wants to know.
+//!
+//! With `--json` every event is one line of stdout; otherwise a short sentence. Counts and digests only:
+//! no event can hold a text.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundCounts, RoundId, Version};
+use serde::{Deserialize, Serialize};
+
+/// Something that happened.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The server takes connections.
+    Listening {
+        /// Where.
+        address: String,
+        /// The current release.
+        version: Version,
+        /// The round to come or to be resumed.
+        round: RoundId,
+    },
+    /// A device has its certificate.
+    Enrolled {
+        /// Its name from now on.
+        device: DeviceId,
+    },
+    /// A round has begun.
+    RoundOpened {
+        /// The round.
+        round: RoundId,
+        /// The release that it starts from.
+        start: Version,
+        /// Updates at which it closes.
+        target: u32,
+    },
+    /// A device has its task.
+    Assigned {
+        /// The round.
+        round: RoundId,
+        /// The device.
+        device: DeviceId,
+    },
+    /// An update is on disk and its receipt was signed.
+    Received {
+        /// The round.
+        round: RoundId,
+        /// Who sent it.
+        device: DeviceId,
+        /// Its bytes.
+        bytes: u64,
+        /// Its weight.
+        samples: u32,
+        /// Updates so far.
+        received: u32,
+        /// Updates at which the round closes.
+        target: u32,
+    },
+    /// A peer was refused.
+    Refused {
+        /// The device, if it has a certificate.
+        device: Option<DeviceId>,
+        /// What it asked for.
+        request: &'static str,
+        /// Why, in the operator's words.
+        reason: String,
+    },
+    /// The round takes no more updates.
+    RoundClosed {
+        /// The round.
+        round: RoundId,
+        /// Devices that had a task.
+        selected: u32,
+        /// Updates that came.
+        received: u32,
+        /// Their bytes.
+        uploaded_bytes: u64,
+    },
+    /// A stage is done.
+    Stage {
+        /// The round.
+        round: RoundId,
+        /// How long it took.
+        seconds: f64,
+        /// What it did.
+        #[serde(flatten)]
+        figures: Figures,
+    },
+    /// A release is the head.
+    Published {
+        /// The round that made it, if one did.
+        round: Option<RoundId>,
+        /// Its version.
+        version: Version,
+        /// The release that it replaces.
+        parent: Option<Version>,
+        /// Its adapter.
+        digest: Digest,
+        /// How it was measured.
+        report_card: ReportCard,
+    },
+    /// The previous release stays.
+    Rejected {
+        /// The round.
+        round: RoundId,
+        /// Which stage or gate refused the candidate, and why; or that too few updates came in time.
+        reason: String,
+    },
+    /// A stage could not reach its store or its library and will be tried again.
+    Retrying {
+        /// The round.
+        round: RoundId,
+        /// What failed.
+        reason: String,
+        /// When it is tried again.
+        after_ms: u64,
+    },
+    /// A test asked to be halted here (`COMMONWEAL_PAUSE_AT`).
+    Paused {
+        /// The fault point.
+        at: String,
+        /// The process to kill.
+        process: u32,
+    },
+    /// The server ends.
+    Stopped {
+        /// The current release.
+        version: Version,
+    },
+}
+
+/// What a stage did.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "stage", rename_all = "snake_case")]
+pub enum Figures {
+    /// Updates became a candidate.
+    Merge(MergeFigures),
+    /// The candidate was tuned.
+    Align(AlignFigures),
+    /// The candidate was measured.
+    Evaluate(EvaluateFigures),
+    /// The release was signed and made the head.
+    Publish {
+        /// Its version.
+        version: Version,
+    },
+}
+
+/// Figures of a merge.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MergeFigures {
+    /// Counts over the round's devices.
+    pub counts: RoundCounts,
+    /// Norm of each update before clipping, by device.
+    pub norms: Vec<(DeviceId, f64)>,
+    /// Devices whose update was clipped.
+    pub clipped: Vec<DeviceId>,
+    /// Devices whose update a robust rule left out.
+    pub excluded: Vec<DeviceId>,
+    /// Norm of the merged delta.
+    pub merged_norm: f64,
+}
+
+/// Figures of an alignment.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct AlignFigures {
+    /// Why there was none, if there was none.
+    pub skipped: Option<String>,
+    /// Red-team prompts answered.
+    pub prompts: u32,
+    /// Answers that the guard or the refusal rules let pass.
+    pub safe: u32,
+    /// Answers rewritten by the constitution and judged safe.
+    pub revised: u32,
+    /// Answers that became a plain refusal.
+    pub refused: u32,
+    /// Benign pairs replayed.
+    pub replayed: u32,
+    /// Optimizer steps.
+    pub steps: u32,
+    /// Loss of the first step.
+    pub loss_first: f64,
+    /// Loss of the last step.
+    pub loss_last: f64,
+}
+
+/// Figures of an evaluation.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EvaluateFigures {
+    /// Harmful prompts answered.
+    pub harmful_prompts: u32,
+    /// Benign prompts answered.
+    pub benign_prompts: u32,
+    /// Held-out conversations scored.
+    pub held_out: u32,
+    /// What came of it.
+    pub report_card: ReportCard,
+}
+
+/// Where events go.
+#[derive(Clone)]
+pub struct Events(Arc<dyn Fn(&Event) + Send + Sync>);
+
+impl std::fmt::Debug for Events {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Events")
+    }
+}
+
+impl Events {
+    /// Events go to this function.
+    pub fn to(sink: impl Fn(&Event) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(sink))
+    }
+
+    /// Events become lines of stdout.
+    pub fn to_stdout(json: bool) -> Self {
+        Self::to(move |event| {
+            let line = if json { serde_json::to_string(event).unwrap_or_default() } else { event.sentence() };
+            // A reader that went away is no reason to stop a round.
+            let mut stdout = std::io::stdout().lock();
+            drop(writeln!(stdout, "{line}").and_then(|()| stdout.flush()));
+        })
+    }
+
+    /// Tells of an event.
+    pub fn tell(&self, event: &Event) {
+        (self.0)(event);
+    }
+}
+
+fn percent(rate: Option<f64>) -> String {
+    rate.map_or_else(|| "not measured".to_owned(), |rate| format!("{:.1} %", rate * 100.0))
+}
+
+/// A report card in one line.
+pub fn card_sentence(card: &ReportCard) -> String {
+    let loss = card.held_out_loss.map_or_else(|| "not measured".to_owned(), |loss| format!("{loss:.4}"));
+    format!(
+        "safe answers {}, attack success {}, over-refusal {}, held-out loss {loss}",
+        percent(card.safe_rate),
+        percent(card.attack_success_rate),
+        percent(card.over_refusal_rate),
+    )
+}
+
+impl Event {
+    /// The event for a person.
+    pub fn sentence(&self) -> String {
+        match self {
+            Self::Listening { address, version, round } => {
+                format!("listening on {address}; release {version}, round {round} is next")
+            }
+            Self::Enrolled { device } => format!("device {device} enrolled"),
+            Self::RoundOpened { round, start, target } => {
+                format!("round {round} opened from release {start}, {target} updates wanted")
+            }
+            Self::Assigned { round, device } => format!("round {round}: device {device} has its task"),
+            Self::Received { round, device, bytes, received, target, .. } => {
+                format!("round {round}: {received}/{target} updates, {bytes} bytes from {device}")
+            }
+            Self::Refused { device, request, reason } => match device {
+                Some(device) => format!("refused {request} of {device}: {reason}"),
+                None => format!("refused {request}: {reason}"),
+            },
+            Self::RoundClosed { round, selected, received, uploaded_bytes } => format!(
+                "round {round} closed: {received} updates of {selected} devices, {uploaded_bytes} bytes"
+            ),
+            Self::Stage { round, seconds, figures } => {
+                format!("round {round}: {} ({seconds:.1} s)", figures.sentence())
+            }
+            Self::Published { version, parent, report_card, .. } => format!(
+                "release {version}{}: {}",
+                parent.map_or_else(String::new, |parent| format!(" (after {parent})")),
+                card_sentence(report_card)
+            ),
+            Self::Rejected { round, reason } => {
+                format!("round {round} rejected, the release stays: {reason}")
+            }
+            Self::Retrying { round, reason, after_ms } => {
+                format!("round {round}: {reason}; trying again in {after_ms} ms")
+            }
+            Self::Paused { at, process } => format!("paused at {at}, process {process}"),
+            Self::Stopped { version } => format!("stopped; release {version}"),
+        }
+    }
+}
+
+impl Figures {
+    fn sentence(&self) -> String {
+        match self {
+            Self::Merge(merge) => format!(
+                "merged {} updates, {} clipped, {} left out, norm {:.3}",
+                merge.counts.devices_merged,
+                merge.clipped.len(),
+                merge.excluded.len(),
+                merge.merged_norm
+            ),
+            Self::Align(AlignFigures { skipped: Some(reason), .. }) => format!("not aligned: {reason}"),
+            Self::Align(align) => format!(
+                "aligned on {} prompts: {} safe, {} revised, {} refused; {} steps, loss {:.3} → {:.3}",
+                align.prompts,
+                align.safe,
+                align.revised,
+                align.refused,
+                align.steps,
+                align.loss_first,
+                align.loss_last
+            ),
+            Self::Evaluate(evaluate) => format!("evaluated: {}", card_sentence(&evaluate.report_card)),
+            Self::Publish { version } => format!("published release {version}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stage_is_one_flat_object() {
+        let event = Event::Stage {
+            round: RoundId(2),
+            seconds: 0.5,
+            figures: Figures::Align(AlignFigures { prompts: 3, ..AlignFigures::default() }),
+        };
+        let value = serde_json::to_value(&event).unwrap();
+        assert_eq!(value["event"], "stage");
+        assert_eq!(value["stage"], "align");
+        assert_eq!(value["round"], 2);
+        assert_eq!(value["prompts"], 3);
+    }
+}

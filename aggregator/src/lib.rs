@@ -1,0 +1,27 @@
+//! The aggregator: what happens to a device's update, from its arrival to a signed release.
+//!
+//! ```text
+//! receive ─▶ merge ─▶ align ─▶ evaluate ─▶ publish        round: decides when (pure)
+//!    └─────── desk: the round's durable state ──────┘     drive: carries out what it decides
+//! ```
+//!
+//! `serve` owns sockets, timers and disks; `store` is the seam to what must not be lost; `cli` is the
+//! operator's side. No type here can hold a person's text: alignment and evaluation read the operator's files.
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed"))]
+
+pub mod config;
+pub mod events;
+pub mod round;
+pub mod desk;
+pub mod receive;
+pub mod merge;
+pub mod laboratory;
+pub mod align;
+pub mod evaluate;
+pub mod publish;
+pub mod drive;
+pub mod directory;
+pub mod serve;
+pub mod cli;
+pub mod pause;
+pub mod store;

@@ -1,0 +1,284 @@
+//! Merges a round's updates into a candidate: decode, limit each device's weight, clip, combine, step.
+//!
+//! After `receive`, before `align`. Pure: bytes in, adapter and figures out. The mean streams, one update in
+//! memory at a time; the robust rules hold a bounded set.
+
+use std::sync::Arc;
+
+use commonweal_adapter::merge::{ROBUST_DEVICES_MAX, ROBUST_VALUES_MAX, WEIGHT_MAX};
+use commonweal_adapter::{
+    Adapter, AdapterDelta, AdapterError, AdapterLayout, Clip, DecodeError, DecodeLimits, MergeError,
+    MergeReport, MergeRule, Merger, PackedDelta, Trainable, Update,
+};
+use commonweal_protocol::{DeviceId, DeviceReport, RoundCounts};
+
+use crate::config;
+use crate::events::MergeFigures;
+
+/// Why there is no candidate.
+#[derive(Debug, thiserror::Error)]
+pub enum CandidateError<E> {
+    /// An accepted update cannot be read any more.
+    #[error("update of device {device} cannot be read")]
+    Read {
+        /// Whose.
+        device: DeviceId,
+        /// Why.
+        #[source]
+        source: E,
+    },
+    /// An accepted update no longer decodes.
+    #[error("update of device {device} does not decode")]
+    Decode {
+        /// Whose.
+        device: DeviceId,
+        /// Why.
+        #[source]
+        source: DecodeError,
+    },
+    /// The updates do not combine.
+    #[error("the updates do not merge")]
+    Merge(#[from] MergeError),
+    /// The step leaves the numbers.
+    #[error("the merged adapter is not usable")]
+    Step(#[from] AdapterError),
+}
+
+/// One accepted update, not yet read.
+#[derive(Clone, Copy, Debug)]
+pub struct Member {
+    /// Whose.
+    pub device: DeviceId,
+    /// Samples that it says it was trained on.
+    pub samples: u32,
+    /// Bytes of the update.
+    pub length: u64,
+    /// What the device counted.
+    pub report: DeviceReport,
+}
+
+/// How to merge.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    rule: MergeRule,
+    clip: Clip,
+    weight_median_factor: f64,
+    server_learning_rate: f32,
+    trainable: Trainable,
+}
+
+impl Options {
+    /// The operator's settings; `plain` clips nothing and limits no weight.
+    pub fn new(merge: &config::Merge, trainable: Trainable, plain: bool) -> Self {
+        Self {
+            rule: if plain { MergeRule::Mean } else { merge.rule() },
+            clip: if plain { Clip::Off } else { merge.clip() },
+            weight_median_factor: if plain { 0.0 } else { merge.weight_median_factor },
+            server_learning_rate: merge.server_learning_rate,
+            trainable,
+        }
+    }
+}
+
+/// Merges the updates of `members`, read with `read`, into `start`.
+pub fn merge<E>(
+    start: &Adapter,
+    members: &[Member],
+    options: &Options,
+    mut read: impl FnMut(&DeviceId) -> Result<Vec<u8>, E>,
+) -> Result<(Adapter, MergeFigures), CandidateError<E>> {
+    let mut members = members.to_vec();
+    members.sort_by_key(|member| member.device);
+    let layout = start.layout();
+    let limits = DecodeLimits::of(layout, options.trainable);
+    let mut decode = |member: &Member| -> Result<AdapterDelta, CandidateError<E>> {
+        let device = member.device;
+        let bytes = read(&device).map_err(|source| CandidateError::Read { device, source })?;
+        PackedDelta::decode(&bytes, layout, &limits)
+            .map_err(|source| CandidateError::Decode { device, source })
+    };
+    let weights = weights(&members, options.weight_median_factor);
+    let (delta, report) = match options.rule {
+        MergeRule::Mean => stream(layout, &members, &weights, options, &mut decode)?,
+        rule => {
+            check_robust_size(layout, members.len())?;
+            let mut updates = Vec::with_capacity(members.len());
+            for (member, &weight) in members.iter().zip(&weights) {
+                updates.push(Update { device: member.device, weight, delta: decode(member)? });
+            }
+            commonweal_adapter::merge(updates, rule, options.clip)?
+        }
+    };
+    let candidate = start.plus(&delta, options.server_learning_rate)?;
+    Ok((candidate, figures(&members, report, delta.norm())))
+}
+
+/// The mean with one update in memory. A bound that depends on the median norm needs a pass of its own.
+fn stream<E>(
+    layout: &Arc<AdapterLayout>,
+    members: &[Member],
+    weights: &[u64],
+    options: &Options,
+    decode: &mut impl FnMut(&Member) -> Result<AdapterDelta, CandidateError<E>>,
+) -> Result<(AdapterDelta, MergeReport<DeviceId>), CandidateError<E>> {
+    let norms = match options.clip {
+        Clip::Median { .. } => members
+            .iter()
+            .map(|member| Ok::<_, CandidateError<E>>(decode(member)?.norm()))
+            .collect::<Result<Vec<_>, _>>()?,
+        Clip::Off | Clip::Norm(_) => Vec::new(),
+    };
+    let bound = options.clip.bound(&norms)?;
+    let mut merger = Merger::new(Arc::clone(layout), options.trainable, bound)?;
+    for (member, &weight) in members.iter().zip(weights) {
+        merger.add(member.device, weight, &decode(member)?)?;
+    }
+    Ok(merger.finish()?)
+}
+
+/// Refuses a robust merge before its updates fill the memory.
+fn check_robust_size(layout: &AdapterLayout, devices: usize) -> Result<(), MergeError> {
+    if devices > ROBUST_DEVICES_MAX {
+        return Err(MergeError::Devices { min: 1, max: ROBUST_DEVICES_MAX, got: devices });
+    }
+    let values = layout.parameters().saturating_mul(devices);
+    if values > ROBUST_VALUES_MAX {
+        return Err(MergeError::Values { max: ROBUST_VALUES_MAX, got: values });
+    }
+    Ok(())
+}
+
+/// A device says itself how many samples it has. No one counts for more than `factor` times the median, or
+/// one liar would own the mean.
+fn weights(members: &[Member], factor: f64) -> Vec<u64> {
+    let mut samples: Vec<u64> = members.iter().map(|member| u64::from(member.samples)).collect();
+    let limit = if factor > 0.0 {
+        let mut sorted = samples.clone();
+        sorted.sort_unstable();
+        // The lower median: of two devices, the smaller one's word counts.
+        let median = sorted.get(sorted.len().saturating_sub(1) / 2).copied().unwrap_or(1);
+        ((median as f64 * factor) as u64).clamp(1, WEIGHT_MAX)
+    } else {
+        WEIGHT_MAX
+    };
+    for samples in &mut samples {
+        *samples = (*samples).clamp(1, limit);
+    }
+    samples
+}
+
+fn figures(members: &[Member], report: MergeReport<DeviceId>, merged_norm: f64) -> MergeFigures {
+    let mut counts = RoundCounts {
+        devices_received: members.len() as u32,
+        devices_merged: (members.len() - report.excluded.len()) as u32,
+        updates_clipped: report.clipped.len() as u32,
+        updates_excluded: report.excluded.len() as u32,
+        ..RoundCounts::default()
+    };
+    for member in members {
+        counts.sampled += u64::from(member.report.sampled);
+        counts.kept += u64::from(member.report.kept);
+        counts.dropped += u64::from(member.report.dropped);
+        counts.refused += u64::from(member.report.refused);
+        counts.revised += u64::from(member.report.revised);
+        counts.uploaded_bytes = counts.uploaded_bytes.saturating_add(member.length);
+    }
+    MergeFigures {
+        counts,
+        norms: report.norms.into_iter().collect(),
+        clipped: report.clipped.into_iter().collect(),
+        excluded: report.excluded.into_iter().collect(),
+        merged_norm,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::convert::Infallible;
+
+    use commonweal_adapter::{CompressOptions, Module, Residual, Target, compress};
+    use rand::SeedableRng;
+
+    use super::*;
+
+    fn layout() -> Arc<AdapterLayout> {
+        let module = |target, outputs| Module { target, inputs: 16, outputs };
+        let modules = vec![module(Target::Q, 16), module(Target::V, 8)];
+        Arc::new(AdapterLayout::new(2, 4, 8.0, modules).unwrap())
+    }
+
+    /// A packed update whose every value is `value`.
+    fn packed(value: f32) -> Vec<u8> {
+        let layout = layout();
+        let values = vec![value; layout.trainable_parameters(Trainable::Both)];
+        let delta = AdapterDelta::from_values(layout.clone(), Trainable::Both, values).unwrap();
+        let mut residual = Residual::zeros(layout, Trainable::Both);
+        let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+        let options = CompressOptions::default();
+        compress(&delta, &mut residual, &options, &mut random).unwrap().into_bytes()
+    }
+
+    fn run(values: &[(f32, u32)], merge_config: &config::Merge, plain: bool) -> (f32, MergeFigures) {
+        let options = Options::new(merge_config, Trainable::Both, plain);
+        let device = |index: usize| DeviceId([index as u8; 16]);
+        let members: Vec<_> = (0..values.len())
+            .map(|index| Member {
+                device: device(index),
+                samples: values[index].1,
+                length: 10,
+                report: DeviceReport { kept: 2, sampled: 2, ..DeviceReport::default() },
+            })
+            .collect();
+        let stored: BTreeMap<_, _> =
+            values.iter().enumerate().map(|(index, (value, _))| (device(index), packed(*value))).collect();
+        let start = Adapter::zeros(layout());
+        let read = |device: &DeviceId| Ok::<_, Infallible>(stored[device].clone());
+        let (candidate, figures) = merge(&start, &members, &options, read).unwrap();
+        (candidate.values()[0], figures)
+    }
+
+    fn near(got: f32, expected: f32) {
+        assert!((got - expected).abs() < 0.01, "expected {expected}, got {got}");
+    }
+
+    #[test]
+    fn the_mean_is_weighted_by_samples() {
+        let plain = config::Merge { weight_median_factor: 0.0, ..config::Merge::default() };
+        near(run(&[(0.1, 30), (0.4, 10)], &plain, true).0, 0.175);
+    }
+
+    #[test]
+    fn one_device_cannot_own_the_mean() {
+        let (value, figures) =
+            run(&[(0.1, 10), (0.1, 10), (5.0, u32::MAX)], &config::Merge::default(), false);
+        // Clipped to the median norm, and weighing 20 of 40 samples.
+        near(value, 0.1);
+        assert_eq!(figures.clipped, [DeviceId([2; 16])]);
+        let (value, figures) = run(&[(0.1, 10), (0.1, 10), (5.0, u32::MAX)], &config::Merge::default(), true);
+        near(value, 5.0);
+        assert!(figures.clipped.is_empty(), "plain clips nothing");
+    }
+
+    #[test]
+    fn robust_rules_leave_a_stray_out() {
+        let values = [(0.1, 1), (0.11, 1), (0.09, 1), (0.1, 1), (-3.0, 1)];
+        let merge = |rule| config::Merge { rule, clip_median_factor: 0.0, ..config::Merge::default() };
+        near(run(&values, &merge(config::Rule::Median), false).0, 0.1);
+        near(run(&values, &merge(config::Rule::TrimmedMean), false).0, 0.1);
+        let (value, figures) = run(&values, &merge(config::Rule::MultiKrum), false);
+        near(value, 0.1);
+        assert!(figures.excluded.contains(&DeviceId([4; 16])));
+        assert_eq!(figures.counts.kept, 10);
+    }
+
+    #[test]
+    fn an_update_that_no_longer_decodes_names_its_device() {
+        let start = Adapter::zeros(layout());
+        let member =
+            Member { device: DeviceId([3; 16]), samples: 1, length: 1, report: DeviceReport::default() };
+        let options = Options::new(&config::Merge::default(), Trainable::Both, false);
+        let error = merge(&start, &[member], &options, |_| Ok::<_, Infallible>(vec![9, 9])).unwrap_err();
+        assert!(error.to_string().contains(&"03".repeat(16)), "{error}");
+    }
+}

@@ -1,0 +1,309 @@
+//! Makes a candidate the release: content-addressed bytes, a signature, and a compare-and-set of the head.
+//!
+//! After `evaluate`; devices learn of the head when they poll `receive`. A release is never changed and
+//! versions only rise: a roll-back publishes an old adapter under a new version.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use commonweal_protocol::{
+    AggregatorKey, BaseHash, Digest, Release, ReportCard, RoundId, SignatureError, SignedRelease, SigningKey,
+    Version,
+};
+
+use crate::store::{Blob, Coord, StoreError};
+
+/// The log whose entries are the releases; entry `n` is version `n − 1`.
+const LOG: &str = "release";
+
+/// Why nothing was published.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// The store failed; ask again after looking.
+    #[error("the release was not stored")]
+    Store(#[from] StoreError),
+    /// The release's own values are out of bounds.
+    #[error("the release cannot be signed")]
+    Sign(#[from] SignatureError),
+    /// A stored release does not decode or is not ours.
+    #[error("stored release {version}: expected one signed by this aggregator")]
+    Corrupt {
+        /// Its version.
+        version: u64,
+        /// What is wrong.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The head is not the release that the candidate was made from.
+    #[error("the head moved: expected release {expected}, got {found}")]
+    Moved {
+        /// The candidate's parent.
+        expected: Version,
+        /// The head.
+        found: Version,
+    },
+    /// There is a release already.
+    #[error("expected no release, got {found}")]
+    NotFirst {
+        /// The head.
+        found: Version,
+    },
+    /// No such release.
+    #[error("release {version} does not exist")]
+    Unknown {
+        /// The version asked for.
+        version: Version,
+    },
+    /// A candidate that failed a gate has no way into a release.
+    #[error("a candidate that failed a gate is not published")]
+    GateFailed,
+}
+
+/// What is to be published.
+#[derive(Clone, Debug)]
+pub struct Candidate {
+    /// The round that made it; none for the first release.
+    pub round: Option<RoundId>,
+    /// The release it was made from; none for the first.
+    pub parent: Option<Version>,
+    /// BLAKE3 of its file, which is stored.
+    pub digest: Digest,
+    /// How it was measured.
+    pub card: ReportCard,
+}
+
+/// The lineage of releases.
+#[derive(Clone)]
+pub struct Publisher {
+    coord: Arc<dyn Coord>,
+    blob: Arc<dyn Blob>,
+    key: SigningKey,
+    base: BaseHash,
+}
+
+impl std::fmt::Debug for Publisher {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Publisher").field("base", &self.base).finish_non_exhaustive()
+    }
+}
+
+impl Publisher {
+    /// Releases of `base`, signed by `key`.
+    pub fn new(coord: Arc<dyn Coord>, blob: Arc<dyn Blob>, key: SigningKey, base: BaseHash) -> Self {
+        Self { coord, blob, key, base }
+    }
+
+    /// The current release.
+    pub fn head(&self) -> Result<Option<SignedRelease>, PublishError> {
+        self.coord.head(LOG)?.map(|entry| self.decode(entry.sequence, &entry.value)).transpose()
+    }
+
+    /// One release.
+    pub fn release(&self, version: Version) -> Result<SignedRelease, PublishError> {
+        let sequence = version.0.saturating_add(1);
+        match self.coord.scan(LOG, sequence, 1)?.first() {
+            Some(entry) if entry.sequence == sequence => self.decode(sequence, &entry.value),
+            _ => Err(PublishError::Unknown { version }),
+        }
+    }
+
+    /// The releases from `version` upwards.
+    pub fn history(&self, version: Version, limit: usize) -> Result<Vec<SignedRelease>, PublishError> {
+        self.coord
+            .scan(LOG, version.0.saturating_add(1), limit)?
+            .iter()
+            .map(|entry| self.decode(entry.sequence, &entry.value))
+            .collect()
+    }
+
+    /// Digests of the adapters of the newest `kept` releases.
+    pub fn kept(&self, kept: u64) -> Result<BTreeSet<Digest>, PublishError> {
+        let Some(head) = self.head()? else { return Ok(BTreeSet::new()) };
+        let oldest = (head.release.version.0 + 1).saturating_sub(kept);
+        let limit = usize::try_from(kept).unwrap_or(usize::MAX);
+        Ok(self.history(Version(oldest), limit)?.into_iter().map(|signed| signed.release.digest).collect())
+    }
+
+    /// Publishes a candidate. Doing it again for the same round gives the same release.
+    pub fn publish(&self, candidate: Candidate, now_ms: u64) -> Result<SignedRelease, PublishError> {
+        if !candidate.card.passed() {
+            return Err(PublishError::GateFailed);
+        }
+        let head = self.head()?;
+        let version = match (&head, candidate.parent) {
+            (None, None) => Version(0),
+            (Some(head), _) if candidate.round.is_some() && head.release.round == candidate.round => {
+                return Ok(head.clone());
+            }
+            (Some(head), Some(parent)) if head.release.version == parent => {
+                Version(parent.0.saturating_add(1))
+            }
+            (Some(head), None) => return Err(PublishError::NotFirst { found: head.release.version }),
+            (found, Some(parent)) => {
+                return Err(PublishError::Moved {
+                    expected: parent,
+                    found: found.as_ref().map_or(Version(0), |head| head.release.version),
+                });
+            }
+        };
+        self.append(version, candidate, now_ms)
+    }
+
+    /// Publishes the adapter of an earlier release again, as the newest version.
+    pub fn roll_back(&self, to: Version, now_ms: u64) -> Result<SignedRelease, PublishError> {
+        let earlier = self.release(to)?.release;
+        let head = self.head()?.ok_or(PublishError::Unknown { version: to })?;
+        let version = Version(head.release.version.0.saturating_add(1));
+        let candidate = Candidate {
+            round: None,
+            parent: Some(head.release.version),
+            digest: earlier.digest,
+            card: earlier.report_card,
+        };
+        self.append(version, candidate, now_ms)
+    }
+
+    fn append(
+        &self,
+        version: Version,
+        candidate: Candidate,
+        now_ms: u64,
+    ) -> Result<SignedRelease, PublishError> {
+        let length = self
+            .blob
+            .length(&candidate.digest)?
+            .ok_or_else(|| StoreError::Missing { subject: format!("adapter {}", candidate.digest) })?;
+        let release = Release {
+            version,
+            parent: candidate.parent,
+            round: candidate.round,
+            base: self.base,
+            digest: candidate.digest,
+            length,
+            report_card: candidate.card,
+            created_ms: now_ms,
+        };
+        let signed = SignedRelease::sign(&self.key, release)?;
+        let bytes = postcard::to_allocvec(&signed)
+            .map_err(|error| StoreError::not_done("encode", "release", error))?;
+        match self.coord.compare_and_set(LOG, version.0, &bytes) {
+            Ok(_) => Ok(signed),
+            // It may have happened: the head tells.
+            Err(error) if !error.is_determinate() => match self.head()? {
+                Some(head) if head == signed => Ok(signed),
+                _ => Err(error.into()),
+            },
+            Err(StoreError::Conflict { expected, found, .. }) => Err(PublishError::Moved {
+                expected: Version(expected.saturating_sub(1)),
+                found: Version(found.saturating_sub(1)),
+            }),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn decode(&self, sequence: u64, bytes: &[u8]) -> Result<SignedRelease, PublishError> {
+        let version = sequence.saturating_sub(1);
+        let corrupt =
+            |source: Box<dyn std::error::Error + Send + Sync>| PublishError::Corrupt { version, source };
+        let signed: SignedRelease = postcard::from_bytes(bytes).map_err(|error| corrupt(error.into()))?;
+        let release = signed.verify(&AggregatorKey::of(&self.key)).map_err(|error| corrupt(error.into()))?;
+        if release.version.0 != version {
+            return Err(corrupt(format!("its version is {}", release.version).into()));
+        }
+        Ok(signed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{Faults, MemoryStorage};
+    use commonweal_protocol::{Direction, Gate, Metric};
+
+    fn publisher(memory: &MemoryStorage) -> Publisher {
+        let storage = memory.storage();
+        Publisher::new(storage.coord, storage.blob, SigningKey::from_bytes(&[3; 32]), BaseHash([1; 32]))
+    }
+
+    fn stored(memory: &MemoryStorage, bytes: &[u8]) -> Digest {
+        let digest = Digest::of(bytes);
+        memory.put_if_absent(&digest, bytes.len() as u64, &mut &*bytes).unwrap();
+        digest
+    }
+
+    fn candidate(round: u64, parent: u64, digest: Digest) -> Candidate {
+        Candidate {
+            round: Some(RoundId(round)),
+            parent: Some(Version(parent)),
+            digest,
+            card: ReportCard::default(),
+        }
+    }
+
+    fn first(memory: &MemoryStorage) -> (Publisher, Digest) {
+        let publisher = publisher(memory);
+        let digest = stored(memory, b"first");
+        let first = Candidate { round: None, parent: None, digest, card: ReportCard::default() };
+        assert_eq!(publisher.publish(first, 1).unwrap().release.version, Version(0));
+        (publisher, digest)
+    }
+
+    #[test]
+    fn versions_rise_and_name_their_parent() {
+        let memory = MemoryStorage::default();
+        let (publisher, first) = first(&memory);
+        let digest = stored(&memory, b"second");
+        let second = publisher.publish(candidate(1, 0, digest), 2).unwrap();
+        assert_eq!((second.release.version, second.release.parent), (Version(1), Some(Version(0))));
+        assert_eq!(publisher.publish(candidate(1, 0, digest), 9).unwrap(), second, "once for each round");
+        assert!(matches!(
+            publisher.publish(candidate(2, 0, digest), 3),
+            Err(PublishError::Moved { expected: Version(0), found: Version(1) })
+        ));
+        let back = publisher.roll_back(Version(0), 4).unwrap().release;
+        assert_eq!((back.version, back.parent, back.digest), (Version(2), Some(Version(1)), first));
+        assert_eq!(publisher.history(Version(0), 10).unwrap().len(), 3);
+        assert!(matches!(publisher.roll_back(Version(9), 5), Err(PublishError::Unknown { .. })));
+    }
+
+    #[test]
+    fn what_failed_a_gate_is_never_published() {
+        let memory = MemoryStorage::default();
+        let (publisher, digest) = first(&memory);
+        let mut failed = candidate(1, 0, digest);
+        failed.card.gates = vec![Gate::judge(Metric::SafeRate, Direction::AtLeast, 0.9, 0.5)];
+        assert!(matches!(publisher.publish(failed, 2), Err(PublishError::GateFailed)));
+        assert_eq!(publisher.head().unwrap().unwrap().release.version, Version(0));
+    }
+
+    #[test]
+    fn an_adapter_that_is_not_stored_is_not_published() {
+        let memory = MemoryStorage::default();
+        let (publisher, _) = first(&memory);
+        let error = publisher.publish(candidate(1, 0, Digest([9; 32])), 2).unwrap_err();
+        assert!(matches!(error, PublishError::Store(StoreError::Missing { .. })), "{error}");
+    }
+
+    #[test]
+    fn unsure_writes_end_in_one_release_for_each_round() {
+        let memory = MemoryStorage::default();
+        let (publisher, digest) = first(&memory);
+        memory.inject(5, Faults { determinate: 0.3, indeterminate: 0.4 });
+        for round in 1..=50 {
+            while publisher.publish(candidate(round, round - 1, digest), round).is_err() {}
+        }
+        let history = publisher.history(Version(0), 100).unwrap();
+        let rounds: Vec<_> = history.iter().filter_map(|signed| signed.release.round).collect();
+        assert_eq!(rounds, (1..=50).map(RoundId).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_release_of_another_key_is_refused() {
+        let memory = MemoryStorage::default();
+        first(&memory);
+        let storage = memory.storage();
+        let other =
+            Publisher::new(storage.coord, storage.blob, SigningKey::from_bytes(&[4; 32]), BaseHash([1; 32]));
+        assert!(matches!(other.head(), Err(PublishError::Corrupt { version: 0, .. })));
+    }
+}

@@ -1,0 +1,229 @@
+//! What a device asks, answered: work and news, resumable uploads, published content.
+//!
+//! First of the stages; `commonweal-transport` calls it through [`serve`](self::handler) with checked
+//! messages, `desk` decides what belongs to the round. A receipt is signed only for bytes that are on disk,
+//! decode, fit the base and are finite and not too long. A peer is told a coarse reason, the operator's
+//! event has the rest.
+
+mod upload;
+pub mod partial;
+pub mod enroll;
+pub mod handler;
+mod limit;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use commonweal_adapter::{AdapterLayout, DecodeLimits, PackedDelta};
+use commonweal_protocol::{
+    Accepted, BaseHash, Chunk, DeviceId, Digest, Fetch, Open, Poll, PollReply, Receipt, ReconnectWindow,
+    Refusal, Refused, RoundTask, SignedReceipt, SigningKey, Start, UploadKey, Version,
+};
+use commonweal_transport::{Clock, ContentPart, Opened};
+
+use crate::config::Config;
+use crate::desk::{self, Desk, DeskError, Taken};
+use crate::events::{Event, Events};
+use crate::pause::PausePoint;
+use crate::publish::Publisher;
+use crate::round::NotAdmitted;
+use crate::store::Storage;
+use limit::Limits;
+use partial::Partials;
+
+/// What an aggregator needs to answer devices.
+#[derive(Clone)]
+pub struct Parts {
+    /// The settings.
+    pub config: Arc<Config>,
+    /// The stores.
+    pub storage: Storage,
+    /// Unfinished uploads.
+    pub partials: Arc<dyn Partials>,
+    /// The releases.
+    pub publisher: Publisher,
+    /// The round.
+    pub desk: Arc<Desk>,
+    /// The frozen base of this federation.
+    pub base: BaseHash,
+    /// The adapter's shape.
+    pub layout: Arc<AdapterLayout>,
+    /// Signs receipts.
+    pub key: SigningKey,
+    /// The time.
+    pub clock: Clock,
+    /// Where events go.
+    pub events: Events,
+    /// Where a test halts the process.
+    pub pause: PausePoint,
+}
+
+impl std::fmt::Debug for Parts {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Parts").field("base", &self.base).finish_non_exhaustive()
+    }
+}
+
+/// See the module. All calls block on the disk.
+pub struct Receiver {
+    parts: Parts,
+    limits: DecodeLimits,
+    live: Mutex<Live>,
+}
+
+/// What is forgotten with the process; bounded by the enrolled devices.
+struct Live {
+    opens: BTreeMap<DeviceId, Open>,
+    rates: Limits,
+    published: BTreeSet<Digest>,
+    installed: BTreeMap<DeviceId, Version>,
+}
+
+impl std::fmt::Debug for Receiver {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_struct("Receiver").field("base", &self.parts.base).finish_non_exhaustive()
+    }
+}
+
+impl Receiver {
+    /// Ready to answer.
+    pub fn new(parts: Parts) -> Self {
+        let limits = DecodeLimits::of(&parts.layout, parts.config.train.trainable());
+        let rates = Limits::new(&parts.config.receive, limits.bytes_max as u64);
+        let live =
+            Live { opens: BTreeMap::new(), rates, published: BTreeSet::new(), installed: BTreeMap::new() };
+        Self { parts, limits, live: Mutex::new(live) }
+    }
+
+    fn live(&self) -> MutexGuard<'_, Live> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.parts.clock.unix_ms()
+    }
+
+    /// The release that each device said to have installed.
+    pub fn installed(&self) -> BTreeMap<DeviceId, Version> {
+        self.live().installed.clone()
+    }
+
+    fn reconnect(&self) -> ReconnectWindow {
+        ReconnectWindow {
+            after_ms: self.parts.config.receive.reconnect_after_ms,
+            spread_ms: self.parts.config.receive.reconnect_spread_ms,
+        }
+    }
+
+    /// Tells the operator why, the peer only what to do.
+    fn refuse(
+        &self,
+        device: Option<DeviceId>,
+        request: &'static str,
+        reason: Refusal,
+        detail: impl std::fmt::Display,
+    ) -> Refused {
+        self.parts.events.tell(&Event::Refused { device, request, reason: format!("{reason}: {detail}") });
+        Refused { reason, reconnect: self.reconnect() }
+    }
+
+    fn failed(&self, device: DeviceId, request: &'static str, error: &dyn std::error::Error) -> Refused {
+        self.refuse(Some(device), request, Refusal::Internal, chain(error))
+    }
+
+    fn not_admitted(&self, device: DeviceId, request: &'static str, error: NotAdmitted) -> Refused {
+        let reason = match error {
+            NotAdmitted::StaleRound { .. } => Refusal::StaleRound,
+            NotAdmitted::NotSelected => Refusal::NotInRound,
+        };
+        self.refuse(Some(device), request, reason, error)
+    }
+
+    /// Answers with work and news.
+    pub fn poll(&self, device: DeviceId, poll: Poll) -> Result<PollReply, Refused> {
+        const REQUEST: &str = "poll";
+        if poll.base != self.parts.base {
+            let detail = format!("expected base {}, got {}", self.parts.base, poll.base);
+            return Err(self.refuse(Some(device), REQUEST, Refusal::WrongBase, detail));
+        }
+        let head =
+            self.parts.publisher.head().map_err(|error| self.failed(device, REQUEST, &error))?.ok_or_else(
+                || self.refuse(Some(device), REQUEST, Refusal::Internal, "there is no release"),
+            )?;
+        if let Some(installed) = poll.installed {
+            self.live().installed.insert(device, installed);
+        }
+        let start =
+            Start { version: head.release.version, digest: head.release.digest, length: head.release.length };
+        let assigned = self
+            .parts
+            .desk
+            .poll(self.now_ms(), device, start)
+            .map_err(|error| self.failed(device, REQUEST, &error))?;
+        let config = &self.parts.config;
+        let task = assigned.map(|(round, start, deadline_ms)| RoundTask {
+            round,
+            base: self.parts.base,
+            start,
+            mode: config.train.mode,
+            train: config.train.settings(),
+            compress: config.compress.settings(),
+            seed: round_seed(self.parts.base, round.0),
+            deadline_ms,
+        });
+        let release = (poll.installed != Some(head.release.version)).then_some(head);
+        Ok(PollReply { task, release, reconnect: self.reconnect() })
+    }
+
+    /// Reads published content; nothing else that is stored can be named.
+    pub fn read(&self, device: DeviceId, fetch: Fetch, length_max: usize) -> Result<ContentPart, Refused> {
+        const REQUEST: &str = "fetch";
+        let unknown = |detail: String| self.refuse(Some(device), REQUEST, Refusal::ContentUnknown, detail);
+        if !self.is_published(&fetch.digest).map_err(|error| self.failed(device, REQUEST, &error))? {
+            return Err(unknown(format!("{} is not published", fetch.digest)));
+        }
+        let blob = &self.parts.storage.blob;
+        let length = blob
+            .length(&fetch.digest)
+            .map_err(|error| self.failed(device, REQUEST, &error))?
+            .ok_or_else(|| unknown(format!("{} is no longer kept", fetch.digest)))?;
+        if fetch.offset > length {
+            return Err(unknown(format!("expected an offset of at most {length}, got {}", fetch.offset)));
+        }
+        let bytes = blob
+            .read_range(&fetch.digest, fetch.offset, length_max)
+            .map_err(|error| self.failed(device, REQUEST, &error))?;
+        Ok(ContentPart { length, bytes })
+    }
+
+    fn is_published(&self, digest: &Digest) -> Result<bool, crate::publish::PublishError> {
+        if self.live().published.contains(digest) {
+            return Ok(true);
+        }
+        let kept = self.parts.config.receive.releases_kept;
+        let published = self.parts.publisher.kept(kept)?;
+        let is_published = published.contains(digest);
+        self.live().published = published;
+        Ok(is_published)
+    }
+}
+
+/// The seed of whatever must be the same on every device of a round.
+fn round_seed(base: BaseHash, round: u64) -> u64 {
+    let mut hasher = blake3::Hasher::new_derive_key("commonweal round seed v1");
+    hasher.update(&base.0).update(&round.to_le_bytes());
+    let mut seed = [0; 8];
+    hasher.finalize_xof().fill(&mut seed);
+    u64::from_le_bytes(seed)
+}
+
+/// An error with all its causes, for the operator.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,341 @@
+//! How a device gets and keeps its identity: single-use tokens stored as digests, certificates for signing
+//! requests, revocation looked up for every request.
+//!
+//! `aggregator token`, `devices` and `revoke` use this beside a running server: all of it is in the store.
+
+use std::sync::Arc;
+
+use commonweal_protocol::{CertificateChain, Csr, DeviceId, Token};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::chain;
+use crate::store::{Coord, PAGE_MAX, StoreError};
+
+/// Issues certificates; the transport's certificate authority, or a twin in simulations.
+pub trait Certify: Send + Sync {
+    /// A certificate for `device` over the request's key, valid from `now_ms` to `expires_ms`.
+    fn certify(
+        &self,
+        device: DeviceId,
+        csr: &Csr,
+        now_ms: u64,
+        expires_ms: u64,
+    ) -> Result<CertificateChain, String>;
+}
+
+/// An invitation's token as it is kept: under its digest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenRecord {
+    /// When it was made.
+    pub created_ms: u64,
+    /// When it ends.
+    pub expires_ms: u64,
+    /// Who spent it.
+    pub device: Option<DeviceId>,
+}
+
+/// An enrolled device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceRecord {
+    /// When it enrolled.
+    pub enrolled_ms: u64,
+    /// When its newest certificate ends.
+    pub expires_ms: u64,
+    /// When it was revoked.
+    pub revoked_ms: Option<u64>,
+}
+
+/// Why a device has no certificate.
+#[derive(Debug, thiserror::Error)]
+pub enum EnrollError {
+    /// The token is not one of ours.
+    #[error("the token is unknown")]
+    TokenUnknown,
+    /// The token was spent.
+    #[error("the token was spent by device {device}")]
+    TokenSpent {
+        /// By whom.
+        device: DeviceId,
+    },
+    /// The token is too old.
+    #[error("the token expired at {expires_ms}, it is {now_ms}")]
+    TokenExpired {
+        /// Its end.
+        expires_ms: u64,
+        /// The time.
+        now_ms: u64,
+    },
+    /// The signing request is not acceptable.
+    #[error("the signing request is not acceptable: {0}")]
+    Csr(String),
+    /// No such device.
+    #[error("device {device} is not enrolled")]
+    DeviceUnknown {
+        /// Which.
+        device: DeviceId,
+    },
+    /// The device was revoked.
+    #[error("device {device} was revoked")]
+    Revoked {
+        /// Which.
+        device: DeviceId,
+    },
+    /// A stored record does not decode.
+    #[error("the record `{log}` is damaged")]
+    Damaged {
+        /// Its log.
+        log: String,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The store failed.
+    #[error("the registry was not stored")]
+    Store(#[from] StoreError),
+}
+
+/// Tokens and devices.
+#[derive(Clone)]
+pub struct Registry {
+    coord: Arc<dyn Coord>,
+}
+
+impl std::fmt::Debug for Registry {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Registry")
+    }
+}
+
+fn device_log(device: &DeviceId) -> String {
+    format!("device/{device}")
+}
+
+impl Registry {
+    /// Over this store.
+    pub fn new(coord: Arc<dyn Coord>) -> Self {
+        Self { coord }
+    }
+
+    fn load<T: DeserializeOwned>(&self, log: &str) -> Result<Option<(u64, T)>, EnrollError> {
+        let Some(entry) = self.coord.head(log)? else { return Ok(None) };
+        let record = serde_json::from_slice(&entry.value)
+            .map_err(|source| EnrollError::Damaged { log: log.to_owned(), source })?;
+        Ok(Some((entry.sequence, record)))
+    }
+
+    fn save<T: Serialize>(&self, log: &str, expected: u64, record: &T) -> Result<(), EnrollError> {
+        let bytes = serde_json::to_vec(record)
+            .map_err(|source| EnrollError::Damaged { log: log.to_owned(), source })?;
+        self.coord.compare_and_set(log, expected, &bytes)?;
+        Ok(())
+    }
+
+    /// Remembers a new token.
+    pub fn invite(&self, token: &Token, now_ms: u64, expires_ms: u64) -> Result<(), EnrollError> {
+        let record = TokenRecord { created_ms: now_ms, expires_ms, device: None };
+        self.save(&format!("token/{}", token.digest()), 0, &record)
+    }
+
+    /// Spends a token on a new device and issues its certificate. The device is written first: a crash in
+    /// between leaves a name that nobody has, and a token that still works.
+    pub fn enroll(
+        &self,
+        authority: &dyn Certify,
+        token: &Token,
+        csr: &Csr,
+        device: DeviceId,
+        now_ms: u64,
+        expires_ms: u64,
+    ) -> Result<CertificateChain, EnrollError> {
+        let log = format!("token/{}", token.digest());
+        let (sequence, mut record): (u64, TokenRecord) = self.load(&log)?.ok_or(EnrollError::TokenUnknown)?;
+        if let Some(device) = record.device {
+            return Err(EnrollError::TokenSpent { device });
+        }
+        if record.expires_ms <= now_ms {
+            return Err(EnrollError::TokenExpired { expires_ms: record.expires_ms, now_ms });
+        }
+        let certificates = authority.certify(device, csr, now_ms, expires_ms).map_err(EnrollError::Csr)?;
+        self.save(
+            &device_log(&device),
+            0,
+            &DeviceRecord { enrolled_ms: now_ms, expires_ms, revoked_ms: None },
+        )?;
+        record.device = Some(device);
+        match self.save(&log, sequence, &record) {
+            Ok(()) => Ok(certificates),
+            // Perhaps it was written after all, perhaps somebody else was faster: the token says.
+            Err(error) => match self.load::<TokenRecord>(&log)? {
+                Some((_, found)) if found.device == Some(device) => Ok(certificates),
+                found => {
+                    if let Err(left) = self.revoke(&device, now_ms) {
+                        tracing::warn!(%device, error = chain(&left), "an unused device stays listed");
+                    }
+                    match found.and_then(|(_, found)| found.device) {
+                        Some(device) => Err(EnrollError::TokenSpent { device }),
+                        None => Err(error),
+                    }
+                }
+            },
+        }
+    }
+
+    /// A fresh certificate for a device that has one.
+    pub fn renew(
+        &self,
+        authority: &dyn Certify,
+        csr: &Csr,
+        device: DeviceId,
+        now_ms: u64,
+        expires_ms: u64,
+    ) -> Result<CertificateChain, EnrollError> {
+        let record = self.admit(&device)?;
+        let certificates = authority.certify(device, csr, now_ms, expires_ms).map_err(EnrollError::Csr)?;
+        let log = device_log(&device);
+        if let Some((sequence, _)) = self.load::<DeviceRecord>(&log)? {
+            self.save(&log, sequence, &DeviceRecord { expires_ms, ..record })?;
+            self.coord.truncate(&log, sequence)?;
+        }
+        Ok(certificates)
+    }
+
+    /// The record of a device that may ask.
+    pub fn admit(&self, device: &DeviceId) -> Result<DeviceRecord, EnrollError> {
+        let (_, record): (u64, DeviceRecord) =
+            self.load(&device_log(device))?.ok_or(EnrollError::DeviceUnknown { device: *device })?;
+        if record.revoked_ms.is_some() {
+            return Err(EnrollError::Revoked { device: *device });
+        }
+        Ok(record)
+    }
+
+    /// Revokes a device, from its next request on. Doing it again is harmless.
+    pub fn revoke(&self, device: &DeviceId, now_ms: u64) -> Result<(), EnrollError> {
+        let log = device_log(device);
+        let (sequence, record): (u64, DeviceRecord) =
+            self.load(&log)?.ok_or(EnrollError::DeviceUnknown { device: *device })?;
+        if record.revoked_ms.is_some() {
+            return Ok(());
+        }
+        self.save(&log, sequence, &DeviceRecord { revoked_ms: Some(now_ms), ..record })
+    }
+
+    /// All devices, in the order of their names.
+    pub fn devices(&self) -> Result<Vec<(DeviceId, DeviceRecord)>, EnrollError> {
+        let mut devices = Vec::new();
+        let mut after = String::new();
+        loop {
+            let page = self.coord.logs("device/", &after, PAGE_MAX)?;
+            let Some(last) = page.last() else { return Ok(devices) };
+            after.clone_from(last);
+            for log in &page {
+                let id = log.trim_start_matches("device/").parse().ok();
+                if let (Some(id), Some((_, record))) = (id, self.load(log)?) {
+                    devices.push((id, record));
+                }
+            }
+        }
+    }
+
+    /// Tokens that can still be spent.
+    pub fn tokens_open(&self, now_ms: u64) -> Result<usize, EnrollError> {
+        let mut open = 0;
+        let mut after = String::new();
+        loop {
+            let page = self.coord.logs("token/", &after, PAGE_MAX)?;
+            let Some(last) = page.last() else { return Ok(open) };
+            after.clone_from(last);
+            for log in &page {
+                if let Some((_, record)) = self.load::<TokenRecord>(log)? {
+                    open += usize::from(record.device.is_none() && record.expires_ms > now_ms);
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::{Faults, MemoryStorage};
+
+    struct Stamp;
+    impl Certify for Stamp {
+        fn certify(&self, _: DeviceId, csr: &Csr, _: u64, _: u64) -> Result<CertificateChain, String> {
+            if csr.is_empty() { Err("empty".to_owned()) } else { Ok(CertificateChain(Vec::new())) }
+        }
+    }
+
+    fn csr() -> Csr {
+        Csr::new(vec![1]).unwrap()
+    }
+
+    const TOKEN: Token = Token([7; 32]);
+
+    fn device(number: u8) -> DeviceId {
+        DeviceId([number; 16])
+    }
+
+    fn registry(memory: &MemoryStorage) -> Registry {
+        Registry::new(memory.storage().coord)
+    }
+
+    #[test]
+    fn a_token_enrols_one_device_once() {
+        let memory = MemoryStorage::default();
+        let registry = registry(&memory);
+        let enroll = |number| registry.enroll(&Stamp, &TOKEN, &csr(), device(number), 50, 900);
+        assert!(matches!(enroll(1), Err(EnrollError::TokenUnknown)));
+        registry.invite(&TOKEN, 0, 100).unwrap();
+        assert_eq!(registry.tokens_open(50).unwrap(), 1);
+        let bad = registry.enroll(&Stamp, &TOKEN, &Csr::new(Vec::new()).unwrap(), device(1), 50, 900);
+        assert!(matches!(bad, Err(EnrollError::Csr(_))), "a bad request does not spend the token");
+        enroll(1).unwrap();
+        assert!(matches!(enroll(2), Err(EnrollError::TokenSpent { device: by }) if by == device(1)));
+        assert_eq!(registry.tokens_open(50).unwrap(), 0);
+        assert_eq!(registry.devices().unwrap().len(), 1);
+        assert!(registry.admit(&device(1)).is_ok());
+        assert!(matches!(registry.admit(&device(2)), Err(EnrollError::DeviceUnknown { .. })));
+    }
+
+    #[test]
+    fn an_expired_token_is_refused() {
+        let memory = MemoryStorage::default();
+        let registry = registry(&memory);
+        registry.invite(&TOKEN, 0, 100).unwrap();
+        let late = registry.enroll(&Stamp, &TOKEN, &csr(), device(1), 100, 900);
+        assert!(matches!(late, Err(EnrollError::TokenExpired { expires_ms: 100, now_ms: 100 })));
+    }
+
+    #[test]
+    fn a_revoked_device_is_refused_and_cannot_renew() {
+        let memory = MemoryStorage::default();
+        let registry = registry(&memory);
+        registry.invite(&TOKEN, 0, 100).unwrap();
+        registry.enroll(&Stamp, &TOKEN, &csr(), device(1), 50, 900).unwrap();
+        registry.renew(&Stamp, &csr(), device(1), 60, 1_000).unwrap();
+        assert_eq!(registry.admit(&device(1)).unwrap().expires_ms, 1_000);
+        registry.revoke(&device(1), 70).unwrap();
+        registry.revoke(&device(1), 80).unwrap();
+        assert!(matches!(registry.admit(&device(1)), Err(EnrollError::Revoked { .. })));
+        assert!(matches!(
+            registry.renew(&Stamp, &csr(), device(1), 90, 2_000),
+            Err(EnrollError::Revoked { .. })
+        ));
+        assert!(matches!(registry.revoke(&device(9), 1), Err(EnrollError::DeviceUnknown { .. })));
+    }
+
+    #[test]
+    fn whatever_the_store_does_a_token_serves_one_device_at_most() {
+        for seed in 0..200 {
+            let memory = MemoryStorage::default();
+            let registry = registry(&memory);
+            registry.invite(&TOKEN, 0, 100).unwrap();
+            memory.inject(seed, Faults { determinate: 0.2, indeterminate: 0.3 });
+            let enrolled = (0..20)
+                .filter(|number| registry.enroll(&Stamp, &TOKEN, &csr(), device(*number), 1, 9).is_ok())
+                .count();
+            assert!(enrolled <= 1, "seed {seed}: {enrolled} devices");
+        }
+    }
+}

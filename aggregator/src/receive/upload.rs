@@ -1,0 +1,230 @@
+//! An update on its way in: opened, received chunk by chunk, checked, made durable, signed for.
+//!
+//! `partial` keeps the bytes that are not yet whole; `desk` takes the update into the round.
+
+use commonweal_adapter::PackedDelta;
+use commonweal_protocol::{
+    Accepted, Chunk, DeviceId, Digest, Open, Receipt, Refusal, Refused, SignedReceipt, UploadKey,
+};
+use commonweal_transport::Opened;
+
+use super::{Receiver, chain};
+use crate::desk::{self, DeskError, Taken};
+
+impl Receiver {
+    /// Opens or resumes an upload.
+    pub fn open(&self, device: DeviceId, open: Open) -> Result<Opened, Refused> {
+        const REQUEST: &str = "open";
+        let refuse = |reason, detail: String| Err(self.refuse(Some(device), REQUEST, reason, detail));
+        if open.base != self.parts.base {
+            return refuse(Refusal::WrongBase, format!("expected {}, got {}", self.parts.base, open.base));
+        }
+        let taken = self.parts.desk.taken(open.round, &device);
+        if let Some(before) = taken.map_err(|error| self.failed(device, REQUEST, &error))? {
+            return self.repeat(device, REQUEST, &open.key(), before).map(Opened::Done);
+        }
+        if let Err(error) = self.parts.desk.admits(open.round, &device) {
+            return Err(self.not_admitted(device, REQUEST, error));
+        }
+        if open.length > self.limits.bytes_max as u64 {
+            let detail = format!("expected at most {} bytes, got {}", self.limits.bytes_max, open.length);
+            return refuse(Refusal::TooLarge, detail);
+        }
+        let key = open.key();
+        let offset = self.make_room(device, &open).map_err(|error| {
+            // A disk that is full for the moment: the device keeps its update and comes back.
+            self.refuse(Some(device), REQUEST, Refusal::Busy, error)
+        })?;
+        if offset > open.length {
+            self.discard(device, &key);
+            self.live().opens.insert(device, open);
+            return Ok(Opened::Resume(0));
+        }
+        self.live().opens.insert(device, open);
+        Ok(Opened::Resume(offset))
+    }
+
+    /// The offset to go on from, if the disk has room for the rest, twice: once as it comes in, once kept.
+    fn make_room(&self, device: DeviceId, open: &Open) -> Result<u64, String> {
+        let partials = &self.parts.partials;
+        let key = open.key();
+        partials.discard_others(&device, &key).map_err(|error| error.to_string())?;
+        let offset = partials.offset(&device, &key).map_err(|error| error.to_string())?;
+        let free = self.parts.storage.blob.free_bytes().map_err(|error| chain(&error))?;
+        let promised: u64 = {
+            let live = self.live();
+            live.opens.iter().filter(|(other, _)| **other != device).map(|(_, open)| open.length).sum()
+        };
+        let needed = (open.length.saturating_sub(offset))
+            .saturating_add(open.length)
+            .saturating_add(promised.saturating_mul(2))
+            .saturating_add(self.parts.config.receive.reserve_bytes);
+        if free < needed { Err(format!("expected {needed} free bytes, got {free}")) } else { Ok(offset) }
+    }
+
+    /// Appends a chunk; durable on return.
+    pub fn chunk(&self, device: DeviceId, key: UploadKey, chunk: &Chunk) -> Result<u64, Refused> {
+        const REQUEST: &str = "chunk";
+        let open = self.opened(device, &key, REQUEST)?;
+        let refuse = |reason, detail: String| Err(self.refuse(Some(device), REQUEST, reason, detail));
+        if !chunk.is_intact() {
+            return refuse(Refusal::ChunkCorrupt, format!("at offset {}", chunk.offset));
+        }
+        if chunk.end() > open.length {
+            let detail = format!("expected {} bytes, got {}", open.length, chunk.end());
+            return refuse(Refusal::LengthMismatch, detail);
+        }
+        let held = match self.parts.partials.offset(&device, &key) {
+            Ok(held) => held,
+            Err(error) => return Err(self.failed(device, REQUEST, &error)),
+        };
+        if chunk.offset != held {
+            return refuse(Refusal::OffsetMismatch, format!("expected {held}, got {}", chunk.offset));
+        }
+        if !self.live().rates.spend_bytes(device, key.round, chunk.bytes.len() as u64) {
+            return refuse(Refusal::Busy, "sent its bytes of this round too often".to_owned());
+        }
+        let end = self.parts.partials.append(&device, &key, chunk.offset, &chunk.bytes).map_err(|error| {
+            let reason = match error.kind() {
+                std::io::ErrorKind::StorageFull => Refusal::Busy,
+                _ => Refusal::Internal,
+            };
+            self.refuse(Some(device), REQUEST, reason, error)
+        })?;
+        self.parts.pause.here("upload", &self.parts.events);
+        Ok(end)
+    }
+
+    fn opened(&self, device: DeviceId, key: &UploadKey, request: &'static str) -> Result<Open, Refused> {
+        match self.live().opens.get(&device) {
+            Some(open) if open.key() == *key => Ok(*open),
+            _ => Err(Refused { reason: Refusal::UploadUnknown, reconnect: self.reconnect() }),
+        }
+        .inspect_err(|_| tracing::debug!(%device, request, "no such upload is open"))
+    }
+
+    /// Checks the whole, makes it durable, signs.
+    pub fn finish(&self, device: DeviceId, key: UploadKey) -> Result<Accepted, Refused> {
+        const REQUEST: &str = "finish";
+        let taken = self.parts.desk.taken(key.round, &device);
+        if let Some(before) = taken.map_err(|error| self.failed(device, REQUEST, &error))? {
+            return self.repeat(device, REQUEST, &key, before);
+        }
+        let open = self.opened(device, &key, REQUEST)?;
+        if let Err(error) = self.parts.desk.admits(key.round, &device) {
+            self.forget(device, &key);
+            return Err(self.not_admitted(device, REQUEST, error));
+        }
+        let bytes = self.whole(device, &open)?;
+        if let Err(detail) = self.check_update(&bytes) {
+            self.forget(device, &key);
+            return Err(self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail));
+        }
+        let blobs = self.parts.desk.keep_blobs();
+        self.parts
+            .storage
+            .blob
+            .put_if_absent(&open.digest, open.length, &mut bytes.as_slice())
+            .map_err(|error| self.failed(device, REQUEST, &error))?;
+        let received_ms = self.now_ms();
+        let receipt =
+            Receipt { round: open.round, device, digest: open.digest, length: open.length, received_ms };
+        let receipt = SignedReceipt::sign(&self.parts.key, receipt)
+            .map_err(|error| self.failed(device, REQUEST, &error))?;
+        let accepted = desk::Accepted { open, receipt };
+        let taken = self.parts.desk.take(received_ms, &accepted);
+        drop(blobs);
+        match taken {
+            Ok(Taken::Now) => {
+                self.parts.pause.here("receipt", &self.parts.events);
+                self.forget(device, &key);
+                Ok(Accepted { receipt, reconnect: self.reconnect() })
+            }
+            Ok(Taken::Before(before)) => self.repeat(device, REQUEST, &key, before),
+            Err(DeskError::NotAdmitted(error)) => {
+                // The round closed meanwhile: a late update is discarded, and its device knows.
+                self.forget(device, &key);
+                Err(self.not_admitted(device, REQUEST, error))
+            }
+            Err(error) => Err(self.failed(device, REQUEST, &error)),
+        }
+    }
+
+    /// The same answer as before for the same update; another one is refused.
+    fn repeat(
+        &self,
+        device: DeviceId,
+        request: &'static str,
+        key: &UploadKey,
+        before: desk::Accepted,
+    ) -> Result<Accepted, Refused> {
+        self.forget(device, key);
+        if before.open.digest != key.digest {
+            let detail = format!("accepted {}, got {}", before.open.digest, key.digest);
+            return Err(self.refuse(Some(device), request, Refusal::AlreadySent, detail));
+        }
+        // Counts it now if a failing store kept that from happening then.
+        match self.parts.desk.take(self.now_ms(), &before) {
+            Ok(_) | Err(DeskError::NotAdmitted(_)) => {}
+            Err(error) => return Err(self.failed(device, request, &error)),
+        }
+        Ok(Accepted { receipt: before.receipt, reconnect: self.reconnect() })
+    }
+
+    /// All bytes of an upload, of the announced length and digest; anything else is dropped.
+    fn whole(&self, device: DeviceId, open: &Open) -> Result<Vec<u8>, Refused> {
+        const REQUEST: &str = "finish";
+        let key = open.key();
+        let held = self
+            .parts
+            .partials
+            .offset(&device, &key)
+            .map_err(|error| self.failed(device, REQUEST, &error))?;
+        let refuse = |reason, detail: String| {
+            self.discard(device, &key);
+            Err(self.refuse(Some(device), REQUEST, reason, detail))
+        };
+        if held != open.length {
+            return refuse(Refusal::LengthMismatch, format!("expected {} bytes, got {held}", open.length));
+        }
+        let mut bytes = Vec::with_capacity(open.length as usize);
+        let read = self.parts.partials.read(&device, &key).and_then(|mut source| {
+            std::io::Read::read_to_end(&mut std::io::Read::take(&mut source, open.length), &mut bytes)
+        });
+        if let Err(error) = read {
+            return Err(self.failed(device, REQUEST, &error));
+        }
+        let found = Digest::of(&bytes);
+        if found != open.digest {
+            return refuse(Refusal::DigestMismatch, format!("expected {}, got {found}", open.digest));
+        }
+        Ok(bytes)
+    }
+
+    /// Whether the bytes are an update that the round can merge.
+    fn check_update(&self, bytes: &[u8]) -> Result<(), String> {
+        let delta =
+            PackedDelta::decode(bytes, &self.parts.layout, &self.limits).map_err(|error| chain(&error))?;
+        let norm = delta.norm();
+        let norm_max = self.parts.config.receive.norm_max;
+        if norm.is_finite() && norm <= norm_max {
+            Ok(())
+        } else {
+            Err(format!("expected a norm of at most {norm_max}, got {norm}"))
+        }
+    }
+
+    fn discard(&self, device: DeviceId, key: &UploadKey) {
+        if let Err(error) = self.parts.partials.discard(&device, key) {
+            tracing::warn!(%device, %error, "an unfinished upload could not be removed");
+        }
+    }
+
+    fn forget(&self, device: DeviceId, key: &UploadKey) {
+        self.discard(device, key);
+        let mut live = self.live();
+        if live.opens.get(&device).is_some_and(|open| open.key() == *key) {
+            live.opens.remove(&device);
+        }
+    }
+}

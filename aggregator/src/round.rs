@@ -1,0 +1,312 @@
+//! What a round is: `tick(now, event) -> actions`, pure.
+//!
+//! ```text
+//! Waiting → Collecting → Merging → Aligning → Evaluating → Publishing → Waiting (next round)
+//!               │            └─────────┴──────────┴── Rejected ──────────▲
+//!               └──────────────── Abandoned (no quorum) ─────────────────┘
+//! ```
+//!
+//! `receive` turns a device's messages into events, `serve` carries the actions out in order and reports
+//! back with events. Nothing here reads a clock or a disk. A device that fails or vanishes never stops a
+//! round: the goal, the quorum and the deadline decide.
+
+mod vocabulary;
+mod policy;
+#[cfg(test)]
+mod simulate;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundId, Start, Version};
+use serde::{Deserialize, Serialize};
+
+pub use policy::{GOAL_MAX, Policy, PolicyError};
+pub use vocabulary::{Action, Event, NotAdmitted, Outcome, Summary};
+
+/// Longest reason kept for a rejected round.
+const REASON_BYTES_MAX: usize = 2_000;
+
+/// Where a round stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Phase {
+    /// Devices report that they are ready.
+    Waiting {
+        /// Who did.
+        ready: BTreeSet<DeviceId>,
+        /// When the first did.
+        since_ms: Option<u64>,
+    },
+    /// Devices train and upload.
+    Collecting {
+        /// Updates at which the round closes early.
+        target: u32,
+        /// When the round closes whatever has come.
+        deadline_ms: u64,
+        /// Devices with a task, and whether their update has come.
+        selected: BTreeMap<DeviceId, bool>,
+    },
+    /// The updates are merged into a candidate.
+    Merging,
+    /// The candidate is tuned on revised answers.
+    Aligning {
+        /// The merged adapter.
+        candidate: Digest,
+    },
+    /// The candidate is measured.
+    Evaluating {
+        /// The aligned adapter.
+        candidate: Digest,
+    },
+    /// The release is signed and made the head.
+    Publishing {
+        /// The adapter to publish.
+        candidate: Digest,
+        /// How it did.
+        card: Box<ReportCard>,
+    },
+}
+
+impl Phase {
+    /// Its name in a status line.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Waiting { .. } => "waiting",
+            Self::Collecting { .. } => "collecting",
+            Self::Merging => "merging",
+            Self::Aligning { .. } => "aligning",
+            Self::Evaluating { .. } => "evaluating",
+            Self::Publishing { .. } => "publishing",
+        }
+    }
+}
+
+/// The state machine of all rounds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rounds {
+    /// The current round, or the next one while waiting.
+    pub round: RoundId,
+    /// Where it stands.
+    pub phase: Phase,
+    /// The release it starts from; known once it is open.
+    pub start: Option<Start>,
+    opened_ms: u64,
+    closed_ms: u64,
+    selected: u32,
+    received: u32,
+}
+
+impl Default for Rounds {
+    fn default() -> Self {
+        Self::waiting(RoundId(1))
+    }
+}
+
+impl Rounds {
+    fn waiting(round: RoundId) -> Self {
+        Self {
+            round,
+            phase: Phase::Waiting { ready: BTreeSet::new(), since_ms: None },
+            start: None,
+            opened_ms: 0,
+            closed_ms: 0,
+            selected: 0,
+            received: 0,
+        }
+    }
+
+    /// Whether an update of `device` for `round` would be counted now. `Ok(true)`: it already was.
+    pub fn admits(&self, round: RoundId, device: &DeviceId) -> Result<bool, NotAdmitted> {
+        let stale = NotAdmitted::StaleRound { named: round.0, current: self.round.0 };
+        if round != self.round {
+            return Err(stale);
+        }
+        let Phase::Collecting { selected, .. } = &self.phase else { return Err(stale) };
+        selected.get(device).copied().ok_or(NotAdmitted::NotSelected)
+    }
+
+    /// Devices that have or had a task in the current round.
+    pub fn selected(&self) -> u32 {
+        self.selected
+    }
+
+    /// Whether the round's deadline has come.
+    pub fn is_due(&self, now_ms: u64) -> bool {
+        matches!(self.phase, Phase::Collecting { deadline_ms, .. } if deadline_ms <= now_ms)
+    }
+
+    /// Updates received in the current round, and the number at which it closes.
+    pub fn progress(&self) -> (u32, u32) {
+        match &self.phase {
+            Phase::Collecting { target, .. } => (self.received, *target),
+            _ => (self.received, 0),
+        }
+    }
+
+    /// The next step. Events that do not belong to the phase change nothing.
+    pub fn tick(&mut self, policy: &Policy, now_ms: u64, event: Event) -> Vec<Action> {
+        match (&mut self.phase, event) {
+            (_, Event::Resumed) => self.resume(policy, now_ms),
+            (Phase::Waiting { .. }, Event::Polled(device, start)) => {
+                self.enlist(policy, now_ms, device, start)
+            }
+            (Phase::Waiting { since_ms, .. }, Event::TimePassed) => {
+                since_ms.map_or_else(Vec::new, |since_ms| {
+                    let open_ms = since_ms.saturating_add(policy.wait_ms);
+                    // Opening needs a device's poll, which names the release; so only keep the timer.
+                    if now_ms < open_ms { vec![Action::WakeAt(open_ms)] } else { Vec::new() }
+                })
+            }
+            (Phase::Collecting { .. }, Event::Polled(device, _)) => self.assign(policy, device),
+            (Phase::Collecting { .. }, Event::Received(device)) => self.count(now_ms, &device),
+            (Phase::Collecting { .. }, Event::TimePassed) => self.check_deadline(policy, now_ms),
+            (Phase::Merging, Event::Merged(candidate)) => {
+                self.enter(Phase::Aligning { candidate }, Action::Align(candidate))
+            }
+            (Phase::Aligning { .. }, Event::Aligned(candidate)) => {
+                self.enter(Phase::Evaluating { candidate }, Action::Evaluate(candidate))
+            }
+            (Phase::Evaluating { candidate }, Event::Accepted(card)) => {
+                let candidate = *candidate;
+                self.enter(
+                    Phase::Publishing { candidate, card: card.clone() },
+                    Action::Publish(candidate, card),
+                )
+            }
+            (Phase::Publishing { .. }, Event::Published(version)) => {
+                self.finish(policy, now_ms, Outcome::Published { version })
+            }
+            (
+                Phase::Merging | Phase::Aligning { .. } | Phase::Evaluating { .. } | Phase::Publishing { .. },
+                Event::Refused(mut reason),
+            ) => {
+                let mut end = reason.len().min(REASON_BYTES_MAX);
+                while !reason.is_char_boundary(end) {
+                    end -= 1;
+                }
+                reason.truncate(end);
+                self.finish(policy, now_ms, Outcome::Rejected { reason })
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// A device is ready; perhaps enough are to begin.
+    fn enlist(&mut self, policy: &Policy, now_ms: u64, device: DeviceId, start: Start) -> Vec<Action> {
+        if policy.is_past_last(self.round) {
+            return vec![Action::Stop];
+        }
+        let Phase::Waiting { ready, since_ms } = &mut self.phase else { return Vec::new() };
+        // Bounded: beyond the goal nobody needs to be remembered.
+        if ready.len() < policy.goal as usize {
+            ready.insert(device.clone());
+        }
+        let since_ms = *since_ms.get_or_insert(now_ms);
+        let open_ms = since_ms.saturating_add(policy.wait_ms);
+        let count = ready.len() as u32;
+        if count < policy.goal && (now_ms < open_ms || count < policy.quorum) {
+            return vec![Action::WakeAt(open_ms)];
+        }
+        let deadline_ms = now_ms.saturating_add(policy.deadline_ms);
+        self.phase =
+            Phase::Collecting { target: count.min(policy.goal), deadline_ms, selected: BTreeMap::new() };
+        self.start = Some(start);
+        self.opened_ms = now_ms;
+        self.selected = 0;
+        self.received = 0;
+        let mut actions = vec![Action::Opened];
+        actions.extend(self.assign(policy, device));
+        actions.push(Action::WakeAt(deadline_ms));
+        actions
+    }
+
+    /// Gives a device its task: a new one while there is room, or the one it already has.
+    fn assign(&mut self, policy: &Policy, device: DeviceId) -> Vec<Action> {
+        let Phase::Collecting { target, selected, .. } = &mut self.phase else { return Vec::new() };
+        match selected.get(&device) {
+            Some(true) => Vec::new(),
+            Some(false) => vec![Action::Assign(device)],
+            None if selected.len() < policy.selected_max(*target) as usize => {
+                selected.insert(device.clone(), false);
+                self.selected = selected.len() as u32;
+                vec![Action::Save, Action::Assign(device)]
+            }
+            None => Vec::new(),
+        }
+    }
+
+    fn count(&mut self, now_ms: u64, device: &DeviceId) -> Vec<Action> {
+        let Phase::Collecting { target, selected, .. } = &mut self.phase else { return Vec::new() };
+        let Some(received) = selected.get_mut(device) else { return Vec::new() };
+        if !*received {
+            *received = true;
+            self.received += 1;
+        }
+        if self.received >= *target { self.close(now_ms) } else { Vec::new() }
+    }
+
+    fn check_deadline(&mut self, policy: &Policy, now_ms: u64) -> Vec<Action> {
+        let Phase::Collecting { deadline_ms, .. } = &self.phase else { return Vec::new() };
+        if now_ms < *deadline_ms {
+            return vec![Action::WakeAt(*deadline_ms)];
+        }
+        if self.received >= policy.quorum {
+            return self.close(now_ms);
+        }
+        self.closed_ms = now_ms;
+        let mut actions = vec![Action::Closed];
+        actions.extend(self.finish(policy, now_ms, Outcome::Abandoned { quorum: policy.quorum }));
+        actions
+    }
+
+    fn close(&mut self, now_ms: u64) -> Vec<Action> {
+        self.closed_ms = now_ms;
+        self.phase = Phase::Merging;
+        vec![Action::Save, Action::Closed, Action::Merge]
+    }
+
+    fn enter(&mut self, phase: Phase, work: Action) -> Vec<Action> {
+        self.phase = phase;
+        vec![Action::Save, work]
+    }
+
+    fn finish(&mut self, policy: &Policy, now_ms: u64, outcome: Outcome) -> Vec<Action> {
+        let summary = Summary {
+            round: self.round,
+            opened_ms: self.opened_ms,
+            closed_ms: self.closed_ms,
+            finished_ms: now_ms,
+            selected: self.selected,
+            received: self.received,
+            outcome,
+        };
+        *self = Self::waiting(RoundId(self.round.0.saturating_add(1)));
+        // The record comes first: after a crash between the two the round ends again, the same way.
+        let mut actions = vec![Action::Finish(summary), Action::Save];
+        if policy.is_past_last(self.round) {
+            actions.push(Action::Stop);
+        }
+        actions
+    }
+
+    /// Takes up the phase's work where a stopped process left it.
+    fn resume(&mut self, policy: &Policy, now_ms: u64) -> Vec<Action> {
+        match &mut self.phase {
+            Phase::Waiting { ready, since_ms } => {
+                ready.clear();
+                *since_ms = None;
+                if policy.is_past_last(self.round) { vec![Action::Stop] } else { Vec::new() }
+            }
+            Phase::Collecting { deadline_ms, .. } => {
+                // Nobody could upload while the process was down.
+                let grace_ms = now_ms.saturating_add(policy.deadline_ms / 2);
+                *deadline_ms = (*deadline_ms).max(grace_ms);
+                let wake = Action::WakeAt(*deadline_ms);
+                vec![Action::Save, wake]
+            }
+            Phase::Merging => vec![Action::Merge],
+            Phase::Aligning { candidate } => vec![Action::Align(*candidate)],
+            Phase::Evaluating { candidate } => vec![Action::Evaluate(*candidate)],
+            Phase::Publishing { candidate, card } => vec![Action::Publish(*candidate, card.clone())],
+        }
+    }
+}

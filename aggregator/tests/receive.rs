@@ -1,0 +1,281 @@
+//! What a device may send and what becomes of it, on real files: honest, clumsy and hostile.
+#![allow(
+    clippy::unwrap_used,
+    missing_docs,
+    unreachable_pub,
+    reason = "a test that cannot get its value has failed"
+)]
+
+mod support;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use aggregator::store::{Disk, RealDisk};
+use commonweal_adapter::{AdapterDelta, AdapterLayout, CompressOptions, Module, Residual, Target, Trainable};
+use commonweal_protocol::{AggregatorKey, BaseHash, Digest, Fetch, Open, Poll, Refusal, UploadKey, Version};
+use commonweal_transport::Opened;
+use rand::SeedableRng;
+use support::*;
+
+fn world() -> World {
+    World::new(Arc::new(RealDisk))
+}
+
+fn reason<T: std::fmt::Debug>(result: Result<T, commonweal_protocol::Refused>) -> Refusal {
+    result.unwrap_err().reason
+}
+
+#[test]
+fn an_honest_update_is_signed_for_and_counted() {
+    let world = world();
+    world.assign(&[1]);
+    let bytes = update(0.1);
+    let accepted = world.upload(1, open(1, &bytes), &bytes).unwrap();
+    let receipt = accepted.receipt.verify(&AggregatorKey::of(&world.parts.key)).unwrap();
+    assert_eq!((receipt.device, receipt.digest), (device(1), Digest::of(&bytes)));
+    assert_eq!(world.parts.storage.blob.read_all(&receipt.digest, 1 << 20).unwrap(), bytes);
+    assert_eq!(world.parts.desk.admits(receipt.round, &device(1)), Ok(true));
+    assert_eq!(std::fs::read_dir(world.dir.path().join("partials")).unwrap().count(), 0);
+}
+
+#[test]
+fn the_same_upload_again_gets_the_same_receipt_and_counts_once() {
+    let world = world();
+    world.assign(&[1]);
+    let bytes = update(0.1);
+    let first = world.upload(1, open(1, &bytes), &bytes).unwrap();
+    world.clock.set(NOW_MS + 5_000);
+    assert_eq!(world.receiver.open(device(1), open(1, &bytes)).unwrap(), Opened::Done(first));
+    assert_eq!(world.receiver.finish(device(1), open(1, &bytes).key()).unwrap(), first);
+    let other = update(0.2);
+    assert_eq!(reason(world.upload(1, open(1, &other), &other)), Refusal::AlreadySent);
+    assert_eq!(world.parts.desk.rounds().progress().0, 1);
+}
+
+#[test]
+fn an_upload_goes_on_after_a_restart_where_the_durable_bytes_end() {
+    let world = world();
+    world.assign(&[1]);
+    let bytes = update(0.1);
+    let announced = open(1, &bytes);
+    assert_eq!(world.receiver.open(device(1), announced).unwrap(), Opened::Resume(0));
+    assert_eq!(world.receiver.chunk(device(1), announced.key(), &chunk(0, &bytes[..100])).unwrap(), 100);
+    let world = World::open(world.dir, Arc::new(RealDisk), |_| {});
+    let stray = world.receiver.chunk(device(1), announced.key(), &chunk(100, &bytes[100..]));
+    assert_eq!(reason(stray), Refusal::UploadUnknown, "the device opens again and learns the offset");
+    assert_eq!(world.receiver.open(device(1), announced).unwrap(), Opened::Resume(100));
+    world.receiver.chunk(device(1), announced.key(), &chunk(100, &bytes[100..])).unwrap();
+    let accepted = world.receiver.finish(device(1), announced.key()).unwrap();
+    // Also the receipt outlives the process, and so does the count.
+    let world = World::open(world.dir, Arc::new(RealDisk), |_| {});
+    assert_eq!(world.receiver.finish(device(1), announced.key()).unwrap(), accepted);
+    assert_eq!(world.parts.desk.admits(announced.round, &device(1)), Ok(true));
+}
+
+#[test]
+fn another_base_is_refused_by_name() {
+    let world = world();
+    world.assign(&[1]);
+    let other = BaseHash([8; 32]);
+    assert_eq!(
+        reason(world.receiver.poll(device(1), Poll { base: other, installed: None })),
+        Refusal::WrongBase
+    );
+    let bytes = update(0.1);
+    let announced = Open { base: other, ..open(1, &bytes) };
+    assert_eq!(reason(world.receiver.open(device(1), announced)), Refusal::WrongBase);
+    assert!(world.refusals().iter().all(|text| text.contains(&other.to_string())), "the operator sees both");
+}
+
+#[test]
+fn a_stale_round_and_a_device_without_a_task_are_refused() {
+    let world = world();
+    world.assign(&[1]);
+    let bytes = update(0.1);
+    assert_eq!(reason(world.receiver.open(device(1), open(7, &bytes))), Refusal::StaleRound);
+    assert_eq!(reason(world.receiver.open(device(5), open(1, &bytes))), Refusal::NotInRound);
+    world.clock.set(NOW_MS + 61_000);
+    assert_eq!(world.receiver.open(device(1), open(1, &bytes)).unwrap(), Opened::Resume(0));
+    world.receiver.chunk(device(1), open(1, &bytes).key(), &chunk(0, &bytes)).unwrap();
+    world.parts.desk.next(NOW_MS + 61_000).unwrap();
+    assert_eq!(reason(world.receiver.finish(device(1), open(1, &bytes).key())), Refusal::StaleRound, "late");
+}
+
+#[test]
+fn lies_about_length_and_digest_are_found_and_the_upload_can_start_over() {
+    let world = world();
+    world.assign(&[1]);
+    let bytes = update(0.1);
+    let short = Open { length: bytes.len() as u64 + 5, ..open(1, &bytes) };
+    assert_eq!(reason(world.upload(1, short, &bytes)), Refusal::LengthMismatch);
+    let long = Open { length: bytes.len() as u64 - 5, ..open(1, &bytes) };
+    assert_eq!(reason(world.upload(1, long, &bytes)), Refusal::LengthMismatch);
+    let other = Open { digest: Digest([4; 32]), ..open(1, &bytes) };
+    assert_eq!(reason(world.upload(1, other, &bytes)), Refusal::DigestMismatch);
+    world.upload(1, open(1, &bytes), &bytes).unwrap();
+}
+
+#[test]
+fn chunks_must_be_whole_and_follow_each_other() {
+    let world = world();
+    world.assign(&[1]);
+    let bytes = update(0.1);
+    let announced = open(1, &bytes);
+    world.receiver.open(device(1), announced).unwrap();
+    let send =
+        |offset: u64, part: &[u8]| world.receiver.chunk(device(1), announced.key(), &chunk(offset, part));
+    assert_eq!(reason(send(10, &bytes[10..20])), Refusal::OffsetMismatch);
+    send(0, &bytes[..10]).unwrap();
+    assert_eq!(reason(send(0, &bytes[..10])), Refusal::OffsetMismatch, "sent twice");
+    let mut damaged = chunk(10, &bytes[10..20]);
+    damaged.hash = Digest([0; 32]);
+    assert_eq!(reason(world.receiver.chunk(device(1), announced.key(), &damaged)), Refusal::ChunkCorrupt);
+    let never_opened = UploadKey { digest: Digest([1; 32]), ..announced.key() };
+    assert_eq!(reason(world.receiver.finish(device(1), never_opened)), Refusal::UploadUnknown);
+}
+
+#[test]
+fn garbage_another_shape_and_values_that_are_no_numbers_are_refused() {
+    let world = world();
+    world.assign(&[1]);
+    let garbage = vec![7_u8; 300];
+    assert_eq!(reason(world.upload(1, open(1, &garbage), &garbage)), Refusal::UpdateUnusable);
+    // Another layout.
+    let modules = vec![Module { target: Target::Q, inputs: 16, outputs: 16 }];
+    let layout = Arc::new(AdapterLayout::new(2, 4, 8.0, modules).unwrap());
+    let values = vec![0.1; layout.trainable_parameters(Trainable::Both)];
+    let delta = AdapterDelta::from_values(layout.clone(), Trainable::Both, values).unwrap();
+    let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(1);
+    let mut residual = Residual::zeros(layout, Trainable::Both);
+    let options = CompressOptions::default();
+    let bytes =
+        commonweal_adapter::compress(&delta, &mut residual, &options, &mut random).unwrap().into_bytes();
+    assert_eq!(reason(world.upload(1, open(1, &bytes), &bytes)), Refusal::UpdateUnusable);
+    // Scales replaced by NaN and infinity wherever a scale could be: never taken, never a panic.
+    let honest = update(0.1);
+    for at in 0..honest.len() - 3 {
+        let mut bytes = honest.clone();
+        bytes[at..at + 2].copy_from_slice(&[0xff, 0x7e]);
+        if bytes == honest {
+            continue;
+        }
+        let answer = world.upload(1, open(1, &bytes), &bytes);
+        if let Ok(accepted) = answer {
+            // Still an update: then it is finite, or it would not decode.
+            assert_eq!(accepted.receipt.receipt.digest, Digest::of(&bytes));
+            break;
+        }
+    }
+    assert_eq!(reason(world.receiver.open(device(1), open(9, &honest))), Refusal::StaleRound);
+}
+
+#[test]
+fn an_update_that_is_too_long_a_vector_is_refused() {
+    let world = World::open(tempfile::tempdir().unwrap(), Arc::new(RealDisk), |config| {
+        config.receive.norm_max = 1.0;
+    });
+    world.assign(&[1]);
+    let bytes = update(0.5);
+    assert_eq!(reason(world.upload(1, open(1, &bytes), &bytes)), Refusal::UpdateUnusable);
+    assert!(world.refusals()[0].contains("expected a norm of at most 1"), "{:?}", world.refusals());
+    let bytes = update(0.01);
+    world.upload(1, open(1, &bytes), &bytes).unwrap();
+}
+
+#[test]
+fn an_oversized_announcement_is_refused_before_anything_is_stored() {
+    let world = world();
+    world.assign(&[1]);
+    let announced = Open { length: 100 << 20, ..open(1, b"x") };
+    assert_eq!(reason(world.receiver.open(device(1), announced)), Refusal::TooLarge);
+    assert_eq!(std::fs::read_dir(world.dir.path().join("partials")).unwrap().count(), 0);
+}
+
+#[derive(Debug)]
+struct Limited(AtomicU64);
+
+impl Disk for Limited {
+    fn write(&self, file: &mut std::fs::File, bytes: &[u8]) -> std::io::Result<()> {
+        let room = self.0.load(Ordering::SeqCst);
+        if room < bytes.len() as u64 {
+            return Err(std::io::ErrorKind::StorageFull.into());
+        }
+        self.0.store(room - bytes.len() as u64, Ordering::SeqCst);
+        std::io::Write::write_all(file, bytes)
+    }
+    fn free_bytes(&self, _dir: &Path) -> std::io::Result<u64> {
+        Ok(self.0.load(Ordering::SeqCst))
+    }
+}
+
+#[test]
+fn a_full_disk_refuses_new_uploads_and_loses_nothing_accepted() {
+    let disk = Arc::new(Limited(AtomicU64::new(1 << 20)));
+    let world = World::new(disk.clone());
+    world.assign(&[1, 2]);
+    let bytes = update(0.1);
+    let accepted = world.upload(1, open(1, &bytes), &bytes).unwrap();
+    disk.0.store(bytes.len() as u64, Ordering::SeqCst);
+    let other = update(0.2);
+    assert_eq!(reason(world.receiver.open(device(2), open(1, &other))), Refusal::Busy);
+    // Room for it when it was opened, gone while it was stored: no receipt, and it can be sent again.
+    disk.0.store(1 << 20, Ordering::SeqCst);
+    world.receiver.open(device(2), open(1, &other)).unwrap();
+    disk.0.store(10, Ordering::SeqCst);
+    let cut = world.receiver.chunk(device(2), open(1, &other).key(), &chunk(0, &other));
+    assert_eq!(reason(cut), Refusal::Busy);
+    disk.0.store(other.len() as u64, Ordering::SeqCst);
+    world.receiver.chunk(device(2), open(1, &other).key(), &chunk(0, &other)).unwrap();
+    assert_eq!(reason(world.receiver.finish(device(2), open(1, &other).key())), Refusal::Internal);
+    assert_eq!(world.receiver.finish(device(1), open(1, &bytes).key()).unwrap(), accepted);
+    disk.0.store(1 << 20, Ordering::SeqCst);
+    world.upload(2, open(1, &other), &other).unwrap();
+}
+
+#[test]
+fn a_device_that_sends_its_bytes_again_and_again_is_slowed_down() {
+    let world = World::open(tempfile::tempdir().unwrap(), Arc::new(RealDisk), |config| {
+        config.receive.resends_max = 1;
+    });
+    world.assign(&[1]);
+    let garbage = vec![7_u8; 1_000];
+    let mut answers = Vec::new();
+    for _ in 0..10 {
+        answers.push(reason(world.upload(1, open(1, &garbage), &garbage)));
+    }
+    assert_eq!(answers[0], Refusal::UpdateUnusable);
+    assert_eq!(answers.last(), Some(&Refusal::Busy));
+}
+
+#[test]
+fn only_published_content_can_be_fetched() {
+    let world = world();
+    world.assign(&[1]);
+    let bytes = update(0.1);
+    world.upload(1, open(1, &bytes), &bytes).unwrap();
+    let head = world.parts.publisher.head().unwrap().unwrap().release;
+    let read = |digest, offset| world.receiver.read(device(2), Fetch { digest, offset }, 64);
+    let part = read(head.digest, 8).unwrap();
+    assert_eq!((part.length, part.bytes.len()), (head.length, 64));
+    assert!(read(head.digest, head.length).unwrap().bytes.is_empty());
+    assert_eq!(reason(read(head.digest, head.length + 1)), Refusal::ContentUnknown);
+    assert_eq!(reason(read(Digest::of(&bytes), 0)), Refusal::ContentUnknown, "another device's update");
+}
+
+#[test]
+fn a_poll_brings_the_task_and_the_release_once() {
+    let world = world();
+    world.assign(&[]);
+    let poll = |installed| world.receiver.poll(device(1), Poll { base: BASE, installed }).unwrap();
+    let reply = poll(None);
+    let (task, release) = (reply.task.unwrap(), reply.release.unwrap());
+    release.verify(&AggregatorKey::of(&world.parts.key)).unwrap();
+    assert_eq!((task.start.version, task.deadline_ms), (Version(0), 60_000));
+    world.clock.set(NOW_MS + 1_000);
+    let again = poll(Some(Version(0)));
+    assert!(again.release.is_none(), "it is installed");
+    assert_eq!(again.task.unwrap().deadline_ms, 59_000);
+    assert_eq!(again.task.unwrap().seed, task.seed, "the same task again");
+}
