@@ -1,0 +1,145 @@
+//! `kill -9` at the worst moments, then a restart: what was acknowledged is still there, the round completes, and no
+//! update counts twice. The aggregator halts at its fault points (`aggregator::pause`), so every kill hits its place.
+#![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
+
+use std::fs;
+
+use commonweal_protocol::{Digest, SignedReceipt};
+use commonweal_tests::{
+    federation::{Device, Federation},
+    program::{Finished, Running},
+};
+use edge_client::{store::Store, upload};
+
+fn receipts(device: &Device) -> Vec<SignedReceipt> {
+    let store = Store::open_shared(device.state()).unwrap();
+    upload::delivered(&store).unwrap().into_iter().map(|delivered| delivered.receipt).collect()
+}
+
+/// Round 1 completes on `aggregator` with one update of each device.
+fn completes(
+    federation: &Federation,
+    mut aggregator: Running,
+    devices: &[Device],
+    mut running: Vec<Running>,
+) {
+    let merged = aggregator.wait_for("a decision", |event| {
+        event["event"] == "rejected" || event["event"] == "published" && event["round"] == 1
+    });
+    assert_eq!(merged["event"], "published", "{merged}");
+    assert_eq!(merged["version"], federation.first_version + 1, "published once");
+    assert_eq!(merged["report_card"]["counts"]["devices_merged"], devices.len());
+    for device in &mut running {
+        // A device installs after its receipt is on disk, however late that came.
+        device.wait_for("the head", |event| {
+            event["stage"] == "install" && event["version"] == merged["version"]
+        });
+    }
+    drop(running);
+    assert_eq!(aggregator.stop(), 0);
+    let rounds = Finished::of(federation.verb("rounds").arg("--json")).with_code(0).objects();
+    let first: Vec<_> = rounds.iter().filter(|record| record["round"] == 1).collect();
+    assert_eq!(first.len(), 1, "{rounds:?}");
+    assert_eq!(first[0]["updates"], devices.len());
+    for device in devices {
+        assert_eq!(receipts(device).len(), 1);
+    }
+}
+
+fn kill_aggregator_at(point: &str) {
+    let federation = Federation::new(2, |_| ());
+    let mut aggregator = federation.serve_rounds(None, point);
+    let devices = federation.enrolled(2);
+    let running: Vec<_> = devices.iter().map(Device::run).collect();
+    let paused = aggregator.event("paused");
+    assert_eq!(paused["at"], point);
+    aggregator.kill();
+    let acknowledged: Vec<_> = devices.iter().map(receipts).collect();
+    let aggregator = federation.serve_rounds(None, "");
+    completes(&federation, aggregator, &devices, running);
+    for (device, before) in devices.iter().zip(acknowledged) {
+        assert!(receipts(device).starts_with(&before), "an acknowledged update got another receipt");
+    }
+}
+
+#[test]
+fn aggregator_killed_when_a_chunk_is_durable_but_not_acknowledged() {
+    kill_aggregator_at("upload");
+}
+
+#[test]
+fn aggregator_killed_when_an_update_is_taken_but_its_receipt_not_sent() {
+    kill_aggregator_at("receipt");
+}
+
+#[test]
+fn aggregator_killed_before_the_merge() {
+    kill_aggregator_at("merge");
+}
+
+#[test]
+fn aggregator_killed_after_the_merge_before_its_state_is_saved() {
+    kill_aggregator_at("merged");
+}
+
+#[test]
+fn aggregator_killed_before_the_head_moves() {
+    kill_aggregator_at("publish");
+}
+
+#[test]
+fn aggregator_killed_after_the_head_moved_before_the_round_is_on_record() {
+    kill_aggregator_at("published");
+}
+
+#[test]
+fn device_killed_while_training_goes_on_where_it_was() {
+    let federation = Federation::new(1, |config| config.train.steps_max = 12);
+    let aggregator = federation.serve_rounds(None, "");
+    let devices = federation.enrolled(1);
+    fs::write(devices[0].state().join("policy.toml"), "[train]\ncheckpoint_steps = 1\n").unwrap();
+    let mut device = devices[0].run();
+    device.wait_for("step 4", |event| event["event"] == "step" && event["step"] == 4);
+    device.kill();
+    assert!(receipts(&devices[0]).is_empty());
+
+    let mut device = devices[0].run();
+    let trained = device.stage("train");
+    // The checkpoint of step 3 was on disk before step 4 was told.
+    assert!(trained["resumed_step"].as_u64().unwrap() >= 3, "{trained}");
+    assert_eq!(trained["steps"], 12);
+    let again = |stage: &str| device.events.iter().any(|event| event["stage"] == stage);
+    assert!(!again("filter") && !again("revise"), "judged twice");
+    completes(&federation, aggregator, &devices, vec![device]);
+}
+
+/// Both sides die with the aggregator halted at `point`; the device sends the update that it had, untrained again.
+fn kill_device_at(point: &str) {
+    let federation = Federation::new(1, |_| ());
+    let mut aggregator = federation.serve_rounds(None, point);
+    let devices = federation.enrolled(1);
+    let device = devices[0].run();
+    aggregator.event("paused");
+    device.kill();
+    aggregator.kill();
+    assert!(receipts(&devices[0]).is_empty());
+    let packed = fs::read(devices[0].state().join("round/update.packed")).unwrap();
+
+    let aggregator = federation.serve_rounds(None, "");
+    let mut device = devices[0].run();
+    device.stage("upload");
+    assert!(device.events.iter().all(|event| event["stage"] != "train"), "trained twice");
+    let sent = receipts(&devices[0]).remove(0).receipt;
+    assert_eq!((sent.digest, sent.length), (Digest::of(&packed), packed.len() as u64));
+    completes(&federation, aggregator, &devices, vec![device]);
+}
+
+#[test]
+fn device_killed_while_uploading_sends_the_same_update() {
+    kill_device_at("upload");
+}
+
+#[test]
+fn device_killed_before_its_receipt_arrives_gets_it_again() {
+    kill_device_at("receipt");
+}

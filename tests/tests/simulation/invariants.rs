@@ -1,0 +1,171 @@
+//! What must hold whatever happens.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use aggregator::desk::{Record, records};
+use aggregator::receive::partial::Partials;
+use aggregator::store::Blob;
+use commonweal_adapter::{AdapterDelta, AdapterKind, DecodeLimits, PackedDelta, Trainable};
+use commonweal_protocol::{DeviceId, Open, Release, RoundId, Version};
+
+use crate::Tally;
+use crate::world::World;
+
+/// Bounds that hold at every moment.
+pub fn check_running(world: &World) {
+    let seed = world.seed;
+    let blobs = world.memory.list(None, 10_000).unwrap().len() as u64;
+    let tasks = u64::from(world.config.round.selected_max(world.config.round.goal));
+    // Kept releases; the round's updates and its candidates; those of the round before until they are swept, and
+    // late ones, of which a device has one at most between two sweeps.
+    let bound = world.config.receive.releases_kept + 2 * (tasks + 2) + world.devices.len() as u64;
+    assert!(blobs <= bound, "seed {seed}: {blobs} blobs, the bound is {bound}");
+    let partial = world.partials.bytes_held().unwrap();
+    assert!(
+        partial <= world.devices.len() as u64 * 4_096,
+        "seed {seed}: {partial} bytes of unfinished uploads"
+    );
+}
+
+/// Everything that was promised was kept; gives the counts.
+pub fn check_end(world: &World) -> Tally {
+    let seed = world.seed;
+    let coord = world.memory.storage().coord;
+    let records = records(coord.as_ref(), RoundId(0), 10_000).unwrap();
+    let releases: Vec<Release> = world
+        .publisher
+        .history(Version(0), 10_000)
+        .unwrap()
+        .into_iter()
+        .map(|signed| signed.release)
+        .collect();
+    let mut tally = Tally { kills: world.kills, faults: world.link_faults(), ..Tally::default() };
+    check_lineage(seed, &records, &releases);
+    for (index, record) in records.iter().enumerate() {
+        assert_eq!(record.round.0, index as u64, "seed {seed}: rounds follow each other");
+        match record.outcome.as_str() {
+            "base" => continue,
+            "published" => tally.published += 1,
+            "rejected" => tally.rejected += 1,
+            "abandoned" => tally.abandoned += 1,
+            other => panic!("seed {seed}: outcome {other}"),
+        }
+        tally.rounds += 1;
+        tally.receipts += check_updates(world, record);
+        if record.published {
+            check_merge(world, record, &releases);
+        }
+    }
+    for device in &world.devices {
+        if let Some(installed) = device.installed {
+            assert!(installed.0 < releases.len() as u64, "seed {seed}: a release that does not exist");
+        }
+    }
+    // One more round may just have begun.
+    tally.rounds = tally.rounds.min(crate::ROUNDS);
+    tally
+}
+
+/// At most one release a round, versions without a gap, each after its parent, none of a rejected round.
+fn check_lineage(seed: u64, records: &[Record], releases: &[Release]) {
+    let mut rounds = BTreeSet::new();
+    for (index, release) in releases.iter().enumerate() {
+        assert_eq!(release.version.0, index as u64, "seed {seed}: versions have no gap");
+        let parent = index.checked_sub(1).map(|parent| Version(parent as u64));
+        assert_eq!(release.parent, parent, "seed {seed}: the parent is the release before");
+        assert!(release.report_card.passed(), "seed {seed}: published with a failed gate");
+        if let Some(round) = release.round {
+            assert!(rounds.insert(round), "seed {seed}: round {round} published twice");
+        }
+    }
+    let published: BTreeSet<RoundId> = records
+        .iter()
+        .filter(|record| record.published && record.round.0 > 0)
+        .map(|record| record.round)
+        .collect();
+    assert_eq!(published, rounds, "seed {seed}: records and releases disagree");
+}
+
+/// No receipt without its update in the merge; nothing in the merge twice, or from nowhere. Gives the receipts.
+fn check_updates(world: &World, record: &Record) -> u64 {
+    let (seed, round) = (world.seed, record.round);
+    let merged: BTreeSet<DeviceId> = record.norms.iter().map(|(device, _)| *device).collect();
+    assert_eq!(merged.len(), record.norms.len(), "seed {seed}, round {round}: a device was counted twice");
+    let sent = world.sent(round.0);
+    for device in &merged {
+        assert!(sent.contains_key(device), "seed {seed}, round {round}: an update that nobody sent");
+    }
+    let receipted: BTreeSet<DeviceId> = world
+        .devices
+        .iter()
+        .filter(|device| device.receipts.contains_key(&round))
+        .map(|device| device.id)
+        .collect();
+    if record.norms.is_empty() {
+        // Abandoned, or rejected by the merge itself: the updates came to nothing, and the record says so.
+        assert!(record.reason.is_some(), "seed {seed}, round {round}: no reason");
+        assert!(
+            record.updates as usize >= receipted.len(),
+            "seed {seed}, round {round}: {} updates recorded, {} receipts",
+            record.updates,
+            receipted.len()
+        );
+    } else {
+        let lost: Vec<_> = receipted.difference(&merged).collect();
+        assert!(lost.is_empty(), "seed {seed}, round {round}: acknowledged and lost: {lost:?}");
+        assert!(
+            merged.len() as u32 >= world.config.round.quorum,
+            "seed {seed}, round {round}: below the quorum"
+        );
+    }
+    receipted.len() as u64
+}
+
+/// The release is the start moved by the weighted mean of exactly the merged updates.
+fn check_merge(world: &World, record: &Record, releases: &[Release]) {
+    let (seed, round) = (world.seed, record.round);
+    let release = releases.iter().find(|release| release.round == Some(round)).unwrap();
+    let parent = &releases[release.parent.unwrap().0 as usize];
+    let values = |release: &Release| {
+        let bytes = world.memory.read_all(&release.digest, 1 << 20).ok()?;
+        let adapter = world.base.read("release", &bytes, AdapterKind::Assistant).unwrap();
+        Some(adapter.into_values())
+    };
+    // Old adapters are no longer kept.
+    let (Some(before), Some(after)) = (values(parent), values(release)) else { return };
+    let sent = world.sent(round.0);
+    let layout = &world.base.layout;
+    let limits = DecodeLimits::of(layout, Trainable::Both);
+    let decoded: BTreeMap<DeviceId, Vec<(Open, AdapterDelta)>> = record
+        .norms
+        .iter()
+        .map(|(device, norm)| {
+            // Of several that a device tried, the one taken has the recorded norm.
+            let candidates = sent[device]
+                .iter()
+                .filter_map(|(open, bytes)| Some((*open, PackedDelta::decode(bytes, layout, &limits).ok()?)))
+                .filter(|(_, delta)| (delta.norm() - norm).abs() < 1e-9)
+                .collect();
+            (*device, candidates)
+        })
+        .collect();
+    let updates: Vec<&(Open, AdapterDelta)> = decoded
+        .values()
+        .map(|candidates| {
+            candidates.first().unwrap_or_else(|| panic!("seed {seed}, round {round}: merged unknown bytes"))
+        })
+        .collect();
+    let total: f64 = updates.iter().map(|(open, _)| f64::from(open.samples)).sum();
+    for (index, (before, after)) in before.iter().zip(&after).enumerate() {
+        let moved: f64 = updates
+            .iter()
+            .map(|(open, delta)| f64::from(open.samples) * f64::from(delta.values()[index]))
+            .sum::<f64>()
+            / total;
+        let expected = f64::from(*before) + moved;
+        assert!(
+            (f64::from(*after) - expected).abs() < 1e-5,
+            "seed {seed}, round {round}: value {index}: expected {expected}, got {after}"
+        );
+    }
+}
