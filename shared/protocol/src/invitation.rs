@@ -96,12 +96,12 @@ impl FromStr for Invitation {
         let rest = text.trim().strip_prefix(SCHEME).ok_or(InvitationError::Scheme)?;
         let (place, query) = rest.split_once("/?").ok_or(InvitationError::Shape)?;
         let (host, port) = place.rsplit_once(':').ok_or(InvitationError::Port)?;
+        let port = port.parse().ok().filter(|&port| port > 0).ok_or(InvitationError::Port)?;
         let bracketed = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
         let host: Host = bracketed.unwrap_or(host).parse()?;
         if host.is_ipv6() != bracketed.is_some() {
             return Err(InvitationError::Host);
         }
-        let port = port.parse().ok().filter(|&port| port > 0).ok_or(InvitationError::Port)?;
         let (mut token, mut authority) = (None, None);
         for field in query.split('&') {
             match field.split_once('=') {

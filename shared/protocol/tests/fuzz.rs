@@ -8,7 +8,7 @@ mod samples;
 #[path = "fuzz/targets.rs"]
 mod targets;
 
-use commonweal_protocol::{SignedRelease, encode};
+use commonweal_protocol::{Digest, Invitation, SignedRelease, Token, encode};
 use std::path::Path;
 
 #[test]
@@ -19,6 +19,11 @@ fn frame() {
 #[test]
 fn release() {
     mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", "release", 5_000, targets::release);
+}
+
+#[test]
+fn invitation() {
+    mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", "invitation", 20_000, targets::invitation);
 }
 
 /// The seeds, by file name below `fuzz/seeds`.
@@ -41,6 +46,11 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
     }
     let release = SignedRelease::sign(&targets::key(), samples::release()).unwrap();
     seeds.push(("release/signed".into(), postcard::to_stdvec(&release).unwrap()));
+    for (name, host) in [("name", "aggregator.example"), ("ipv4", "192.0.2.1"), ("ipv6", "2001:db8::1")] {
+        let (token, authority) = (Token([0xab; 32]), Digest([0xcd; 32]));
+        let invitation = Invitation { host: host.parse().unwrap(), port: 4433, token, authority };
+        seeds.push((format!("invitation/{name}"), invitation.to_string().into_bytes()));
+    }
     seeds
 }
 

@@ -1,8 +1,8 @@
 //! What must hold for any bytes at all. Run by `../fuzz.rs` and by the targets in `fuzz/`.
 
 use commonweal_protocol::{
-    AggregatorKey, EnrolmentReply, EnrolmentRequest, Message, Reply, Request, SignedRelease, SigningKey,
-    decode, encode,
+    AggregatorKey, EnrolmentReply, EnrolmentRequest, Invitation, Message, Reply, Request, SignedRelease,
+    SigningKey, decode, encode,
 };
 
 /// The key that the seeds are signed with.
@@ -35,5 +35,14 @@ pub(crate) fn release(bytes: &[u8]) {
         && let Ok(release) = signed.verify(&AggregatorKey::of(&key()))
     {
         assert_eq!(release.created_ms, 1_767_225_600_000, "nothing else was ever signed");
+    }
+}
+
+/// A text is refused with an error that can be shown, or is an invitation that is written and read again.
+pub(crate) fn invitation(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    match text.parse::<Invitation>() {
+        Ok(invitation) => assert_eq!(invitation.to_string().parse(), Ok(invitation)),
+        Err(error) => assert!(error.to_string().len() < 300, "{error}"),
     }
 }

@@ -1,0 +1,8 @@
+//! Streams: whatever a device, or a stranger who enrols, says to a serving aggregator.
+#![no_main]
+
+#[path = "../../shared/transport/tests/fuzz/targets.rs"]
+#[expect(dead_code, reason = "one of the crate's targets")]
+mod targets;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| targets::stream(data));
