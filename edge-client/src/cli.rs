@@ -16,7 +16,7 @@ mod bench;
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, builder::RangedU64ValueParser};
 
 use crate::events::Output;
 
@@ -30,6 +30,11 @@ Examples:
   edge-client chat                       talk to the installed model
 
 Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 4 refused by the aggregator, 5 unavailable (network, library).";
+
+/// Numbers of which none makes no sense.
+fn at_least_one() -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(1..)
+}
 
 /// Takes part in federated fine-tuning; a person's text never leaves this device.
 #[derive(Debug, Parser)]
@@ -62,7 +67,7 @@ pub struct Shared {
     #[arg(long, global = true, env = "COMMONWEAL_CONSTITUTION", value_name = "FILE")]
     pub constitution: Option<PathBuf>,
     /// Threads that the network runs on [default: all cores]
-    #[arg(long, global = true, env = "COMMONWEAL_THREADS", value_name = "N")]
+    #[arg(long, global = true, env = "COMMONWEAL_THREADS", value_name = "N", value_parser = at_least_one())]
     pub threads: Option<usize>,
     /// One JSON object a line on stdout
     #[arg(long, global = true)]
@@ -80,27 +85,43 @@ impl Shared {
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// Get an identity from an aggregator with a single-use invitation
+    #[command(
+        after_help = "Examples:\n  edge-client enroll 'commonweal://aggregator.example:4433/?token=…&ca=…'\n  edge-client enroll --dir /srv/device-2 'commonweal://…'   a second device on this machine"
+    )]
     Enroll {
         /// `commonweal://HOST:PORT/?token=…&ca=…`, as `aggregator token` prints it
         invitation: String,
     },
     /// Take part in rounds until stopped
+    #[command(
+        after_help = "Examples:\n  edge-client run\n  edge-client run --json --rounds 3   three updates, events as JSON lines"
+    )]
     Run {
         /// Stop after this many accepted updates
         #[arg(long, value_name = "N")]
         rounds: Option<u64>,
     },
     /// Take part in one round, if there is one, and install what was published
+    #[command(
+        after_help = "Examples:\n  edge-client once\n  edge-client once --json || echo \"exit code $?\"   4: the update was refused, 5: nobody answers"
+    )]
     Once,
     /// What the device is, has and did
+    #[command(after_help = "Examples:\n  edge-client status\n  edge-client status --json")]
     Status,
     /// Keep a file's conversations for training (chat JSONL, chosen/rejected JSONL, goal,target CSV)
+    #[command(
+        after_help = "Examples:\n  edge-client add chats.jsonl\n  edge-client add hh-rlhf.jsonl harmful_behaviors.csv\n\nBad lines are named and left out; what is known already is not kept twice."
+    )]
     Add {
         /// The files
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
     /// What the guard says of a file's conversations; nothing is kept
+    #[command(
+        after_help = "Examples:\n  edge-client filter chats.jsonl\n  edge-client filter chats.jsonl --json --policy strict.toml\n  edge-client filter labelled.jsonl --evaluate"
+    )]
     Filter {
         /// The file
         file: PathBuf,
@@ -109,11 +130,17 @@ pub enum Verb {
         evaluate: bool,
     },
     /// Filter a file and rewrite what is harmful; prints the pairs that training would use
+    #[command(
+        after_help = "Examples:\n  edge-client revise chats.jsonl > revised.jsonl\n  edge-client revise chats.jsonl --constitution ours.toml"
+    )]
     Revise {
         /// The file
         file: PathBuf,
     },
     /// Filter, revise and train on a file; writes an adapter, sends nothing
+    #[command(
+        after_help = "Examples:\n  edge-client train chats.jsonl\n  edge-client train chats.jsonl --steps 300 --out mine.safetensors --json"
+    )]
     Train {
         /// The file
         file: PathBuf,
@@ -128,6 +155,9 @@ pub enum Verb {
         learning_rate: f32,
     },
     /// Talk to the installed model
+    #[command(
+        after_help = "Examples:\n  edge-client chat\n  edge-client chat --prompt 'How long do eggs keep?' --temperature 0"
+    )]
     Chat {
         /// Answer this and end, instead of reading from the terminal
         #[arg(long, value_name = "TEXT")]
@@ -140,16 +170,22 @@ pub enum Verb {
         max_tokens: usize,
     },
     /// An OpenAI-compatible endpoint on this machine for the installed model
+    #[command(
+        after_help = "Examples:\n  edge-client serve\n  edge-client serve --listen 127.0.0.1:0 --json   any free port, told as JSON\n  curl http://127.0.0.1:8080/v1/chat/completions -H 'content-type: application/json' \\\n       -d '{\"messages\":[{\"role\":\"user\",\"content\":\"hello\"}]}'"
+    )]
     Serve {
         /// Where to listen; the loopback only, unless you say otherwise
         #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
         listen: std::net::SocketAddr,
     },
     /// Measure filter, generation and training on this device
+    #[command(after_help = "Examples:\n  edge-client bench\n  edge-client bench --json --threads 2")]
     Bench,
     /// Take part in no more rounds until `resume`
+    #[command(after_help = "Examples:\n  edge-client pause")]
     Pause,
     /// Take part again
+    #[command(after_help = "Examples:\n  edge-client resume")]
     Resume,
 }
 

@@ -46,6 +46,15 @@ pub enum Event {
         /// Mean loss a token, nats.
         loss: f32,
     },
+    /// The local endpoint answers.
+    Serving {
+        /// Where.
+        url: String,
+    },
+    /// The owner wants no rounds.
+    Paused,
+    /// The owner wants rounds again.
+    Resumed,
     /// Nothing to do before the next poll.
     Waiting {
         /// Until then.
@@ -161,6 +170,9 @@ impl fmt::Display for Event {
             }
             Self::Stage { round, seconds, done } => write!(f, "round {round}: {done} ({seconds:.1} s)"),
             Self::Step { round, step, loss } => write!(f, "round {round}: step {step}, loss {loss:.3}"),
+            Self::Serving { url } => write!(f, "serving {url}"),
+            Self::Paused => f.write_str("paused"),
+            Self::Resumed => f.write_str("resumed"),
             Self::Waiting { seconds, why } => write!(f, "waiting {seconds:.1} s: {why}"),
         }
     }
@@ -178,12 +190,15 @@ pub enum Output {
 impl Output {
     /// Shows an event on stdout. Single steps are for `--json` only: a person does not read hundreds of them.
     pub fn show(self, event: &Event) {
-        let line = match (self, event) {
-            (Self::Text, Event::Step { .. }) => return,
-            (Self::Text, event) => event.to_string(),
-            (Self::Json, event) => serde_json::to_string(event).unwrap_or_default(),
-        };
-        // A closed pipe must not end a round in progress.
+        match (self, event) {
+            (Self::Text, Event::Step { .. }) => {}
+            (Self::Text, event) => self.say(event),
+            (Self::Json, event) => self.say(&serde_json::to_string(event).unwrap_or_default()),
+        }
+    }
+
+    /// Prints a line. A reader who has gone must neither end a round in progress nor cause a panic.
+    pub fn say(self, line: &(impl fmt::Display + ?Sized)) {
         let _ = writeln!(io::stdout().lock(), "{line}");
     }
 }

@@ -159,7 +159,14 @@ pub fn installed(store: &Store, expected: &Expected) -> Result<Option<Installed>
         tracing::warn!(%digest, "installed adapter is missing or damaged; it will be fetched again");
         return Ok(None);
     };
-    Ok(Some(Installed { version, digest, adapter: read(&bytes, digest, expected)? }))
+    // Nor is one for another package of use: whoever changed the package gets that one's release.
+    match read(&bytes, digest, expected) {
+        Ok(adapter) => Ok(Some(Installed { version, digest, adapter })),
+        Err(error) => {
+            tracing::warn!("installed release {version} is passed over: {error}");
+            Ok(None)
+        }
+    }
 }
 
 fn read(bytes: &[u8], digest: Digest, expected: &Expected) -> Result<Adapter, InstallError> {
@@ -175,10 +182,13 @@ fn read(bytes: &[u8], digest: Digest, expected: &Expected) -> Result<Adapter, In
     Ok(adapter)
 }
 
-/// Keeps the newest few; the order is that of the files' names in time, which the file system knows.
+/// Keeps the newest few by the time of their files, and nothing of what was never fetched to its end.
 fn forget_old(store: &Store, in_use: Digest) -> Result<(), StoreError> {
     let mut kept = Vec::new();
     for name in store.list("releases")? {
+        if name.ends_with(".fetching") {
+            store.remove(&format!("releases/{name}"))?;
+        }
         let Some(digest) = name.strip_suffix(".adapter") else { continue };
         if digest != in_use.to_string() {
             let modified = std::fs::metadata(store.path(&format!("releases/{name}")))

@@ -1,6 +1,9 @@
 //! The program `edge-client`: parses the command line, runs a verb, turns an error into an exit code.
 
-use std::process::ExitCode;
+use std::{
+    io::{self, IsTerminal, Write},
+    process::ExitCode,
+};
 
 use clap::Parser;
 use edge_client::cli::{self, Cli};
@@ -8,12 +11,13 @@ use edge_client::cli::{self, Cli};
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,ort=warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(io::stderr).init();
     let cli = Cli::parse();
     match cli::run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error:#}");
+            let _ = writeln!(io::stderr(), "error: {error:#}");
             ExitCode::from(cli::exit::code(&error))
         }
     }

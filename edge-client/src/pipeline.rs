@@ -12,7 +12,7 @@ use commonweal_protocol::{
 use commonweal_runtime::{Cancel, Model};
 use commonweal_safety::{Guard, Reviser};
 use commonweal_transport::Link;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::runtime::Handle;
 
 use crate::{
@@ -25,11 +25,12 @@ use crate::{
     revise::{self, ReviseCounts, TrainingPair},
     sample,
     store::{Store, StoreError},
-    train::{self, TrainSummary, TrainTask, Trained},
+    train::{self, TrainSummary, TrainTask, Trained, TrainingError},
     upload::{self, UploadError},
 };
 
-const TASK: &str = "round/task.json";
+const BEGUN: &str = "round/task.json";
+const GIVEN_UP: &str = "round/given-up.json";
 const PAIRS: &str = "round/pairs.json";
 const CHECKPOINT: &str = "round/training.safetensors";
 const PACKED: &str = "round/update.packed";
@@ -69,6 +70,8 @@ pub enum Outcome {
     Idle,
     /// There is a round, but nothing to train on.
     NoSamples,
+    /// Training with this round's settings diverged.
+    Diverged(RoundId),
     /// This round's update was delivered before.
     AlreadyDelivered(RoundId),
     /// An update was delivered; the receipt is on disk.
@@ -84,6 +87,22 @@ pub struct Visit {
     pub outcome: Outcome,
     /// When to come back.
     pub reconnect: ReconnectWindow,
+}
+
+/// What the round in progress was begun with. Work under another task or another policy of the owner is not gone on
+/// with.
+#[derive(Serialize, Deserialize)]
+struct Begun {
+    task: RoundTask,
+    policy: Policy,
+}
+
+/// Why this round gets no update, so that the next poll does not do all the work again.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+enum GivenUp {
+    NothingToLearn,
+    Diverged,
+    Refused(Refusal),
 }
 
 /// The screened and revised samples of a round, as kept on disk.
@@ -104,16 +123,7 @@ struct PackedReport {
 impl<L: Link> Device<L> {
     /// One poll, and everything that follows from it.
     pub fn visit(&self) -> Result<Visit, PipelineError> {
-        let installed = install::installed(&self.store, &self.expected)?.map(|installed| installed.version);
-        let poll = Poll { base: self.expected.base, installed };
-        let PollReply { task, release, reconnect } = self.runtime.block_on(self.link.poll(poll))?;
-        if let Some(release) = release.filter(|notice| Some(notice.release.version) != installed) {
-            let begun = Instant::now();
-            let done =
-                self.runtime.block_on(install::install(&self.link, &self.store, &self.expected, &release))?;
-            let round = release.release.round.map_or(0, |round| round.0);
-            self.stage(round, begun, Done::Install { version: done.version.0 });
-        }
+        let PollReply { task, reconnect, .. } = self.poll()?;
         let outcome = match task {
             None => Outcome::Idle,
             Some(task) => self.take_part(&task)?,
@@ -121,36 +131,86 @@ impl<L: Link> Device<L> {
         Ok(Visit { outcome, reconnect })
     }
 
+    /// Asks for work and news, and installs what was published.
+    pub fn poll(&self) -> Result<PollReply, PipelineError> {
+        let installed = install::installed(&self.store, &self.expected)?.map(|installed| installed.version);
+        let poll = Poll { base: self.expected.base, installed };
+        let reply = self.runtime.block_on(self.link.poll(poll))?;
+        if let Some(release) =
+            reply.release.as_ref().filter(|notice| Some(notice.release.version) != installed)
+        {
+            let begun = Instant::now();
+            let done =
+                self.runtime.block_on(install::install(&self.link, &self.store, &self.expected, release))?;
+            let round = release.release.round.map_or(0, |round| round.0);
+            self.stage(round, begun, Done::Install { version: done.version.0 });
+        }
+        Ok(reply)
+    }
+
     fn take_part(&self, task: &RoundTask) -> Result<Outcome, PipelineError> {
         if task.base != self.expected.base {
             return Err(PipelineError::Base { expected: self.expected.base, got: task.base });
         }
-        if upload::delivered(&self.store)?.iter().any(|known| known.round == task.round) {
+        let delivered = upload::delivered(&self.store)?;
+        let is_delivered = |round| delivered.iter().any(|known| known.round == round);
+        if self.read_round::<Begun>(BEGUN)?.is_some_and(|begun| is_delivered(begun.task.round)) {
+            // A kill came between the receipt and this.
+            self.settle()?;
+        }
+        if is_delivered(task.round) {
             return Ok(Outcome::AlreadyDelivered(task.round));
         }
         self.begin_or_continue(task)?;
-        let Some((packed, report)) = self.packed_update(task)? else { return Ok(Outcome::NoSamples) };
-        self.deliver(task, &packed, &report)
+        if let Some(why) = self.read_round(GIVEN_UP)? {
+            return Ok(why_not(task.round, why));
+        }
+        match self.packed_update(task) {
+            Ok(Some((packed, report))) => self.deliver(task, &packed, &report),
+            Ok(None) => Ok(Outcome::NoSamples),
+            Err(PipelineError::Train(TrainingError::NoPairs { .. })) => {
+                self.give_up(task, GivenUp::NothingToLearn)
+            }
+            Err(PipelineError::Train(error)) if error.is_divergence() => {
+                tracing::warn!("round {}: {error}: {:?}", task.round.0, std::error::Error::source(&error));
+                self.give_up(task, GivenUp::Diverged)
+            }
+            Err(error) => Err(error),
+        }
     }
 
-    /// Keeps what a kill left of this very task; clears what is of another.
+    /// Keeps what a kill left of this very task under this very policy; clears what is of another.
     fn begin_or_continue(&self, task: &RoundTask) -> Result<(), PipelineError> {
-        let same = |known: &RoundTask| RoundTask { deadline_ms: task.deadline_ms, ..*known } == *task;
-        let known = self.read_json::<RoundTask>(TASK).ok().flatten();
-        if !known.as_ref().is_some_and(same) {
+        // The time left differs from poll to poll.
+        let begun = Begun { task: RoundTask { deadline_ms: 0, ..*task }, policy: self.policy.clone() };
+        let begun = serde_json::to_vec(&begun).map_err(|error| damaged(&self.store, BEGUN, &error))?;
+        if self.store.read(BEGUN)?.as_ref() != Some(&begun) {
             self.store.clear_round()?;
-            self.write_json(TASK, task)?;
+            self.store.write(BEGUN, &begun)?;
         }
         Ok(())
     }
 
+    /// After a receipt: what compression owes now follows from what the aggregator has. Can be done again.
+    fn settle(&self) -> Result<(), StoreError> {
+        self.store.rename(NEXT_RESIDUAL, RESIDUAL)?;
+        self.store.clear_round()
+    }
+
+    /// Leaves nothing of the round but that it was given up. What compression owed before it is owed still.
+    fn give_up(&self, task: &RoundTask, why: GivenUp) -> Result<Outcome, PipelineError> {
+        self.write_json(GIVEN_UP, &why)?;
+        for name in [PAIRS, CHECKPOINT, PACKED_REPORT, PACKED, NEXT_RESIDUAL] {
+            self.store.remove(name)?;
+        }
+        Ok(why_not(task.round, why))
+    }
+
     fn packed_update(&self, task: &RoundTask) -> Result<Option<(Packed, PackedReport)>, PipelineError> {
         let trainable = trainable(task.mode);
-        if let (Some(bytes), Some(report)) =
-            (self.store.read(PACKED)?, self.read_json::<PackedReport>(PACKED_REPORT)?)
-        {
-            let layout = &self.expected.layout;
-            if let Ok(packed) = Packed::from_disk(bytes, layout, trainable) {
+        if let (Some(bytes), Some(report)) = (self.store.read(PACKED)?, self.read_round(PACKED_REPORT)?) {
+            let start = self.start(task)?;
+            if let Ok(packed) = Packed::from_disk(bytes, start.layout(), trainable) {
                 return Ok(Some((packed, report)));
             }
         }
@@ -172,7 +232,7 @@ impl<L: Link> Device<L> {
 
     /// Sample, filter, revise.
     fn prepare(&self, task: &RoundTask) -> Result<Option<Prepared>, PipelineError> {
-        if let Some(prepared) = self.read_json::<Prepared>(PAIRS)? {
+        if let Some(prepared) = self.read_round(PAIRS)? {
             return Ok(Some(prepared));
         }
         let round = task.round.0;
@@ -233,7 +293,9 @@ impl<L: Link> Device<L> {
         )?;
         // Activations are needed for minutes a day; the base stays.
         self.model.close_training();
-        let TrainSummary { steps, tokens, loss_first, loss_last, resumed_step, .. } = *trained.summary();
+        let TrainSummary { steps, tokens, loss_first, loss_last, too_long, resumed_step } =
+            *trained.summary();
+        train::tell_too_long(too_long);
         self.stage(task.round.0, begun, Done::Train { steps, tokens, loss_first, loss_last, resumed_step });
         Ok(trained)
     }
@@ -268,19 +330,14 @@ impl<L: Link> Device<L> {
             self.runtime.block_on(upload::upload(&self.link, &self.expected.key, &self.store, &open, packed));
         match sent {
             Ok(_) => {
-                // What compression owes now follows from what the aggregator has.
-                if let Some(residual) = self.store.read(NEXT_RESIDUAL)? {
-                    self.store.write(RESIDUAL, &residual)?;
-                }
-                self.store.clear_round()?;
+                self.settle()?;
                 self.stage(round.0, begun, Done::Upload { bytes: open.length });
                 Ok(Outcome::Delivered(round))
             }
             Err(error) => match error.refusal() {
                 Some(refusal) if error.is_final() => {
-                    self.store.clear_round()?;
                     self.stage(round.0, begun, Done::Refused { reason: refusal.to_string() });
-                    Ok(Outcome::Refused(round, refusal))
+                    self.give_up(task, GivenUp::Refused(refusal))
                 }
                 _ => Err(error.into()),
             },
@@ -291,9 +348,11 @@ impl<L: Link> Device<L> {
         self.output.show(&Event::Stage { round, seconds: begun.elapsed().as_secs_f64(), done });
     }
 
-    fn read_json<T: serde::de::DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
+    /// A file of the round in progress. A damaged one is as good as none: its stage is done again.
+    fn read_round<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
         let Some(bytes) = self.store.read(name)? else { return Ok(None) };
-        serde_json::from_slice(&bytes).map(Some).map_err(|error| damaged(&self.store, name, &error))
+        let read = serde_json::from_slice(&bytes);
+        Ok(read.inspect_err(|error| tracing::warn!("{}", damaged(&self.store, name, error))).ok())
     }
 
     fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), StoreError> {
@@ -316,6 +375,14 @@ impl train::Watch for Watching<'_> {
 
     fn checkpoint(&mut self, bytes: Vec<u8>) -> Result<(), StoreError> {
         self.store.write(CHECKPOINT, &bytes)
+    }
+}
+
+fn why_not(round: RoundId, why: GivenUp) -> Outcome {
+    match why {
+        GivenUp::NothingToLearn => Outcome::NoSamples,
+        GivenUp::Diverged => Outcome::Diverged(round),
+        GivenUp::Refused(refusal) => Outcome::Refused(round, refusal),
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use commonweal_safety::CategoryId;
+use commonweal_safety::{CategoryId, GuardConfig};
 use serde::{Deserialize, Serialize};
 
 /// A policy fits in a page; more is a wrong file.
@@ -35,6 +35,18 @@ pub enum Action {
     Refuse,
     /// Rewrite the reply by the constitution, then judge again.
     Revise,
+}
+
+impl Action {
+    /// The word of `policy.toml`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Keep => "keep",
+            Self::Drop => "drop",
+            Self::Refuse => "refuse",
+            Self::Revise => "revise",
+        }
+    }
 }
 
 /// The filter stage.
@@ -104,7 +116,8 @@ pub struct TrainPolicy {
     pub beta: f32,
     /// Rows of one forward pass; more need more memory.
     pub batch_rows: usize,
-    /// Tokens of one sample; a longer one keeps its end, where the reply is. The model's context where absent.
+    /// Tokens of one sample; of a longer one the oldest exchanges are left out, then the end of the reply. The
+    /// model's context where absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sample_tokens_max: Option<usize>,
     /// Optimizer steps of a round at most, whatever the aggregator asks.
@@ -153,6 +166,14 @@ pub enum PolicyError {
     /// Not TOML, or a field is unknown or of another type.
     #[error("policy does not parse")]
     Parse(#[source] Box<toml::de::Error>),
+    /// Rules for kinds of harm that the guard does not name: they would never apply.
+    #[error("policy has a rule for {}, the guard names {}", .unknown.join(", "), .known.join(", "))]
+    Categories {
+        /// The policy's.
+        unknown: Vec<String>,
+        /// The guard's.
+        known: Vec<String>,
+    },
     /// Every value out of its range.
     #[error("policy is not valid: {}", .0.join("; "))]
     Invalid(Vec<String>),
@@ -215,6 +236,25 @@ impl Policy {
         problems
     }
 
+    /// Sets the guard's thresholds to the owner's. The guard then names the category wherever a rule could apply, and
+    /// what is rewritten is judged by the same measure as what was flagged.
+    pub fn set_thresholds(&self, guard: &mut GuardConfig) -> Result<(), PolicyError> {
+        let filter = &self.filter;
+        let is_known = |id: &&CategoryId| guard.categories.iter().any(|category| category.id == **id);
+        let unknown: Vec<String> =
+            filter.categories.keys().filter(|id| !is_known(id)).map(ToString::to_string).collect();
+        if !unknown.is_empty() {
+            let known = guard.categories.iter().map(|category| category.id.to_string()).collect();
+            return Err(PolicyError::Categories { unknown, known });
+        }
+        guard.threshold = filter.threshold.unwrap_or(guard.threshold);
+        for category in &mut guard.categories {
+            let rule = filter.categories.get(&category.id).and_then(|rule| rule.threshold);
+            category.threshold = rule.or(filter.threshold).or(category.threshold);
+        }
+        Ok(())
+    }
+
     /// The action for a judgement: what its category's rule says, else what the filter says; `Keep` below the
     /// threshold. `guard_threshold` is the guard's own for this category.
     pub fn action(&self, probability: f64, category: Option<&CategoryId>, guard_threshold: f64) -> Action {
@@ -247,6 +287,25 @@ mod tests {
         assert_eq!(policy.action(0.6, None, 0.5), Action::Refuse);
         assert_eq!(policy.action(0.8, Some(&hate), 0.5), Action::Keep);
         assert_eq!(policy.action(0.95, Some(&hate), 0.5), Action::Refuse);
+    }
+
+    #[test]
+    fn the_guard_judges_by_the_owners_thresholds() {
+        let guard = include_str!("../../models/reference/guard.toml");
+        let set = |policy: &str| {
+            let mut guard = GuardConfig::from_toml(guard).unwrap();
+            Policy::from_toml(policy).unwrap().set_thresholds(&mut guard).map(|()| guard)
+        };
+        assert_eq!(set("").unwrap(), GuardConfig::from_toml(guard).unwrap());
+        let (weapons, drugs) = ("weapons".parse().unwrap(), "drugs".parse().unwrap());
+        // A category's low threshold makes the guard ask for categories from there on.
+        let own = set("[filter.categories.weapons]\nthreshold = 0.1\n").unwrap();
+        assert_eq!((own.threshold_for(Some(&weapons)), own.threshold_min()), (0.1, 0.1));
+        assert_eq!(own.threshold_for(Some(&drugs)), GuardConfig::from_toml(guard).unwrap().threshold);
+        let own = set("[filter]\nthreshold = 0.9\n[filter.categories.weapons]\nthreshold = 0.2\n").unwrap();
+        assert_eq!((own.threshold_for(Some(&drugs)), own.threshold_for(Some(&weapons))), (0.9, 0.2));
+        let error = set("[filter.categories.wepons]\naction = \"drop\"\n").unwrap_err();
+        assert!(error.to_string().contains("wepons") && error.to_string().contains("weapons"), "{error}");
     }
 
     #[test]

@@ -50,6 +50,11 @@ pub struct ReviseCounts {
 }
 
 impl TrainingPair {
+    /// The conversation, with the reply to avoid where there is one.
+    pub fn sample(&self) -> &Sample {
+        &self.sample
+    }
+
     /// The conversation to imitate.
     pub fn messages(&self) -> Vec<Message> {
         self.sample.turns().iter().map(Message::from).collect()

@@ -3,13 +3,16 @@
 
 use std::{
     env,
+    fs::File,
+    io::{self, Read},
+    num::{NonZeroU64, NonZeroUsize},
     path::{Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
 
-/// A settings file has a few lines; more is a wrong file.
-const FILE_BYTES_MAX: u64 = 64 * 1024;
+/// A person's file of settings, policy or principles has a few pages; more is a wrong file.
+const FILE_BYTES_MAX: u64 = 256 * 1024;
 
 /// `device.toml`; every key has a flag and an environment variable of the same name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,10 +26,10 @@ pub struct SettingsFile {
     pub library: Option<PathBuf>,
     /// Threads that the network runs on.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub threads: Option<usize>,
+    pub threads: Option<NonZeroUsize>,
     /// Longest wait between two polls, whatever the aggregator asks.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub poll_seconds_max: Option<u64>,
+    pub poll_seconds_max: Option<NonZeroU64>,
 }
 
 /// Why settings cannot be used.
@@ -39,15 +42,13 @@ pub enum SettingsError {
         path: PathBuf,
         /// The cause.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// Larger than any settings.
-    #[error("{path} has {bytes} bytes, expected at most {FILE_BYTES_MAX}")]
+    #[error("{path} has more than {FILE_BYTES_MAX} bytes")]
     TooLarge {
         /// The file.
         path: PathBuf,
-        /// Its size.
-        bytes: u64,
     },
     /// Not TOML, or a key is unknown or of another type.
     #[error("{path} is not valid")]
@@ -67,18 +68,34 @@ impl SettingsFile {
     /// Reads `device.toml`; an absent file is an empty one.
     pub fn read(directory: &Path) -> Result<Self, SettingsError> {
         let path = directory.join("device.toml");
-        let bytes = match std::fs::metadata(&path) {
-            Ok(metadata) => metadata.len(),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(source) => return Err(SettingsError::Read { path, source }),
-        };
-        if bytes > FILE_BYTES_MAX {
-            return Err(SettingsError::TooLarge { path, bytes });
-        }
-        let text = std::fs::read_to_string(&path)
-            .map_err(|source| SettingsError::Read { path: path.clone(), source })?;
+        let Some(text) = read_text(&path)? else { return Ok(Self::default()) };
         toml::from_str(&text).map_err(|source| SettingsError::Parse { path, source: Box::new(source) })
     }
+}
+
+/// A person's text file; `None` when there is none. One that cannot be read is an error, never an absent one.
+pub fn read_text(path: &Path) -> Result<Option<String>, SettingsError> {
+    let failed = |source| SettingsError::Read { path: path.to_owned(), source };
+    let file = match File::open(path) {
+        Ok(file) => file,
+        // Below something that is no directory, there is no file either; `store.rs` says what is wrong there.
+        Err(error) if [io::ErrorKind::NotFound, io::ErrorKind::NotADirectory].contains(&error.kind()) => {
+            return Ok(None);
+        }
+        Err(error) => return Err(failed(error)),
+    };
+    let mut text = String::new();
+    file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(failed)?;
+    if text.len() as u64 > FILE_BYTES_MAX {
+        return Err(SettingsError::TooLarge { path: path.to_owned() });
+    }
+    Ok(Some(text))
+}
+
+/// A file that was named, and so must be there.
+pub fn read_named(path: &Path) -> Result<String, SettingsError> {
+    let absent = || SettingsError::Read { path: path.to_owned(), source: io::ErrorKind::NotFound.into() };
+    read_text(path)?.ok_or_else(absent)
 }
 
 /// The state directory when none is named: `$XDG_DATA_HOME/commonweal/device`.
@@ -114,9 +131,26 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         assert_eq!(SettingsFile::read(directory.path()).unwrap(), SettingsFile::default());
         std::fs::write(directory.path().join("device.toml"), "threads = 3\n").unwrap();
-        assert_eq!(SettingsFile::read(directory.path()).unwrap().threads, Some(3));
-        std::fs::write(directory.path().join("device.toml"), "treads = 3\n").unwrap();
-        assert!(matches!(SettingsFile::read(directory.path()), Err(SettingsError::Parse { .. })));
+        assert_eq!(SettingsFile::read(directory.path()).unwrap().threads, NonZeroUsize::new(3));
+        // Zero seconds between polls would never rest.
+        for text in ["treads = 3\n", "threads = 0\n", "poll_seconds_max = 0\n"] {
+            std::fs::write(directory.path().join("device.toml"), text).unwrap();
+            assert!(
+                matches!(SettingsFile::read(directory.path()), Err(SettingsError::Parse { .. })),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_taken_for_absent() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("policy.toml");
+        assert_eq!(read_text(&path).unwrap(), None);
+        assert!(matches!(read_named(&path), Err(SettingsError::Read { .. })));
+        assert!(matches!(read_text(directory.path()), Err(SettingsError::Read { .. })));
+        std::fs::write(&path, " ".repeat(FILE_BYTES_MAX as usize + 1)).unwrap();
+        assert!(matches!(read_text(&path), Err(SettingsError::TooLarge { .. })));
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! The device's directory: identity, samples, the round in progress, installed adapters.
 //!
 //! Everything is written to a temporary file, synced and renamed, so a kill or a full disk leaves the old file or
-//! the new one, never half of either. One process at a time holds the lock. Used by `pipeline.rs` and the commands.
+//! the new one, never half of either; only the owner can read it. One process at a time holds the lock. Used by
+//! `pipeline.rs` and the commands.
 //!
 //! ```text
 //! device/
 //!   device.toml policy.toml           what the owner set
-//!   identity/                         key (0600), certificate, CA, aggregator's signing key, address
+//!   identity/                         key, certificate, CA, aggregator's signing key, address
 //!   samples/000001.jsonl …            what was added, one file an `add`
-//!   round/                            task, pairs, training checkpoint, packed update of the round in progress
+//!   round/                            task, pairs, training checkpoint, packed update of the round in progress,
+//!                                     or why this round was given up
 //!   residual.bin                      error feedback: what compression has not sent yet
 //!   releases/<digest>.{release,adapter}  signed releases and their adapters
 //!   installed                         which of them is in use
@@ -35,6 +37,25 @@ pub enum StoreError {
         #[source]
         source: io::Error,
     },
+    /// The directory itself cannot be made.
+    #[error("state directory cannot be used: cannot create {path}")]
+    Directory {
+        /// Where.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// More than a device keeps.
+    #[error("{folder} would hold {got} bytes, expected at most {max}")]
+    Full {
+        /// Which part.
+        folder: PathBuf,
+        /// Most bytes.
+        max: u64,
+        /// With what was to be added.
+        got: u64,
+    },
     /// Another process works in it.
     #[error("{0} is in use by another edge-client")]
     Locked(PathBuf),
@@ -55,12 +76,12 @@ pub(crate) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) ->
 }
 
 /// Replaces a file as a whole: temporary file beside it, fsync, rename, fsync of the directory.
-pub(crate) fn replace(path: &Path, bytes: &[u8], private: bool) -> Result<(), StoreError> {
-    let directory = path.parent().unwrap_or(Path::new("."));
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    let directory = directory_of(path);
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".part");
     let part = directory.join(name);
-    let written = write_synced(&part, bytes, private).and_then(|()| fs::rename(&part, path));
+    let written = write_synced(&part, bytes).and_then(|()| fs::rename(&part, path));
     if let Err(source) = written {
         // A part that does not fit is worth nothing; leaving it would keep the disk full.
         let _ = fs::remove_file(&part);
@@ -69,15 +90,22 @@ pub(crate) fn replace(path: &Path, bytes: &[u8], private: bool) -> Result<(), St
     sync_directory(directory).map_err(at("sync", directory))
 }
 
-fn write_synced(path: &Path, bytes: &[u8], private: bool) -> io::Result<()> {
+/// The folder that a file lies in; that of a bare name is the working directory.
+pub(crate) fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// A new file of ours is readable by its owner only: samples, pairs and what was trained on them are a person's own.
+fn private() -> OpenOptions {
     let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true);
+    options.create(true);
     #[cfg(unix)]
-    if private {
-        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    }
-    let _ = private;
-    let mut file = options.open(path)?;
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut file = private().write(true).truncate(true).open(path)?;
     file.write_all(bytes)?;
     file.sync_all()
 }
@@ -116,13 +144,7 @@ impl Store {
     pub fn open_shared(directory: &Path) -> Result<Self, StoreError> {
         for part in ["identity", "samples", "round", "releases"] {
             let path = directory.join(part);
-            fs::create_dir_all(&path).map_err(at("create", &path))?;
-        }
-        #[cfg(unix)]
-        {
-            let path = directory.join("identity");
-            let private = std::os::unix::fs::PermissionsExt::from_mode(0o700);
-            fs::set_permissions(&path, private).map_err(at("protect", &path))?;
+            fs::create_dir_all(&path).map_err(|source| StoreError::Directory { path, source })?;
         }
         Ok(Self { directory: directory.to_owned(), _lock: None })
     }
@@ -134,12 +156,26 @@ impl Store {
 
     /// Writes a file as a whole, durably.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
-        replace(&self.path(name), bytes, false)
+        replace(&self.path(name), bytes)
     }
 
-    /// The same, readable by the owner only.
-    pub fn write_private(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
-        replace(&self.path(name), bytes, true)
+    /// Puts a file in another's place, durably; fine when there is none.
+    pub fn rename(&self, from: &str, to: &str) -> Result<(), StoreError> {
+        let path = self.path(to);
+        match fs::rename(self.path(from), &path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("write", &path)(error)),
+            _ => sync_directory(directory_of(&path)).map_err(at("sync", &path)),
+        }
+    }
+
+    /// Refuses to let a folder grow beyond a bound.
+    pub fn require_room(&self, folder: &str, more: u64, max: u64) -> Result<(), StoreError> {
+        let mut got = more;
+        for name in self.list(folder)? {
+            let path = self.path(folder).join(name);
+            got += fs::metadata(&path).map_err(at("measure", &path))?.len();
+        }
+        if got > max { Err(StoreError::Full { folder: self.path(folder), max, got }) } else { Ok(()) }
     }
 
     /// Reads a file; `None` when it does not exist.
@@ -166,13 +202,13 @@ impl Store {
         let path = self.path(name);
         let whole = self.read(name)?.unwrap_or_default();
         let end = whole.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
-        let mut file = OpenOptions::new().create(true).append(true).open(&path).map_err(at("open", &path))?;
+        let mut file = private().append(true).open(&path).map_err(at("open", &path))?;
         if end < whole.len() {
             // What a kill cut short would otherwise spoil the next line too.
             file.set_len(end as u64).map_err(at("repair", &path))?;
         }
         file.write_all(format!("{line}\n").as_bytes()).map_err(at("append to", &path))?;
-        file.sync_data().map_err(at("sync", &path))
+        file.sync_data().and_then(|()| sync_directory(&self.directory)).map_err(at("sync", &path))
     }
 
     /// The whole lines of a file; none when there is no file.
@@ -232,6 +268,41 @@ mod tests {
     }
 
     #[test]
+    fn a_bare_name_lies_in_the_working_directory() {
+        assert_eq!(directory_of(Path::new("adapter.safetensors")), Path::new("."));
+        assert_eq!(directory_of(Path::new("a/b")), Path::new("a"));
+        // What was written must be findable: the directory is synced by this name.
+        sync_directory(directory_of(Path::new("adapter.safetensors"))).unwrap();
+    }
+
+    /// `/dev/full` is a disk without room, behind the name of the temporary file.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_full_disk_keeps_the_old_file_and_says_so() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        store.write("a", b"old").unwrap();
+        std::os::unix::fs::symlink("/dev/full", store.path("a.part")).unwrap();
+        let error = store.write("a", b"new").unwrap_err();
+        let text = format!("{error}: {}", std::error::Error::source(&error).unwrap());
+        assert!(text.contains("cannot write") && text.contains("No space left"), "{text}");
+        assert_eq!(store.read("a").unwrap().unwrap(), b"old");
+        // The part is gone: the next write finds room where there is some.
+        store.write("a", b"new").unwrap();
+        assert_eq!(store.read("a").unwrap().unwrap(), b"new");
+    }
+
+    #[test]
+    fn a_folder_has_a_bound() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        store.write("samples/1", b"12345").unwrap();
+        store.require_room("samples", 5, 10).unwrap();
+        let error = store.require_room("samples", 6, 10).unwrap_err();
+        assert!(matches!(error, StoreError::Full { max: 10, got: 11, .. }), "{error}");
+    }
+
+    #[test]
     fn a_failed_write_keeps_the_old_file() {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();
@@ -257,11 +328,14 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn a_key_is_for_its_owner_only() {
+    fn files_are_for_their_owner_only() {
         use std::os::unix::fs::PermissionsExt;
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();
-        store.write_private("identity/key", b"k").unwrap();
-        assert_eq!(fs::metadata(store.path("identity/key")).unwrap().permissions().mode() & 0o777, 0o600);
+        store.write("round/pairs.json", b"k").unwrap();
+        store.append_line("receipts.jsonl", "r").unwrap();
+        for name in ["round/pairs.json", "receipts.jsonl"] {
+            assert_eq!(fs::metadata(store.path(name)).unwrap().permissions().mode() & 0o777, 0o600, "{name}");
+        }
     }
 }

@@ -10,6 +10,7 @@ use commonweal_runtime::{
 };
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     policy::{Method, TrainPolicy},
@@ -54,7 +55,7 @@ pub struct Trained {
 pub struct TrainSummary {
     /// Optimizer steps, those before a restart included.
     pub steps: u32,
-    /// Tokens learned from.
+    /// Tokens learned from; those of a preference pair are both replies'.
     pub tokens: u64,
     /// Mean loss of the first tenth of the steps, at least one.
     pub loss_first: f32,
@@ -94,9 +95,22 @@ pub enum TrainingError {
     /// The result is not finite.
     #[error("trained adapter cannot be used")]
     Adapter(#[from] AdapterError),
+    /// A checkpoint could not be encoded, for want of memory.
+    #[error("checkpoint cannot be encoded")]
+    Checkpoint(#[from] postcard::Error),
     /// A checkpoint could not be kept.
     #[error(transparent)]
     Store(#[from] crate::store::StoreError),
+}
+
+impl TrainingError {
+    /// Whether the settings made training diverge: the same steps would diverge again.
+    pub fn is_divergence(&self) -> bool {
+        matches!(
+            self,
+            Self::Train(TrainError::NotFinite { .. }) | Self::Adapter(AdapterError::NotFinite { .. })
+        )
+    }
 }
 
 impl Trained {
@@ -135,38 +149,61 @@ pub fn train(
     let steps = options.steps_max as u32;
     // A checkpoint of other settings is of another round: begin anew.
     let restored = checkpoint
-        .and_then(|bytes| Trainer::restore(model, bytes).ok())
-        .filter(|trainer| *trainer.options() == options && trainer.start() == start);
-    let resumed_step = restored.as_ref().map_or(0, |trainer| trainer.steps_done() as u32);
-    let mut trainer = match restored {
-        Some(trainer) => trainer,
-        None => Trainer::new(model, start.clone(), options)?,
+        .and_then(|bytes| Progress::restore(model, bytes))
+        .filter(|(trainer, _)| *trainer.options() == options && trainer.start() == start);
+    let (mut trainer, mut progress) = match restored {
+        Some(restored) => restored,
+        None => (Trainer::new(model, start.clone(), options)?, Progress::default()),
     };
+    let resumed_step = trainer.steps_done() as u32;
     let lessons = Lessons::new(model, &trainer, pairs, task, policy, cancel)?;
-    let mut summary = TrainSummary { resumed_step, too_long: lessons.too_long, ..TrainSummary::default() };
-    let mut losses = Vec::with_capacity(steps as usize);
     for step in resumed_step..steps {
         let (loss, tokens) = match lessons.draw(step, task) {
             Batch::Rows(rows) => {
                 let report = trainer.step(&rows, cancel)?;
                 (report.loss as f32, report.tokens)
             }
-            Batch::Preferences(pairs) => {
-                (trainer.step_preferences(&pairs, f64::from(policy.beta), cancel)?.loss as f32, 0)
+            Batch::Preferences(pairs, tokens) => {
+                let report = trainer.step_preferences(&pairs, f64::from(policy.beta), cancel)?;
+                (report.loss as f32, tokens)
             }
         };
-        losses.push(loss);
-        summary.tokens += tokens as u64;
+        progress.losses.push(loss);
+        progress.tokens += tokens as u64;
         watch.step(step + 1, loss);
         if (step + 1) % policy.checkpoint_steps == 0 || step + 1 == steps {
-            watch.checkpoint(trainer.checkpoint()?)?;
+            watch.checkpoint(progress.checkpoint(&trainer)?)?;
         }
     }
-    summary.steps = trainer.steps_done() as u32;
-    (summary.loss_first, summary.loss_last) = ends(&losses);
+    let (loss_first, loss_last) = ends(&progress.losses);
+    let (steps, tokens, too_long) = (trainer.steps_done() as u32, progress.tokens, lessons.too_long);
+    let summary = TrainSummary { steps, tokens, loss_first, loss_last, too_long, resumed_step };
     let adapter = trainer.finish();
     let delta = AdapterDelta::between(start, &adapter, task.trainable)?;
     Ok(Trained { delta, adapter, summary })
+}
+
+/// What the report tells of the steps so far; a restart must not forget it.
+#[derive(Default, Serialize, Deserialize)]
+struct Progress {
+    losses: Vec<f32>,
+    tokens: u64,
+}
+
+impl Progress {
+    /// The progress, then the trainer's own bytes.
+    fn checkpoint(&self, trainer: &Trainer) -> Result<Vec<u8>, TrainingError> {
+        let mut bytes = postcard::to_stdvec(self)?;
+        bytes.extend(trainer.checkpoint()?);
+        Ok(bytes)
+    }
+
+    /// `None` for anything but a checkpoint of this base that tells of each of its steps.
+    fn restore(model: &Model, bytes: &[u8]) -> Option<(Trainer, Self)> {
+        let (progress, rest) = postcard::take_from_bytes::<Self>(bytes).ok()?;
+        let trainer = Trainer::restore(model, rest).ok()?;
+        (trainer.steps_done() == progress.losses.len() as u64).then_some((trainer, progress))
+    }
 }
 
 fn options(task: &TrainTask, policy: &TrainPolicy) -> TrainOptions {
@@ -184,6 +221,13 @@ fn options(task: &TrainTask, policy: &TrainPolicy) -> TrainOptions {
     }
 }
 
+/// Says on the log how many pairs taught nothing.
+pub(crate) fn tell_too_long(too_long: u32) {
+    if too_long > 0 {
+        tracing::warn!("{too_long} training pairs were left out: no token of the reply fits");
+    }
+}
+
 /// Means of the first and the last tenth.
 fn ends(losses: &[f32]) -> (f32, f32) {
     let count = (losses.len() / 10).max(1).min(losses.len());
@@ -195,13 +239,14 @@ fn ends(losses: &[f32]) -> (f32, f32) {
 /// All that can be learned from, encoded once.
 struct Lessons {
     rows: Vec<TrainingRow>,
-    preferences: Vec<ReferredPreference>,
+    /// With the tokens of both replies.
+    preferences: Vec<(ReferredPreference, usize)>,
     too_long: u32,
 }
 
 enum Batch {
     Rows(Vec<TrainingRow>),
-    Preferences(Vec<ReferredPreference>),
+    Preferences(Vec<ReferredPreference>, usize),
 }
 
 impl Lessons {
@@ -231,7 +276,9 @@ impl Lessons {
         if rows.is_empty() && preferences.is_empty() {
             return Err(TrainingError::NoPairs { too_long, row_tokens_max });
         }
-        let preferences = trainer.refer(preferences, cancel)?;
+        let tokens = |pair: &Preference| pair.chosen.targets() + pair.rejected.targets();
+        let tokens: Vec<usize> = preferences.iter().map(tokens).collect();
+        let preferences = trainer.refer(preferences, cancel)?.into_iter().zip(tokens).collect();
         Ok(Self { rows, preferences, too_long })
     }
 
@@ -245,7 +292,9 @@ impl Lessons {
             permuted(count, u64::from(step) * task.step_rows as u64, task.step_rows, task.seed)
         };
         if choose_preferences {
-            Batch::Preferences(of(self.preferences.len()).map(|at| self.preferences[at].clone()).collect())
+            let (pairs, tokens): (Vec<_>, Vec<_>) =
+                of(self.preferences.len()).map(|at| self.preferences[at].clone()).unzip();
+            Batch::Preferences(pairs, tokens.iter().sum())
         } else {
             Batch::Rows(of(self.rows.len()).map(|at| self.rows[at].clone()).collect())
         }

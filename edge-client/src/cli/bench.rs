@@ -26,7 +26,7 @@ pub(super) fn bench(shared: &Shared) -> Result<()> {
     let place = open::Place::find(shared)?;
     let cancel = Cancel::new();
     let begun = Instant::now();
-    let stages = open::Stages::open(shared, &place, &cancel)?;
+    let stages = open::Stages::open(shared, &place, &place.policy(shared)?, &cancel)?;
     let mut figures = vec![Figure { work: "load", rate: begun.elapsed().as_secs_f64(), unit: "s" }];
     let base = stages.model.prepare(None)?;
 
@@ -58,17 +58,14 @@ pub(super) fn bench(shared: &Shared) -> Result<()> {
         median(|| trainer.step(std::slice::from_ref(&row), &cancel).map(|_| ()).map_err(Into::into))?;
     figures.push(Figure { work: "train, 256 tokens", rate: 256.0 / seconds, unit: "tokens/s" });
 
-    let peak_mb = memory().map(|memory| memory.resident_bytes_max as f64 / 1e6);
+    let peak = memory().map(|memory| memory.resident_bytes_max as f64 / 1e6);
+    figures.extend(peak.map(|rate| Figure { work: "peak memory", rate, unit: "MB" }));
+    let output = shared.output();
     for Figure { work, rate, unit } in &figures {
-        match shared.output() {
-            Output::Json => println!("{}", json!({"work": work, "rate": rate, "unit": unit})),
-            Output::Text => println!("{work:20} {rate:10.1} {unit}"),
+        match output {
+            Output::Json => output.say(&json!({"work": work, "rate": rate, "unit": unit})),
+            Output::Text => output.say(&format!("{work:20} {rate:10.1} {unit}")),
         }
-    }
-    match (shared.output(), peak_mb) {
-        (Output::Json, peak) => println!("{}", json!({"work": "peak memory", "rate": peak, "unit": "MB"})),
-        (Output::Text, Some(peak)) => println!("{:20} {peak:10.1} MB", "peak memory"),
-        (Output::Text, None) => {}
     }
     Ok(())
 }

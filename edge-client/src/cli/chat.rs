@@ -4,9 +4,13 @@ use std::io::{BufRead, Write};
 
 use anyhow::Result;
 use commonweal_runtime::{Cancel, GenerateOptions, Message, PreparedAdapter};
+use serde_json::json;
 
-use super::{Shared, open, rounds};
-use crate::install::{self, Expected};
+use super::{Shared, open, rounds, serve::finish_reason};
+use crate::{
+    events::Output,
+    install::{self, Expected},
+};
 
 pub(super) fn chat(
     shared: &Shared,
@@ -26,8 +30,8 @@ pub(super) fn chat(
         }
     };
     match &adapter {
-        Some(installed) => eprintln!("release {}; end with Ctrl-D", installed.version.0),
-        None => eprintln!("no release installed: this is the base; end with Ctrl-D"),
+        Some(installed) => tracing::info!("release {}; end with Ctrl-D", installed.version.0),
+        None => tracing::info!("no release installed: this is the base; end with Ctrl-D"),
     }
     let prepared = model.prepare(adapter.as_ref().map(|installed| &installed.adapter))?;
     let options =
@@ -35,13 +39,17 @@ pub(super) fn chat(
     let mut history = Vec::new();
     if let Some(prompt) = prompt {
         history.push(Message::user(prompt));
-        return answer(&model, &prepared, &mut history, &options);
+        return answer(&model, &prepared, &mut history, &options, shared.output());
     }
     for line in std::io::stdin().lock().lines() {
         let line = line?;
         if !line.trim().is_empty() {
             history.push(Message::user(line));
-            answer(&model, &prepared, &mut history, &options)?;
+            if let Err(error) = answer(&model, &prepared, &mut history, &options, shared.output()) {
+                // What was said before is worth keeping; the words that got no answer are not.
+                history.pop();
+                tracing::warn!("no answer: {error:#}");
+            }
         }
     }
     Ok(())
@@ -52,6 +60,7 @@ fn answer(
     adapter: &PreparedAdapter,
     history: &mut Vec<Message>,
     options: &GenerateOptions,
+    output: Output,
 ) -> Result<()> {
     // The oldest exchanges make room for the answer.
     let mut prompt = model.chat().prompt(history)?;
@@ -59,13 +68,21 @@ fn answer(
         history.drain(..2);
         prompt = model.chat().prompt(history)?;
     }
-    let mut out = std::io::stdout().lock();
     let mut show = |_: usize, piece: &str| {
-        let _ = write!(out, "{piece}").and_then(|()| out.flush());
+        if output == Output::Text {
+            let mut out = std::io::stdout().lock();
+            let _ = write!(out, "{piece}").and_then(|()| out.flush());
+        }
     };
     let answers = model.generate_streaming(adapter, None, &[prompt], options, &mut show, &Cancel::new())?;
-    writeln!(out)?;
     if let Some(answer) = answers.into_iter().next() {
+        match output {
+            Output::Text => output.say(""),
+            Output::Json => output.say(&json!({
+                "role": "assistant", "content": answer.text, "tokens": answer.tokens.len(),
+                "finish_reason": finish_reason(answer.stop),
+            })),
+        }
         history.push(Message::assistant(answer.text));
     }
     Ok(())

@@ -4,7 +4,10 @@ use commonweal_protocol::InvitationError;
 use commonweal_runtime::LibraryError;
 use commonweal_transport::LinkError;
 
-use crate::{policy::PolicyError, sample::ReadError, settings::SettingsError};
+use crate::{
+    pipeline_error::PipelineError, policy::PolicyError, rows::ReadError, settings::SettingsError,
+    store::StoreError,
+};
 
 /// What a person gave cannot be used; the text says why.
 #[derive(Debug, thiserror::Error)]
@@ -23,7 +26,12 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if cause.is::<LibraryError>() {
         return Some(5);
     }
-    let bad_input = cause.is::<BadInput>()
+    let wrong_base = matches!(cause.downcast_ref(), Some(PipelineError::Base { .. }));
+    let wrong_place =
+        matches!(cause.downcast_ref(), Some(StoreError::Directory { .. } | StoreError::Full { .. }));
+    let bad_input = wrong_base
+        || wrong_place
+        || cause.is::<BadInput>()
         || cause.is::<PolicyError>()
         || cause.is::<SettingsError>()
         || cause.is::<ReadError>()

@@ -1,9 +1,6 @@
 //! `filter`, `revise` and `train` on a file: the same stages as in a round, without an aggregator.
 
-use std::{
-    io::Write,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use commonweal_adapter::{Adapter, AdapterFacts, AdapterKind, Trainable, disk};
@@ -14,74 +11,100 @@ use super::{Shared, exit::BadInput, open};
 use crate::{
     events::{Event, Output},
     filter::{self, Screened},
-    revise::{self, TrainingPair},
+    policy::Policy,
+    revise::{self, ReviseCounts, TrainingPair},
+    sample::Sample,
     store::{self, StoreError},
     train::{self, TrainTask},
 };
 
-fn screened(shared: &Shared, stages: &open::Stages, file: &Path, cancel: &Cancel) -> Result<Vec<Screened>> {
-    let policy = open::Place::find(shared)?.policy(shared)?;
-    let samples = open::read_samples(file)?.samples;
-    let bar = open::bar("filter", samples.len());
-    let screened =
-        filter::screen(&stages.guard, &policy, samples, cancel, |done| bar.set_position(done as u64))?;
-    bar.finish_and_clear();
-    Ok(screened)
+/// A file's conversations on their way through the stages.
+struct Work {
+    output: Output,
+    policy: Policy,
+    stages: open::Stages,
+    /// Their lines in the file.
+    lines: Vec<usize>,
+    samples: Vec<Sample>,
+    cancel: Cancel,
 }
 
-fn pairs(shared: &Shared, stages: &open::Stages, file: &Path, cancel: &Cancel) -> Result<Vec<TrainingPair>> {
-    let policy = open::Place::find(shared)?.policy(shared)?;
-    let screened = screened(shared, stages, file, cancel)?;
-    let bar = open::bar("revise", screened.len());
-    let (pairs, counts) =
-        revise::revise(&stages.guard, &stages.reviser, &policy, screened, 0, cancel, |done| {
+impl Work {
+    /// The file first: what is wrong with it is said before a model is loaded.
+    fn open(shared: &Shared, file: &Path) -> Result<Self> {
+        let (lines, samples) = open::read_samples(file)?.good.into_iter().unzip();
+        let place = open::Place::find(shared)?;
+        let policy = place.policy(shared)?;
+        let cancel = Cancel::new();
+        let stages = open::Stages::open(shared, &place, &policy, &cancel)?;
+        Ok(Self { output: shared.output(), policy, stages, lines, samples, cancel })
+    }
+
+    fn screen(&mut self) -> Result<Vec<Screened>> {
+        let samples = std::mem::take(&mut self.samples);
+        let bar = open::bar("filter", samples.len());
+        let screened = filter::screen(&self.stages.guard, &self.policy, samples, &self.cancel, |done| {
             bar.set_position(done as u64);
         })?;
-    bar.finish_and_clear();
-    tracing::info!(?counts, "revised");
-    Ok(pairs)
+        bar.finish_and_clear();
+        Ok(screened)
+    }
+
+    fn pairs(&mut self) -> Result<Vec<TrainingPair>> {
+        let screened = self.screen()?;
+        let bar = open::bar("revise", screened.len());
+        let open::Stages { guard, reviser, .. } = &self.stages;
+        let (pairs, counts) =
+            revise::revise(guard, reviser, &self.policy, screened, 0, &self.cancel, |done| {
+                bar.set_position(done as u64);
+            })?;
+        bar.finish_and_clear();
+        let ReviseCounts { kept, revised, refused, dropped, attempts } = counts;
+        tracing::info!(
+            "{kept} kept, {revised} revised in {attempts} attempts, {refused} refused, {dropped} dropped"
+        );
+        Ok(pairs)
+    }
 }
 
 /// What the guard says of each row, and what the policy makes of it.
 pub(super) fn filter(shared: &Shared, file: &Path) -> Result<()> {
-    let place = open::Place::find(shared)?;
-    let cancel = Cancel::new();
-    let stages = open::Stages::open(shared, &place, &cancel)?;
-    let screened = screened(shared, &stages, file, &cancel)?;
-    let mut out = std::io::stdout().lock();
-    for (row, one) in screened.iter().enumerate() {
+    let mut work = Work::open(shared, file)?;
+    let screened = work.screen()?;
+    for (line, one) in work.lines.iter().zip(&screened) {
         let verdict = one.verdict();
-        if shared.output() == Output::Json {
-            let line = json!({
-                "row": row, "sample": one.sample().id().to_string(), "action": verdict.action,
+        if work.output == Output::Json {
+            work.output.say(&json!({
+                "line": line, "sample": one.sample().id().to_string(), "action": verdict.action,
                 "probability": verdict.probability, "category": verdict.category,
-            });
-            writeln!(out, "{line}")?;
+            }));
         } else {
             let category = verdict.category.as_ref().map_or("–", |category| category.as_str());
-            let probability = verdict.probability.unwrap_or_default();
-            writeln!(out, "{row:6}  {probability:5.3}  {:12} {:?}", category, verdict.action)?;
+            let probability = verdict.probability.map_or("–".into(), |value| format!("{value:.3}"));
+            work.output
+                .say(&format!("line {line:6}  {probability:5}  {category:12}  {}", verdict.action.name()));
         }
     }
     let filter::FilterCounts { kept, dropped, refused, flagged } = filter::count(&screened);
-    let summary = json!({"kept": kept, "dropped": dropped, "refused": refused, "flagged": flagged});
-    match shared.output() {
-        Output::Json => writeln!(out, "{}", json!({"event": "filtered", "counts": summary}))?,
-        Output::Text => {
-            writeln!(out, "{kept} kept, {flagged} to revise, {refused} to refuse, {dropped} dropped")?
+    match work.output {
+        Output::Json => {
+            let counts = json!({"kept": kept, "dropped": dropped, "refused": refused, "flagged": flagged});
+            work.output.say(&json!({"event": "filtered", "counts": counts}));
         }
+        Output::Text => work
+            .output
+            .say(&format!("{kept} kept, {flagged} to revise, {refused} to refuse, {dropped} dropped")),
     }
     Ok(())
 }
 
-/// The pairs that training would use, as chat JSONL.
+/// The pairs that training would use, as chat JSONL; `add` reads them again, the replies to avoid with them.
 pub(super) fn revise(shared: &Shared, file: &Path) -> Result<()> {
-    let place = open::Place::find(shared)?;
-    let cancel = Cancel::new();
-    let stages = open::Stages::open(shared, &place, &cancel)?;
-    let mut out = std::io::stdout().lock();
-    for pair in pairs(shared, &stages, file, &cancel)? {
-        writeln!(out, "{}", json!({"messages": pair.messages(), "origin": pair.origin()}))?;
+    let mut work = Work::open(shared, file)?;
+    for pair in work.pairs()? {
+        let mut row = serde_json::to_value(pair.sample())?;
+        row["origin"] = json!(pair.origin());
+        work.output.say(&row);
     }
     Ok(())
 }
@@ -118,11 +141,13 @@ pub(super) fn train(shared: &Shared, request: &TrainRequest) -> Result<()> {
             BadInput("--steps must be at least 1, --learning-rate above 0 and at most 1".into()).into()
         );
     }
-    let place = open::Place::find(shared)?;
-    let cancel = Cancel::new();
-    let stages = open::Stages::open(shared, &place, &cancel)?;
-    let policy = place.policy(shared)?;
-    let pairs = pairs(shared, &stages, &request.file, &cancel)?;
+    let folder = store::directory_of(&request.out);
+    if !folder.is_dir() {
+        return Err(BadInput(format!("--out: there is no folder {}", folder.display())).into());
+    }
+    let mut work = Work::open(shared, &request.file)?;
+    let pairs = work.pairs()?;
+    let Work { output, policy, stages, cancel, .. } = work;
     let task = TrainTask {
         steps_max: request.steps,
         warmup_steps: request.steps / 10,
@@ -136,27 +161,28 @@ pub(super) fn train(shared: &Shared, request: &TrainRequest) -> Result<()> {
         seed: 0,
     };
     let start = Adapter::init(stages.layout(), 0);
-    let mut watch = Watching { output: shared.output(), bar: open::bar("train", request.steps as usize) };
+    let mut watch = Watching { output, bar: open::bar("train", request.steps as usize) };
     let trained =
         train::train(&stages.model, &start, &pairs, &task, &policy.train, None, &mut watch, &cancel)?;
     watch.bar.finish_and_clear();
     let facts = AdapterFacts { base: stages.base().0, kind: AdapterKind::Assistant };
     let bytes = disk::write(trained.adapter(), &facts).context("adapter")?;
-    store::replace(&request.out, &bytes, false)?;
+    store::replace(&request.out, &bytes)?;
     let summary = trained.summary();
+    train::tell_too_long(summary.too_long);
     let line = json!({
         "event": "trained", "out": request.out, "steps": summary.steps, "tokens": summary.tokens,
         "loss_first": summary.loss_first, "loss_last": summary.loss_last,
     });
-    match shared.output() {
-        Output::Json => println!("{line}"),
-        Output::Text => println!(
+    match output {
+        Output::Json => output.say(&line),
+        Output::Text => output.say(&format!(
             "{}: {} steps, loss {:.3} → {:.3}",
             request.out.display(),
             summary.steps,
             summary.loss_first,
             summary.loss_last
-        ),
+        )),
     }
     Ok(())
 }

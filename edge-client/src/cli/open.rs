@@ -9,19 +9,24 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use commonweal_adapter::AdapterLayout;
+use commonweal_adapter::{AdapterLayout, disk};
 use commonweal_package::Package;
 use commonweal_protocol::BaseHash;
 use commonweal_runtime::{Cancel, Library, Model, OpenOptions};
 use commonweal_safety::{Constitution, Guard, Reviser};
 
-use super::Shared;
+use super::{Shared, exit::BadInput};
 use crate::{
+    forms,
     policy::Policy,
-    sample::{self, Form, Parsed},
+    rows::{self, Form, Parsed, RowError},
+    sample::Sample,
     settings::{self, SettingsFile},
     store::Store,
 };
+
+/// Bad lines of one file that are named; a wrong file has nothing else.
+const BAD_LINES_SHOWN: usize = 20;
 
 /// The state directory and the settings in it.
 pub(super) struct Place {
@@ -45,15 +50,15 @@ impl Place {
     }
 
     pub(super) fn policy(&self, shared: &Shared) -> Result<Policy> {
-        let path = match &shared.policy {
-            Some(path) => path.clone(),
-            None => self.directory.join("policy.toml"),
+        let (path, text) = match &shared.policy {
+            Some(path) => (path.clone(), Some(settings::read_named(path)?)),
+            None => {
+                let path = self.directory.join("policy.toml");
+                let text = settings::read_text(&path)?;
+                (path, text)
+            }
         };
-        if shared.policy.is_none() && !path.exists() {
-            return Ok(Policy::default());
-        }
-        let text =
-            std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let Some(text) = text else { return Ok(Policy::default()) };
         Policy::from_toml(&text).with_context(|| path.display().to_string())
     }
 }
@@ -66,14 +71,13 @@ pub(super) struct Stages {
 }
 
 impl Stages {
-    pub(super) fn open(shared: &Shared, place: &Place, cancel: &Cancel) -> Result<Self> {
+    pub(super) fn open(shared: &Shared, place: &Place, policy: &Policy, cancel: &Cancel) -> Result<Self> {
         let model = open_model(shared, place)?;
-        let guard = Guard::from_package(&model, cancel).context("guard")?;
+        let guard = open_guard(&model, policy, cancel).context("guard")?;
         let reviser = match &shared.constitution {
             None => Reviser::from_package(&model).context("reviser")?,
             Some(path) => {
-                let text = std::fs::read_to_string(path)
-                    .with_context(|| format!("cannot read {}", path.display()))?;
+                let text = settings::read_named(path)?;
                 let constitution =
                     Constitution::from_toml(&text).with_context(|| path.display().to_string())?;
                 Reviser::from_package(&model).context("reviser")?.with_constitution(constitution)
@@ -95,21 +99,54 @@ impl Stages {
 pub(super) fn open_model(shared: &Shared, place: &Place) -> Result<Model> {
     let package = settings::find_package(shared.package.clone().or_else(|| place.settings.package.clone()))?;
     let library = shared.library.clone().or_else(|| place.settings.library.clone());
-    let threads = shared.threads.or(place.settings.threads).and_then(NonZeroUsize::new);
+    let threads = shared.threads.and_then(NonZeroUsize::new).or(place.settings.threads);
     let package = Package::open(package)?;
     let library = Library::load_with(library.as_deref(), threads)?;
     Ok(Model::open(&library, &package, OpenOptions::default())?)
 }
 
-/// Reads a file of samples; bad lines are named on stderr and left out.
-pub(super) fn read_samples(path: &Path) -> Result<Parsed> {
-    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    let parsed =
-        sample::read(BufReader::new(file), Form::of(path)).with_context(|| path.display().to_string())?;
-    for bad in &parsed.bad {
-        tracing::warn!("{}: {bad}; left out", path.display());
+/// The package's guard, under the thresholds of the device's owner.
+fn open_guard(model: &Model, policy: &Policy, cancel: &Cancel) -> Result<Guard> {
+    let guard = Guard::from_package(model, cancel)?;
+    let mut config = guard.config().clone();
+    policy.set_thresholds(&mut config)?;
+    if config == *guard.config() {
+        return Ok(guard);
     }
-    Ok(parsed)
+    let path = config.adapter.as_deref().and_then(|name| model.package().file(name));
+    let adapter = match path {
+        Some(path) => Some(disk::read(&std::fs::read(path)?)?.0),
+        None => None,
+    };
+    Ok(Guard::open(model, config, adapter.as_ref(), cancel)?)
+}
+
+/// Reads a file of samples; bad lines are named on stderr and left out.
+pub(super) fn read_samples(path: &Path) -> Result<Parsed<Sample>> {
+    read_rows(path, forms::sample_of)
+}
+
+/// Reads a file's rows with `parse`. A file without any good one is bad input.
+pub(super) fn read_rows<T>(
+    path: &Path,
+    parse: impl Fn(serde_json::Value) -> Result<T, RowError>,
+) -> Result<Parsed<T>> {
+    let shown = path.display();
+    let file = File::open(path).map_err(|error| BadInput(format!("cannot open {shown}: {error}")))?;
+    let parsed =
+        rows::read(BufReader::new(file), Form::of(path), parse).with_context(|| shown.to_string())?;
+    for bad in parsed.bad.iter().take(BAD_LINES_SHOWN) {
+        tracing::warn!("{shown}: {bad}; left out");
+    }
+    if parsed.bad.len() > BAD_LINES_SHOWN {
+        tracing::warn!("{shown}: {} more lines left out", parsed.bad.len() - BAD_LINES_SHOWN);
+    }
+    match parsed.good.is_empty() {
+        true => {
+            Err(BadInput(format!("{shown}: no usable row, {} lines were left out", parsed.bad.len())).into())
+        }
+        false => Ok(parsed),
+    }
 }
 
 /// A bar on a terminal, nothing elsewhere.

@@ -1,6 +1,6 @@
 //! `run` and `once`: the device visits the aggregator, as often as it is asked to come back.
 
-use std::{thread, time::Duration};
+use std::{num::NonZeroU64, thread, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use commonweal_protocol::Invitation;
@@ -54,7 +54,7 @@ pub(super) fn credentials(store: &Store) -> Result<Option<(Credentials, Address)
 
 pub(super) fn keep_credentials(store: &Store, credentials: &Credentials, address: &Address) -> Result<()> {
     store.write(ADDRESS, &serde_json::to_vec(address)?)?;
-    store.write_private(CREDENTIALS, credentials.to_pem().as_bytes())?;
+    store.write(CREDENTIALS, credentials.to_pem().as_bytes())?;
     Ok(())
 }
 
@@ -64,7 +64,7 @@ pub(super) fn once(shared: &Shared) -> Result<()> {
     let Visit { outcome, .. } = device.visit()?;
     // A release may have been published while this device worked.
     if let Outcome::Delivered(_) = outcome {
-        device.visit()?;
+        device.poll()?;
     }
     drop(runtime);
     match outcome {
@@ -80,10 +80,11 @@ pub(super) fn once(shared: &Shared) -> Result<()> {
     }
 }
 
-/// Visits until stopped, or until enough updates were accepted and their release is installed.
+/// Visits until stopped, or until enough updates were accepted.
 pub(super) fn run(shared: &Shared, rounds: Option<u64>) -> Result<()> {
     let (runtime, device) = ready(shared)?;
-    let seconds_max = open::Place::find(shared)?.settings.poll_seconds_max.unwrap_or(POLL_SECONDS_MAX);
+    let seconds_max =
+        open::Place::find(shared)?.settings.poll_seconds_max.map_or(POLL_SECONDS_MAX, NonZeroU64::get);
     let mut random = ChaCha8Rng::from_os_rng();
     let mut delivered = 0;
     while !device.cancel.is_cancelled() {
@@ -125,6 +126,7 @@ fn describe(outcome: Outcome) -> &'static str {
         Outcome::NoSamples => "nothing to train on: `edge-client add FILE`",
         Outcome::AlreadyDelivered(_) => "this round's update is delivered",
         Outcome::Delivered(_) => "delivered",
+        Outcome::Diverged(_) => "training with this round's settings diverged",
         Outcome::Refused(..) => "the update was refused",
     }
 }
@@ -152,7 +154,7 @@ fn ready(shared: &Shared) -> Result<(Runtime, Device<QuicLink>)> {
     let link = connect(&runtime, &credentials, &address)?;
     let credentials = renewed(&runtime, &store, &link, credentials, &address)?;
     let link = connect(&runtime, &credentials, &address)?;
-    let stages = open::Stages::open(shared, &place, &cancel)?;
+    let stages = open::Stages::open(shared, &place, &policy, &cancel)?;
     let expected = Expected { key: *credentials.signing_key(), base: stages.base(), layout: stages.layout() };
     let open::Stages { model, guard, reviser } = stages;
     let device = Device {

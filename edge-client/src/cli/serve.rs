@@ -1,12 +1,17 @@
 //! `serve`: an OpenAI-compatible endpoint for the installed model, on this machine. What is said here is answered and
 //! forgotten: chats become samples only by `add`.
 
-use std::{net::SocketAddr, sync::Arc, time::SystemTime};
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::{Context, Result};
 use axum::{
     Json, Router,
-    extract::State,
+    extract::{State, rejection::JsonRejection},
     http::StatusCode,
     response::{IntoResponse, Response, Sse, sse::Event},
     routing::{get, post},
@@ -19,10 +24,15 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 
 use super::{Shared, open, rounds};
-use crate::install::{self, Expected};
+use crate::{
+    events,
+    install::{self, Expected},
+};
 
 /// Requests that wait for the model at once; further ones are told to come back.
 const WAITING_MAX: usize = 16;
+/// How often a signal to stop is looked for.
+const STOP_LOOK: Duration = Duration::from_millis(100);
 /// Texts of one moderation request.
 const INPUTS_MAX: usize = 64;
 /// Pieces of an answer that a slow reader may leave unread before generation waits for it.
@@ -33,7 +43,7 @@ struct Served {
     guard: Guard,
     adapter: PreparedAdapter,
     name: String,
-    places: Semaphore,
+    places: Arc<Semaphore>,
 }
 
 #[derive(Deserialize)]
@@ -66,7 +76,7 @@ struct ModerationRequest {
 pub(super) fn serve(shared: &Shared, listen: SocketAddr) -> Result<()> {
     let place = open::Place::find(shared)?;
     let cancel = Cancel::new();
-    let stages = open::Stages::open(shared, &place, &cancel)?;
+    let stages = open::Stages::open(shared, &place, &place.policy(shared)?, &cancel)?;
     let store = place.look()?;
     let installed = match rounds::credentials(&store)? {
         None => None,
@@ -84,7 +94,7 @@ pub(super) fn serve(shared: &Shared, listen: SocketAddr) -> Result<()> {
         guard: stages.guard,
         adapter,
         name,
-        places: Semaphore::new(WAITING_MAX),
+        places: Arc::new(Semaphore::new(WAITING_MAX)),
     };
     let app = Router::new()
         .route("/v1/models", get(models))
@@ -92,12 +102,18 @@ pub(super) fn serve(shared: &Shared, listen: SocketAddr) -> Result<()> {
         .route("/v1/moderations", post(moderate))
         .with_state(Arc::new(served));
     let runtime = tokio::runtime::Runtime::new().context("cannot start")?;
+    let output = shared.output();
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::bind(listen)
             .await
             .with_context(|| format!("cannot listen on {listen}"))?;
-        tracing::info!("serving http://{}/v1", listener.local_addr()?);
-        let stop = async { drop(tokio::signal::ctrl_c().await) };
+        output.show(&events::Event::Serving { url: format!("http://{}/v1", listener.local_addr()?) });
+        let stopped = open::stop_on_signal(&tokio::runtime::Handle::current());
+        let stop = async move {
+            while !stopped.is_cancelled() {
+                tokio::time::sleep(STOP_LOOK).await;
+            }
+        };
         axum::serve(listener, app).with_graceful_shutdown(stop).await.context("the endpoint failed")
     })
 }
@@ -106,9 +122,23 @@ fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
+fn error_body(message: impl Into<String>) -> Value {
+    json!({"error": {"message": message.into(), "type": "invalid_request_error"}})
+}
+
 fn refuse(status: StatusCode, message: impl Into<String>) -> Response {
-    let body = json!({"error": {"message": message.into(), "type": "invalid_request_error"}});
-    (status, Json(body)).into_response()
+    (status, Json(error_body(message))).into_response()
+}
+
+fn refuse_busy() -> Response {
+    refuse(StatusCode::TOO_MANY_REQUESTS, "too many requests at once")
+}
+
+/// A request's body, or the refusal in the form that clients of such an endpoint read.
+fn body<T>(request: Result<Json<T>, JsonRejection>) -> Result<T, Response> {
+    request
+        .map(|Json(request)| request)
+        .map_err(|rejection| refuse(rejection.status(), rejection.body_text()))
 }
 
 async fn models(State(served): State<Arc<Served>>) -> Json<Value> {
@@ -116,14 +146,28 @@ async fn models(State(served): State<Arc<Served>>) -> Json<Value> {
     Json(json!({"object": "list", "data": [model]}))
 }
 
-fn finish_reason(stop: StopReason) -> &'static str {
+pub(super) fn finish_reason(stop: StopReason) -> &'static str {
     match stop {
         StopReason::EndToken | StopReason::StopText => "stop",
         StopReason::Length | StopReason::Context => "length",
     }
 }
 
-async fn chat(State(served): State<Arc<Served>>, Json(request): Json<ChatRequest>) -> Response {
+/// What a streamed answer consists of.
+enum Piece {
+    Text(String),
+    End(&'static str),
+    Failed(String),
+}
+
+async fn chat(
+    State(served): State<Arc<Served>>,
+    request: Result<Json<ChatRequest>, JsonRejection>,
+) -> Response {
+    let request = match body(request) {
+        Ok(request) => request,
+        Err(refusal) => return refusal,
+    };
     let prompt = match served.model.chat().prompt(&request.messages) {
         Ok(prompt) if prompt.ids.len() < served.model.context() => prompt,
         Ok(prompt) => {
@@ -140,38 +184,54 @@ async fn chat(State(served): State<Arc<Served>>, Json(request): Json<ChatRequest
         stop: Vec::new(),
         seed: request.seed.unwrap_or_else(unix_seconds),
     };
-    if served.places.available_permits() == 0 {
-        return refuse(StatusCode::TOO_MANY_REQUESTS, "too many requests at once");
-    }
+    let Ok(waiting) = Arc::clone(&served.places).try_acquire_owned() else { return refuse_busy() };
     let prompt_tokens = prompt.ids.len();
-    let (pieces, receiver) = mpsc::channel::<String>(PIECES_MAX);
+    let (pieces, receiver) = mpsc::channel::<Piece>(PIECES_MAX);
     let worker = Arc::clone(&served);
     let streaming = request.stream;
     let task = tokio::task::spawn_blocking(move || {
-        let _place = worker.places.try_acquire();
+        let _waiting = waiting;
         let cancel = Cancel::new();
         let stop = cancel.clone();
         let mut on_text = |_: usize, piece: &str| {
             // A reader who went away needs no more words.
-            if streaming && pieces.blocking_send(piece.to_owned()).is_err() {
+            if streaming && pieces.blocking_send(Piece::Text(piece.to_owned())).is_err() {
                 stop.cancel();
             }
         };
-        worker.model.generate_streaming(&worker.adapter, None, &[prompt], &options, &mut on_text, &cancel)
+        let answers = worker.model.generate_streaming(
+            &worker.adapter,
+            None,
+            &[prompt],
+            &options,
+            &mut on_text,
+            &cancel,
+        );
+        if streaming {
+            let end = answers.as_ref().map(|answers| answers.first().map(|answer| answer.stop));
+            // Nobody is there to be told if this does not arrive.
+            let _ = pieces.blocking_send(match end {
+                Ok(stop) => Piece::End(stop.map_or("stop", finish_reason)),
+                Err(error) => Piece::Failed(error.to_string()),
+            });
+        }
+        answers
     });
     let (id, created) = (format!("chatcmpl-{}", unix_seconds()), unix_seconds());
     let name = served.name.clone();
     if streaming {
         let chunk = move |delta: Value, finish: Value| {
             let choice = json!({"index": 0, "delta": delta, "finish_reason": finish});
-            let body = json!({"id": id, "object": "chat.completion.chunk", "created": created, "model": name,
-                "choices": [choice]});
-            Ok::<_, std::convert::Infallible>(Event::default().data(body.to_string()))
+            json!({"id": id, "object": "chat.completion.chunk", "created": created, "model": name,
+                "choices": [choice]})
         };
-        let end = [chunk(json!({}), json!("stop")), Ok(Event::default().data("[DONE]"))];
-        let stream = ReceiverStream::new(receiver)
-            .map(move |piece| chunk(json!({"content": piece}), Value::Null))
-            .chain(tokio_stream::iter(end));
+        let event = |body: Value| Ok::<_, Infallible>(Event::default().data(body.to_string()));
+        let stream = ReceiverStream::new(receiver).map(move |piece| match piece {
+            Piece::Text(text) => event(chunk(json!({"content": text}), Value::Null)),
+            Piece::End(reason) => event(chunk(json!({}), json!(reason))),
+            Piece::Failed(message) => event(error_body(message)),
+        });
+        let stream = stream.chain(tokio_stream::once(Ok(Event::default().data("[DONE]"))));
         return Sse::new(stream).into_response();
     }
     match task.await {
@@ -194,7 +254,14 @@ async fn chat(State(served): State<Arc<Served>>, Json(request): Json<ChatRequest
     }
 }
 
-async fn moderate(State(served): State<Arc<Served>>, Json(request): Json<ModerationRequest>) -> Response {
+async fn moderate(
+    State(served): State<Arc<Served>>,
+    request: Result<Json<ModerationRequest>, JsonRejection>,
+) -> Response {
+    let request = match body(request) {
+        Ok(request) => request,
+        Err(refusal) => return refusal,
+    };
     let inputs = match request.input {
         Inputs::One(text) => vec![text],
         Inputs::Many(texts) => texts,
@@ -202,8 +269,10 @@ async fn moderate(State(served): State<Arc<Served>>, Json(request): Json<Moderat
     if inputs.len() > INPUTS_MAX {
         return refuse(StatusCode::BAD_REQUEST, format!("expected at most {INPUTS_MAX} inputs"));
     }
+    let Ok(waiting) = Arc::clone(&served.places).try_acquire_owned() else { return refuse_busy() };
     let name = served.name.clone();
     let judged = tokio::task::spawn_blocking(move || {
+        let _waiting = waiting;
         let pairs: Vec<Pair<'_>> = inputs.iter().map(|text| Pair { prompt: text, response: None }).collect();
         served.guard.judge(&pairs, &Cancel::new())
     });

@@ -4,7 +4,10 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::{Shared, open, rounds};
-use crate::{events::Output, sample, upload};
+use crate::{
+    events::{Event, Output},
+    sample, upload,
+};
 
 pub(super) fn status(shared: &Shared) -> Result<()> {
     let place = open::Place::find(shared)?;
@@ -19,41 +22,44 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
     let paused = store.read(rounds::PAUSED)?.is_some();
     let in_progress = store.read("round/task.json")?.is_some();
     let last_round = receipts.last().map(|delivered| delivered.round.0);
-    if shared.output() == Output::Json {
+    let output = shared.output();
+    if output == Output::Json {
         let line = json!({
             "device": device, "enrolled": device.is_some(), "paused": paused, "samples": samples,
             "installed": installed, "updates_accepted": receipts.len(), "last_round": last_round,
             "round_in_progress": in_progress,
         });
-        println!("{line}");
+        output.say(&line);
         return Ok(());
     }
     match device {
-        None => println!("not enrolled: get an invitation from an operator, then `edge-client enroll`"),
+        None => output.say("not enrolled: get an invitation from an operator, then `edge-client enroll`"),
         Some(device) if paused => {
-            println!("device {device}, paused: `edge-client resume` to take part again")
+            output.say(&format!("device {device}, paused: `edge-client resume` to take part again"));
         }
-        Some(device) => println!("device {device}, takes part when `edge-client run` is running"),
+        Some(device) => {
+            output.say(&format!("device {device}, takes part when `edge-client run` is running"));
+        }
     }
-    println!("{samples} samples, {} updates accepted", receipts.len());
+    output.say(&format!("{samples} samples, {} updates accepted", receipts.len()));
     match installed {
-        Some(version) => println!("release {version} installed"),
-        None => println!("no release installed yet"),
+        Some(version) => output.say(&format!("release {version} installed")),
+        None => output.say("no release installed yet"),
     }
     if in_progress {
-        println!("a round is in progress");
+        output.say("a round is in progress");
     }
     Ok(())
 }
 
 pub(super) fn pause(shared: &Shared) -> Result<()> {
     open::Place::find(shared)?.look()?.write(rounds::PAUSED, b"")?;
-    println!("paused");
+    shared.output().show(&Event::Paused);
     Ok(())
 }
 
 pub(super) fn resume(shared: &Shared) -> Result<()> {
     open::Place::find(shared)?.look()?.remove(rounds::PAUSED)?;
-    println!("resumed");
+    shared.output().show(&Event::Resumed);
     Ok(())
 }
