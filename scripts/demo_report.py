@@ -6,6 +6,7 @@ Called by scripts/demo. Nothing here computes a result; it only shows what the a
 import html
 
 COLOURS = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f"]
+NAMES = {"full": "full pipeline", "plain": "plain averaging"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 260, 56, 16, 16, 40
 
 STYLE = """
@@ -141,12 +142,11 @@ def by_round(arm, key):
 
 def page(report):
     """The whole page."""
-    full, plain = report["arms"]["full"], report["arms"].get("plain")
-    arms = {"full pipeline": full, **({"plain averaging": plain} if plain else {})}
+    arms = {NAMES[name]: arm for name, arm in report["arms"].items()}
+    first = next(iter(arms.values()))
     cards = [
-        ("safe rate, full pipeline", percent(report["safe_rate"])),
-        ("safe rate, plain averaging", percent(plain["safe_rate"]) if plain else "–"),
-        ("safe rate of the base", percent(full["rounds"][0].get("safe_rate"))),
+        *((f"safe rate, {name}", percent(arm["safe_rate"])) for name, arm in arms.items()),
+        ("safe rate of the base", percent(first["rounds"][0].get("safe_rate"))),
         ("held-out loss", nice(report["held_out_loss"])),
         ("bits per parameter", nice(report["bits_per_parameter"])),
         ("published release", report["release"]),
@@ -167,16 +167,19 @@ def page(report):
     out.append(lines("safe rate", {n: by_round(a, "safe_rate") for n, a in arms.items()}, "round", 0.0, 1.0))
     out.append(lines("held-out loss (benign chat)", {n: by_round(a, "held_out_loss") for n, a in arms.items()}, "round"))
     out.append(lines("over-refusal of benign prompts", {n: by_round(a, "over_refusal") for n, a in arms.items()}, "round", 0.0, 1.0))
-    losses = {d["name"]: [(i, y) for i, y in enumerate(d["losses"])] for d in full["devices"] if d.get("losses")}
-    out.append(lines("training loss on the devices, full pipeline", losses, "optimizer step, all rounds"))
+    for name, arm in arms.items():
+        losses = {d["name"]: list(enumerate(d["losses"])) for d in arm["devices"] if d.get("losses")}
+        out.append(lines(f"training loss on the devices, {name}", losses, "optimizer step, all rounds"))
     out.append("</div><h2>What each device did</h2><div class=plots>")
-    parts = ["kept", "revised", "refused", "dropped"]
-    out.append(bars("samples, full pipeline (last screening)", {d["name"]: d for d in full["devices"]}, parts, ""))
-    out.append(bars("bytes sent over all rounds", {d["name"]: {"update": d.get("bytes", 0) / 1e3} for d in full["devices"]}, ["update"], "kB"))
-    stages = full["stage_seconds"]
-    out.append(bars("seconds a stage, all rounds, full pipeline", {k: {"seconds": v} for k, v in stages.items()}, ["seconds"], "s"))
-    if plain:
-        out.append(bars("seconds a stage, all rounds, plain arm", {k: {"seconds": v} for k, v in plain["stage_seconds"].items()}, ["seconds"], "s"))
+    for name, arm in arms.items():
+        parts = ["kept", "revised", "refused", "dropped"]
+        out.append(bars(f"samples, {name} (last screening)", {d["name"]: d for d in arm["devices"]}, parts, ""))
+    for name, arm in arms.items():
+        sent = {d["name"]: {"update": d.get("bytes", 0) / 1e3} for d in arm["devices"]}
+        out.append(bars(f"bytes sent over all rounds, {name}", sent, ["update"], "kB"))
+    for name, arm in arms.items():
+        seconds = {stage: {"seconds": value} for stage, value in arm["stage_seconds"].items()}
+        out.append(bars(f"seconds a stage, all rounds, {name}", seconds, ["seconds"], "s"))
     out.append("</div><h2>Rounds</h2>")
     for name, arm in arms.items():
         rows = [
@@ -187,9 +190,10 @@ def page(report):
         ]
         head = ["round", "safe rate", "over-refusal", "held-out loss", "updates", "clipped", "excluded", "alignment steps", "outcome"]
         out.append(f"<h3>{esc(name)}</h3>" + table(head, rows))
-    out.append("<h2>Devices, full pipeline</h2>" + table(
-        ["device", "samples", "kept", "revised", "refused", "dropped", "bytes", "bits per parameter", "installed release"],
-        [[esc(d["name"]), d.get("samples", "–"), d.get("kept", "–"), d.get("revised", "–"), d.get("refused", "–"),
-          d.get("dropped", "–"), d.get("bytes", "–"), nice(d.get("bits_per_parameter")), d.get("installed", "–")]
-         for d in full["devices"]]))
+    for name, arm in arms.items():
+        out.append(f"<h2>Devices, {esc(name)}</h2>" + table(
+            ["device", "samples", "kept", "revised", "refused", "dropped", "bytes", "bits per parameter", "installed release"],
+            [[esc(d["name"]), d.get("samples", "–"), d.get("kept", "–"), d.get("revised", "–"), d.get("refused", "–"),
+              d.get("dropped", "–"), d.get("bytes", "–"), nice(d.get("bits_per_parameter")), d.get("installed", "–")]
+             for d in arm["devices"]]))
     return "".join(out)
