@@ -146,8 +146,7 @@ impl Guard {
         let scores = self.model.score_next(&self.adapter, self.policy.as_ref(), &prompts, &labels, cancel)?;
         let mut worst = vec![(f64::NEG_INFINITY, Vec::new()); pairs.len()];
         for ((owner, prompt), score) in owners.into_iter().zip(prompts).zip(scores) {
-            let [safe, unsafe_] = score[..] else { continue };
-            let log_odds = f64::from(unsafe_) - f64::from(safe);
+            let log_odds = log_odds(&score).ok_or(InferError::NotFinite { row: owner })?;
             if log_odds > worst[owner].0 {
                 worst[owner] = (log_odds, prompt.ids);
             }
@@ -191,5 +190,25 @@ impl Guard {
             judgement.is_unsafe = judgement.probability >= judgement.threshold;
         }
         Ok(())
+    }
+}
+
+/// ln(p(unsafe) / p(safe)). `None` where the two scores say nothing: no comparison with them would hold, and what
+/// cannot be judged must not pass for safe.
+fn log_odds(scores: &[f32]) -> Option<f64> {
+    let &[safe, unsafe_] = scores else { return None };
+    Some(f64::from(unsafe_) - f64::from(safe)).filter(|odds| !odds.is_nan())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_judged_has_no_odds() {
+        let none = f32::NEG_INFINITY;
+        assert_eq!(log_odds(&[-2.0, -0.5]), Some(1.5));
+        assert_eq!(log_odds(&[none, -0.5]), Some(f64::INFINITY));
+        assert_eq!([log_odds(&[none, none]), log_odds(&[f32::NAN, -1.0]), log_odds(&[-1.0])], [None; 3]);
     }
 }

@@ -24,7 +24,9 @@ const CONSTITUTION: &str = "constitution.toml";
 /// The reviser's adapter in a package.
 const REVISER: &str = "adapters/reviser.safetensors";
 /// An adapter of rank 64 on all linears of a model of 8 billion parameters has 670 MB.
-const FILE_BYTES_MAX: u64 = 1 << 30;
+const ADAPTER_BYTES_MAX: u64 = 1 << 30;
+/// Far more than `guard.toml` or `constitution.toml` may have; their parsers are stricter.
+const TEXT_BYTES_MAX: u64 = 1 << 20;
 
 /// Why a package's guard or reviser cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -109,15 +111,15 @@ impl Reviser {
     }
 }
 
-fn bytes(model: &Model, name: &str) -> Result<Vec<u8>, OpenError> {
+fn bytes(model: &Model, name: &str, bytes_max: u64) -> Result<Vec<u8>, OpenError> {
     let package = model.package();
     let missing = || OpenError::Missing { package: package.directory().into(), name: name.to_owned() };
     let path = package.file(name).ok_or_else(missing)?;
     let read = |path: &PathBuf| {
         let mut bytes = Vec::new();
-        File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
-        if bytes.len() as u64 > FILE_BYTES_MAX {
-            return Err(io::Error::other(format!("file has more than {FILE_BYTES_MAX} bytes")));
+        File::open(path)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > bytes_max {
+            return Err(io::Error::other(format!("file has more than {bytes_max} bytes")));
         }
         Ok(bytes)
     };
@@ -129,11 +131,11 @@ fn text(model: &Model, name: &str) -> Result<String, OpenError> {
         path: name.into(),
         source: io::Error::new(io::ErrorKind::InvalidData, error.utf8_error()),
     };
-    String::from_utf8(bytes(model, name)?).map_err(invalid)
+    String::from_utf8(bytes(model, name, TEXT_BYTES_MAX)?).map_err(invalid)
 }
 
 fn adapter(model: &Model, name: &str, expected: AdapterKind) -> Result<Adapter, OpenError> {
-    let read = disk::read(&bytes(model, name)?);
+    let read = disk::read(&bytes(model, name, ADAPTER_BYTES_MAX)?);
     let (adapter, facts) = read.map_err(|source| OpenError::Adapter { name: name.to_owned(), source })?;
     let (base, got_base) = (model.manifest().base, Hash(facts.base));
     if facts.kind != expected || got_base != base {

@@ -117,6 +117,9 @@ pub enum ReviseError {
     /// No attempt is allowed.
     #[error("attempts_max is 0, expected at least 1")]
     NoAttempts,
+    /// The constitution was not read from a file, and asks for nothing.
+    #[error("constitution has 0 principles, expected at least 1")]
+    NoPrinciples,
     /// The adapter does not fit the model.
     #[error("reviser adapter does not fit the model")]
     Adapt(#[from] AdaptError),
@@ -199,6 +202,9 @@ impl Reviser {
     ) -> Result<Vec<Revision>, ReviseError> {
         if options.attempts_max == 0 {
             return Err(ReviseError::NoAttempts);
+        }
+        if self.constitution.principles.is_empty() {
+            return Err(ReviseError::NoPrinciples);
         }
         let mut revisions: Vec<Revision> = flagged.iter().map(|flagged| self.give_up(*flagged, 0)).collect();
         let mut open: Vec<Work<'_, '_>> =
@@ -311,7 +317,7 @@ impl Reviser {
 }
 
 impl Work<'_, '_> {
-    /// The principle of an attempt: each in turn. A constitution has at least one.
+    /// The principle of an attempt: each in turn. [`Reviser::revise`] checked that there is one.
     fn principle(&self, attempt: u32) -> &Principle {
         self.principles[attempt as usize % self.principles.len()]
     }

@@ -9,7 +9,7 @@ use commonweal_compiler::random::{RandomOptions, random};
 use commonweal_package::Package;
 use commonweal_runtime::{Cancel, Library, Model, OpenOptions, Prompt};
 use commonweal_safety::{
-    Constitution, Flagged, Guard, GuardConfig, Pair, Questions, ReviseOptions, Reviser, Revision,
+    Constitution, Flagged, Guard, GuardConfig, Pair, Questions, ReviseError, ReviseOptions, Reviser, Revision,
 };
 
 const SHAPE: &str = r#"{"architectures":["LlamaForCausalLM"],"model_type":"llama","hidden_size":64,
@@ -160,6 +160,10 @@ fn revision_is_bounded_repeatable_and_never_hands_on_what_is_unsafe() {
     assert!(
         reviser.revise(&guard, &flagged, &ReviseOptions { attempts_max: 0, ..options }, &cancel).is_err()
     );
+    let mut empty = Constitution::default();
+    empty.principles.clear();
+    let error = reviser.with_constitution(empty).revise(&guard, &flagged, &options, &cancel).unwrap_err();
+    assert!(matches!(error, ReviseError::NoPrinciples), "{error}");
     cancel.cancel();
     assert!(guard.judge(PAIRS, &cancel).is_err());
 }
