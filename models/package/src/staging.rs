@@ -79,7 +79,9 @@ impl Staging {
         }
         let mut file = File::create(&path).map_err(failed)?;
         fill(&mut file, &shown)?;
+        // The file and its name: a package that appears after a crash is whole.
         file.sync_all().map_err(failed)?;
+        sync_parent(&path).map_err(failed)?;
         Ok(())
     }
 

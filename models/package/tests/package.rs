@@ -40,7 +40,12 @@ fn write(facts: Facts, graph: &str) -> (TempDir, PathBuf, Manifest) {
     let out = directory.path().join("package");
     let mut writer = PackageWriter::create(&out).unwrap();
     for file in REQUIRED {
-        writer.write_bytes(file, if file.ends_with(".onnx") { graph } else { file }.as_bytes()).unwrap();
+        writer
+            .write_bytes(
+                file,
+                if ["infer.onnx", "train.onnx"].contains(&file) { graph } else { file }.as_bytes(),
+            )
+            .unwrap();
     }
     assert!(!out.exists(), "nothing may appear before it is finished");
     let manifest = writer.finish(facts).unwrap();
@@ -49,13 +54,8 @@ fn write(facts: Facts, graph: &str) -> (TempDir, PathBuf, Manifest) {
 
 fn refusal(out: &PathBuf) -> String {
     let error = Package::open(out).expect_err("must be refused");
-    let mut message = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        message += &format!(": {error}");
-        source = error.source();
-    }
-    message
+    let causes = std::iter::successors(Some(&error as &dyn Error), |&error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 #[test]
