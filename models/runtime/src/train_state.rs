@@ -85,6 +85,10 @@ impl Trainer {
             first: adapter("first_moment")?.into_values(),
             second: adapter("second_moment")?.into_values(),
         };
+        // A mean of squares: the root of a negative one would be NaN, and the adapter with it.
+        if let Some(negative) = moments.second.iter().find(|square| **square < 0.0) {
+            return Err(state("a second_moment of at least 0", negative.to_string()));
+        }
         Self::resume(model, adapter("start")?, adapter("adapter")?, moments, options)
     }
 }

@@ -3,7 +3,7 @@
 
 mod support;
 
-use commonweal_package::{OpenError as PackageError, Package};
+use commonweal_package::{Facts, OpenError as PackageError, Package, PackageWriter, REQUIRED};
 use commonweal_runtime::{Message, Model, OpenError, OpenOptions};
 
 #[test]
@@ -17,6 +17,53 @@ fn changed_file_is_refused_before_anything_is_run() {
     std::fs::write(&graph, bytes).unwrap();
     let error = Package::open(&path).unwrap_err();
     assert!(matches!(error, PackageError::HashMismatch { .. }), "{error}");
+}
+
+/// Why the tiny package does not open for running when one of its files is another one: the hashes are those of what
+/// it holds, so that only what is inside the file can give it away.
+fn refusal(file: &str, bytes: &[u8]) -> OpenError {
+    let whole = support::package();
+    let folder = tempfile::tempdir().unwrap();
+    let mut writer = PackageWriter::create(&folder.path().join("package")).unwrap();
+    for name in REQUIRED {
+        let own = std::fs::read(whole.directory().join(name)).unwrap();
+        writer.write_bytes(name, if name == file { bytes } else { &own }).unwrap();
+    }
+    let manifest = whole.manifest().clone();
+    let facts = Facts {
+        licence: manifest.licence,
+        model: manifest.model,
+        quantization: manifest.quantization,
+        adapter: manifest.adapter,
+        tokens: manifest.tokens,
+    };
+    writer.finish(facts).unwrap();
+    let package = Package::open(folder.path().join("package")).unwrap();
+    Model::open(&support::library(), &package, OpenOptions::default()).expect_err("must be refused")
+}
+
+#[test]
+fn files_that_do_not_belong_together_are_refused() {
+    let train = std::fs::read(support::package().train_graph()).unwrap();
+    let interface = refusal("infer.onnx", &train);
+    assert!(matches!(&interface, OpenError::Interface { name, .. } if name == "seqlens_k"), "{interface}");
+    let graph = refusal("infer.onnx", &train[..train.len() / 2]);
+    assert!(matches!(graph, OpenError::Graph { .. }) && graph.to_string().contains("infer.onnx"), "{graph}");
+    let short = refusal("weights.bin", &[0; 4096]);
+    assert!(matches!(short, OpenError::Graph { .. }), "{short}");
+    let template = refusal("chat_template.jinja", b"{% for %}");
+    assert!(matches!(template, OpenError::Template(_)), "{template}");
+    let tokenizer = refusal("tokenizer.json", b"{}");
+    assert!(matches!(tokenizer, OpenError::Tokenizer(_)), "{tokenizer}");
+    let words: Vec<String> = (0..=300).map(|word| format!(r#""w{word}":{word}"#)).collect();
+    let words = words.join(",");
+    let larger = format!(
+        r#"{{"version":"1.0","added_tokens":[],"normalizer":null,"pre_tokenizer":null,"post_processor":null,
+        "decoder":null,"truncation":null,"padding":null,
+        "model":{{"type":"WordLevel","unk_token":"w0","vocab":{{{words}}}}}}}"#
+    );
+    let tokens = refusal("tokenizer.json", larger.as_bytes());
+    assert!(matches!(tokens, OpenError::Vocabulary { expected: 288, got: 301 }), "{tokens}");
 }
 
 #[test]

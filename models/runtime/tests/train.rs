@@ -177,6 +177,14 @@ fn damaged_and_foreign_states_are_refused() {
     let length = infinite.len();
     infinite[length - 4..].copy_from_slice(&f32::INFINITY.to_le_bytes());
     assert!(matches!(Trainer::restore(&model, &infinite), Err(TrainError::State { .. })));
+    // The bytes of every tensor end with its last value; `second_moment` is one of them.
+    let tensors = SafeTensors::deserialize(&state).unwrap();
+    let moment = tensors.tensor("second_moment").unwrap().data();
+    let end = moment.as_ptr_range().end as usize - state.as_ptr() as usize;
+    let mut negative = state.clone();
+    negative[end - 4..end].copy_from_slice(&(-1.0_f32).to_le_bytes());
+    let error = Trainer::restore(&model, &negative).unwrap_err().to_string();
+    assert!(error.contains("second_moment"), "{error}");
 }
 
 #[test]
