@@ -3,74 +3,11 @@
 //! it, `lower.rs` writes it as ONNX. Types are checked when a node is added (`infer.rs`).
 
 use std::collections::HashSet;
-use std::fmt;
 
 use crate::infer::infer;
 use crate::op::Op;
 use crate::shape::Shape;
-
-/// The type of a tensor's elements.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ElementType {
-    /// 32-bit float.
-    F32,
-    /// 64-bit integer.
-    I64,
-    /// 32-bit integer.
-    I32,
-    /// Byte.
-    U8,
-    /// Truth value.
-    Bool,
-}
-
-impl ElementType {
-    /// Bytes of one element.
-    pub fn size_bytes(self) -> usize {
-        match self {
-            Self::I64 => 8,
-            Self::F32 | Self::I32 => 4,
-            Self::U8 | Self::Bool => 1,
-        }
-    }
-}
-
-/// A tensor's element type and shape.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct TensorType {
-    /// Type of the elements.
-    pub element: ElementType,
-    /// Sizes.
-    pub shape: Shape,
-}
-
-impl TensorType {
-    /// A tensor of 32-bit floats.
-    pub fn f32(shape: impl Into<Shape>) -> Self {
-        Self { element: ElementType::F32, shape: shape.into() }
-    }
-
-    /// A tensor of 64-bit integers.
-    pub fn i64(shape: impl Into<Shape>) -> Self {
-        Self { element: ElementType::I64, shape: shape.into() }
-    }
-
-    /// A tensor of 32-bit integers.
-    pub fn i32(shape: impl Into<Shape>) -> Self {
-        Self { element: ElementType::I32, shape: shape.into() }
-    }
-
-    /// A tensor of bytes.
-    pub fn u8(shape: impl Into<Shape>) -> Self {
-        Self { element: ElementType::U8, shape: shape.into() }
-    }
-}
-
-impl fmt::Display for TensorType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}{}", self.element, self.shape)
-    }
-}
+pub use crate::tensor_type::{ElementType, TensorType};
 
 /// A value of the graph that handed it out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -212,6 +149,12 @@ pub enum GraphError {
     #[error("the loss must depend on {name}, which it does not")]
     Unreached {
         /// The value.
+        name: String,
+    },
+    /// A named size that no input has as a dimension of its own, so that nothing tells it when running.
+    #[error("size {name} must be a dimension of an input, got none")]
+    UnknownSize {
+        /// The size.
         name: String,
     },
     /// A weight is missing from the table, or has another size there.
@@ -431,10 +374,6 @@ impl Graph {
     /// A node.
     pub fn node(&self, id: NodeId) -> &Node {
         &self.nodes[id.0]
-    }
-
-    pub(crate) fn node_mut(&mut self, id: NodeId) -> &mut Node {
-        &mut self.nodes[id.0]
     }
 
     /// All nodes, in the order in which they were added.

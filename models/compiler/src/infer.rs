@@ -11,6 +11,7 @@ struct Inputs<'a> {
 }
 
 impl Inputs<'_> {
+    #[expect(clippy::needless_pass_by_value, reason = "most callers make the values for this message alone")]
     fn error(&self, subject: &'static str, expected: impl ToString, got: impl ToString) -> GraphError {
         GraphError::Type { op: self.op, subject, expected: expected.to_string(), got: got.to_string() }
     }
@@ -62,7 +63,7 @@ impl Inputs<'_> {
 }
 
 /// The output types of `op` over inputs of these types.
-pub fn infer(op: &Op, kinds: &[&TensorType]) -> Result<Vec<TensorType>, GraphError> {
+pub(crate) fn infer(op: &Op, kinds: &[&TensorType]) -> Result<Vec<TensorType>, GraphError> {
     let inputs = Inputs { op: op.name(), kinds };
     let (least, most) = arity(op);
     if kinds.len() < least || kinds.len() > most {
@@ -295,7 +296,7 @@ fn matmul(inputs: &Inputs<'_>, transpose_a: bool, transpose_b: bool) -> Result<T
 
 fn packed_width(inputs: &Inputs<'_>, packing: Packing, columns: usize) -> Result<(usize, usize), GraphError> {
     let Packing { bits, block_size } = packing;
-    if !matches!(bits, 4 | 8) || block_size == 0 || columns % block_size != 0 {
+    if !matches!(bits, 4 | 8) || block_size == 0 || !columns.is_multiple_of(block_size) {
         let got = format!("{bits} bits, blocks of {block_size}");
         return Err(inputs.error("packing", format!("4 or 8 bits in blocks that divide {columns}"), got));
     }

@@ -8,6 +8,7 @@ pub mod tokenizer;
 pub mod checkpoint;
 pub mod quantize;
 pub mod shape;
+mod tensor_type;
 pub mod op;
 mod infer;
 pub mod graph;

@@ -105,15 +105,12 @@ fn embed(
     tokens: ValueId,
 ) -> Result<ValueId, GraphError> {
     let size = (model.vocab_size, model.hidden_size);
-    match packing(quantization) {
-        Some(packing) => {
-            let (weights, scales) = packed_rows(graph, "embed", size, packing)?;
-            graph.add(Op::GatherBlockQuantized { packing }, &[weights, tokens, scales])
-        }
-        None => {
-            let weights = graph.weight("embed.w", "embed.w", TensorType::f32([size.0, size.1]))?;
-            graph.add(Op::Gather { axis: 0 }, &[weights, tokens])
-        }
+    if let Some(packing) = packing(quantization) {
+        let (weights, scales) = packed_rows(graph, "embed", size, packing)?;
+        graph.add(Op::GatherBlockQuantized { packing }, &[weights, tokens, scales])
+    } else {
+        let weights = graph.weight("embed.w", "embed.w", TensorType::f32([size.0, size.1]))?;
+        graph.add(Op::Gather { axis: 0 }, &[weights, tokens])
     }
 }
 

@@ -1,6 +1,6 @@
 //! The operators of `graph.rs`: those of ONNX (opset 21) and of ONNX Runtime's `com.microsoft` set that the graphs
-//! need. `infer.rs` gives their types, `rules/` their gradients, `interpret.rs` their meaning, `lower.rs` their ONNX
-//! form.
+//! need. `infer.rs` gives their types, `rules/` their gradients, `lower.rs` their ONNX form. `tests/rules.rs` holds
+//! each gradient against finite differences of what the runtime library computes.
 
 use crate::graph::ElementType;
 use crate::shape::{Dim, Shape};

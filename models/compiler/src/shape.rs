@@ -43,6 +43,7 @@ impl Dim {
     }
 
     /// Piece `index` of `count` nearly equal pieces.
+    #[must_use]
     pub fn chunk(&self, index: usize, count: usize) -> Self {
         Self { factor: 1, symbols: vec![Symbol::Chunk { of: Box::new(self.clone()), index, count }] }
     }

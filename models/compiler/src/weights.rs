@@ -53,8 +53,8 @@ pub struct WeightEntry {
     pub length: u64,
 }
 
-/// Where every frozen tensor lies in `weights.bin`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Where every frozen tensor lies in `weights.bin`. The default is a file without any.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WeightTable {
     entries: Vec<WeightEntry>,
 }

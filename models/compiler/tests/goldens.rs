@@ -6,8 +6,13 @@
 mod onnx_runtime;
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use commonweal_compiler::compile::{CompileOptions, compile};
+use commonweal_compiler::llama::{TrainGraph, train};
+use commonweal_compiler::lower::lower;
+use commonweal_compiler::plan::plan;
+use commonweal_compiler::recompute::{Recompute, recompute};
 use commonweal_compiler::weights::WeightTable;
 use commonweal_compiler::{Accuracy, Bits, ModelConfig};
 use commonweal_package::Package;
@@ -56,14 +61,19 @@ fn check(name: &str, got: &[f32], expected: &[f32], tolerance: f64) {
 
 fn gradients_agree(variant: &str, bits: u8) {
     let case = case(variant, bits, Accuracy::Exact);
-    let mut session = session(&case.package.train_graph());
+    graph_agrees(&case, &case.package.train_graph(), &format!("{variant} {bits}"));
+}
+
+/// Runs a gradient graph that lies in the case's package, and compares every output.
+fn graph_agrees(case: &Case, graph: &Path, label: &str) {
+    let mut session = session(graph);
     let inputs = case.inputs.iter().map(|(name, golden)| (name.clone(), golden.value())).collect();
     let got = run(&mut session, inputs);
-    let outputs = case.expected.iter().filter(|(name, _)| !name.ends_with(".q") && !name.ends_with(".s"));
+    let is_output = |name: &str| name.starts_with("grad.") || ["loss", "token_logprob"].contains(&name);
     let mut compared = 0;
-    for (name, golden) in outputs.filter(|(name, _)| *name != "logits") {
+    for (name, golden) in case.expected.iter().filter(|(name, _)| is_output(name)) {
         let output = got.get(name).unwrap_or_else(|| panic!("train.onnx must give {name}"));
-        check(&format!("{variant} {bits} {name}"), output, golden.floats(), TOLERANCE);
+        check(&format!("{label} {name}"), output, golden.floats(), TOLERANCE);
         compared += 1;
     }
     // Loss, log-probabilities and two layers of seven pairs.
@@ -200,6 +210,23 @@ fn gradients_at_8_bits() {
 fn gradients_at_4_bits() {
     gradients_agree("tied", 4);
     gradients_agree("untied", 4);
+}
+
+/// Whatever the backward computes again, the gradient is the same.
+#[test]
+fn gradients_under_every_policy_of_recomputation() {
+    let case = case("untied", 4, Accuracy::Exact);
+    let manifest = case.package.manifest();
+    let table = WeightTable::plan(&manifest.model, &manifest.quantization).unwrap();
+    for policy in [Recompute::Nothing, Recompute::Activations, Recompute::Layers] {
+        let TrainGraph { mut graph, head_segment } =
+            train(&manifest.model, &manifest.quantization, case.package.layout()).unwrap();
+        recompute(&mut graph, policy, head_segment);
+        // Beside the weights, which it refers to.
+        let path = case.package.directory().join("policy.onnx");
+        std::fs::write(&path, lower(&graph, &plan(&graph).order, "policy", &table).unwrap()).unwrap();
+        graph_agrees(&case, &path, &format!("{policy:?}"));
+    }
 }
 
 #[test]

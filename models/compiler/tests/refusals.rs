@@ -38,7 +38,7 @@ impl Spoilt {
     }
 
     /// Changes keys of `config.json`; null removes one.
-    fn config(self, changes: Value) -> Self {
+    fn config(self, changes: &Value) -> Self {
         let path = self.path("config.json");
         let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         for (key, value) in changes.as_object().unwrap() {
@@ -102,13 +102,8 @@ impl Spoilt {
 }
 
 fn chain(error: &CompileError) -> String {
-    let mut message = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        message += &format!(": {error}");
-        source = error.source();
-    }
-    message
+    let causes = std::iter::successors(Some(error as &dyn Error), |&error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 fn parse(bytes: &[u8]) -> (Value, Vec<u8>) {
@@ -154,13 +149,13 @@ fn configurations() {
         (json!({ "eos_token_id": 400 }), &["eos", "128", "400"]),
     ];
     for (changes, words) in cases {
-        Spoilt::new("tied").config(changes).refused(words);
+        Spoilt::new("tied").config(&changes).refused(words);
     }
     Spoilt::new("tied").file("config.json", "{").refused(&["config.json"]);
     Spoilt::new("tied").without("config.json").refused(&["config.json"]);
-    Spoilt::new("tied").config(json!({ "eos_token_id": null })).refused(&["end-of-sequence"]);
+    Spoilt::new("tied").config(&json!({ "eos_token_id": null })).refused(&["end-of-sequence"]);
     let default = json!({ "rope_scaling": { "rope_type": "default" } });
-    compile(&Spoilt::new("tied").config(default).options()).unwrap();
+    compile(&Spoilt::new("tied").config(&default).options()).unwrap();
 }
 
 #[test]
@@ -277,10 +272,10 @@ proptest! {
     #[test]
     fn damaged_weight_files_never_panic(damage in prop::collection::vec((0_usize..3000, any::<u8>()), 1..8)) {
         let spoilt = Spoilt::new("tied").weights(|bytes| damage.iter().for_each(|&(at, byte)| bytes[at] = byte));
-        if let Ok(tensors) = Tensors::open(&spoilt.path("")) {
-            if tensors.check(NORM, &[32]).is_ok() {
-                let _ = tensors.rows(NORM, 0..32);
-            }
+        if let Ok(tensors) = Tensors::open(&spoilt.path(""))
+            && tensors.check(NORM, &[32]).is_ok()
+        {
+            let _ = tensors.rows(NORM, 0..32);
         }
     }
 }

@@ -127,7 +127,9 @@ impl<'m> Trainer<'m> {
             let weight = vector(&mut self.graph, &format!("layers.{layer}.mlp_norm"), hidden)?;
             let normed = self.graph.add(Op::RmsNorm { epsilon }, &[x, weight])?;
             let gate_up = self.linear(layer, 2, normed)?;
-            gate_up.iter().for_each(|&half| self.graph.keep(half, Keep::Activation));
+            for &half in &gate_up {
+                self.graph.keep(half, Keep::Activation);
+            }
             let gate = self.graph.add(Op::QuickGelu { alpha: 1.0 }, &[gate_up[0]])?;
             let inner = self.graph.times(gate, gate_up[1])?;
             let projected = self.linear(layer, 3, inner)?;
@@ -227,7 +229,9 @@ impl<'m> Trainer<'m> {
         let key = graph.transpose(key, &[0, 2, 1, 3])?;
         let value = graph.reshape(qkv[2], shape([&batch, &time, &kv, &width]))?;
         let value = graph.transpose(value, &[0, 2, 1, 3])?;
-        [query, key, value].into_iter().for_each(|operand| graph.keep(operand, Keep::Activation));
+        for operand in [query, key, value] {
+            graph.keep(operand, Keep::Activation);
+        }
         let scores = graph.product((query, false), (key, true), (head_dim as f32).sqrt().recip())?;
         let scores = graph.reshape(scores, shape([&batch, &kv, &group, &time, &time]))?;
         let scores = graph.plus(scores, at.mask)?;

@@ -6,7 +6,7 @@ use super::{MICROSOFT, Writer, data_type, tensor};
 use crate::graph::{Graph, GraphError, Node};
 use crate::onnx::{AttributeProto, AttributeType, DataType, NodeProto};
 use crate::op::Op;
-use crate::shape::Shape;
+use crate::shape::{Dim, Shape};
 
 /// Writes one node of the graph.
 pub(super) fn lower(
@@ -98,8 +98,8 @@ impl Form<'_> {
             Op::SkipRmsNorm { epsilon } => (MICROSOFT, inputs, vec![float("epsilon", *epsilon)]),
             Op::MatMulNBits { packing, accuracy_level } => {
                 let shape = self.graph.shape(self.node.outputs[0]);
-                let outputs = shape.0.last().and_then(|dim| dim.as_fixed()).unwrap_or(0);
-                let width = self.graph.shape(self.node.inputs[0]).0.last().and_then(|dim| dim.as_fixed());
+                let outputs = shape.0.last().and_then(Dim::as_fixed).unwrap_or(0);
+                let width = self.graph.shape(self.node.inputs[0]).0.last().and_then(Dim::as_fixed);
                 let attributes = [
                     ("K", width.unwrap_or(0) as i64),
                     ("N", outputs as i64),

@@ -109,7 +109,7 @@ impl Sizes {
 
     fn named(&self, name: &str, writer: &mut Writer) -> Result<String, GraphError> {
         let Some((input, axis)) = self.places.get(name) else {
-            return Err(GraphError::Unreached { name: format!("size {name}") });
+            return Err(GraphError::UnknownSize { name: name.into() });
         };
         let mut shape = plain("Shape", [input.clone()]);
         shape.attribute.extend([integer("start", *axis as i64), integer("end", *axis as i64 + 1)]);

@@ -1,31 +1,33 @@
 //! Runs compiled graphs through the real ONNX Runtime, for the tests beside this folder.
+#![allow(dead_code, reason = "each test binary uses its part")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use ort::environment::Environment;
+use ort::session::builder::SessionBuilder;
 use ort::session::{Session, SessionInputValue};
 use ort::value::{DynValue, Tensor, ValueRef};
 use safetensors::{Dtype, SafeTensors};
 
 /// A tensor of a golden file.
 #[derive(Clone, Debug)]
-pub enum Golden {
+pub(crate) enum Golden {
     Floats(Vec<usize>, Vec<f32>),
     Integers(Vec<usize>, Vec<i64>),
     Bytes(Vec<usize>, Vec<u8>),
 }
 
 impl Golden {
-    pub fn floats(&self) -> &[f32] {
+    pub(crate) fn floats(&self) -> &[f32] {
         match self {
             Self::Floats(_, values) => values,
             other => panic!("floats expected, got {other:?}"),
         }
     }
 
-    pub fn value(&self) -> DynValue {
+    pub(crate) fn value(&self) -> DynValue {
         match self.clone() {
             Self::Floats(shape, values) => Tensor::from_array((shape, values)).unwrap().into_dyn(),
             Self::Integers(shape, values) => Tensor::from_array((shape, values)).unwrap().into_dyn(),
@@ -34,12 +36,12 @@ impl Golden {
     }
 }
 
-pub fn goldens() -> PathBuf {
+pub(crate) fn goldens() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens")
 }
 
 /// Reads a golden file.
-pub fn read(name: &str) -> BTreeMap<String, Golden> {
+pub(crate) fn read(name: &str) -> BTreeMap<String, Golden> {
     let bytes = std::fs::read(goldens().join(name)).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
     let golden = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {
@@ -60,7 +62,7 @@ pub fn read(name: &str) -> BTreeMap<String, Golden> {
 }
 
 /// `‖a - b‖ / ‖b‖`
-pub fn relative_error(got: &[f32], expected: &[f32]) -> f64 {
+pub(crate) fn relative_error(got: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(got.len(), expected.len());
     let square = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>();
     let error = square(&mut got.iter().zip(expected).map(|(a, b)| f64::from(*a) - f64::from(*b)));
@@ -94,13 +96,21 @@ fn environment() -> &'static Environment {
 }
 
 /// A graph, loaded.
-pub fn session(path: &Path) -> Session {
-    let builder = Session::builder(environment()).unwrap();
-    builder.with_intra_threads(1).unwrap().commit_from_file(path).unwrap()
+pub(crate) fn session(path: &Path) -> Session {
+    builder().commit_from_file(path).unwrap()
+}
+
+/// A graph without weights, loaded.
+pub(crate) fn session_of(graph: &[u8]) -> Session {
+    builder().commit_from_memory(graph).unwrap()
+}
+
+fn builder() -> SessionBuilder {
+    Session::builder(environment()).unwrap().with_intra_threads(1).unwrap()
 }
 
 /// Runs a graph; gives its outputs, all floats, by name.
-pub fn run(session: &mut Session, inputs: Vec<(String, DynValue)>) -> BTreeMap<String, Vec<f32>> {
+pub(crate) fn run(session: &mut Session, inputs: Vec<(String, DynValue)>) -> BTreeMap<String, Vec<f32>> {
     let inputs: Vec<(String, SessionInputValue<'_>)> =
         inputs.into_iter().map(|(name, value)| (name, value.into())).collect();
     let outputs = session.run(inputs).unwrap();
