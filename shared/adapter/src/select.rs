@@ -53,6 +53,10 @@ pub(crate) fn decode_places(bytes: &[u8], kept: usize, total: usize) -> Option<V
             let byte = *bytes.next()?;
             gap |= u64::from(byte & 0x7f) << shift;
             if byte & 0x80 == 0 {
+                // Leading zeros would give one number two forms.
+                if byte == 0 && shift > 0 {
+                    return None;
+                }
                 break;
             }
             if shift == 28 {
@@ -94,6 +98,14 @@ mod tests {
                 prop_assert!(places.iter().all(|place| (*place as usize) < total));
             }
         }
+    }
+
+    #[test]
+    fn a_gap_has_one_form() {
+        assert_eq!(decode_places(&[5], 1, 10), Some(vec![5]));
+        assert_eq!(decode_places(&[0x85, 0], 1, 10), None);
+        assert_eq!(decode_places(&[0x80, 1], 1, 200), Some(vec![128]));
+        assert_eq!(decode_places(&[0xff, 0xff, 0xff, 0xff, 0xff, 0], 1, 10), None);
     }
 
     #[test]

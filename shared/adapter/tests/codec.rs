@@ -86,6 +86,38 @@ proptest! {
         prop_assert_eq!(Residual::from_bytes(&saved, Arc::clone(&layout), trainable), Ok(residual));
     }
 
+    /// Written from the definition: a kept value is off by one step of its block at most, half of it when rounded to
+    /// the nearest; a value that is left out is no larger than any that is kept.
+    #[test]
+    fn what_is_received_is_within_a_step(options in any_options(), exponent in -20_i32..3, seed: u64) {
+        let options = CompressOptions { rotate: false, ..options };
+        let layout = layout(2);
+        let values = gaussian(layout.parameters(), 0.2 * 10_f64.powi(exponent), seed);
+        let delta = delta(&layout, values.clone());
+        let mut residual = Residual::zeros(Arc::clone(&layout), Trainable::Both);
+        let packed = compress(&delta, &mut residual, &options, &mut ChaCha8Rng::seed_from_u64(seed)).unwrap();
+        let received = decode(packed.as_bytes(), &layout).unwrap().into_values();
+
+        let share = f64::from(options.top_k.unwrap_or(1.0));
+        let kept_count = ((share * values.len() as f64).ceil() as usize).max(1);
+        let mut places: Vec<usize> = (0..values.len()).collect();
+        places.sort_by(|a, b| values[*b].abs().total_cmp(&values[*a].abs()).then(a.cmp(b)));
+        let (kept, left_out) = places.split_at(kept_count);
+        prop_assert!(left_out.iter().all(|place| received[*place] == 0.0));
+        let mut kept = kept.to_vec();
+        kept.sort_unstable();
+        let levels = f32::from(options.bits.level_max());
+        for block in kept.chunks(options.block) {
+            let largest = block.iter().fold(0.0_f32, |largest, place| largest.max(values[*place].abs()));
+            let step = largest / levels * (1.0 + 1.0 / 128.0);
+            let bound = if options.stochastic { step } else { step / 2.0 } * 1.0001;
+            for place in block {
+                let (sent, received) = (values[*place], received[*place]);
+                prop_assert!((sent - received).abs() <= bound, "{sent} became {received}, bound {bound}");
+            }
+        }
+    }
+
     #[test]
     fn arbitrary_bytes_are_refused_or_make_a_delta(mut bytes: Vec<u8>) {
         let layout = layout(1);
@@ -130,6 +162,38 @@ fn error_feedback_loses_nothing_over_rounds() {
         };
         let (with, without) = (distance(&received), distance(&received_without));
         assert!(with < 0.05 && without > 5.0 * with, "{bits:?}: {with} with, {without} without");
+    }
+}
+
+/// Over the generator's draws, what is received is on average what was sent; rotated or not.
+#[test]
+fn stochastic_rounding_is_unbiased_on_the_wire() {
+    let layout = layout(1);
+    let values = gaussian(layout.parameters(), 0.01, 12);
+    let delta = delta(&layout, values.clone());
+    let draws: u32 = 2_000;
+    for (bits, rotate) in Bits::ALL.into_iter().flat_map(|bits| [(bits, false), (bits, true)]) {
+        let options = CompressOptions { bits, rotate, ..CompressOptions::default() };
+        let mut random = ChaCha8Rng::seed_from_u64(13);
+        let (mut sums, mut squares) = (vec![0.0_f64; values.len()], vec![0.0_f64; values.len()]);
+        for _ in 0..draws {
+            let mut residual = Residual::zeros(Arc::clone(&layout), Trainable::Both);
+            let packed = compress(&delta, &mut residual, &options, &mut random).unwrap();
+            let received = decode(packed.as_bytes(), &layout).unwrap().into_values();
+            for ((sum, square), (sent, got)) in
+                sums.iter_mut().zip(&mut squares).zip(values.iter().zip(received))
+            {
+                let error = f64::from(got) - f64::from(*sent);
+                *sum += error;
+                *square += error * error;
+            }
+        }
+        // The mean of the squared z-scores is 1 without bias, give or take √(2/n) = 0.07 for n of some 450 values; a
+        // hundredth of a step's bias would add (0.01 · √2000 / 0.4)² ≈ 1.2.
+        let scores = sums.iter().zip(&squares).filter(|(_, square)| **square > 0.0);
+        let scores: Vec<f64> = scores.map(|(sum, square)| sum * sum / square).collect();
+        let mean = scores.iter().sum::<f64>() / scores.len() as f64;
+        assert!((0.5..1.5).contains(&mean), "{bits:?}, rotated {rotate}: {mean} of {} values", scores.len());
     }
 }
 

@@ -1,0 +1,130 @@
+//! What a person types, without a model: help, lines on stdout, exit codes, and a state directory that bad luck leaves
+//! as it was.
+#![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output, Stdio},
+};
+
+const VERBS: [&str; 13] = [
+    "enroll", "run", "once", "status", "add", "filter", "revise", "train", "chat", "serve", "bench", "pause",
+    "resume",
+];
+const GOOD: &str = r#"{"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"hello"}]}"#;
+
+fn edge(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_edge-client"));
+    command.args(arguments).stdin(Stdio::null());
+    for (variable, _) in std::env::vars_os() {
+        if variable.to_string_lossy().starts_with("COMMONWEAL_") {
+            command.env_remove(variable);
+        }
+    }
+    command
+}
+
+fn run(directory: &Path, arguments: &[&str]) -> Output {
+    edge(arguments).arg("--json").arg("--dir").arg(directory).output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn object(output: &Output) -> serde_json::Value {
+    assert!(output.status.success(), "{}", stderr(output));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn every_verb_helps_with_an_example() {
+    for verb in VERBS {
+        let help = edge(&[verb, "--help"]).output().unwrap();
+        let text = String::from_utf8(help.stdout).unwrap();
+        assert!(help.status.success() && text.contains(&format!("  edge-client {verb}")), "{verb}: {text}");
+        assert!(text.contains("--json"), "{verb}: {text}");
+    }
+}
+
+#[test]
+fn pause_and_resume_are_events_and_stay() {
+    let directory = tempfile::tempdir().unwrap();
+    assert_eq!(object(&run(directory.path(), &["pause"]))["event"], "paused");
+    assert_eq!(object(&run(directory.path(), &["status"]))["paused"], true);
+    assert_eq!(object(&run(directory.path(), &["resume"]))["event"], "resumed");
+    assert_eq!(object(&run(directory.path(), &["status"]))["paused"], false);
+}
+
+#[test]
+fn a_file_that_is_not_there_changes_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let rows = directory.path().join("rows.jsonl");
+    fs::write(&rows, GOOD).unwrap();
+    let state = directory.path().join("device");
+    let output = run(&state, &["add", rows.to_str().unwrap(), "no-such-file.jsonl"]);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert!(stderr(&output).contains("no-such-file.jsonl"), "{}", stderr(&output));
+    assert_eq!(object(&run(&state, &["status"]))["samples"], 0);
+}
+
+/// `/dev/full` is a disk without room, behind the name of the temporary file.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk_is_named_and_what_was_there_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("device");
+    let rows = directory.path().join("rows.jsonl");
+    fs::write(&rows, GOOD).unwrap();
+    assert_eq!(object(&run(&state, &["add", rows.to_str().unwrap()]))["added"], 1);
+    fs::write(&rows, GOOD.replace("hello", "good day")).unwrap();
+    std::os::unix::fs::symlink("/dev/full", state.join("samples/000002.jsonl.part")).unwrap();
+    let output = run(&state, &["add", rows.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    for part in ["cannot write", "000002.jsonl", "No space left"] {
+        assert!(stderr(&output).contains(part), "{part} in {}", stderr(&output));
+    }
+    assert_eq!(object(&run(&state, &["status"]))["samples"], 1);
+    // With room again, the same call does it.
+    assert_eq!(object(&run(&state, &["add", rows.to_str().unwrap()]))["added"], 1);
+}
+
+#[test]
+fn a_wrong_file_is_not_told_line_by_line_for_ever() {
+    let directory = tempfile::tempdir().unwrap();
+    let rows = directory.path().join("rows.jsonl");
+    fs::write(&rows, "nonsense\n".repeat(5_000)).unwrap();
+    let output = run(directory.path(), &["add", rows.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(
+        stderr(&output).contains("line 1:") && stderr(&output).contains("4980 more"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(stderr(&output).lines().count() < 30);
+}
+
+#[test]
+fn a_reader_who_has_gone_is_no_panic() {
+    let directory = tempfile::tempdir().unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = edge(&["status", "--dir"]).arg(directory.path()).stdout(writer).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(!stderr(&output).contains("panicked"), "{}", stderr(&output));
+}
+
+#[test]
+fn numbers_that_make_no_sense_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    assert_eq!(run(directory.path(), &["status", "--threads", "0"]).status.code(), Some(2));
+    let rows = directory.path().join("rows.jsonl");
+    fs::write(&rows, GOOD).unwrap();
+    let rows = rows.to_str().unwrap();
+    for more in [["--steps", "0"], ["--learning-rate", "NaN"], ["--out", "/nonexistent/adapter"]] {
+        let output = run(directory.path(), &[&["train", rows], &more[..]].concat());
+        assert_eq!(output.status.code(), Some(3), "{more:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(more[0]), "{more:?}: {}", stderr(&output));
+    }
+}

@@ -1,0 +1,388 @@
+//! A round as the device lives it, on the bundled model, with the aggregator's answers written by the test: what a kill,
+//! a refusal, a change of mind or a damaged file costs.
+#![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
+
+use std::{
+    fs,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{Arc, Mutex},
+};
+
+use commonweal_adapter::{Adapter, AdapterFacts, AdapterKind, Trainable, disk};
+use commonweal_package::Package;
+use commonweal_protocol::{
+    AggregatorKey, CertificateChain, CompressSettings, Content, Csr, DeviceId, Digest, Mode, Open, Poll,
+    PollReply, Receipt, ReconnectWindow, Refusal, RoundId, RoundTask, SignedReceipt, SigningKey, Start,
+    TrainSettings, Version,
+};
+use commonweal_runtime::{Cancel, Library, Model, OpenOptions};
+use commonweal_safety::{Guard, Reviser};
+use commonweal_transport::{Link, LinkError, Uploaded};
+use edge_client::{
+    events::Output,
+    filter,
+    install::Expected,
+    pipeline::{self, Device, Outcome},
+    policy::{Method, Policy},
+    revise::{self, TrainingPair},
+    rows::{self, Form},
+    sample::{self, Sample},
+    store::{Store, StoreError},
+    train,
+};
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+fn package() -> PathBuf {
+    let path = workspace().join("target/reference/package");
+    assert!(path.exists(), "{} is missing: run scripts/setup first", path.display());
+    path
+}
+
+fn model() -> Model {
+    let library = Library::load_with(None, NonZeroUsize::new(1)).unwrap();
+    Model::open(&library, &Package::open(package()).unwrap(), OpenOptions::default()).unwrap()
+}
+
+fn samples(name: &str, count: usize) -> Vec<(usize, Sample)> {
+    let text = fs::read(workspace().join("models/reference/demo").join(name)).unwrap();
+    let mut good = rows::read(&text[..], Form::Jsonl, edge_client::forms::sample_of).unwrap().good;
+    good.truncate(count);
+    good
+}
+
+/// What the aggregator does next, and what it has seen.
+#[derive(Default)]
+struct Told {
+    task: Option<RoundTask>,
+    adapter: Vec<u8>,
+    refusal: Option<Refusal>,
+    is_away: bool,
+    /// Copied here when an update arrives: what a kill just then leaves.
+    snapshot: Option<(PathBuf, PathBuf)>,
+    opened: Vec<Open>,
+}
+
+#[derive(Clone)]
+struct FakeLink {
+    key: SigningKey,
+    told: Arc<Mutex<Told>>,
+}
+
+fn copy_folder(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+impl Link for FakeLink {
+    async fn poll(&self, _: Poll) -> Result<PollReply, LinkError> {
+        let task = self.told.lock().unwrap().task;
+        Ok(PollReply { task, release: None, reconnect: ReconnectWindow::default() })
+    }
+
+    async fn upload(&self, open: &Open, _: &[u8]) -> Result<Uploaded, LinkError> {
+        let mut told = self.told.lock().unwrap();
+        if told.is_away {
+            return Err(LinkError::Stalled { during: "uploading", stall_ms: 1 });
+        }
+        told.opened.push(*open);
+        if let Some((from, to)) = &told.snapshot {
+            copy_folder(from, to);
+        }
+        if let Some(reason) = told.refusal {
+            return Err(LinkError::Refused { reason, reconnect: ReconnectWindow::default() });
+        }
+        let Open { round, digest, length, .. } = *open;
+        let receipt = Receipt { round, device: DeviceId([1; 16]), digest, length, received_ms: 0 };
+        let receipt = SignedReceipt::sign(&self.key, receipt).unwrap();
+        let reconnect = ReconnectWindow::default();
+        Ok(Uploaded { receipt, reconnect, resumed_from: 0, sent_bytes: length })
+    }
+
+    async fn fetch(&self, _: Content, partial: &mut Vec<u8>) -> Result<(), LinkError> {
+        partial.clone_from(&self.told.lock().unwrap().adapter);
+        Ok(())
+    }
+
+    async fn renew(&self, _: Csr) -> Result<CertificateChain, LinkError> {
+        Err(LinkError::OutOfPlace { expected: "nothing" })
+    }
+}
+
+struct World {
+    directory: TempDir,
+    _runtime: Runtime,
+    device: Device<FakeLink>,
+    told: Arc<Mutex<Told>>,
+}
+
+impl World {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let runtime = Runtime::new().unwrap();
+        let (model, cancel) = (model(), Cancel::new());
+        let key = SigningKey::from_bytes(&[7; 32]);
+        let base = pipeline::base_of(&model);
+        let start = Adapter::init(Arc::clone(model.layout()), 1);
+        let facts = AdapterFacts { base: base.0, kind: AdapterKind::Assistant };
+        let told =
+            Arc::new(Mutex::new(Told { adapter: disk::write(&start, &facts).unwrap(), ..Told::default() }));
+        let store = Store::open(directory.path()).unwrap();
+        let good = [samples("device-1.jsonl", 10), samples("hostile.jsonl", 2)].concat();
+        sample::keep(&store, &rows::Parsed { good, bad: Vec::new() }).unwrap();
+        let device = Device {
+            store,
+            policy: Policy::default(),
+            guard: Guard::from_package(&model, &cancel).unwrap(),
+            reviser: Reviser::from_package(&model).unwrap(),
+            link: FakeLink { key: key.clone(), told: Arc::clone(&told) },
+            expected: Expected { key: AggregatorKey::of(&key), base, layout: Arc::clone(model.layout()) },
+            model,
+            output: Output::Text,
+            runtime: runtime.handle().clone(),
+            cancel,
+        };
+        let world = Self { directory, _runtime: runtime, device, told };
+        world.begin(1);
+        world
+    }
+
+    /// The aggregator opens a round.
+    fn begin(&self, round: u64) {
+        let mut told = self.told.lock().unwrap();
+        let (digest, length) = (Digest::of(&told.adapter), told.adapter.len() as u64);
+        told.task = Some(RoundTask {
+            round: RoundId(round),
+            base: self.device.expected.base,
+            start: Start { version: Version(1), digest, length },
+            mode: Mode::Ffa,
+            train: TrainSettings {
+                steps_max: 2,
+                warmup_steps: 0,
+                accumulation: 2,
+                row_tokens_max: 128,
+                learning_rate: 1e-3,
+                weight_decay: 0.0,
+                clip_norm: 1.0,
+                proximal_mu: 0.0,
+            },
+            compress: CompressSettings {
+                bits: 4,
+                block: 64,
+                top_k: Some(0.5),
+                rotate: false,
+                stochastic: true,
+                level: 1,
+            },
+            seed: 5,
+            deadline_ms: 1_000,
+        });
+    }
+
+    fn tell(&self, change: impl FnOnce(&mut Told)) {
+        change(&mut self.told.lock().unwrap());
+    }
+
+    fn visit(&self) -> Outcome {
+        self.device.visit().unwrap().outcome
+    }
+
+    fn opened(&self) -> Vec<Open> {
+        self.told.lock().unwrap().opened.clone()
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.directory.path().join(name).exists()
+    }
+}
+
+#[test]
+fn a_kill_after_the_receipt_does_not_send_the_same_residual_twice() {
+    let world = World::new();
+    let saved = tempfile::tempdir().unwrap();
+    let round = world.directory.path().join("round");
+    world.tell(|told| told.snapshot = Some((round.clone(), saved.path().to_owned())));
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    let owed = world.device.store.read("residual.bin").unwrap().unwrap();
+    assert_eq!(fs::read(saved.path().join("residual.bin")).unwrap(), owed);
+
+    // The receipt is on disk, the rest is as the kill left it; the next round has begun meanwhile.
+    copy_folder(saved.path(), &round);
+    world.device.store.remove("residual.bin").unwrap();
+    world.begin(2);
+    world.tell(|told| (told.snapshot, told.is_away) = (None, true));
+    assert!(world.device.visit().unwrap_err().is_transient());
+    assert_eq!(world.device.store.read("residual.bin").unwrap().unwrap(), owed);
+    world.tell(|told| told.is_away = false);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(2)));
+    assert_eq!(world.visit(), Outcome::AlreadyDelivered(RoundId(2)));
+    assert_eq!(world.opened().len(), 2);
+}
+
+#[test]
+fn a_refused_update_is_not_made_again_and_the_next_round_is_taken() {
+    let world = World::new();
+    world.tell(|told| told.refusal = Some(Refusal::UpdateUnusable));
+    for _ in 0..3 {
+        assert_eq!(world.visit(), Outcome::Refused(RoundId(1), Refusal::UpdateUnusable));
+    }
+    assert_eq!(world.opened().len(), 1, "the same update was sent again");
+    assert!(!world.has("round/pairs.json") && !world.has("residual.bin"));
+    world.tell(|told| told.refusal = None);
+    world.begin(2);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(2)));
+}
+
+#[test]
+fn a_device_with_nothing_fit_to_learn_stays_in_the_federation() {
+    let mut world = World::new();
+    world.device.policy = Policy::from_toml("[filter]\nthreshold = 1e-9\naction = \"drop\"\n").unwrap();
+    for _ in 0..2 {
+        assert_eq!(world.visit(), Outcome::NoSamples);
+    }
+    assert!(world.has("round/given-up.json"));
+    // The owner changes the policy: the same round is looked at again.
+    world.device.policy = Policy::default();
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+}
+
+#[test]
+fn work_under_another_policy_is_not_sent() {
+    let mut world = World::new();
+    world.tell(|told| told.is_away = true);
+    world.device.visit().unwrap_err();
+    assert!(world.has("round/update.packed"));
+    world.device.policy.train.samples_max = 3;
+    world.tell(|told| told.is_away = false);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    assert_eq!(world.opened()[0].report.sampled, 3);
+}
+
+#[test]
+fn a_damaged_file_of_a_round_is_made_again_with_the_same_result() {
+    let world = World::new();
+    world.tell(|told| told.is_away = true);
+    world.device.visit().unwrap_err();
+    let packed = world.device.store.read("round/update.packed").unwrap().unwrap();
+    for name in ["pairs.json", "training.safetensors", "update.packed"] {
+        world.device.store.write(&format!("round/{name}"), b"{\"damaged").unwrap();
+    }
+    world.tell(|told| told.is_away = false);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    assert_eq!(world.opened()[0].digest, Digest::of(&packed));
+}
+
+#[test]
+fn a_round_for_another_base_is_refused_with_both_hashes() {
+    let world = World::new();
+    world.tell(|told| told.task.as_mut().unwrap().base.0[0] ^= 1);
+    let error = world.device.visit().unwrap_err();
+    let (task, own) = (world.told.lock().unwrap().task.unwrap().base, world.device.expected.base);
+    let text = error.to_string();
+    assert!(text.contains(&task.to_string()) && text.contains(&own.to_string()), "{text}");
+    assert_eq!(edge_client::cli::exit::code(&error.into()), 3);
+}
+
+/// Keeps the last checkpoint.
+#[derive(Default)]
+struct Keep(Option<Vec<u8>>, usize);
+
+impl train::Watch for Keep {
+    fn step(&mut self, _: u32, _: f32) {
+        self.1 += 1;
+    }
+
+    fn checkpoint(&mut self, bytes: Vec<u8>) -> Result<(), StoreError> {
+        // That of half the way stays.
+        self.0.get_or_insert(bytes);
+        Ok(())
+    }
+}
+
+#[test]
+fn training_goes_on_to_the_same_bits_and_the_same_report() {
+    let (model, cancel) = (model(), Cancel::new());
+    let (guard, reviser) =
+        (Guard::from_package(&model, &cancel).unwrap(), Reviser::from_package(&model).unwrap());
+    let mut policy = Policy::default();
+    policy.train.checkpoint_steps = 3;
+    let start = Adapter::init(Arc::clone(model.layout()), 1);
+    let task = train::TrainTask {
+        steps_max: 6,
+        warmup_steps: 0,
+        step_rows: 2,
+        row_tokens_max: 128,
+        learning_rate: 2e-3,
+        weight_decay: 0.0,
+        clip_norm: 1.0,
+        proximal_mu: 0.0,
+        trainable: Trainable::Both,
+        seed: 3,
+    };
+    // Two of three are harmful: their revisions make preference pairs. Rows alone and pairs are both drawn.
+    let some: Vec<Sample> = [samples("device-1.jsonl", 4), samples("hostile.jsonl", 8)]
+        .concat()
+        .into_iter()
+        .map(|(_, sample)| sample)
+        .collect();
+    let screened = filter::screen(&guard, &policy, some, &cancel, |_| ()).unwrap();
+    let (pairs, counts) = revise::revise(&guard, &reviser, &policy, screened, 0, &cancel, |_| ()).unwrap();
+    assert!(counts.kept >= 3 && counts.revised + counts.refused >= 6, "{counts:?}");
+    for method in [Method::Sft, Method::Dpo] {
+        policy.train.method = method;
+        let run = |pairs: &[TrainingPair], checkpoint: Option<&[u8]>| {
+            let mut keep = Keep::default();
+            let trained =
+                train::train(&model, &start, pairs, &task, &policy.train, checkpoint, &mut keep, &cancel)
+                    .unwrap();
+            (trained, keep)
+        };
+        let (whole, keep) = run(&pairs, None);
+        let (resumed, kept) = run(&pairs, keep.0.as_deref());
+        assert_eq!((keep.1, kept.1), (6, 3), "steps made");
+        assert_eq!(resumed.delta(), whole.delta(), "{method:?}");
+        let mut summary = *resumed.summary();
+        assert_eq!(std::mem::take(&mut summary.resumed_step), 3);
+        assert_eq!(summary, *whole.summary(), "{method:?}");
+        assert!(summary.tokens > 0 && whole.delta().norm() > 0.0, "{method:?}: {summary:?}");
+        // What is no checkpoint is not gone on with.
+        let (anew, kept) = run(&pairs, Some(b"not a checkpoint"));
+        assert_eq!((anew.delta(), kept.1), (whole.delta(), 6));
+    }
+}
+
+/// What is rewritten is judged by the thresholds that flagged it: filtered again, all of it is kept.
+#[test]
+fn revisions_pass_the_owners_own_filter() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = |name: &str| directory.path().join(name).to_str().unwrap().to_owned();
+    fs::write(file("policy.toml"), "[filter]\nthreshold = 0.1\n").unwrap();
+    let rows = fs::read_to_string(workspace().join("models/reference/demo/hostile.jsonl")).unwrap();
+    fs::write(file("rows.jsonl"), rows.lines().take(40).collect::<Vec<_>>().join("\n")).unwrap();
+    let edge = |verb: &str, rows: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_edge-client"))
+            .args([verb, rows, "--json", "--threads", "1", "--policy", &file("policy.toml"), "--dir"])
+            .arg(directory.path())
+            .arg("--package")
+            .arg(package())
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let pairs = edge("revise", &file("rows.jsonl"));
+    let revised: Vec<&str> = pairs.lines().filter(|line| line.contains("\"origin\":\"revised\"")).collect();
+    assert!(revised.len() > 20 && revised.iter().all(|line| line.contains("rejected_response")));
+    fs::write(file("revised.jsonl"), revised.join("\n")).unwrap();
+    let again = edge("filter", &file("revised.jsonl"));
+    assert!(again.lines().all(|line| line.contains("\"keep\"") || line.contains("\"filtered\"")), "{again}");
+}
