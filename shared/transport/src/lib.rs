@@ -20,6 +20,7 @@ mod frames;
 mod quic;
 mod sim;
 mod serve;
+mod seats;
 mod handler;
 mod identity;
 mod certificate;

@@ -8,6 +8,7 @@ use crate::{
     Clock, Handler, Opened, Peer,
     frames::{ReceiveError, SendError, receive, send},
     limits::ServeLimits,
+    seats::{Seat, Seats},
 };
 use commonweal_protocol::{
     Accepted, Chunk, Content, DecodeError, EnrolmentReply, EnrolmentRequest, Fetch, Open, Refusal, Refused,
@@ -16,8 +17,11 @@ use commonweal_protocol::{
 use std::time::Duration;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt as _},
-    sync::Semaphore,
+    sync::{Semaphore, SemaphorePermit},
 };
+
+/// Uploads and downloads of one device at once: one under way, and those that a cut left behind.
+const TRANSFERS_OF_A_DEVICE_MAX: u32 = 8;
 
 /// Serves requests with one handler, so many at once.
 #[derive(Debug)]
@@ -27,6 +31,7 @@ pub(crate) struct Service<H> {
     window: Duration,
     requests: Semaphore,
     transfers: Semaphore,
+    devices: Seats,
 }
 
 /// Why a stream ended without a final reply, or with a refusal.
@@ -77,6 +82,7 @@ impl<H: Handler> Service<H> {
             window: Duration::from_millis(limits.stall_ms),
             requests: Semaphore::new(limits.requests_max),
             transfers: Semaphore::new(limits.transfers_max),
+            devices: Seats::new(TRANSFERS_OF_A_DEVICE_MAX),
         }
     }
 
@@ -163,6 +169,12 @@ impl<H: Handler> Service<H> {
         Ok(self.handler.admit(peer).await?)
     }
 
+    /// Room for one more transfer, held as long as the value.
+    fn transfer(&self, peer: &Peer) -> Result<(Seat<'_>, SemaphorePermit<'_>), Refusal> {
+        let seat = self.devices.take(peer.device).ok_or(Refusal::Busy)?;
+        Ok((seat, self.transfers.try_acquire().map_err(|_| Refusal::Busy)?))
+    }
+
     async fn upload(
         &self,
         peer: &Peer,
@@ -170,7 +182,7 @@ impl<H: Handler> Service<H> {
         sending: &mut (impl AsyncWrite + Unpin),
         receiving: &mut (impl AsyncRead + Unpin),
     ) -> Result<Accepted, StreamError> {
-        let _slot = self.transfers.try_acquire().map_err(|_| Refusal::Busy)?;
+        let _room = self.transfer(peer)?;
         let mut offset = match self.handler.open(peer, open).await? {
             Opened::Done(accepted) => return Ok(accepted),
             Opened::Resume(offset) => offset,
@@ -197,7 +209,7 @@ impl<H: Handler> Service<H> {
         fetch: Fetch,
         sending: &mut (impl AsyncWrite + Unpin),
     ) -> Result<(), StreamError> {
-        let _slot = self.transfers.try_acquire().map_err(|_| Refusal::Busy)?;
+        let _room = self.transfer(peer)?;
         let mut part = self.handler.read(peer, fetch, bounds::CHUNK_BYTES_MAX).await?;
         let length = part.length;
         send(sending, &Reply::Content(Content { digest: fetch.digest, length }), self.window).await?;

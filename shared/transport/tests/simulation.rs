@@ -5,13 +5,14 @@
 
 mod reference;
 
-use commonweal_protocol::{Content, Digest, Poll, Refusal};
+use commonweal_protocol::{Content, Digest, Header, Poll, Refusal, Reply, Request, decode, encode};
 use commonweal_transport::{
     Authority, Clock, Credentials, DeviceKey, Fault, FaultRates, Faults, Link, LinkError, LinkLimits,
-    ServeLimits, Session, SimLink, SimNetwork,
+    Purpose, ServeLimits, Session, SimLink, SimNetwork, Wire as _,
 };
 use reference::{BASE, Reference, announce, bytes};
 use std::sync::Arc;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const NOW_MS: u64 = 1_767_225_600_000;
 const POLL: Poll = Poll { base: BASE, installed: None };
@@ -183,4 +184,32 @@ async fn a_full_aggregator_says_when_to_come_back() {
     let error = stranger.enroll(world.handler.invite(), key.csr().unwrap()).await.unwrap_err();
     let LinkError::Refused { reason: Refusal::Busy, reconnect } = error else { panic!("{error:?}") };
     assert!(reconnect.after_ms > 0);
+}
+
+/// A device that opens transfers and leaves them open has its share of the slots and no more.
+#[tokio::test(start_paused = true)]
+async fn one_device_does_not_take_every_transfer() {
+    let world = world(Faults::none(), 0).await;
+    let open = encode(&Request::Open(announce(&bytes(1_000, 1)))).unwrap();
+    let mut held = Vec::new();
+    let answer = loop {
+        let mut stream = world.link.wire().open(Purpose::Transfer).await.unwrap();
+        stream.sending.write_all(&open).await.unwrap();
+        let mut header = [0; Header::BYTES];
+        stream.receiving.read_exact(&mut header).await.unwrap();
+        let mut body = vec![0; u32::from_le_bytes(header) as usize];
+        stream.receiving.read_exact(&mut body).await.unwrap();
+        match decode::<Reply>(&body).unwrap() {
+            Reply::Offset(0) => held.push(stream),
+            other => break other,
+        }
+        assert!(held.len() < ServeLimits::default().transfers_max / 4, "one device holds {}", held.len());
+    };
+    assert!(matches!(answer, Reply::Refused(refused) if refused.reason == Refusal::Busy), "{answer:?}");
+    // A question is no transfer; and when the streams are gone, so are their seats.
+    world.link.poll(POLL).await.unwrap();
+    drop(held);
+    world.network.settle().await;
+    let payload = bytes(1_000, 1);
+    world.link.upload(&announce(&payload), &payload).await.unwrap();
 }

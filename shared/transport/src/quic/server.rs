@@ -4,22 +4,16 @@
 use super::{CONNECTION_WINDOW_BYTES, STRANGER_WINDOW_BYTES, STREAMS_MAX, code, socket, transport};
 use crate::{
     ALPN, ALPN_ENROLMENT, Clock, Handler, IdentityError, Peer, ServeLimits, ServerIdentity, certificate,
+    seats::Seats,
     serve::{Service, chain},
     tls,
 };
-use commonweal_protocol::DeviceId;
 use quinn::{
     Connection, Endpoint, EndpointConfig, Incoming, VarInt,
     crypto::rustls::{HandshakeData, QuicServerConfig},
 };
 use rustls_pki_types::CertificateDer;
-use std::{
-    collections::HashMap,
-    io,
-    net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -134,7 +128,7 @@ struct Server<H> {
     handshakes_before_proof: usize,
     connections: Semaphore,
     enrolments: Semaphore,
-    devices: Mutex<HashMap<DeviceId, u32>>,
+    devices: Seats,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -149,7 +143,7 @@ impl<H: Handler> Server<H> {
             handshakes_before_proof: handshakes_max - limits.handshakes_before_retry,
             connections: Semaphore::new(limits.connections_max),
             enrolments: Semaphore::new(limits.enrolments_max),
-            devices: Mutex::new(HashMap::new()),
+            devices: Seats::new(CONNECTIONS_OF_A_DEVICE_MAX),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         }
@@ -217,8 +211,8 @@ impl<H: Handler> Server<H> {
     }
 
     async fn serve_device(self: &Arc<Self>, connection: &Connection, peer: Peer) {
-        let seat = Seat::take(&self.devices, peer.device);
-        let (Ok(_slot), Some(_seat)) = (self.connections.try_acquire(), seat) else {
+        let (Ok(_slot), Some(_seat)) = (self.connections.try_acquire(), self.devices.take(peer.device))
+        else {
             tracing::info!(device = %peer.device, "too many connections");
             connection.close(code::BUSY, b"");
             return;
@@ -268,34 +262,4 @@ fn identify(connection: &Connection) -> Result<Peer, IdentityError> {
     let chain =
         connection.peer_identity().and_then(|chain| chain.downcast::<Vec<CertificateDer<'static>>>().ok());
     certificate::peer(&chain.unwrap_or_default())
-}
-
-/// One connection of a device, counted.
-struct Seat<'s> {
-    devices: &'s Mutex<HashMap<DeviceId, u32>>,
-    device: DeviceId,
-}
-
-impl<'s> Seat<'s> {
-    fn take(devices: &'s Mutex<HashMap<DeviceId, u32>>, device: DeviceId) -> Option<Self> {
-        let mut table = devices.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = table.entry(device).or_default();
-        if *taken >= CONNECTIONS_OF_A_DEVICE_MAX {
-            return None;
-        }
-        *taken += 1;
-        Some(Self { devices, device })
-    }
-}
-
-impl Drop for Seat<'_> {
-    fn drop(&mut self) {
-        let mut table = self.devices.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(taken) = table.get_mut(&self.device) {
-            *taken -= 1;
-            if *taken == 0 {
-                table.remove(&self.device);
-            }
-        }
-    }
 }
