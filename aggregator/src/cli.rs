@@ -54,7 +54,7 @@ enum Verb {
     #[command(
         after_help = "Example:\n  aggregator init --dir state --package package --address fl.example.org:4433"
     )]
-    Init(init::Init),
+    Init(Box<init::Init>),
     /// Take devices' updates, hold rounds, publish releases; until a signal, or for some rounds.
     #[command(after_help = "Examples:\n  aggregator serve --dir state\n  \
         aggregator serve --dir state --rounds 3 --json\n\n\
@@ -64,8 +64,14 @@ enum Verb {
     #[command(after_help = "Example:\n  aggregator token --dir state --count 4 --expires 1h")]
     Token(tokens::TokenVerb),
     /// Where the federation stands.
+    #[command(
+        after_help = "Examples:\n  aggregator status --dir state\n  aggregator status --dir state --json"
+    )]
     Status,
     /// Every round: outcome, measures, counts, seconds.
+    #[command(
+        after_help = "Examples:\n  aggregator rounds --dir state\n  aggregator rounds --from 10 --dir state --json"
+    )]
     Rounds(inspect::RoundsVerb),
     /// Publish an earlier release's adapter again, as the newest release.
     #[command(after_help = "Example:\n  aggregator rollback 3 --dir state")]
@@ -81,8 +87,10 @@ enum Verb {
         aggregator evaluate --dir state --adapter candidate.safetensors\n\nExits with 4 if a gate fails.")]
     Evaluate(Box<adapters::EvaluateVerb>),
     /// The enrolled devices.
+    #[command(after_help = "Example:\n  aggregator devices --dir state")]
     Devices,
     /// Refuse a device from its next request on.
+    #[command(after_help = "Example:\n  aggregator revoke 3f2a9c41d07be85566aa01c9e2d4b7f0 --dir state")]
     Revoke {
         /// Its name, as `devices` prints it.
         device: String,
@@ -155,31 +163,37 @@ impl CliError {
         match self {
             Self::Config(_)
             | Self::Input(_)
-            | Self::Directory(DirectoryError::Absent { .. } | DirectoryError::Present { .. })
             | Self::Publish(PublishError::Unknown { .. })
             | Self::Enroll(EnrollError::DeviceUnknown { .. })
-            | Self::Laboratory(
-                LaboratoryError::Package(_)
-                | LaboratoryError::Set(_)
-                | LaboratoryError::Adapter { .. }
-                | LaboratoryError::Facts { .. }
-                | LaboratoryError::GuardConfig(_)
-                | LaboratoryError::Constitution(_)
-                | LaboratoryError::NoGuard,
-            ) => 3,
+            | Self::Serve(ServeError::OtherBase { .. } | ServeError::NoRelease) => 3,
             Self::Gate(_) => 4,
-            Self::Laboratory(LaboratoryError::Library(_))
-            | Self::Directory(DirectoryError::Locked { .. })
-            | Self::Serve(ServeError::Listen { .. }) => 5,
-            Self::Serve(ServeError::Laboratory(error)) => {
-                if matches!(error, LaboratoryError::Library(_)) {
-                    5
-                } else {
-                    3
-                }
-            }
+            Self::Serve(ServeError::Listen { .. }) => 5,
+            Self::Directory(error) | Self::Serve(ServeError::Directory(error)) => directory_code(error),
+            Self::Laboratory(error) | Self::Serve(ServeError::Laboratory(error)) => laboratory_code(error),
             _ => 1,
         }
+    }
+}
+
+fn directory_code(error: &DirectoryError) -> u8 {
+    match error {
+        DirectoryError::Absent { .. } | DirectoryError::Present { .. } | DirectoryError::File { .. } => 3,
+        DirectoryError::Locked { .. } => 5,
+        DirectoryError::Key { .. } | DirectoryError::Authority { .. } => 1,
+    }
+}
+
+fn laboratory_code(error: &LaboratoryError) -> u8 {
+    match error {
+        LaboratoryError::Package(_)
+        | LaboratoryError::Set(_)
+        | LaboratoryError::Adapter { .. }
+        | LaboratoryError::Facts { .. }
+        | LaboratoryError::GuardConfig(_)
+        | LaboratoryError::Constitution(_)
+        | LaboratoryError::NoGuard => 3,
+        LaboratoryError::Library(_) => 5,
+        _ => 1,
     }
 }
 
@@ -211,7 +225,7 @@ impl Opened {
 pub fn run(cli: Cli) -> Result<(), CliError> {
     let Cli { dir, json, verb } = cli;
     match verb {
-        Verb::Init(init) => init::init(&dir, init, json),
+        Verb::Init(init) => init::init(&dir, &init, json),
         Verb::Serve(serve) => {
             Directory::open(&dir)?;
             let mut config = Config::read(&dir)?;
@@ -260,4 +274,40 @@ fn say_json(value: &impl serde::Serialize) -> Result<(), CliError> {
     let line = serde_json::to_string(value).map_err(|error| CliError::other("the result", error))?;
     say(&line);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn every_verb_shows_an_example_that_parses() {
+        let command = Cli::command();
+        let helps = command.get_subcommands().map(|verb| (verb.get_name(), verb.get_after_help()));
+        for (name, help) in helps.chain([("aggregator", command.get_after_help())]) {
+            let help = help.unwrap_or_else(|| panic!("{name} has no example")).to_string();
+            let mut examples =
+                help.lines().map(str::trim).filter(|line| line.starts_with("aggregator ")).peekable();
+            assert!(examples.peek().is_some(), "{name} has no example");
+            for example in examples {
+                Cli::try_parse_from(example.split(' ')).unwrap_or_else(|error| panic!("{example}: {error}"));
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_cause_has_the_same_code_in_every_verb() {
+        let locked = || DirectoryError::Locked { path: "lock".into() };
+        assert_eq!(
+            (CliError::from(locked()).code(), CliError::from(ServeError::from(locked())).code()),
+            (5, 5)
+        );
+        let no_guard = || LaboratoryError::NoGuard;
+        assert_eq!(
+            (CliError::from(no_guard()).code(), CliError::from(ServeError::from(no_guard())).code()),
+            (3, 3)
+        );
+    }
 }

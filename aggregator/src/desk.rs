@@ -6,16 +6,14 @@
 mod state;
 mod record;
 
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use commonweal_protocol::{DeviceId, Open, RoundId, SignedReceipt, Start};
-use serde::{Deserialize, Serialize};
+use commonweal_protocol::{DeviceId, RoundId, Start};
 
-use crate::events::{AlignFigures, EvaluateFigures, Event as Told, Events, Figures, MergeFigures};
+use crate::events::{Event as Told, Events, Figures};
 use crate::publish::Publisher;
 use crate::round::{Action, Event, NotAdmitted, Outcome, Phase, Policy, Rounds, Summary};
-use crate::store::{Append, Coord, Storage, StoreError};
+use crate::store::{Append, Storage, StoreError};
 
 pub use record::{RECORDS, Record, records};
 pub use state::{Accepted, DeskError, Progress, peek};
@@ -39,7 +37,7 @@ pub enum Taken {
     /// It counts from now on.
     Now,
     /// It was already taken, with this answer.
-    Before(Accepted),
+    Before(Box<Accepted>),
 }
 
 struct Inner {
@@ -152,7 +150,7 @@ impl Desk {
         inner.durable.rounds.admits(round, &device)?;
         let taken = match self.storage.inbox.append_once(&queue(round), &device.to_string(), &value)? {
             Append::Appended => Taken::Now,
-            Append::Duplicate(found) => Taken::Before(decode_accepted(&found)?),
+            Append::Duplicate(found) => Taken::Before(Box::new(decode_accepted(&found)?)),
         };
         self.apply(&mut inner, now_ms, Event::Received(device))?;
         if taken == Taken::Now {
@@ -261,8 +259,8 @@ impl Desk {
                 return Err(error);
             }
         }
-        if let Some(work) = effects.work {
-            inner.work = work;
+        if effects.work.is_some() || effects.finished.is_some() {
+            inner.work = effects.work;
         }
         inner.wake_ms = effects.wake_ms.or(inner.wake_ms.filter(|wake_ms| *wake_ms > now_ms));
         inner.stop |= effects.stop;
@@ -300,12 +298,11 @@ impl Desk {
             }),
             Action::Closed => effects.told.push(self.closed(&before.rounds)?),
             work @ (Action::Merge | Action::Align(_) | Action::Evaluate(_) | Action::Publish(..)) => {
-                effects.work = Some(Some(work.clone()));
+                effects.work = Some(work.clone());
             }
             Action::Finish(summary) => {
                 self.record(summary, &inner.durable.progress)?;
                 inner.durable.progress = Progress::default();
-                effects.work = Some(None);
                 effects.finished = Some(summary.round);
                 effects.told.extend(match &summary.outcome {
                     Outcome::Published { .. } => None,
@@ -352,7 +349,7 @@ impl Desk {
             }
             result => result?,
         };
-        if inner.sequence % 64 == 0 {
+        if inner.sequence.is_multiple_of(64) {
             self.storage.coord.truncate(LOG, inner.sequence)?;
         }
         Ok(())
@@ -368,7 +365,7 @@ impl Desk {
 
 #[derive(Default)]
 struct Effects {
-    work: Option<Option<Action>>,
+    work: Option<Action>,
     wake_ms: Option<u64>,
     stop: bool,
     finished: Option<RoundId>,

@@ -167,21 +167,15 @@ impl Directory {
     /// The key that signs receipts and releases.
     pub fn signing_key(&self) -> Result<SigningKey, DirectoryError> {
         let path = self.signing_key_path();
-        let text = self.read(&path)?;
+        let text = read(&path)?;
         SigningKey::from_pkcs8_pem(&text).map_err(|source| DirectoryError::Key { path, source })
     }
 
     /// The federation's certificate authority.
     pub fn authority(&self) -> Result<Authority, DirectoryError> {
         let path = self.authority_path();
-        let text = self.read(&path)?;
+        let text = read(&path)?;
         Authority::from_pem(&text).map_err(|source| DirectoryError::Authority { path, source })
-    }
-
-    fn read(&self, path: &Path) -> Result<zeroize::Zeroizing<String>, DirectoryError> {
-        fs::read_to_string(path)
-            .map(zeroize::Zeroizing::new)
-            .map_err(|source| DirectoryError::File { path: path.to_owned(), source })
     }
 
     /// Becomes the one server.
@@ -199,6 +193,12 @@ impl Directory {
             Err(fs4::TryLockError::Error(source)) => Err(DirectoryError::File { path, source }),
         }
     }
+}
+
+fn read(path: &Path) -> Result<zeroize::Zeroizing<String>, DirectoryError> {
+    fs::read_to_string(path)
+        .map(zeroize::Zeroizing::new)
+        .map_err(|source| DirectoryError::File { path: path.to_owned(), source })
 }
 
 #[cfg(test)]

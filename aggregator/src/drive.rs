@@ -143,7 +143,11 @@ impl<S: Stages> Driver<S> {
     }
 
     fn load(&self, digest: &Digest) -> Result<Result<Adapter, String>, DriveError> {
-        let bytes = self.parts.storage.blob.read_all(digest, bounds::CONTENT_BYTES_MAX)?;
+        let bytes = match self.parts.storage.blob.read_all(digest, bounds::CONTENT_BYTES_MAX) {
+            Ok(bytes) => bytes,
+            Err(error) if is_lost(&error) => return Ok(Err(chain(&error))),
+            Err(error) => return Err(error.into()),
+        };
         let read = self.base.read("candidate", &bytes, AdapterKind::Assistant);
         Ok(read.map_err(|error| chain(&error)))
     }
@@ -306,6 +310,8 @@ impl<S: Stages> Driver<S> {
         let result = (|| -> Result<usize, DriveError> {
             let mut named = self.parts.publisher.kept(self.parts.config.receive.releases_kept)?;
             let rounds = self.parts.desk.rounds();
+            // However many releases followed it meanwhile, the round begins there.
+            named.extend(rounds.start.map(|start| start.digest));
             if let Phase::Aligning { candidate }
             | Phase::Evaluating { candidate }
             | Phase::Publishing { candidate, .. } = &rounds.phase
@@ -340,6 +346,7 @@ fn is_lost(error: &StoreError) -> bool {
     matches!(error, StoreError::Missing { .. } | StoreError::Refused { .. })
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "it is what a stage ends with")]
 fn refused(reason: impl Into<String>) -> Outcome {
     Ok((None, Event::Refused(reason.into())))
 }

@@ -11,7 +11,7 @@ use commonweal_protocol::{
     Version,
 };
 
-use crate::store::{Blob, Coord, StoreError};
+use crate::store::{Blob, Coord, PAGE_MAX, StoreError};
 
 /// The log whose entries are the releases; entry `n` is version `n − 1`.
 const LOG: &str = "release";
@@ -129,12 +129,12 @@ impl Publisher {
         if !candidate.card.passed() {
             return Err(PublishError::GateFailed);
         }
+        if let Some(published) = self.already(&candidate)? {
+            return Ok(published);
+        }
         let head = self.head()?;
         let version = match (&head, candidate.parent) {
             (None, None) => Version(0),
-            (Some(head), _) if candidate.round.is_some() && head.release.round == candidate.round => {
-                return Ok(head.clone());
-            }
             (Some(head), Some(parent)) if head.release.version == parent => {
                 Version(parent.0.saturating_add(1))
             }
@@ -147,6 +147,13 @@ impl Publisher {
             }
         };
         self.append(version, candidate, now_ms)
+    }
+
+    /// The release that a round already made of its parent, however the head has moved since.
+    fn already(&self, candidate: &Candidate) -> Result<Option<SignedRelease>, PublishError> {
+        let (Some(_), Some(parent)) = (candidate.round, candidate.parent) else { return Ok(None) };
+        let since = self.history(Version(parent.0.saturating_add(1)), PAGE_MAX)?;
+        Ok(since.into_iter().find(|signed| signed.release.round == candidate.round))
     }
 
     /// Publishes the adapter of an earlier release again, as the newest version.
@@ -264,6 +271,17 @@ mod tests {
         assert_eq!((back.version, back.parent, back.digest), (Version(2), Some(Version(1)), first));
         assert_eq!(publisher.history(Version(0), 10).unwrap().len(), 3);
         assert!(matches!(publisher.roll_back(Version(9), 5), Err(PublishError::Unknown { .. })));
+    }
+
+    #[test]
+    fn a_round_that_was_published_and_rolled_back_before_it_was_recorded_is_published() {
+        let memory = MemoryStorage::default();
+        let (publisher, _) = first(&memory);
+        let digest = stored(&memory, b"second");
+        let second = publisher.publish(candidate(1, 0, digest), 2).unwrap();
+        publisher.roll_back(Version(0), 3).unwrap();
+        assert_eq!(publisher.publish(candidate(1, 0, digest), 4).unwrap(), second);
+        assert_eq!(publisher.head().unwrap().unwrap().release.version, Version(2), "the roll-back stays");
     }
 
     #[test]

@@ -14,15 +14,15 @@ mod limit;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use commonweal_adapter::{AdapterLayout, DecodeLimits, PackedDelta};
+use commonweal_adapter::{AdapterLayout, DecodeLimits};
 use commonweal_protocol::{
-    Accepted, BaseHash, Chunk, DeviceId, Digest, Fetch, Open, Poll, PollReply, Receipt, ReconnectWindow,
-    Refusal, Refused, RoundTask, SignedReceipt, SigningKey, Start, UploadKey, Version,
+    BaseHash, DeviceId, Digest, Fetch, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, RoundTask,
+    SigningKey, Start, Version,
 };
-use commonweal_transport::{Clock, ContentPart, Opened};
+use commonweal_transport::{Clock, ContentPart};
 
 use crate::config::Config;
-use crate::desk::{self, Desk, DeskError, Taken};
+use crate::desk::Desk;
 use crate::events::{Event, Events};
 use crate::pause::PausePoint;
 use crate::publish::Publisher;
@@ -64,15 +64,23 @@ impl std::fmt::Debug for Parts {
     }
 }
 
+/// Devices are spread over so many locks: two of them seldom share one, and no list of devices grows.
+const LANES: usize = 64;
+
 /// See the module. All calls block on the disk.
 pub struct Receiver {
     parts: Parts,
     limits: DecodeLimits,
     live: Mutex<Live>,
+    /// Held by each step of an upload: a stream that a cut left behind may still be in the midst of the same one.
+    lanes: [Mutex<()>; LANES],
+    /// Held while an update is in memory whole, so that memory is bounded by one update and not by devices.
+    whole: Mutex<()>,
 }
 
 /// What is forgotten with the process; bounded by the enrolled devices.
 struct Live {
+    /// The upload that each device opened last, of the current round only.
     opens: BTreeMap<DeviceId, Open>,
     rates: Limits,
     published: BTreeSet<Digest>,
@@ -92,7 +100,14 @@ impl Receiver {
         let rates = Limits::new(&parts.config.receive, limits.bytes_max as u64);
         let live =
             Live { opens: BTreeMap::new(), rates, published: BTreeSet::new(), installed: BTreeMap::new() };
-        Self { parts, limits, live: Mutex::new(live) }
+        let lanes = std::array::from_fn(|_| Mutex::default());
+        Self { parts, limits, live: Mutex::new(live), lanes, whole: Mutex::default() }
+    }
+
+    /// One step of a device's upload at a time.
+    fn lane(&self, device: DeviceId) -> MutexGuard<'_, ()> {
+        let lane = usize::from(device.0[0]) % LANES;
+        self.lanes[lane].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn live(&self) -> MutexGuard<'_, Live> {

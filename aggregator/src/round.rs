@@ -17,7 +17,7 @@ mod simulate;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundId, Start, Version};
+use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundId, Start};
 use serde::{Deserialize, Serialize};
 
 pub use policy::{GOAL_MAX, Policy, PolicyError};
@@ -198,7 +198,7 @@ impl Rounds {
         let Phase::Waiting { ready, since_ms } = &mut self.phase else { return Vec::new() };
         // Bounded: beyond the goal nobody needs to be remembered.
         if ready.len() < policy.goal as usize {
-            ready.insert(device.clone());
+            ready.insert(device);
         }
         let since_ms = *since_ms.get_or_insert(now_ms);
         let open_ms = since_ms.saturating_add(policy.wait_ms);
@@ -223,14 +223,13 @@ impl Rounds {
     fn assign(&mut self, policy: &Policy, device: DeviceId) -> Vec<Action> {
         let Phase::Collecting { target, selected, .. } = &mut self.phase else { return Vec::new() };
         match selected.get(&device) {
-            Some(true) => Vec::new(),
             Some(false) => vec![Action::Assign(device)],
             None if selected.len() < policy.selected_max(*target) as usize => {
-                selected.insert(device.clone(), false);
+                selected.insert(device, false);
                 self.selected = selected.len() as u32;
                 vec![Action::Save, Action::Assign(device)]
             }
-            None => Vec::new(),
+            Some(true) | None => Vec::new(),
         }
     }
 

@@ -74,6 +74,9 @@ pub enum ServeError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The thread of the stages.
+    #[error("the stages ended with a panic, which the log tells; the round goes on at the next start")]
+    Driver,
     /// Threads or signals.
     #[error("the system refused {what}")]
     System {
@@ -226,8 +229,11 @@ impl Shell {
         loop {
             tokio::select! {
                 () = signals.next() => break,
-                _ = &mut end => {
-                    tokio::select! { () = self.linger() => {}, () = signals.next() => {} }
+                ended = &mut end => {
+                    // A driver that panicked has told nothing: there is no release to wait for.
+                    if ended.is_ok() {
+                        tokio::select! { () = self.linger() => {}, () = signals.next() => {} }
+                    }
                     break;
                 }
                 _ = reload.tick() => server.reload(identity()?)?,
@@ -238,10 +244,7 @@ impl Shell {
         self.parts.storage.watch.notify();
         server.close().await;
         // The driver ends at the next step; its stage's calls were cancelled.
-        if tokio::task::spawn_blocking(move || thread.join()).await.is_err() {
-            tracing::error!("the driver's thread ended early");
-        }
-        Ok(())
+        join(thread).await
     }
 
     fn version(&self) -> Result<Version, ServeError> {
@@ -258,6 +261,14 @@ impl Shell {
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
+    }
+}
+
+/// The end of the driver's thread.
+async fn join(thread: std::thread::JoinHandle<()>) -> Result<(), ServeError> {
+    match tokio::task::spawn_blocking(move || thread.join()).await {
+        Ok(Ok(())) => Ok(()),
+        _ => Err(ServeError::Driver),
     }
 }
 
@@ -291,5 +302,17 @@ impl Signals {
 
     async fn next(&mut self) {
         tokio::select! { _ = self.terminate.recv() => {}, _ = self.interrupt.recv() => {} }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_driver_that_panics_is_no_success() {
+        join(std::thread::spawn(|| {})).await.unwrap();
+        let panicked = std::thread::spawn(|| panic!("a stage's bug"));
+        assert!(matches!(join(panicked).await, Err(ServeError::Driver)));
     }
 }

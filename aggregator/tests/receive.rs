@@ -13,7 +13,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use aggregator::store::{Disk, RealDisk};
-use commonweal_adapter::{AdapterDelta, AdapterLayout, CompressOptions, Module, Residual, Target, Trainable};
+use commonweal_adapter::{
+    AdapterDelta, AdapterLayout, Bits, CompressOptions, Module, Residual, Target, Trainable,
+};
 use commonweal_protocol::{AggregatorKey, BaseHash, Digest, Fetch, Open, Poll, Refusal, UploadKey, Version};
 use commonweal_transport::Opened;
 use rand::SeedableRng;
@@ -137,7 +139,7 @@ fn chunks_must_be_whole_and_follow_each_other() {
 }
 
 #[test]
-fn garbage_another_shape_and_values_that_are_no_numbers_are_refused() {
+fn garbage_and_another_shape_are_refused() {
     let world = world();
     world.assign(&[1]);
     let garbage = vec![7_u8; 300];
@@ -153,22 +155,55 @@ fn garbage_another_shape_and_values_that_are_no_numbers_are_refused() {
     let bytes =
         commonweal_adapter::compress(&delta, &mut residual, &options, &mut random).unwrap().into_bytes();
     assert_eq!(reason(world.upload(1, open(1, &bytes), &bytes)), Refusal::UpdateUnusable);
-    // Scales replaced by NaN and infinity wherever a scale could be: never taken, never a panic.
+}
+
+/// The frame of a packed delta, as `commonweal-adapter` writes it.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Frame {
+    layout: [u8; 16],
+    trainable: Trainable,
+    bits: Bits,
+    block: u16,
+    rotation: Option<u64>,
+    kept: u32,
+    places: Vec<u8>,
+    scales: Vec<u8>,
+    levels: Levels,
+}
+
+#[derive(serde::Serialize, serde::Deserialize)]
+enum Levels {
+    Packed(Vec<u8>),
+    Ternary { negative: u32, zero: u32, words: Vec<u8> },
+}
+
+/// An update whose scales are all this bf16: one raw block of zstd with the high bytes and then the low ones.
+fn with_scales(scale: u16) -> Vec<u8> {
     let honest = update(0.1);
-    for at in 0..honest.len() - 3 {
-        let mut bytes = honest.clone();
-        bytes[at..at + 2].copy_from_slice(&[0xff, 0x7e]);
-        if bytes == honest {
-            continue;
-        }
-        let answer = world.upload(1, open(1, &bytes), &bytes);
-        if let Ok(accepted) = answer {
-            // Still an update: then it is finite, or it would not decode.
-            assert_eq!(accepted.receipt.receipt.digest, Digest::of(&bytes));
-            break;
-        }
+    let mut frame: Frame = postcard::from_bytes(&honest[1..]).unwrap();
+    let blocks = frame.kept.div_ceil(u32::from(frame.block)) as usize;
+    let [high, low] = scale.to_be_bytes();
+    let planes = [vec![high; blocks], vec![low; blocks]].concat();
+    let length = u8::try_from(planes.len()).unwrap();
+    frame.scales =
+        [&[0x28, 0xb5, 0x2f, 0xfd, 0x20, length], &(u32::from(length) << 3 | 1).to_le_bytes()[..3]].concat();
+    frame.scales.extend(planes);
+    postcard::to_extend(&frame, vec![honest[0]]).unwrap()
+}
+
+#[test]
+fn values_that_are_no_numbers_are_refused() {
+    let world = world();
+    world.assign(&[1]);
+    for (what, scale) in [("NaN", 0x7fc0), ("infinite", 0x7f80), ("negative", 0xbc00)] {
+        let bytes = with_scales(scale);
+        assert_eq!(reason(world.upload(1, open(1, &bytes), &bytes)), Refusal::UpdateUnusable, "{what}");
+        let told = world.refusals().pop().unwrap();
+        assert!(told.contains("expected a finite scale"), "{what}: {told}");
     }
-    assert_eq!(reason(world.receiver.open(device(1), open(9, &honest))), Refusal::StaleRound);
+    // The same with a number is taken: nothing else was wrong.
+    let bytes = with_scales(0x3c00);
+    world.upload(1, open(1, &bytes), &bytes).unwrap();
 }
 
 #[test]
@@ -232,6 +267,91 @@ fn a_full_disk_refuses_new_uploads_and_loses_nothing_accepted() {
     assert_eq!(world.receiver.finish(device(1), open(1, &bytes).key()).unwrap(), accepted);
     disk.0.store(1 << 20, Ordering::SeqCst);
     world.upload(2, open(1, &other), &other).unwrap();
+}
+
+#[test]
+fn what_a_vanished_device_was_promised_ends_with_its_round() {
+    let disk = Arc::new(Limited(AtomicU64::new(1 << 20)));
+    let world = World::new(disk.clone());
+    world.assign(&[1]);
+    let bytes = update(0.1);
+    world.receiver.open(device(1), open(1, &bytes)).unwrap();
+    world.clock.set(NOW_MS + 61_000);
+    world.parts.desk.next(NOW_MS + 61_000).unwrap();
+    world.assign(&[2]);
+    // Room for this update alone, once as it comes in and once kept.
+    disk.0.store(2 * bytes.len() as u64, Ordering::SeqCst);
+    world.upload(2, open(2, &bytes), &bytes).unwrap();
+}
+
+/// A disk that takes its time.
+#[derive(Debug)]
+struct Slow;
+
+impl Disk for Slow {
+    fn write(&self, file: &mut std::fs::File, bytes: &[u8]) -> std::io::Result<()> {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        std::io::Write::write_all(file, bytes)
+    }
+    fn free_bytes(&self, _dir: &Path) -> std::io::Result<u64> {
+        Ok(u64::MAX)
+    }
+}
+
+#[test]
+fn a_stream_that_a_cut_left_behind_does_not_write_into_the_one_that_goes_on() {
+    let world = World::new(Arc::new(Slow));
+    world.assign(&[1]);
+    let bytes = update(0.1);
+    let announced = open(1, &bytes);
+    world.receiver.open(device(1), announced).unwrap();
+    let send = || world.receiver.chunk(device(1), announced.key(), &chunk(0, &bytes));
+    let answers = std::thread::scope(|scope| {
+        let streams = [scope.spawn(send), scope.spawn(send)];
+        streams.map(|stream| stream.join().unwrap().map_err(|refused| refused.reason))
+    });
+    assert!(answers.contains(&Ok(bytes.len() as u64)), "{answers:?}");
+    assert!(answers.contains(&Err(Refusal::OffsetMismatch)), "{answers:?}");
+    let answers = std::thread::scope(|scope| {
+        let finish = || world.receiver.finish(device(1), announced.key());
+        let streams = [scope.spawn(finish), scope.spawn(finish)];
+        streams.map(|stream| stream.join().unwrap().unwrap())
+    });
+    assert_eq!(answers[0], answers[1], "one receipt");
+}
+
+#[test]
+fn the_rest_of_a_late_update_is_not_taken() {
+    let world = world();
+    world.assign(&[1]);
+    let bytes = update(0.1);
+    let announced = open(1, &bytes);
+    world.receiver.open(device(1), announced).unwrap();
+    world.receiver.chunk(device(1), announced.key(), &chunk(0, &bytes[..10])).unwrap();
+    world.parts.desk.next(NOW_MS + 61_000).unwrap();
+    let late = world.receiver.chunk(device(1), announced.key(), &chunk(10, &bytes[10..]));
+    assert_eq!(reason(late), Refusal::StaleRound);
+    assert_eq!(std::fs::read_dir(world.dir.path().join("partials")).unwrap().count(), 0);
+}
+
+#[test]
+fn an_update_in_crumbs_is_slowed_down() {
+    let world = World::open(tempfile::tempdir().unwrap(), Arc::new(RealDisk), |config| {
+        config.receive.requests_burst = 4;
+    });
+    world.assign(&[1]);
+    let bytes = update(0.1);
+    let announced = open(1, &bytes);
+    world.receiver.open(device(1), announced).unwrap();
+    let send = |at: usize, end: usize| {
+        world.receiver.chunk(device(1), announced.key(), &chunk(at as u64, &bytes[at..end]))
+    };
+    for at in 0..4 {
+        send(at, at + 1).unwrap();
+    }
+    assert_eq!(reason(send(4, 5)), Refusal::Busy);
+    send(4, bytes.len()).unwrap();
+    world.receiver.finish(device(1), announced.key()).unwrap();
 }
 
 #[test]

@@ -263,6 +263,40 @@ fn an_update_that_is_damaged_on_disk_ends_the_round_and_stops_nothing() {
 }
 
 #[test]
+fn a_candidate_that_is_lost_on_disk_ends_the_round_and_stops_nothing() {
+    let world = world();
+    let mut stages = driver(&world, Script::default());
+    deliver(&world, 1, [0.1, 0.2]);
+    assert_eq!(stages.step(), Step::Worked);
+    let Phase::Aligning { candidate } = world.parts.desk.rounds().phase else { panic!("it was merged") };
+    world.parts.storage.blob.delete(&candidate).unwrap();
+    run(&world, &mut stages);
+    let record = history(&world).pop().unwrap();
+    assert_eq!(record.outcome, "rejected");
+    assert!(record.reason.unwrap().contains(&candidate.to_string()), "it is named");
+    assert!(matches!(world.parts.desk.rounds().phase, Phase::Waiting { .. }));
+}
+
+#[test]
+fn a_rounds_start_is_kept_while_the_round_lasts() {
+    let world = World::open(tempfile::tempdir().unwrap(), Arc::new(RealDisk), |config| {
+        config.receive.releases_kept = 2;
+    });
+    let mut stages = driver(&world, Script::default());
+    deliver(&world, 1, [0.1, 0.2]);
+    run(&world, &mut stages);
+    let start = head(&world).digest;
+    world.assign(&[1, 2]);
+    for _ in 0..2 {
+        world.parts.publisher.roll_back(Version(0), NOW_MS).unwrap();
+    }
+    // A start of the process sweeps.
+    let stages = driver(&world, Script::default());
+    drop(stages);
+    assert!(world.parts.storage.blob.length(&start).unwrap().is_some(), "devices still fetch it");
+}
+
+#[test]
 fn a_round_without_a_quorum_is_recorded_and_the_next_begins() {
     let world =
         World::open(tempfile::tempdir().unwrap(), Arc::new(RealDisk), |config| config.round.quorum = 2);

@@ -2,6 +2,7 @@
 #![allow(
     clippy::unwrap_used,
     missing_docs,
+    missing_debug_implementations,
     unreachable_pub,
     dead_code,
     reason = "a test that cannot get its value has failed"

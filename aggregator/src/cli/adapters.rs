@@ -101,17 +101,14 @@ pub(super) fn evaluate(mut opened: Opened, verb: &EvaluateVerb, json: bool) -> R
     verb.flags.apply(&mut opened.config);
     opened.config.check()?;
     let (package, base) = open_package(&opened.config.package)?;
-    let (name, adapter) = match &verb.adapter {
-        Some(path) => {
-            let bytes =
-                fs::read(path).map_err(|error| CliError::Input(format!("{}: {error}", path.display())))?;
-            let name = path.display().to_string();
-            (name.clone(), base.read(&name, &bytes, AdapterKind::Assistant)?)
-        }
-        None => {
-            let (version, adapter) = load(&opened, &base, verb.version)?;
-            (format!("release {version}"), adapter)
-        }
+    let (name, adapter) = if let Some(path) = &verb.adapter {
+        let name = path.display().to_string();
+        let bytes = fs::read(path).map_err(|error| CliError::Input(format!("{name}: {error}")))?;
+        let adapter = base.read(&name, &bytes, AdapterKind::Assistant)?;
+        (name, adapter)
+    } else {
+        let (version, adapter) = load(&opened, &base, verb.version)?;
+        (format!("release {version}"), adapter)
     };
     let (publisher, _) = opened.publisher()?;
     let laboratory = Laboratory::open(&package, &base, &opened.config, &Cancel::new())?;

@@ -27,7 +27,7 @@ pub(super) struct Init {
     no_evaluate: bool,
 }
 
-pub(super) fn init(dir: &Path, init: Init, json: bool) -> Result<(), CliError> {
+pub(super) fn init(dir: &Path, init: &Init, json: bool) -> Result<(), CliError> {
     let mut config = Config::default();
     init.flags.apply(&mut config);
     config.check()?;

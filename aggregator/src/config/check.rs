@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use commonweal_adapter::layout::RANK_MAX;
+use commonweal_adapter::merge::ROBUST_DEVICES_MAX;
 use commonweal_protocol::{
     BaseHash, Digest, PollReply, ReconnectWindow, Reply, RoundId, RoundTask, Start, Version, encode,
 };
 
-use super::{Config, ConfigError};
+use super::{Config, ConfigError, Rule};
 use crate::evaluate::sets;
 
 impl Config {
@@ -69,6 +70,19 @@ impl Config {
                 format!("merge.{name}: expected 0 or more, got {value}"),
             );
         }
+        let robust = merge.rule != Rule::Mean && !self.plain;
+        require(
+            !robust || self.round.goal as usize <= ROBUST_DEVICES_MAX,
+            format!("round.goal: expected at most {ROBUST_DEVICES_MAX} with a robust merge.rule"),
+        );
+        let honest_min = merge.byzantine.saturating_mul(2).saturating_add(3);
+        require(
+            !robust || merge.rule != Rule::MultiKrum || self.round.quorum as usize >= honest_min,
+            format!(
+                "round.quorum: expected at least {honest_min} (2 · merge.byzantine + 3) with multi-krum, got {}",
+                self.round.quorum
+            ),
+        );
         let align = &self.align;
         require(
             (1..=10_000).contains(&align.prompts)
@@ -189,6 +203,18 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} in {text}");
         }
+    }
+
+    #[test]
+    fn a_robust_rule_that_no_round_could_satisfy_is_refused() {
+        let (_dir, mut config) = sound();
+        config.merge.rule = Rule::MultiKrum;
+        let text = config.check().unwrap_err().to_string();
+        assert!(text.contains("expected at least 5") && text.contains("got 4"), "{text}");
+        (config.round.quorum, config.round.goal) = (5, 2_000);
+        assert!(config.check().unwrap_err().to_string().contains("round.goal: expected at most 1024"));
+        config.round.goal = 8;
+        config.check().unwrap();
     }
 
     #[test]

@@ -189,35 +189,46 @@ impl Registry {
         now_ms: u64,
         expires_ms: u64,
     ) -> Result<CertificateChain, EnrollError> {
-        let record = self.admit(&device)?;
+        // Read once: who is revoked from here on has moved the head, and the record below does not go over it.
+        let (sequence, record) = self.admitted(&device)?;
         let certificates = authority.certify(device, csr, now_ms, expires_ms).map_err(EnrollError::Csr)?;
         let log = device_log(&device);
-        if let Some((sequence, _)) = self.load::<DeviceRecord>(&log)? {
-            self.save(&log, sequence, &DeviceRecord { expires_ms, ..record })?;
-            self.coord.truncate(&log, sequence)?;
-        }
+        self.save(&log, sequence, &DeviceRecord { expires_ms, ..record })?;
+        self.coord.truncate(&log, sequence)?;
         Ok(certificates)
     }
 
     /// The record of a device that may ask.
     pub fn admit(&self, device: &DeviceId) -> Result<DeviceRecord, EnrollError> {
-        let (_, record): (u64, DeviceRecord) =
-            self.load(&device_log(device))?.ok_or(EnrollError::DeviceUnknown { device: *device })?;
+        self.admitted(device).map(|(_, record)| record)
+    }
+
+    fn admitted(&self, device: &DeviceId) -> Result<(u64, DeviceRecord), EnrollError> {
+        let (sequence, record) = self.device(device)?;
         if record.revoked_ms.is_some() {
             return Err(EnrollError::Revoked { device: *device });
         }
-        Ok(record)
+        Ok((sequence, record))
+    }
+
+    fn device(&self, device: &DeviceId) -> Result<(u64, DeviceRecord), EnrollError> {
+        self.load(&device_log(device))?.ok_or(EnrollError::DeviceUnknown { device: *device })
     }
 
     /// Revokes a device, from its next request on. Doing it again is harmless.
     pub fn revoke(&self, device: &DeviceId, now_ms: u64) -> Result<(), EnrollError> {
-        let log = device_log(device);
-        let (sequence, record): (u64, DeviceRecord) =
-            self.load(&log)?.ok_or(EnrollError::DeviceUnknown { device: *device })?;
-        if record.revoked_ms.is_some() {
-            return Ok(());
+        loop {
+            let (sequence, record) = self.device(device)?;
+            if record.revoked_ms.is_some() {
+                return Ok(());
+            }
+            let revoked = DeviceRecord { revoked_ms: Some(now_ms), ..record };
+            match self.save(&device_log(device), sequence, &revoked) {
+                // The device renewed its certificate meanwhile, which does not save it.
+                Err(EnrollError::Store(StoreError::Conflict { .. })) => {}
+                result => return result,
+            }
         }
-        self.save(&log, sequence, &DeviceRecord { revoked_ms: Some(now_ms), ..record })
     }
 
     /// All devices, in the order of their names.
@@ -323,6 +334,70 @@ mod tests {
             Err(EnrollError::Revoked { .. })
         ));
         assert!(matches!(registry.revoke(&device(9), 1), Err(EnrollError::DeviceUnknown { .. })));
+    }
+
+    /// Does something else in the midst of certifying.
+    struct Meanwhile<F>(F);
+    impl<F: Fn() + Send + Sync> Certify for Meanwhile<F> {
+        fn certify(
+            &self,
+            device: DeviceId,
+            csr: &Csr,
+            now_ms: u64,
+            expires_ms: u64,
+        ) -> Result<CertificateChain, String> {
+            (self.0)();
+            Stamp.certify(device, csr, now_ms, expires_ms)
+        }
+    }
+
+    #[test]
+    fn a_device_revoked_while_it_renews_stays_revoked() {
+        let memory = MemoryStorage::default();
+        let registry = registry(&memory);
+        registry.invite(&TOKEN, 0, 100).unwrap();
+        registry.enroll(&Stamp, &TOKEN, &csr(), device(1), 50, 900).unwrap();
+        let revoking = Meanwhile(|| registry.revoke(&device(1), 60).unwrap());
+        assert!(registry.renew(&revoking, &csr(), device(1), 60, 1_000).is_err());
+        assert!(matches!(registry.admit(&device(1)), Err(EnrollError::Revoked { .. })));
+    }
+
+    /// Renews the device once, between a caller's look and its write.
+    struct RenewsOnce {
+        memory: MemoryStorage,
+        renewed: std::sync::atomic::AtomicBool,
+    }
+
+    impl Coord for RenewsOnce {
+        fn head(&self, log: &str) -> Result<Option<crate::store::Entry>, StoreError> {
+            self.memory.head(log)
+        }
+        fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
+            if !self.renewed.swap(true, std::sync::atomic::Ordering::SeqCst) {
+                registry(&self.memory).renew(&Stamp, &csr(), device(1), 60, 1_000).unwrap();
+            }
+            self.memory.compare_and_set(log, expected, value)
+        }
+        fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<crate::store::Entry>, StoreError> {
+            self.memory.scan(log, from, limit)
+        }
+        fn logs(&self, prefix: &str, after: &str, limit: usize) -> Result<Vec<String>, StoreError> {
+            self.memory.logs(prefix, after, limit)
+        }
+        fn truncate(&self, log: &str, below: u64) -> Result<(), StoreError> {
+            self.memory.truncate(log, below)
+        }
+    }
+
+    #[test]
+    fn a_device_that_renews_while_it_is_revoked_is_revoked() {
+        let memory = MemoryStorage::default();
+        let plain = registry(&memory);
+        plain.invite(&TOKEN, 0, 100).unwrap();
+        plain.enroll(&Stamp, &TOKEN, &csr(), device(1), 50, 900).unwrap();
+        let racing = Registry::new(Arc::new(RenewsOnce { memory: memory.clone(), renewed: false.into() }));
+        racing.revoke(&device(1), 70).unwrap();
+        assert!(matches!(plain.admit(&device(1)), Err(EnrollError::Revoked { .. })));
     }
 
     #[test]

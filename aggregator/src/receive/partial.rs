@@ -133,14 +133,16 @@ impl Partials for PartialFiles {
     }
 }
 
+type Held = BTreeMap<(DeviceId, UploadKey), Vec<u8>>;
+
 /// The same in memory, for simulations.
 #[derive(Clone, Debug, Default)]
 pub struct PartialMemory {
-    held: Arc<Mutex<BTreeMap<(DeviceId, UploadKey), Vec<u8>>>>,
+    held: Arc<Mutex<Held>>,
 }
 
 impl PartialMemory {
-    fn with<T>(&self, change: impl FnOnce(&mut BTreeMap<(DeviceId, UploadKey), Vec<u8>>) -> T) -> T {
+    fn with<T>(&self, change: impl FnOnce(&mut Held) -> T) -> T {
         change(&mut self.held.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }

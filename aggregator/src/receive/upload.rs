@@ -2,6 +2,8 @@
 //!
 //! `partial` keeps the bytes that are not yet whole; `desk` takes the update into the round.
 
+use std::sync::{PoisonError, RwLockReadGuard};
+
 use commonweal_adapter::PackedDelta;
 use commonweal_protocol::{
     Accepted, Chunk, DeviceId, Digest, Open, Receipt, Refusal, Refused, SignedReceipt, UploadKey,
@@ -11,17 +13,21 @@ use commonweal_transport::Opened;
 use super::{Receiver, chain};
 use crate::desk::{self, DeskError, Taken};
 
+/// A smaller chunk, unless it is the last, counts as a request: each chunk costs an fsync, whatever its length.
+const CHUNK_FREE_BYTES_MIN: usize = 64 << 10;
+
 impl Receiver {
     /// Opens or resumes an upload.
     pub fn open(&self, device: DeviceId, open: Open) -> Result<Opened, Refused> {
         const REQUEST: &str = "open";
+        let _lane = self.lane(device);
         let refuse = |reason, detail: String| Err(self.refuse(Some(device), REQUEST, reason, detail));
         if open.base != self.parts.base {
             return refuse(Refusal::WrongBase, format!("expected {}, got {}", self.parts.base, open.base));
         }
         let taken = self.parts.desk.taken(open.round, &device);
         if let Some(before) = taken.map_err(|error| self.failed(device, REQUEST, &error))? {
-            return self.repeat(device, REQUEST, &open.key(), before).map(Opened::Done);
+            return self.repeat(device, REQUEST, &open.key(), &before).map(Opened::Done);
         }
         if let Err(error) = self.parts.desk.admits(open.round, &device) {
             return Err(self.not_admitted(device, REQUEST, error));
@@ -52,7 +58,9 @@ impl Receiver {
         let offset = partials.offset(&device, &key).map_err(|error| error.to_string())?;
         let free = self.parts.storage.blob.free_bytes().map_err(|error| chain(&error))?;
         let promised: u64 = {
-            let live = self.live();
+            let mut live = self.live();
+            // Nothing more comes of an earlier round.
+            live.opens.retain(|_, other| other.round == open.round);
             live.opens.iter().filter(|(other, _)| **other != device).map(|(_, open)| open.length).sum()
         };
         let needed = (open.length.saturating_sub(offset))
@@ -65,8 +73,14 @@ impl Receiver {
     /// Appends a chunk; durable on return.
     pub fn chunk(&self, device: DeviceId, key: UploadKey, chunk: &Chunk) -> Result<u64, Refused> {
         const REQUEST: &str = "chunk";
+        let _lane = self.lane(device);
         let open = self.opened(device, &key, REQUEST)?;
         let refuse = |reason, detail: String| Err(self.refuse(Some(device), REQUEST, reason, detail));
+        if let Err(error) = self.parts.desk.admits(key.round, &device) {
+            // The rest of a late update would be sent for nothing.
+            self.forget(device, &key);
+            return Err(self.not_admitted(device, REQUEST, error));
+        }
         if !chunk.is_intact() {
             return refuse(Refusal::ChunkCorrupt, format!("at offset {}", chunk.offset));
         }
@@ -80,6 +94,10 @@ impl Receiver {
         };
         if chunk.offset != held {
             return refuse(Refusal::OffsetMismatch, format!("expected {held}, got {}", chunk.offset));
+        }
+        let is_small = chunk.bytes.len() < CHUNK_FREE_BYTES_MIN && chunk.end() < open.length;
+        if is_small && !self.live().rates.spend_request(device, self.now_ms()) {
+            return refuse(Refusal::Busy, "sent too many small chunks".to_owned());
         }
         if !self.live().rates.spend_bytes(device, key.round, chunk.bytes.len() as u64) {
             return refuse(Refusal::Busy, "sent its bytes of this round too often".to_owned());
@@ -106,26 +124,17 @@ impl Receiver {
     /// Checks the whole, makes it durable, signs.
     pub fn finish(&self, device: DeviceId, key: UploadKey) -> Result<Accepted, Refused> {
         const REQUEST: &str = "finish";
+        let _lane = self.lane(device);
         let taken = self.parts.desk.taken(key.round, &device);
         if let Some(before) = taken.map_err(|error| self.failed(device, REQUEST, &error))? {
-            return self.repeat(device, REQUEST, &key, before);
+            return self.repeat(device, REQUEST, &key, &before);
         }
         let open = self.opened(device, &key, REQUEST)?;
         if let Err(error) = self.parts.desk.admits(key.round, &device) {
             self.forget(device, &key);
             return Err(self.not_admitted(device, REQUEST, error));
         }
-        let bytes = self.whole(device, &open)?;
-        if let Err(detail) = self.check_update(&bytes) {
-            self.forget(device, &key);
-            return Err(self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail));
-        }
-        let blobs = self.parts.desk.keep_blobs();
-        self.parts
-            .storage
-            .blob
-            .put_if_absent(&open.digest, open.length, &mut bytes.as_slice())
-            .map_err(|error| self.failed(device, REQUEST, &error))?;
+        let blobs = self.keep(device, &open)?;
         let received_ms = self.now_ms();
         let receipt =
             Receipt { round: open.round, device, digest: open.digest, length: open.length, received_ms };
@@ -140,7 +149,7 @@ impl Receiver {
                 self.forget(device, &key);
                 Ok(Accepted { receipt, reconnect: self.reconnect() })
             }
-            Ok(Taken::Before(before)) => self.repeat(device, REQUEST, &key, before),
+            Ok(Taken::Before(before)) => self.repeat(device, REQUEST, &key, &before),
             Err(DeskError::NotAdmitted(error)) => {
                 // The round closed meanwhile: a late update is discarded, and its device knows.
                 self.forget(device, &key);
@@ -150,13 +159,29 @@ impl Receiver {
         }
     }
 
+    /// Checks the whole and stores it; no sweep takes it away while the guard is held.
+    fn keep(&self, device: DeviceId, open: &Open) -> Result<RwLockReadGuard<'_, ()>, Refused> {
+        const REQUEST: &str = "finish";
+        let _whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = self.read_whole(device, open)?;
+        if let Err(detail) = self.check_update(&bytes) {
+            self.forget(device, &open.key());
+            return Err(self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail));
+        }
+        let blobs = self.parts.desk.keep_blobs();
+        let blob = &self.parts.storage.blob;
+        blob.put_if_absent(&open.digest, open.length, &mut bytes.as_slice())
+            .map_err(|error| self.failed(device, REQUEST, &error))?;
+        Ok(blobs)
+    }
+
     /// The same answer as before for the same update; another one is refused.
     fn repeat(
         &self,
         device: DeviceId,
         request: &'static str,
         key: &UploadKey,
-        before: desk::Accepted,
+        before: &desk::Accepted,
     ) -> Result<Accepted, Refused> {
         self.forget(device, key);
         if before.open.digest != key.digest {
@@ -164,7 +189,7 @@ impl Receiver {
             return Err(self.refuse(Some(device), request, Refusal::AlreadySent, detail));
         }
         // Counts it now if a failing store kept that from happening then.
-        match self.parts.desk.take(self.now_ms(), &before) {
+        match self.parts.desk.take(self.now_ms(), before) {
             Ok(_) | Err(DeskError::NotAdmitted(_)) => {}
             Err(error) => return Err(self.failed(device, request, &error)),
         }
@@ -172,7 +197,7 @@ impl Receiver {
     }
 
     /// All bytes of an upload, of the announced length and digest; anything else is dropped.
-    fn whole(&self, device: DeviceId, open: &Open) -> Result<Vec<u8>, Refused> {
+    fn read_whole(&self, device: DeviceId, open: &Open) -> Result<Vec<u8>, Refused> {
         const REQUEST: &str = "finish";
         let key = open.key();
         let held = self

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use commonweal_protocol::Version;
 use proptest::prelude::*;
 
 use super::*;

@@ -112,7 +112,7 @@ fn blob(blob: &dyn Blob) {
     assert!(blob.free_bytes().unwrap() > 0);
 }
 
-fn watch(watch: Arc<dyn Watch>) {
+fn watch(watch: &Arc<dyn Watch>) {
     let mark = watch.mark();
     watch.wait(mark, Duration::ZERO);
     watch.notify();
@@ -129,7 +129,7 @@ fn suite(storage: &Storage) {
     coord(storage.coord.as_ref());
     inbox(storage.inbox.as_ref());
     blob(storage.blob.as_ref());
-    watch(storage.watch.clone());
+    watch(&storage.watch);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! A receiver over real files in a temporary directory, with a tiny adapter and a clock set by hand.
 
+#![allow(dead_code, reason = "shared by several test binaries, each of which uses its part")]
+
 use std::sync::{Arc, Mutex};
 
 use aggregator::config::Config;
