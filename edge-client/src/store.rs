@@ -124,7 +124,7 @@ pub struct Store {
 impl Store {
     /// Opens the directory, made if absent, and locks it.
     pub fn open(directory: &Path) -> Result<Self, StoreError> {
-        let mut store = Self::open_shared(directory)?;
+        let shared = Self::open_shared(directory)?;
         let path = directory.join("lock");
         let lock = OpenOptions::new()
             .create(true)
@@ -133,11 +133,10 @@ impl Store {
             .open(&path)
             .map_err(at("open", &path))?;
         match fs4::FileExt::try_lock(&lock) {
-            Ok(()) => store._lock = Some(lock),
-            Err(fs4::TryLockError::WouldBlock) => return Err(StoreError::Locked(directory.to_owned())),
-            Err(fs4::TryLockError::Error(source)) => return Err(at("lock", &path)(source)),
+            Ok(()) => Ok(Self { _lock: Some(lock), ..shared }),
+            Err(fs4::TryLockError::WouldBlock) => Err(StoreError::Locked(directory.to_owned())),
+            Err(fs4::TryLockError::Error(source)) => Err(at("lock", &path)(source)),
         }
-        Ok(store)
     }
 
     /// Opens the directory without the lock, to look at it while a daemon runs.
@@ -225,7 +224,7 @@ impl Store {
         let mut names = Vec::new();
         for entry in entries {
             let name = entry.map_err(at("list", &path))?.file_name().to_string_lossy().into_owned();
-            if !name.ends_with(".part") {
+            if Path::new(&name).extension().is_none_or(|extension| extension != "part") {
                 names.push(name);
             }
         }

@@ -330,13 +330,11 @@ fn encode(
     while row.ids.len() > tokens_max {
         let first = usize::from(messages.first().is_some_and(|message| message.role == Role::System));
         let next_user = messages.iter().skip(first + 1).position(|message| message.role == Role::User);
-        match next_user.map(|at| first + 1 + at) {
-            Some(user) => drop(messages.drain(first..user)),
-            None => {
-                row = row.truncated(tokens_max);
-                break;
-            }
-        }
+        let Some(user) = next_user.map(|at| first + 1 + at) else {
+            row = row.truncated(tokens_max);
+            break;
+        };
+        messages.drain(first..user);
         row = model.chat().training_row(&messages)?;
     }
     Ok((row.targets() > 0).then_some(row))

@@ -353,6 +353,12 @@ fn training_goes_on_to_the_same_bits_and_the_same_report() {
         assert_eq!(std::mem::take(&mut summary.resumed_step), 3);
         assert_eq!(summary, *whole.summary(), "{method:?}");
         assert!(summary.tokens > 0 && whole.delta().norm() > 0.0, "{method:?}: {summary:?}");
+        // Every step's tokens are told, not the last one's.
+        let half = train::TrainTask { steps_max: 3, ..task.clone() };
+        let mut watch = Keep::default();
+        let half =
+            train::train(&model, &start, &pairs, &half, &policy.train, None, &mut watch, &cancel).unwrap();
+        assert!(half.summary().tokens < summary.tokens, "{method:?}");
         // What is no checkpoint is not gone on with.
         let (anew, kept) = run(&pairs, Some(b"not a checkpoint"));
         assert_eq!((anew.delta(), kept.1), (whole.delta(), 6));

@@ -31,7 +31,7 @@ pub(super) fn bench(shared: &Shared) -> Result<()> {
     let base = stages.model.prepare(None)?;
 
     let pairs = [Pair { prompt: QUESTION, response: Some(ANSWER) }; 32];
-    let seconds = median(|| Ok(drop(stages.guard.judge(&pairs, &cancel)?)))?;
+    let seconds = median(|| stages.guard.judge(&pairs, &cancel).map(|_| ()).map_err(Into::into))?;
     figures.push(Figure { work: "filter", rate: pairs.len() as f64 / seconds, unit: "samples/s" });
 
     for rows in [1, 8] {

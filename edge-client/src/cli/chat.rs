@@ -29,10 +29,10 @@ pub(super) fn chat(
             install::installed(&store, &expected)?
         }
     };
-    match &adapter {
-        Some(installed) => tracing::info!("release {}; end with Ctrl-D", installed.version.0),
-        None => tracing::info!("no release installed: this is the base; end with Ctrl-D"),
-    }
+    let release = adapter.as_ref().map_or("no release installed: this is the base".to_owned(), |installed| {
+        format!("release {}", installed.version.0)
+    });
+    tracing::info!("{release}; end with Ctrl-D");
     let prepared = model.prepare(adapter.as_ref().map(|installed| &installed.adapter))?;
     let options =
         GenerateOptions { max_new_tokens: max_tokens, temperature, top_p: 0.9, ..Default::default() };

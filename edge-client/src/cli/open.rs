@@ -50,13 +50,10 @@ impl Place {
     }
 
     pub(super) fn policy(&self, shared: &Shared) -> Result<Policy> {
+        let own = self.directory.join("policy.toml");
         let (path, text) = match &shared.policy {
-            Some(path) => (path.clone(), Some(settings::read_named(path)?)),
-            None => {
-                let path = self.directory.join("policy.toml");
-                let text = settings::read_text(&path)?;
-                (path, text)
-            }
+            Some(named) => (named, Some(settings::read_named(named)?)),
+            None => (&own, settings::read_text(&own)?),
         };
         let Some(text) = text else { return Ok(Policy::default()) };
         Policy::from_toml(&text).with_context(|| path.display().to_string())
@@ -141,12 +138,12 @@ pub(super) fn read_rows<T>(
     if parsed.bad.len() > BAD_LINES_SHOWN {
         tracing::warn!("{shown}: {} more lines left out", parsed.bad.len() - BAD_LINES_SHOWN);
     }
-    match parsed.good.is_empty() {
-        true => {
-            Err(BadInput(format!("{shown}: no usable row, {} lines were left out", parsed.bad.len())).into())
-        }
-        false => Ok(parsed),
+    if parsed.good.is_empty() {
+        return Err(
+            BadInput(format!("{shown}: no usable row, {} lines were left out", parsed.bad.len())).into()
+        );
     }
+    Ok(parsed)
 }
 
 /// A bar on a terminal, nothing elsewhere.

@@ -134,11 +134,9 @@ fn refuse_busy() -> Response {
     refuse(StatusCode::TOO_MANY_REQUESTS, "too many requests at once")
 }
 
-/// A request's body, or the refusal in the form that clients of such an endpoint read.
-fn body<T>(request: Result<Json<T>, JsonRejection>) -> Result<T, Response> {
-    request
-        .map(|Json(request)| request)
-        .map_err(|rejection| refuse(rejection.status(), rejection.body_text()))
+/// A body that is no request, in the form that clients of such an endpoint read.
+fn refuse_body(rejection: &JsonRejection) -> Response {
+    refuse(rejection.status(), rejection.body_text())
 }
 
 async fn models(State(served): State<Arc<Served>>) -> Json<Value> {
@@ -164,9 +162,9 @@ async fn chat(
     State(served): State<Arc<Served>>,
     request: Result<Json<ChatRequest>, JsonRejection>,
 ) -> Response {
-    let request = match body(request) {
+    let Json(request) = match request {
         Ok(request) => request,
-        Err(refusal) => return refusal,
+        Err(rejection) => return refuse_body(&rejection),
     };
     let prompt = match served.model.chat().prompt(&request.messages) {
         Ok(prompt) if prompt.ids.len() < served.model.context() => prompt,
@@ -258,9 +256,9 @@ async fn moderate(
     State(served): State<Arc<Served>>,
     request: Result<Json<ModerationRequest>, JsonRejection>,
 ) -> Response {
-    let request = match body(request) {
+    let Json(request) = match request {
         Ok(request) => request,
-        Err(refusal) => return refusal,
+        Err(rejection) => return refuse_body(&rejection),
     };
     let inputs = match request.input {
         Inputs::One(text) => vec![text],
