@@ -3,7 +3,9 @@
 
 mod support;
 
-use commonweal_runtime::{Cancel, GenerateOptions, Generated, InferError, OpenOptions, Prompt, StopReason};
+use commonweal_runtime::{
+    Cancel, GenerateOptions, Generated, InferError, Model, OpenOptions, Prompt, StopReason,
+};
 use support::{adapter, greedy, model, model_with, prompts};
 
 const TEXTS: [&str; 4] = ["The sea is", "a", "Once upon a time there was a very long prompt that", "x = "];
@@ -54,7 +56,7 @@ fn small_chunks_and_small_groups_change_nothing() {
         OpenOptions { cache_bytes_max: 1, ..OpenOptions::default() },
     ] {
         let small = model_with(options);
-        let run = |model: &commonweal_runtime::Model| {
+        let run = |model: &Model| {
             let prepared = model.prepare(Some(&adapter(model, 4))).unwrap();
             model.generate(&prepared, &prompts(model, &TEXTS), &greedy(10), &Cancel::new()).unwrap()
         };
@@ -79,7 +81,10 @@ fn shared_prefix_changes_nothing_even_when_prompts_outgrow_it() {
             .generate_streaming(&prepared, Some(&prefix), prompts, &options, &mut |_, _| (), &Cancel::new())
             .unwrap()
     };
-    let without = model.generate(&prepared, &prompts, &options, &Cancel::new()).unwrap();
+    // Alone, a prompt is read into the cache that decodes it: nothing is copied from another one.
+    let alone =
+        |prompt| model.generate(&prepared, std::slice::from_ref(prompt), &options, &Cancel::new()).unwrap();
+    let without: Vec<Generated> = prompts.iter().flat_map(alone).collect();
     same(&with(&prompts), &without);
     same(&with(&prompts), &without);
 }
@@ -119,6 +124,30 @@ fn stop_text_ends_the_answer_and_is_not_part_of_it() {
         checked += 1;
     }
     assert!(checked > 1, "{checked} answers long enough to be stopped");
+}
+
+#[test]
+fn end_tokens_of_the_package_end_the_answer() {
+    let model = model();
+    let free = |model: &Model| {
+        let prepared = model.prepare(None).unwrap();
+        model.generate(&prepared, &prompts(model, &TEXTS), &greedy(12), &Cancel::new()).unwrap()
+    };
+    let expected = free(&model);
+    // What the first answer says anyway, in the middle of it.
+    let end = expected[0].tokens[5];
+    let folder = tempfile::tempdir().unwrap();
+    let package = support::altered(folder.path(), |facts| facts.tokens.eos = vec![1, end], "", &[]);
+    let ended = free(&Model::open(&support::library(), &package, OpenOptions::default()).unwrap());
+    for (ended, free) in ended.iter().zip(&expected) {
+        match free.tokens.iter().position(|&token| token == end) {
+            Some(at) => {
+                assert_eq!((ended.stop, &ended.tokens[..]), (StopReason::EndToken, &free.tokens[..=at]));
+            }
+            None => assert_eq!((ended.stop, &ended.tokens), (free.stop, &free.tokens)),
+        }
+    }
+    assert!(ended[0].tokens.len() <= 6);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 mod support;
 
-use commonweal_package::{Facts, OpenError as PackageError, Package, PackageWriter, REQUIRED};
+use commonweal_package::{OpenError as PackageError, Package};
 use commonweal_runtime::{Message, Model, OpenError, OpenOptions};
 
 #[test]
@@ -19,26 +19,10 @@ fn changed_file_is_refused_before_anything_is_run() {
     assert!(matches!(error, PackageError::HashMismatch { .. }), "{error}");
 }
 
-/// Why the tiny package does not open for running when one of its files is another one: the hashes are those of what
-/// it holds, so that only what is inside the file can give it away.
+/// Why the tiny package does not open for running when one of its files is another one.
 fn refusal(file: &str, bytes: &[u8]) -> OpenError {
-    let whole = support::package();
     let folder = tempfile::tempdir().unwrap();
-    let mut writer = PackageWriter::create(&folder.path().join("package")).unwrap();
-    for name in REQUIRED {
-        let own = std::fs::read(whole.directory().join(name)).unwrap();
-        writer.write_bytes(name, if name == file { bytes } else { &own }).unwrap();
-    }
-    let manifest = whole.manifest().clone();
-    let facts = Facts {
-        licence: manifest.licence,
-        model: manifest.model,
-        quantization: manifest.quantization,
-        adapter: manifest.adapter,
-        tokens: manifest.tokens,
-    };
-    writer.finish(facts).unwrap();
-    let package = Package::open(folder.path().join("package")).unwrap();
+    let package = support::altered(folder.path(), |_| (), file, bytes);
     Model::open(&support::library(), &package, OpenOptions::default()).expect_err("must be refused")
 }
 

@@ -222,6 +222,49 @@ fn proximal_term_pulls_back_to_the_start() {
 }
 
 #[test]
+fn proximal_term_adds_its_derivative_to_the_gradient() {
+    let model = model();
+    let rows = rows(&model);
+    let two_steps = |proximal_mu| {
+        let mut trainer = trainer(&model, TrainOptions { proximal_mu, ..options() });
+        trainer.step(&rows, &Cancel::new()).unwrap();
+        let moved = trainer.adapter().clone();
+        trainer.step(&rows, &Cancel::new()).unwrap();
+        (moved, saved(&trainer, "first_moment"), trainer.start().clone())
+    };
+    // The term is 0 where training begins, so both stand at the same place when they make the second step.
+    let (free, held) = (two_steps(0.0), two_steps(3.0));
+    assert_eq!(free.0, held.0);
+    for (index, (now, start)) in held.0.values().iter().zip(held.2.values()).enumerate() {
+        let (got, expected) = ((held.1[index] - free.1[index]) / 0.1, 3.0 * (now - start));
+        assert!((got - expected).abs() < 1e-4, "{index}: {got} {expected}");
+    }
+}
+
+#[test]
+fn steps_are_as_long_as_the_schedule_says() {
+    let model = model();
+    let rows = rows(&model);
+    let options = TrainOptions {
+        schedule: Schedule::Linear,
+        warmup_steps: 2,
+        steps_max: 6,
+        learning_rate: 6e-3,
+        ..options()
+    };
+    let mut trainer = trainer(&model, options);
+    for expected in [2e-3, 4e-3, 6e-3, 4.5e-3, 3e-3, 1.5e-3] {
+        let before = trainer.adapter().clone();
+        let report = trainer.step(&rows, &Cancel::new()).unwrap();
+        assert!((report.learning_rate - expected).abs() < 1e-12, "{report:?}");
+        let moved = before.values().iter().zip(trainer.adapter().values()).map(|(b, a)| (a - b).abs());
+        let furthest = f64::from(moved.fold(0.0_f32, f32::max));
+        // AdamW's first step moves a value by the learning rate, and steps along one direction by nearly that.
+        assert!((0.5 * expected..1.5 * expected).contains(&furthest), "{furthest} {expected}");
+    }
+}
+
+#[test]
 fn clipped_steps_see_a_gradient_of_the_limit() {
     let model = model();
     let mut trainer = trainer(&model, TrainOptions { clip_norm: Some(1e-3), ..options() });

@@ -21,10 +21,23 @@ const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' +
 const TOKENIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../runtime/tests/data/bytes.tokenizer.json");
 
 fn model() -> Model {
+    model_of(SHAPE, CHATML)
+}
+
+/// A model whose answers are one token long: every token of text ends them.
+fn terse_model() -> Model {
+    let ends: Vec<String> = (3..320).map(|token| token.to_string()).collect();
+    let shape = SHAPE.replace(r#""eos_token_id":2"#, &format!(r#""eos_token_id":[{}]"#, ends.join(",")));
+    assert_ne!(shape, SHAPE);
+    // Random weights with a tied head repeat the last token, which must be text.
+    model_of(&shape, &CHATML.replace("assistant\n", "assistant>"))
+}
+
+fn model_of(shape: &str, template: &str) -> Model {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
-    fs::write(path("config.json"), SHAPE).unwrap();
-    fs::write(path("chat.jinja"), CHATML).unwrap();
+    fs::write(path("config.json"), shape).unwrap();
+    fs::write(path("chat.jinja"), template).unwrap();
     let options = RandomOptions {
         config: path("config.json"),
         tokenizer: TOKENIZER.into(),
@@ -127,7 +140,7 @@ fn a_category_is_named_from_the_threshold_on() {
 
 #[test]
 fn revision_is_bounded_repeatable_and_never_hands_on_what_is_unsafe() {
-    let (model, cancel) = (model(), Cancel::new());
+    let (model, cancel) = (terse_model(), Cancel::new());
     let mut everything_unsafe = config("p");
     everything_unsafe.threshold = 1e-9;
     everything_unsafe.categories.clear();
@@ -156,6 +169,14 @@ fn revision_is_bounded_repeatable_and_never_hands_on_what_is_unsafe() {
         ]
     );
     assert_eq!(revisions, reviser.revise(&guard, &flagged, &options, &cancel).unwrap());
+    // The same rewritings before a guard that finds nothing: it was the judgement that held them back.
+    let mut nothing_unsafe = config("p");
+    nothing_unsafe.threshold = 1.0;
+    nothing_unsafe.categories.clear();
+    let lenient = Guard::open(&model, nothing_unsafe, None, &cancel).unwrap();
+    let revisions = reviser.revise(&lenient, &flagged, &options, &cancel).unwrap();
+    assert!(matches!(&revisions[0], Revision::Safe { text, .. } if !text.is_empty()), "{revisions:?}");
+    assert_eq!(revisions[1], Revision::StillUnsafe { attempts: 0, refusal: refusal(None) });
     assert!(reviser.revise(&guard, &[], &options, &cancel).unwrap().is_empty());
     assert!(
         reviser.revise(&guard, &flagged, &ReviseOptions { attempts_max: 0, ..options }, &cancel).is_err()

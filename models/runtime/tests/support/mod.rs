@@ -8,7 +8,7 @@ use std::{
 
 use commonweal_adapter::Adapter;
 use commonweal_compiler::{Accuracy, compile::CompileOptions, random::RandomOptions};
-use commonweal_package::Package;
+use commonweal_package::{Facts, Manifest, Package, PackageWriter, REQUIRED};
 use commonweal_runtime::{GenerateOptions, Library, Model, OpenOptions, Prompt, TrainingRow};
 
 pub(crate) fn library() -> Library {
@@ -46,6 +46,22 @@ pub(crate) fn build(folder: &Path) -> PathBuf {
     };
     commonweal_compiler::compile::compile(&options).unwrap();
     out
+}
+
+/// The tiny package with other facts or files. The hashes are those of what it holds, so that only what is inside a
+/// file can give it away.
+pub(crate) fn altered(folder: &Path, change: impl FnOnce(&mut Facts), file: &str, bytes: &[u8]) -> Package {
+    let (whole, out) = (package(), folder.join("altered"));
+    let mut writer = PackageWriter::create(&out).unwrap();
+    for name in REQUIRED {
+        let own = std::fs::read(whole.directory().join(name)).unwrap();
+        writer.write_bytes(name, if name == file { bytes } else { &own }).unwrap();
+    }
+    let Manifest { licence, model, quantization, adapter, tokens, .. } = whole.manifest().clone();
+    let mut facts = Facts { licence, model, quantization, adapter, tokens };
+    change(&mut facts);
+    writer.finish(facts).unwrap();
+    Package::open(out).unwrap()
 }
 
 pub(crate) fn model() -> Model {
