@@ -314,3 +314,23 @@ impl SqliteStore {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_refuses_what_does_not_fit_and_keeps_what_was_stored() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&dir.path().join("aggregator.db")).unwrap();
+        store.compare_and_set("log", 0, b"kept").unwrap();
+        // The file may not grow: SQLite says the same then as when the disk is full.
+        store.lock().pragma_update(None, "max_page_count", 1).unwrap();
+        let big = vec![7; 1 << 20];
+        assert!(store.compare_and_set("log", 1, &big).unwrap_err().is_determinate());
+        assert!(store.append_once("queue", "key", &big).unwrap_err().is_determinate());
+        assert_eq!(store.head("log").unwrap(), Some(Entry { sequence: 1, value: b"kept".to_vec() }));
+        assert_eq!(store.find("queue", "key").unwrap(), None);
+        assert_eq!(store.compare_and_set("log", 1, b"small").unwrap(), 2, "what fits is taken");
+    }
+}
