@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use commonweal_package::{ModelConfig, Tokens};
 
+use crate::architecture::tensor_shapes;
 use crate::config::{self, ConfigError};
 use crate::tensors::{TensorError, Tensors};
 use crate::tokenizer::{self, Text, TextError};
@@ -59,29 +60,4 @@ impl Checkpoint {
         }
         Ok(Self { model, tokens, tokenizer, chat_template, tensors })
     }
-}
-
-/// Every tensor of a Llama checkpoint by its Hugging Face name, with its shape, in the order of the forward pass.
-pub fn tensor_shapes(model: &ModelConfig) -> Vec<(String, Vec<usize>)> {
-    let hidden = model.hidden_size;
-    let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![model.vocab_size, hidden])];
-    for layer in 0..model.layers {
-        let mut push = |part: &str, shape: &[usize]| {
-            shapes.push((format!("model.layers.{layer}.{part}.weight"), shape.to_vec()));
-        };
-        push("input_layernorm", &[hidden]);
-        push("self_attn.q_proj", &[model.query_size(), hidden]);
-        push("self_attn.k_proj", &[model.kv_size(), hidden]);
-        push("self_attn.v_proj", &[model.kv_size(), hidden]);
-        push("self_attn.o_proj", &[hidden, model.query_size()]);
-        push("post_attention_layernorm", &[hidden]);
-        push("mlp.gate_proj", &[model.intermediate_size, hidden]);
-        push("mlp.up_proj", &[model.intermediate_size, hidden]);
-        push("mlp.down_proj", &[hidden, model.intermediate_size]);
-    }
-    shapes.push(("model.norm.weight".to_owned(), vec![hidden]));
-    if !model.tied {
-        shapes.push(("lm_head.weight".to_owned(), vec![model.vocab_size, hidden]));
-    }
-    shapes
 }

@@ -5,9 +5,11 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use commonweal_package::{Architecture, ModelConfig, ModelError, RopeScaling};
+use commonweal_package::{Architecture, LAYERS_MAX, ModelConfig, ModelError, RopeScaling};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+
+use crate::architecture::{Described, LayerTypeError, RawAttention, describe, supported};
 
 /// Longest configuration file read. Real ones are a few kB.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -54,7 +56,7 @@ pub enum ConfigError {
         source: serde_json::Error,
     },
     /// Another family of networks.
-    #[error("architecture {got} is not supported; supported is LlamaForCausalLM")]
+    #[error("architecture {got} is not supported; supported are {}", supported())]
     Architecture {
         /// What the file says.
         got: String,
@@ -87,10 +89,10 @@ struct RawConfig {
     rope_theta: Option<f64>,
     rms_norm_eps: Option<f64>,
     tie_word_embeddings: Option<bool>,
-    attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
     hidden_act: Option<String>,
-    sliding_window: Option<usize>,
+    #[serde(flatten)]
+    attention: RawAttention,
     rope_scaling: Option<RawRope>,
     /// Newer name of `rope_scaling` and `rope_theta` together.
     rope_parameters: Option<RawRope>,
@@ -163,22 +165,31 @@ pub fn read_file(path: &Path) -> Result<Config, ConfigError> {
 }
 
 fn check(raw: RawConfig, name: String) -> Result<Config, ConfigError> {
-    let architectures = raw.architectures.unwrap_or_default();
-    if architectures != ["LlamaForCausalLM"] {
-        let got = if architectures.is_empty() { "none".into() } else { architectures.join(", ") };
-        return Err(ConfigError::Architecture { got });
-    }
     let unsupported =
         |feature, got: &dyn ToString| ConfigError::Unsupported { feature, got: got.to_string() };
-    for (feature, value) in [("attention_bias", raw.attention_bias), ("mlp_bias", raw.mlp_bias)] {
-        if value == Some(true) {
-            return Err(unsupported(feature, &true));
-        }
+    // Lists of layers are made next.
+    if raw.num_hidden_layers > LAYERS_MAX {
+        let (name, max, got) = ("layers", LAYERS_MAX, raw.num_hidden_layers);
+        return Err(ModelError::OutOfRange { name, max, got }.into());
+    }
+    let architectures = raw.architectures.unwrap_or_default();
+    let described = match architectures.as_slice() {
+        [class] => describe(class, &raw.attention, raw.num_hidden_layers),
+        _ => None,
+    };
+    let Some(described) = described else {
+        let got = if architectures.is_empty() { "none".into() } else { architectures.join(", ") };
+        return Err(ConfigError::Architecture { got });
+    };
+    let Described { architecture, tied, attention } =
+        described.map_err(|LayerTypeError(got)| unsupported("layer_types", &got))?;
+    if raw.mlp_bias == Some(true) {
+        return Err(unsupported("mlp_bias", &true));
     }
     if let Some(activation) = raw.hidden_act.filter(|name| name != "silu") {
         return Err(unsupported("hidden_act", &activation));
     }
-    if let Some(window) = raw.sliding_window {
+    if let (Architecture::Llama, Some(window)) = (architecture, raw.attention.sliding_window) {
         return Err(unsupported("sliding_window", &window));
     }
     if let Some(quantized) = raw.quantization_config {
@@ -190,7 +201,7 @@ fn check(raw: RawConfig, name: String) -> Result<Config, ConfigError> {
     let rope_scaling = rope.as_ref().map(scaling).transpose()?.flatten();
     let heads = raw.num_attention_heads;
     let model = ModelConfig {
-        architecture: Architecture::Llama,
+        architecture,
         name,
         hidden_size: raw.hidden_size,
         intermediate_size: raw.intermediate_size,
@@ -202,8 +213,9 @@ fn check(raw: RawConfig, name: String) -> Result<Config, ConfigError> {
         context: raw.max_position_embeddings,
         rope_theta,
         rms_norm_eps: raw.rms_norm_eps.unwrap_or(1e-6),
-        tied: raw.tie_word_embeddings.unwrap_or(false),
+        tied: raw.tie_word_embeddings.unwrap_or(tied),
         rope_scaling,
+        attention,
     };
     model.check()?;
     Ok(Config { model, tokens: raw.tokens.into() })

@@ -1,7 +1,7 @@
 //! Types of an operator's outputs from the types of its inputs: the check behind every node of `graph.rs`.
 
 use crate::graph::{ElementType, GraphError, TensorType};
-use crate::op::{Op, Packing};
+use crate::op::{GroupedAttention, Op, Packing};
 use crate::shape::{Dim, Shape};
 
 /// The inputs of one node under inspection.
@@ -73,9 +73,7 @@ pub(crate) fn infer(op: &Op, kinds: &[&TensorType]) -> Result<Vec<TensorType>, G
         Op::RmsNorm { .. } => return rms_norm(&inputs),
         Op::SkipRmsNorm { .. } => return skip_rms_norm(&inputs),
         Op::Split { axis, sizes } => return split(&inputs, *axis, sizes),
-        Op::GroupQueryAttention { heads, kv_heads, head_dim } => {
-            return attention(&inputs, *heads, *kv_heads, *head_dim);
-        }
+        Op::GroupQueryAttention(attributes) => return attention(&inputs, *attributes),
         Op::Identity => kinds[0].clone(),
         Op::After => {
             inputs.equal("second input", inputs.shape(0), inputs.shape(1))?;
@@ -198,7 +196,10 @@ fn arity(op: &Op) -> (usize, usize) {
         | Op::ScatterAdd { .. } => (3, 3),
         Op::MatMul { .. } => (2, 3),
         Op::RotaryEmbedding { .. } => (4, 4),
-        Op::GroupQueryAttention { .. } => (7, 7),
+        Op::GroupQueryAttention(GroupedAttention { fused, rotates, .. }) => {
+            let count = if *fused { 1 } else { 3 } + 4 + if *rotates { 2 } else { 0 };
+            (count, count)
+        }
         Op::Concat { .. } => (1, usize::MAX),
     }
 }
@@ -351,26 +352,31 @@ fn rotary(inputs: &Inputs<'_>, heads: usize) -> Result<TensorType, GraphError> {
     }
 }
 
-fn attention(
-    inputs: &Inputs<'_>,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-) -> Result<Vec<TensorType>, GraphError> {
-    inputs.rank(0, "qkv", 3)?;
+fn attention(inputs: &Inputs<'_>, attributes: GroupedAttention) -> Result<Vec<TensorType>, GraphError> {
+    let GroupedAttention { heads, kv_heads, head_dim, fused, rotates, .. } = attributes;
+    inputs.rank(0, "queries", 3)?;
     let (batch, time) = (inputs.axis(0, 0)?, inputs.axis(0, 1)?);
-    let fused = Shape::from([batch.clone(), time.clone(), ((heads + 2 * kv_heads) * head_dim).into()]);
-    inputs.equal("qkv", &fused, inputs.shape(0))?;
-    inputs.rank(1, "past key", 4)?;
-    let cache = Shape::from([batch.clone(), kv_heads.into(), inputs.axis(1, 2)?.clone(), head_dim.into()]);
-    inputs.equal("past key", &cache, inputs.shape(1))?;
-    inputs.equal("past value", &cache, inputs.shape(2))?;
-    inputs.element(3, "lengths", ElementType::I32)?;
-    inputs.equal("lengths", &Shape::from([batch.clone()]), inputs.shape(3))?;
-    inputs.element(4, "total length", ElementType::I32)?;
-    inputs.equal("total length", &Shape::from([1]), inputs.shape(4))?;
-    inputs.rank(5, "cosines", 2)?;
-    inputs.equal("sines", inputs.shape(5), inputs.shape(6))?;
-    let context = Shape::from([batch.clone(), time.clone(), (heads * head_dim).into()]);
-    Ok(vec![TensorType::f32(context), inputs.kinds[1].clone(), inputs.kinds[2].clone()])
+    let new = |heads: usize| Shape::from([batch.clone(), time.clone(), (heads * head_dim).into()]);
+    let past = if fused {
+        inputs.equal("qkv", &new(heads + 2 * kv_heads), inputs.shape(0))?;
+        1
+    } else {
+        inputs.equal("query", &new(heads), inputs.shape(0))?;
+        inputs.equal("key", &new(kv_heads), inputs.shape(1))?;
+        inputs.equal("value", &new(kv_heads), inputs.shape(2))?;
+        3
+    };
+    inputs.rank(past, "past key", 4)?;
+    let cache = Shape::from([batch.clone(), kv_heads.into(), inputs.axis(past, 2)?.clone(), head_dim.into()]);
+    inputs.equal("past key", &cache, inputs.shape(past))?;
+    inputs.equal("past value", &cache, inputs.shape(past + 1))?;
+    inputs.element(past + 2, "lengths", ElementType::I32)?;
+    inputs.equal("lengths", &Shape::from([batch.clone()]), inputs.shape(past + 2))?;
+    inputs.element(past + 3, "total length", ElementType::I32)?;
+    inputs.equal("total length", &Shape::from([1]), inputs.shape(past + 3))?;
+    if rotates {
+        inputs.rank(past + 4, "cosines", 2)?;
+        inputs.equal("sines", inputs.shape(past + 4), inputs.shape(past + 5))?;
+    }
+    Ok(vec![TensorType::f32(new(heads)), inputs.kinds[past].clone(), inputs.kinds[past + 1].clone()])
 }

@@ -2,6 +2,7 @@
 //!
 //! Modules in the order that data passes them.
 
+pub mod architecture;
 pub mod config;
 pub mod tensors;
 pub mod tokenizer;
@@ -25,4 +26,6 @@ pub mod graphs;
 pub mod compile;
 pub mod random;
 
-pub use commonweal_package::{Accuracy, Architecture, Bits, ModelConfig, Quantization, RopeScaling, Tokens};
+pub use commonweal_package::{
+    Accuracy, Architecture, Attention, Bias, Bits, ModelConfig, Quantization, RopeScaling, Tokens, Window,
+};

@@ -1,4 +1,4 @@
-//! The Llama family as graphs: what both forms share. `llama/infer.rs` decodes with a cache, `llama/train.rs` computes
+//! The Llama family (`architecture.rs`) as graphs: what both forms share. `llama/infer.rs` decodes with a cache, `llama/train.rs` computes
 //! losses and, through `differentiate.rs`, gradients. The blocks read the weights that `weights.rs` lays out.
 
 mod infer;
@@ -12,7 +12,7 @@ use commonweal_adapter::Target;
 use crate::graph::{Graph, GraphError, TensorType, ValueId};
 use crate::op::{Op, Packing};
 use crate::shape::{Dim, Shape};
-use crate::{Bits, ModelConfig, Quantization};
+use crate::{Bias, Bits, ModelConfig, Quantization};
 
 /// A linear layer of a block as stored: one matrix for several targets, stacked along its rows.
 struct Linear {
@@ -53,6 +53,15 @@ impl Block {
 
     fn linears(&self) -> [&Linear; 4] {
         [&self.qkv, &self.o, &self.gate_up, &self.down]
+    }
+}
+
+/// Whether a linear layer adds a bias.
+fn has_bias(model: &ModelConfig, linear: &str) -> bool {
+    match model.attention.bias {
+        Bias::None => false,
+        Bias::Qkv => linear == "qkv",
+        Bias::All => matches!(linear, "qkv" | "o"),
     }
 }
 

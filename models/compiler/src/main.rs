@@ -275,7 +275,7 @@ fn describe(manifest: &Manifest, weights_bytes: u64) {
 }
 
 fn parameters(manifest: &Manifest) -> u64 {
-    let shapes = commonweal_compiler::checkpoint::tensor_shapes(&manifest.model);
+    let shapes = commonweal_compiler::architecture::tensor_shapes(&manifest.model);
     shapes.iter().map(|(_, shape)| shape.iter().map(|&size| size as u64).product::<u64>()).sum()
 }
 

@@ -51,6 +51,23 @@ pub struct Packing {
     pub block_size: usize,
 }
 
+/// The attributes of an attention with a cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GroupedAttention {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Whether queries, keys and values are one tensor.
+    pub fused: bool,
+    /// Tokens that a query sees, itself included; without, all before it.
+    pub window: Option<usize>,
+    /// Whether queries and keys are rotated by their positions.
+    pub rotates: bool,
+}
+
 /// An operator and its attributes. Inputs are in the order of the documentation of each.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
@@ -139,16 +156,10 @@ pub enum Op {
         /// Number of heads.
         heads: usize,
     },
-    /// `(qkv, past key, past value, lengths - 1, total length, cosines, sines)`: causal attention with rotary
-    /// positions and a cache that it updates; gives the context and the new keys and values.
-    GroupQueryAttention {
-        /// Query heads.
-        heads: usize,
-        /// Key and value heads.
-        kv_heads: usize,
-        /// Width of one head.
-        head_dim: usize,
-    },
+    /// `(qkv, past key, past value, lengths - 1, total length)`, with `query, key, value` in place of `qkv` if it is not
+    /// fused, and with `cosines, sines` at the end if it rotates: causal attention with a cache that it updates; gives
+    /// the context and the new keys and values.
+    GroupQueryAttention(GroupedAttention),
     /// `(x)`: the same elements in another shape.
     Reshape(Shape),
     /// `(x)`: broadcast to a shape.
@@ -232,7 +243,7 @@ impl Op {
             Self::GatherElements { .. } => "GatherElements",
             Self::ScatterAdd { .. } => "ScatterElements",
             Self::RotaryEmbedding { .. } => "RotaryEmbedding",
-            Self::GroupQueryAttention { .. } => "GroupQueryAttention",
+            Self::GroupQueryAttention(_) => "GroupQueryAttention",
             Self::Reshape(_) => "Reshape",
             Self::Expand(_) => "Expand",
             Self::Transpose { .. } => "Transpose",

@@ -9,7 +9,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::tensor_shapes;
+use crate::architecture::tensor_shapes;
 use crate::config::{self, ConfigError, read_bounded};
 use crate::tokenizer::{self, TextError};
 
@@ -82,7 +82,7 @@ pub fn random(options: &RandomOptions, progress: &mut dyn FnMut(u64, u64)) -> Re
     Ok(())
 }
 
-/// Writes a safetensors file: `u64 LE length | JSON header | data`. Norms are one; matrices are uniform with the
+/// Writes a safetensors file: `u64 LE length | JSON header | data`. Norms are one and biases zero; matrices are uniform with the
 /// variance `1 / columns`, the embedding's of variance one, so that activations keep their size through the layers.
 fn write_weights(
     file: &mut impl Write,
@@ -103,12 +103,13 @@ fn write_weights(
             [_, columns] => (3.0 / columns as f32).sqrt(),
             _ => 0.0,
         };
+        let rest = if name.rsplit_once('.').is_some_and(|(_, kind)| kind == "bias") { 0.0 } else { 1.0 };
         let values: usize = shape.iter().product();
         for start in (0..values).step_by(CHUNK_VALUES) {
             let count = CHUNK_VALUES.min(values - start);
             let mut bytes = Vec::with_capacity(4 * count);
             for _ in 0..count {
-                let value = if reach > 0.0 { random.random_range(-reach..reach) } else { 1.0 };
+                let value = if reach > 0.0 { random.random_range(-reach..reach) } else { rest };
                 bytes.extend(value.to_le_bytes());
             }
             file.write_all(&bytes)?;

@@ -40,7 +40,7 @@ pub(crate) fn apply(tape: &mut Tape<'_>, node: &Node) -> Result<(), GraphError> 
         | Op::SkipRmsNorm { .. }
         | Op::MatMulNBits { .. }
         | Op::GatherBlockQuantized { .. }
-        | Op::GroupQueryAttention { .. }
+        | Op::GroupQueryAttention(_)
         | Op::Range(_)
         | Op::Fill { .. }
         | Op::Cast(_) => Err(GraphError::NotDifferentiable {

@@ -15,7 +15,8 @@
 //!
 //! A quantized matrix has `{name}.q` (u8 `[rows, columns / block, block · bits / 8]`) and `{name}.s` (f32
 //! `[rows, columns / block]`); a float one has `{name}.w` (f32 `[rows, columns]`). Vectors are f32 `[hidden]`:
-//! `layers.{i}.attn_norm.w`, `layers.{i}.mlp_norm.w`, `norm.w`. The rotary tables are f32 `[context, head_dim / 2]`:
+//! `layers.{i}.attn_norm.w`, `layers.{i}.mlp_norm.w`, `norm.w`; and where the architecture has them (`architecture.rs`)
+//! `layers.{i}.qkv_bias.w`, `o_bias.w`, `q_norm.w` and `k_norm.w`. The rotary tables are f32 `[context, head_dim / 2]`:
 //! `rope.cos`, `rope.sin`.
 
 use std::io::{self, BufWriter, Write};
@@ -23,6 +24,7 @@ use std::thread;
 
 use commonweal_package::{Bits, ModelConfig, Quantization};
 
+use crate::architecture::{self, Source};
 use crate::quantize::{BlockFormat, Quantized};
 use crate::tensors::{TensorError, Tensors};
 
@@ -87,58 +89,20 @@ pub enum WeightsError {
 /// Values quantized at a time: 16 MB of floats.
 const CHUNK_VALUES: usize = 4 << 20;
 
-/// Where the values of one or two entries come from.
-enum Source {
-    /// A vector of the checkpoint.
-    Vector(String),
-    /// Matrices of the checkpoint, one below the other: names and rows.
-    Matrix(Vec<(String, usize)>),
-    /// A rotary table: this function of position times frequency.
-    Rotary(fn(f64) -> f64),
-}
-
-/// Every tensor of the file: name, source, columns; in the order of the forward pass.
-fn sources(model: &ModelConfig) -> Vec<(String, Source, usize)> {
-    let (hidden, intermediate) = (model.hidden_size, model.intermediate_size);
-    let whole = |name: &str, rows| Source::Matrix(vec![(name.to_owned(), rows)]);
-    let mut list = vec![
-        ("embed".into(), whole("model.embed_tokens.weight", model.vocab_size), hidden),
-        ("rope.cos".into(), Source::Rotary(libm::cos), model.head_dim / 2),
-        ("rope.sin".into(), Source::Rotary(libm::sin), model.head_dim / 2),
-    ];
-    for layer in 0..model.layers {
-        let theirs = |part: &str| format!("model.layers.{layer}.{part}.weight");
-        let stack = |parts: &[(&str, usize)]| {
-            Source::Matrix(parts.iter().map(|&(part, rows)| (theirs(part), rows)).collect())
-        };
-        let (query, kv) = (model.query_size(), model.kv_size());
-        let qkv = stack(&[("self_attn.q_proj", query), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)]);
-        let gate_up = stack(&[("mlp.gate_proj", intermediate), ("mlp.up_proj", intermediate)]);
-        let mut push =
-            |part: &str, source, columns| list.push((format!("layers.{layer}.{part}"), source, columns));
-        push("attn_norm", Source::Vector(theirs("input_layernorm")), hidden);
-        push("qkv", qkv, hidden);
-        push("o", stack(&[("self_attn.o_proj", hidden)]), query);
-        push("mlp_norm", Source::Vector(theirs("post_attention_layernorm")), hidden);
-        push("gate_up", gate_up, hidden);
-        push("down", stack(&[("mlp.down_proj", hidden)]), intermediate);
-    }
-    list.push(("norm".into(), Source::Vector("model.norm.weight".into()), hidden));
-    if !model.tied {
-        list.push(("head".into(), whole("lm_head.weight", model.vocab_size), hidden));
-    }
-    list
-}
-
 impl WeightTable {
     /// Lays out the file for a model: in the order of the forward pass, each entry aligned to [`ALIGNMENT`].
     pub fn plan(model: &ModelConfig, quantization: &Quantization) -> Result<Self, BlockError> {
         let mut table = Self { entries: Vec::new() };
-        for (name, source, columns) in sources(model) {
+        for (name, source) in architecture::tensors(model) {
             match source {
-                Source::Rotary(_) => table.push(name, WeightType::F32, vec![model.context, columns]),
-                Source::Vector(_) => table.push(format!("{name}.w"), WeightType::F32, vec![columns]),
-                Source::Matrix(parts) => {
+                Source::Rotary(_) => {
+                    table.push(name, WeightType::F32, vec![model.context, model.head_dim / 2]);
+                }
+                Source::Vector(parts) => {
+                    let length = parts.iter().map(|(_, length)| length).sum();
+                    table.push(format!("{name}.w"), WeightType::F32, vec![length]);
+                }
+                Source::Matrix(parts, columns) => {
                     let rows = parts.iter().map(|(_, rows)| rows).sum();
                     table.matrix(name, rows, columns, quantization)?;
                 }
@@ -205,10 +169,14 @@ pub fn write(
 ) -> Result<(), WeightsError> {
     let format = BlockFormat::of(quantization);
     let mut out = Output { file: BufWriter::with_capacity(1 << 20, file), written: 0, progress };
-    for (_, source, columns) in sources(model) {
+    for (_, source) in architecture::tensors(model) {
         out.align()?;
         match source {
-            Source::Vector(name) => out.floats(&tensors.rows(&name, 0..columns)?)?,
+            Source::Vector(parts) => {
+                for (name, length) in parts {
+                    out.floats(&tensors.rows(&name, 0..length)?)?;
+                }
+            }
             Source::Rotary(function) => {
                 let frequencies = model.rotary_frequencies();
                 for position in 0..model.context {
@@ -217,7 +185,7 @@ pub fn write(
                     out.floats(&row.collect::<Vec<_>>())?;
                 }
             }
-            Source::Matrix(parts) => {
+            Source::Matrix(parts, columns) => {
                 let mut scales = Vec::new();
                 for (name, rows) in parts {
                     let step = (CHUNK_VALUES / columns).max(1);

@@ -129,12 +129,18 @@ fn the_golden_checkpoints_compile() {
 
 #[test]
 fn configurations() {
-    let cases: [(Value, &[&str]); 17] = [
-        (json!({ "architectures": ["Qwen2ForCausalLM"] }), &["Qwen2ForCausalLM", "LlamaForCausalLM"]),
+    let cases: [(Value, &[&str]); 20] = [
+        (json!({ "architectures": ["GPT2LMHeadModel"] }), &["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3"]),
+        (json!({ "architectures": ["MistralForCausalLM"], "num_hidden_layers": u64::MAX }), &["layers"]),
+        (json!({ "architectures": ["Qwen2ForCausalLM"] }), &["self_attn.q_proj.bias"]),
+        (json!({ "architectures": ["Qwen3ForCausalLM"] }), &["self_attn.q_norm.weight"]),
         (json!({ "architectures": null }), &["architecture none"]),
         (json!({ "rope_scaling": { "type": "yarn", "factor": 2.0 } }), &["rope_scaling", "yarn"]),
         (json!({ "rope_scaling": { "rope_type": "llama3" } }), &["rope_scaling.factor"]),
-        (json!({ "attention_bias": true }), &["attention_bias"]),
+        (
+            json!({ "architectures": ["MistralForCausalLM"], "sliding_window": 4, "layer_types": ["chunked_attention"] }),
+            &["layer_types", "chunked_attention"],
+        ),
         (json!({ "mlp_bias": true }), &["mlp_bias"]),
         (json!({ "hidden_act": "gelu" }), &["hidden_act", "gelu"]),
         (json!({ "sliding_window": 4096 }), &["sliding_window"]),

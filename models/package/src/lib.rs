@@ -1,12 +1,14 @@
 //! The model package on disk: what it says about itself (`model.rs`, `manifest.rs`), how it is written
 //! (`staging.rs`, `write.rs`, used by the compiler) and how it is opened and verified (`open.rs`, used by the runtime).
 
+mod attention;
 mod model;
 mod manifest;
 mod staging;
 mod write;
 mod open;
 
+pub use attention::{Attention, Bias, Window};
 pub use manifest::{
     AdapterDefaults, FORMAT, Hash, HashError, MANIFEST, Manifest, ManifestError, OPTIONAL, REQUIRED, layout,
 };

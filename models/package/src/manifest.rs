@@ -7,6 +7,7 @@ use std::fmt;
 use commonweal_adapter::{AdapterLayout, LayoutError, Module, Target};
 use serde::{Deserialize, Serialize};
 
+use crate::attention::Attention;
 use crate::model::{ModelConfig, ModelError, Quantization, Tokens};
 
 /// The one version of the manifest that this crate reads and writes.
@@ -204,6 +205,10 @@ impl Manifest {
         line("rms_norm_eps", &model.rms_norm_eps);
         line("tied", &model.tied);
         line("rope_scaling", &model.rope_scaling);
+        // Only where there is something to say: packages of before this fact keep their identity.
+        if model.attention != Attention::default() {
+            line("attention", &model.attention);
+        }
         line("bits", &quantization.bits.count());
         line("block_size", &quantization.block_size);
         for file in IDENTITY {

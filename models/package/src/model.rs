@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::attention::{Attention, is_default};
+
 /// The largest value accepted for any one dimension, so that products of two or three fit in a `usize`:
 /// (2^20)^3 = 2^60.
 pub const DIMENSION_MAX: usize = 1 << 20;
@@ -14,8 +16,16 @@ pub const LAYERS_MAX: usize = 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Architecture {
-    /// Llama: RMS norm before each block, rotary positions (rotate-half), grouped queries, gated SiLU, no biases.
+    /// Llama: RMS norm before each block, rotary positions (rotate-half), grouped queries, gated SiLU.
     Llama,
+    /// Mistral: a Llama whose layers see only the nearest tokens.
+    Mistral,
+    /// Qwen 2 and 2.5: a Llama whose queries, keys and values have a bias.
+    Qwen2,
+    /// Qwen 3: a Llama whose queries and keys are normalized head by head.
+    Qwen3,
+    /// SmolLM 3: a Llama some of whose layers have no positions.
+    SmolLm3,
 }
 
 /// The dimensions and constants of a model, the `[model]` table of a manifest.
@@ -51,6 +61,9 @@ pub struct ModelConfig {
     /// How the rotary wavelengths are stretched beyond the original context, if they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rope_scaling: Option<RopeScaling>,
+    /// How the attention differs from Llama's.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub attention: Attention,
 }
 
 /// Llama 3's stretching of long rotary wavelengths (`rope_type = "llama3"` in a Hugging Face configuration).
@@ -101,6 +114,16 @@ pub enum ModelError {
     HeadDim {
         /// What the file says.
         got: usize,
+    },
+    /// A list of layers names one that is not there, or is not ascending.
+    #[error("layers of {name} must be ascending and below {layers}, got {got:?}")]
+    Layers {
+        /// The list.
+        name: &'static str,
+        /// Number of layers.
+        layers: usize,
+        /// What the file says.
+        got: Vec<usize>,
     },
     /// Llama 3's stretching needs its low-frequency factor below its high-frequency factor.
     #[error("rope scaling needs low_frequency_factor < high_frequency_factor, got {low} and {high}")]
@@ -158,6 +181,7 @@ impl ModelConfig {
         if !self.head_dim.is_multiple_of(16) {
             return Err(ModelError::HeadDim { got: self.head_dim });
         }
+        self.attention.check(self.layers)?;
         match &self.rope_scaling {
             Some(scaling) => scaling.check(),
             None => Ok(()),

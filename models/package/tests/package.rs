@@ -7,8 +7,8 @@ use std::path::PathBuf;
 
 use commonweal_adapter::Target;
 use commonweal_package::{
-    Accuracy, AdapterDefaults, Architecture, Bits, Facts, Manifest, ModelConfig, Package, PackageWriter,
-    Quantization, REQUIRED, RopeScaling, Tokens, WriteError, attach,
+    Accuracy, AdapterDefaults, Architecture, Attention, Bits, Facts, Manifest, ModelConfig, Package,
+    PackageWriter, Quantization, REQUIRED, RopeScaling, Tokens, WriteError, attach,
 };
 use tempfile::TempDir;
 
@@ -28,6 +28,7 @@ fn facts() -> Facts {
         rms_norm_eps: 1e-5,
         tied: true,
         rope_scaling: None,
+        attention: Attention::default(),
     };
     let quantization = Quantization { bits: Bits::Four, block_size: 32, accuracy: Accuracy::Fast };
     let adapter = AdapterDefaults { rank: 8, alpha: 16.0, targets: Target::ALL.to_vec() };

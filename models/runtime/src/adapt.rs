@@ -178,7 +178,7 @@ fn fuse_one(
 #[cfg(test)]
 mod tests {
     use commonweal_adapter::Module;
-    use commonweal_package::Architecture;
+    use commonweal_package::{Architecture, Attention};
     use ndarray::Array1;
     use proptest::prelude::*;
 
@@ -200,6 +200,7 @@ mod tests {
             rms_norm_eps: 1e-5,
             tied: true,
             rope_scaling: None,
+            attention: Attention::default(),
         }
     }
 

@@ -1,9 +1,9 @@
 //! The decoder with a cache and adapter inputs: prefill and decoding in one graph, on the fused kernels of ONNX
 //! Runtime. The caller writes the cache in place: one buffer is bound as `past` and as `present`.
 
-use super::{Block, Linear, embed, head_name, packing, rotary_tables, scales, shape, vector};
+use super::{Block, Linear, embed, has_bias, head_name, packing, rotary_tables, scales, shape, vector};
 use crate::graph::{Graph, GraphError, TensorType, ValueId};
-use crate::op::Op;
+use crate::op::{GroupedAttention, Op};
 use crate::shape::{Dim, Shape};
 use crate::{Accuracy, ModelConfig, Quantization};
 
@@ -95,16 +95,40 @@ impl<'m> Decoder<'m> {
     }
 
     fn attention(&mut self, layer: usize, x: ValueId) -> Result<ValueId, GraphError> {
-        let ModelConfig { heads, kv_heads, head_dim, .. } = *self.model;
+        let ModelConfig { heads, kv_heads, head_dim, ref attention, .. } = *self.model;
+        let (fused, rotates) = (!attention.head_norm, attention.rotates(layer));
+        let window = attention.window_of(layer);
         let qkv = self.linear(layer, 0, x)?;
+        let mut inputs = if fused { vec![qkv] } else { self.normed_heads(layer, qkv)? };
         let cache = [Dim::named("batch"), kv_heads.into(), Dim::named("cache"), head_dim.into()];
         let cache = TensorType::f32(cache);
         let key = self.graph.input(format!("past.{layer}.key"), cache.clone())?;
         let value = self.graph.input(format!("past.{layer}.value"), cache)?;
-        let inputs = [qkv, key, value, self.lengths, self.total, self.tables.0, self.tables.1];
-        let outputs = self.graph.add_many(Op::GroupQueryAttention { heads, kv_heads, head_dim }, &inputs)?;
+        inputs.extend([key, value, self.lengths, self.total]);
+        if rotates {
+            inputs.extend([self.tables.0, self.tables.1]);
+        }
+        let attributes = GroupedAttention { heads, kv_heads, head_dim, fused, window, rotates };
+        let outputs = self.graph.add_many(Op::GroupQueryAttention(attributes), &inputs)?;
         self.present.push((outputs[1], outputs[2]));
         Ok(outputs[0])
+    }
+
+    /// Queries, keys and values apart, each head of the first two normalized.
+    fn normed_heads(&mut self, layer: usize, qkv: ValueId) -> Result<Vec<ValueId>, GraphError> {
+        let ModelConfig { heads, kv_heads, head_dim, rms_norm_eps, .. } = *self.model;
+        let sizes = [heads, kv_heads, kv_heads].map(|heads| (heads * head_dim).into()).to_vec();
+        let mut parts = self.graph.add_many(Op::Split { axis: 2, sizes }, &[qkv])?;
+        let leading = [Dim::named("batch"), Dim::named("new")];
+        for (part, name, heads) in [(0, "q_norm", heads), (1, "k_norm", kv_heads)] {
+            let apart = leading.iter().cloned().chain([heads.into(), head_dim.into()]);
+            let split = self.graph.reshape(parts[part], apart.collect::<Shape>())?;
+            let weight = vector(&mut self.graph, &format!("layers.{layer}.{name}"), head_dim)?;
+            let normed = self.graph.add(Op::RmsNorm { epsilon: rms_norm_eps as f32 }, &[split, weight])?;
+            let whole = leading.iter().cloned().chain([(heads * head_dim).into()]);
+            parts[part] = self.graph.reshape(normed, whole.collect::<Shape>())?;
+        }
+        Ok(parts)
     }
 
     fn gated(&mut self, layer: usize, x: ValueId) -> Result<ValueId, GraphError> {
@@ -115,11 +139,15 @@ impl<'m> Decoder<'m> {
         self.graph.times(gate, halves[1])
     }
 
-    /// Linear layer `which` of a block, plus its adapter: `x W + (x a) b`.
+    /// Linear layer `which` of a block, plus its bias and its adapter: `x W + bias + (x a) b`.
     fn linear(&mut self, layer: usize, which: usize, x: ValueId) -> Result<ValueId, GraphError> {
         let Linear { name, inputs, .. } = *self.block.linears()[which];
         let rows = self.block.linears()[which].rows();
-        let base = self.multiply(&format!("layers.{layer}.{name}"), rows, inputs, x)?;
+        let mut base = self.multiply(&format!("layers.{layer}.{name}"), rows, inputs, x)?;
+        if has_bias(self.model, name) {
+            let bias = vector(&mut self.graph, &format!("layers.{layer}.{name}_bias"), rows)?;
+            base = self.graph.plus(base, bias)?;
+        }
         let rank = Dim::named(RANKS[which]);
         let kind = |dims: [Dim; 2]| TensorType::f32(dims);
         let a = self.graph.input(format!("lora.{layer}.{name}.a"), kind([inputs.into(), rank.clone()]))?;

@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 
 use commonweal_adapter::{AdapterLayout, Part, Target};
 
-use super::{Block, Linear, embed, head_name, packed_rows, packing, rotary_tables, shape, vector};
+use super::{Block, Linear, embed, has_bias, head_name, packed_rows, packing, rotary_tables, shape, vector};
 use crate::differentiate::differentiate;
-use crate::graph::{Constant, Graph, GraphError, Keep, TensorType, ValueId};
+use crate::graph::{Constant, ElementType, Graph, GraphError, Keep, TensorType, ValueId};
 use crate::op::{Op, Unary};
 use crate::shape::{Dim, Shape};
 use crate::{ModelConfig, Quantization};
@@ -76,6 +76,8 @@ struct Positions {
     cosines: ValueId,
     sines: ValueId,
     mask: ValueId,
+    /// The mask of layers with a window; `mask` where there are none.
+    window_mask: ValueId,
 }
 
 impl<'m> Trainer<'m> {
@@ -142,20 +144,34 @@ impl<'m> Trainer<'m> {
         self.cross_entropy(normed)
     }
 
-    /// Rows begin at position zero; the mask is `[time, time]`, [`MASKED`] where the column lies ahead of the row.
+    /// Rows begin at position zero; a mask is `[time, time]`, [`MASKED`] where the column lies ahead of the row, and in
+    /// layers with a window also where it lies too far behind.
     fn positions(&mut self) -> Result<Positions, GraphError> {
         let time = Dim::named("time");
         let graph = &mut self.graph;
         let (cosines, sines) = rotary_tables(graph, self.model)?;
         let start = graph.constant(Constant::I64(vec![0]), [1])?;
         let range = graph.add(Op::Range(time.clone()), &[])?;
-        let column = graph.reshape(range, [time.clone(), 1.into()])?;
-        let row = graph.reshape(range, [1.into(), time])?;
-        let ahead = graph.add(Op::Less, &[column, row])?;
+        let query = graph.reshape(range, [time.clone(), 1.into()])?;
+        let key = graph.reshape(range, [1.into(), time])?;
+        let ahead = graph.add(Op::Less, &[query, key])?;
         let (masked, zero) = (graph.scalar(MASKED)?, graph.scalar(0.0)?);
         let mask = graph.add(Op::Where, &[ahead, masked, zero])?;
         graph.keep(mask, Keep::Always);
-        Ok(Positions { start, cosines, sines, mask })
+        let window_mask = match &self.model.attention.window {
+            None => mask,
+            Some(window) => {
+                // Positions are below 2^20: exact as floats.
+                let [query, key] = [query, key].map(|at| graph.add(Op::Cast(ElementType::F32), &[at]));
+                let reach = graph.scalar(window.tokens as f32 - 1.0)?;
+                let farthest = graph.minus(query?, reach)?;
+                let behind = graph.add(Op::Less, &[key?, farthest])?;
+                let mask = graph.add(Op::Where, &[behind, masked, mask])?;
+                graph.keep(mask, Keep::Always);
+                mask
+            }
+        };
+        Ok(Positions { start, cosines, sines, mask, window_mask })
     }
 
     /// A frozen matrix as floats.
@@ -176,13 +192,17 @@ impl<'m> Trainer<'m> {
         self.graph.add(Op::GatherBlockQuantized { packing }, &[weights, all, scales])
     }
 
-    /// Linear layer `which` of a block over `[rows, inputs]`: `x Wᵀ + scale (x Aᵀ) Bᵀ`, one output for each target.
+    /// Linear layer `which` of a block over `[rows, inputs]`: `x Wᵀ + bias + scale (x Aᵀ) Bᵀ`, one output for each target.
     /// The adapters of one input are multiplied by it at once.
     fn linear(&mut self, layer: usize, which: usize, x: ValueId) -> Result<Vec<ValueId>, GraphError> {
         let Linear { name, ref parts, inputs } = *self.block.linears()[which];
         let (parts, rows) = (parts.clone(), self.block.linears()[which].rows());
         let weight = self.matrix(&format!("layers.{layer}.{name}"), rows, inputs)?;
-        let base = self.graph.matmul_transposed(x, weight)?;
+        let mut base = self.graph.matmul_transposed(x, weight)?;
+        if has_bias(self.model, name) {
+            let bias = vector(&mut self.graph, &format!("layers.{layer}.{name}_bias"), rows)?;
+            base = self.graph.plus(base, bias)?;
+        }
         let sizes = parts.iter().map(|&(_, rows)| rows.into()).collect();
         let mut outputs = self.pieces(base, 1, sizes)?;
         let adapter = |target, part| self.adapters.get(&(layer, target, part)).copied();
@@ -219,8 +239,14 @@ impl<'m> Trainer<'m> {
             (Dim::named("batch"), Dim::named("time"), Dim::fixed(kv_heads), Dim::fixed(head_dim));
         let group = Dim::fixed(heads / kv_heads);
         let grouped_time = group.times(&time);
-        let query = self.rotate(qkv[0], heads, at)?;
-        let key = self.rotate(qkv[1], kv_heads, at)?;
+        let query = self.head_norm(layer, "q_norm", qkv[0], heads)?;
+        let key = self.head_norm(layer, "k_norm", qkv[1], kv_heads)?;
+        let query = self.rotate(layer, query, heads, at)?;
+        let key = self.rotate(layer, key, kv_heads, at)?;
+        let mask = match self.model.attention.window_of(layer) {
+            Some(_) => at.window_mask,
+            None => at.mask,
+        };
         let graph = &mut self.graph;
         let query = graph.reshape(query, shape([&batch, &time, &kv, &group, &width]))?;
         let query = graph.transpose(query, &[0, 2, 3, 1, 4])?;
@@ -234,7 +260,7 @@ impl<'m> Trainer<'m> {
         }
         let scores = graph.product((query, false), (key, true), (head_dim as f32).sqrt().recip())?;
         let scores = graph.reshape(scores, shape([&batch, &kv, &group, &time, &time]))?;
-        let scores = graph.plus(scores, at.mask)?;
+        let scores = graph.plus(scores, mask)?;
         let probabilities = graph.add(Op::Softmax, &[scores])?;
         let probabilities = graph.reshape(probabilities, shape([&batch, &kv, &grouped_time, &time]))?;
         let context = graph.matmul(probabilities, value)?;
@@ -245,10 +271,38 @@ impl<'m> Trainer<'m> {
         Ok(self.linear(layer, 1, context)?[0])
     }
 
-    /// Rotary positions over `[rows, heads · head_dim]`; gives `[batch, time, heads · head_dim]`.
-    fn rotate(&mut self, x: ValueId, heads: usize, at: Positions) -> Result<ValueId, GraphError> {
+    /// The RMS norm of each head of `[rows, heads · head_dim]`, where the architecture has one.
+    fn head_norm(
+        &mut self,
+        layer: usize,
+        name: &str,
+        x: ValueId,
+        heads: usize,
+    ) -> Result<ValueId, GraphError> {
+        if !self.model.attention.head_norm {
+            return Ok(x);
+        }
+        let ModelConfig { head_dim, rms_norm_eps, .. } = *self.model;
+        let weight = vector(&mut self.graph, &format!("layers.{layer}.{name}"), head_dim)?;
+        let apart = self.graph.reshape(x, [Self::rows(), heads.into(), head_dim.into()])?;
+        let normed = self.graph.add(Op::RmsNorm { epsilon: rms_norm_eps as f32 }, &[apart, weight])?;
+        self.graph.reshape(normed, [Self::rows(), (heads * head_dim).into()])
+    }
+
+    /// Rotary positions over `[rows, heads · head_dim]`, where the layer has them; gives
+    /// `[batch, time, heads · head_dim]`.
+    fn rotate(
+        &mut self,
+        layer: usize,
+        x: ValueId,
+        heads: usize,
+        at: Positions,
+    ) -> Result<ValueId, GraphError> {
         let width = Dim::fixed(heads * self.model.head_dim);
         let x = self.graph.reshape(x, shape([&Dim::named("batch"), &Dim::named("time"), &width]))?;
+        if !self.model.attention.rotates(layer) {
+            return Ok(x);
+        }
         self.graph.add(Op::RotaryEmbedding { heads }, &[x, at.start, at.cosines, at.sines])
     }
 

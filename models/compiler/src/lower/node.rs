@@ -5,7 +5,7 @@ use super::size::{Sizes, integer, plain};
 use super::{MICROSOFT, Writer, data_type, tensor};
 use crate::graph::{Graph, GraphError, Node};
 use crate::onnx::{AttributeProto, AttributeType, DataType, NodeProto};
-use crate::op::Op;
+use crate::op::{GroupedAttention, Op};
 use crate::shape::{Dim, Shape};
 
 /// Writes one node of the graph.
@@ -123,17 +123,9 @@ impl Form<'_> {
             }
             Op::ScatterAdd { axis: at } => ("", inputs, with(axis(*at), [text("reduction", "add")])),
             Op::RotaryEmbedding { heads } => (MICROSOFT, inputs, vec![integer("num_heads", *heads as i64)]),
-            Op::GroupQueryAttention { heads, kv_heads, head_dim } => {
-                let [qkv, rest @ ..] = inputs.as_slice() else { return (MICROSOFT, inputs, vec![]) };
-                let mut all = vec![qkv.clone(), String::new(), String::new()];
-                all.extend(rest.iter().cloned());
-                let attributes = vec![
-                    integer("num_heads", *heads as i64),
-                    integer("kv_num_heads", *kv_heads as i64),
-                    integer("do_rotary", 1),
-                    float("scale", (*head_dim as f32).sqrt().recip()),
-                ];
-                (MICROSOFT, all, attributes)
+            Op::GroupQueryAttention(attributes) => {
+                let (inputs, attributes) = grouped_attention(*attributes, inputs);
+                (MICROSOFT, inputs, attributes)
             }
             Op::Transpose { permutation } => {
                 let ints = permutation.iter().map(|&axis| axis as i64).collect();
@@ -238,6 +230,26 @@ impl Form<'_> {
         }
         self.sizes.shape(shape, self.writer)
     }
+}
+
+/// One fused tensor stands for three inputs. The window's attribute counts the tokens that a query sees, itself
+/// included (`tests/architectures.rs` holds it against windows of an independent implementation).
+fn grouped_attention(
+    attributes: GroupedAttention,
+    mut inputs: Vec<String>,
+) -> (Vec<String>, Vec<AttributeProto>) {
+    let GroupedAttention { heads, kv_heads, head_dim, fused, window, rotates } = attributes;
+    if fused {
+        inputs.splice(1..1, [String::new(), String::new()]);
+    }
+    let mut attributes = vec![
+        integer("num_heads", heads as i64),
+        integer("kv_num_heads", kv_heads as i64),
+        integer("do_rotary", i64::from(rotates)),
+        float("scale", (head_dim as f32).sqrt().recip()),
+    ];
+    attributes.extend(window.map(|tokens| integer("local_window_size", tokens as i64)));
+    (inputs, attributes)
 }
 
 fn with<T>(mut list: Vec<T>, more: impl IntoIterator<Item = T>) -> Vec<T> {

@@ -1,6 +1,8 @@
 //! Runs compiled graphs through the real ONNX Runtime, for the tests beside this folder.
 #![allow(dead_code, reason = "each test binary uses its part")]
 
+pub(crate) mod case;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;

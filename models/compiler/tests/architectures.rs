@@ -1,0 +1,64 @@
+//! Every architecture but plain Llama in the real ONNX Runtime against Hugging Face's implementation
+//! (`goldens/make_architectures.py`): logits at once and over the cache, loss, and the gradient of every adapter tensor.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed test may panic")]
+
+#[path = "onnx_runtime/mod.rs"]
+mod onnx_runtime;
+
+use commonweal_compiler::{Accuracy, Architecture, Attention, Bias, Bits, Window};
+use onnx_runtime::case::Case;
+use onnx_runtime::{goldens, read};
+use tempfile::TempDir;
+
+/// The reference's rotary tables are 32-bit floats; measured errors are about 1e-6.
+const TOLERANCE: f64 = 2e-5;
+
+fn agrees(variant: &str, architecture: Architecture, attention: &Attention) {
+    let directory = goldens().join("architectures").join(variant);
+    // The text files are those of the other goldens.
+    let checkpoint = TempDir::new().unwrap();
+    for (from, names) in [
+        (&directory, ["config.json", "model.safetensors"]),
+        (&goldens().join("tied"), ["tokenizer.json", "chat_template.jinja"]),
+    ] {
+        for name in names {
+            std::fs::copy(from.join(name), checkpoint.path().join(name)).unwrap();
+        }
+    }
+    let golden = read(&format!("architectures/{variant}/golden.safetensors"));
+    let kind = (Bits::Full, Accuracy::Exact);
+    let case = Case::new(variant, checkpoint.path(), kind, golden.clone(), golden);
+    let model = &case.package.manifest().model;
+    assert_eq!((model.architecture, &model.attention), (architecture, attention));
+    case.graph_agrees(&case.package.train_graph(), "train", TOLERANCE);
+    case.logits_agree(TOLERANCE);
+}
+
+#[test]
+fn llama_with_biases() {
+    agrees("llama-bias", Architecture::Llama, &Attention { bias: Bias::All, ..Attention::default() });
+}
+
+#[test]
+fn mistral_with_its_window() {
+    let window = Some(Window { tokens: 7, layers: vec![0, 1] });
+    agrees("mistral", Architecture::Mistral, &Attention { window, ..Attention::default() });
+}
+
+#[test]
+fn qwen2_with_and_without_a_window() {
+    let attention = Attention { bias: Bias::Qkv, ..Attention::default() };
+    agrees("qwen2", Architecture::Qwen2, &attention);
+    let window = Some(Window { tokens: 5, layers: vec![1] });
+    agrees("qwen2-window", Architecture::Qwen2, &Attention { window, ..attention });
+}
+
+#[test]
+fn qwen3_with_norms_of_heads() {
+    agrees("qwen3", Architecture::Qwen3, &Attention { head_norm: true, ..Attention::default() });
+}
+
+#[test]
+fn smollm3_with_layers_that_do_not_rotate() {
+    agrees("smollm3", Architecture::SmolLm3, &Attention { unrotated: vec![3], ..Attention::default() });
+}
