@@ -19,6 +19,7 @@ pub mod compress;
 pub mod upload;
 pub mod install;
 mod pipeline_error;
+mod task;
 pub mod pipeline;
 pub mod cli;
 

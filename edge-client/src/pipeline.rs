@@ -5,9 +5,9 @@
 
 use std::time::Instant;
 
-use commonweal_adapter::{Adapter, Residual, Trainable};
+use commonweal_adapter::{Adapter, Residual};
 use commonweal_protocol::{
-    BaseHash, Content, DeviceReport, Mode, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
+    Content, DeviceReport, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
 };
 use commonweal_runtime::{Cancel, Model};
 use commonweal_safety::{Guard, Reviser};
@@ -25,9 +25,11 @@ use crate::{
     revise::{self, ReviseCounts, TrainingPair},
     sample,
     store::{Store, StoreError},
-    train::{self, TrainSummary, TrainTask, Trained, TrainingError},
+    train::{self, TrainSummary, Trained, TrainingError},
     upload::{self, UploadError},
 };
+
+pub use crate::task::{base_of, train_task, trainable};
 
 const BEGUN: &str = "round/task.json";
 const GIVEN_UP: &str = "round/given-up.json";
@@ -121,8 +123,12 @@ struct PackedReport {
 }
 
 impl<L: Link> Device<L> {
-    /// One poll, and everything that follows from it.
+    /// What a kill left undelivered, or one poll and everything that follows from it.
     pub fn visit(&self) -> Result<Visit, PipelineError> {
+        if let Some(outcome @ Outcome::Delivered(_)) = self.finish_begun()? {
+            // The release that came of it may be waiting: asked for at once.
+            return Ok(Visit { outcome, reconnect: ReconnectWindow::default() });
+        }
         let PollReply { task, reconnect, .. } = self.poll()?;
         let outcome = match task {
             None => Outcome::Idle,
@@ -152,13 +158,7 @@ impl<L: Link> Device<L> {
         if task.base != self.expected.base {
             return Err(PipelineError::Base { expected: self.expected.base, got: task.base });
         }
-        let delivered = upload::delivered(&self.store)?;
-        let is_delivered = |round| delivered.iter().any(|known| known.round == round);
-        if self.read_round::<Begun>(BEGUN)?.is_some_and(|begun| is_delivered(begun.task.round)) {
-            // A kill came between the receipt and this.
-            self.settle()?;
-        }
-        if is_delivered(task.round) {
+        if self.is_delivered(task.round)? {
             return Ok(Outcome::AlreadyDelivered(task.round));
         }
         self.begin_or_continue(task)?;
@@ -176,6 +176,28 @@ impl<L: Link> Device<L> {
                 self.give_up(task, GivenUp::Diverged)
             }
             Err(error) => Err(error),
+        }
+    }
+
+    fn is_delivered(&self, round: RoundId) -> Result<bool, StoreError> {
+        Ok(upload::delivered(&self.store)?.iter().any(|known| known.round == round))
+    }
+
+    /// Ends a round that was worked on to its end. Its update may have been taken though no receipt came: offered again,
+    /// it gets the same receipt, even if its round is over and another has begun.
+    fn finish_begun(&self) -> Result<Option<Outcome>, PipelineError> {
+        let Some(Begun { task, policy }) = self.read_round(BEGUN)? else { return Ok(None) };
+        if self.is_delivered(task.round)? {
+            // A kill came between the receipt and this.
+            self.settle()?;
+            return Ok(None);
+        }
+        if policy != self.policy || task.base != self.expected.base {
+            return Ok(None);
+        }
+        match self.packed_before(&task)? {
+            Some((packed, report)) => Ok(Some(self.deliver(&task, &packed, &report)?)),
+            None => Ok(None),
         }
     }
 
@@ -206,14 +228,20 @@ impl<L: Link> Device<L> {
         Ok(why_not(task.round, why))
     }
 
+    /// The update of this task that was packed before, if it is whole and its start is still to be had.
+    fn packed_before(&self, task: &RoundTask) -> Result<Option<(Packed, PackedReport)>, PipelineError> {
+        let (Some(bytes), Some(report)) = (self.store.read(PACKED)?, self.read_round(PACKED_REPORT)?) else {
+            return Ok(None);
+        };
+        let start = match self.start(task) {
+            Err(error) if error.is_transient() => return Err(error),
+            start => start.ok(),
+        };
+        let read = |start: Adapter| Packed::from_disk(bytes, start.layout(), trainable(task.mode)).ok();
+        Ok(start.and_then(read).map(|packed| (packed, report)))
+    }
+
     fn packed_update(&self, task: &RoundTask) -> Result<Option<(Packed, PackedReport)>, PipelineError> {
-        let trainable = trainable(task.mode);
-        if let (Some(bytes), Some(report)) = (self.store.read(PACKED)?, self.read_round(PACKED_REPORT)?) {
-            let start = self.start(task)?;
-            if let Ok(packed) = Packed::from_disk(bytes, start.layout(), trainable) {
-                return Ok(Some((packed, report)));
-            }
-        }
         let Some(prepared) = self.prepare(task)? else { return Ok(None) };
         let start = self.start(task)?;
         let trained = self.train(task, &start, &prepared)?;
@@ -386,31 +414,6 @@ fn why_not(round: RoundId, why: GivenUp) -> Outcome {
     }
 }
 
-/// Which factors a mode trains.
-pub fn trainable(mode: Mode) -> Trainable {
-    match mode {
-        Mode::Fedit => Trainable::Both,
-        Mode::Ffa => Trainable::BOnly,
-    }
-}
-
-/// A round's settings as training takes them.
-pub fn train_task(task: &RoundTask) -> TrainTask {
-    let settings = &task.train;
-    TrainTask {
-        steps_max: settings.steps_max,
-        warmup_steps: settings.warmup_steps,
-        step_rows: settings.accumulation as usize,
-        row_tokens_max: settings.row_tokens_max as usize,
-        learning_rate: settings.learning_rate,
-        weight_decay: settings.weight_decay,
-        clip_norm: settings.clip_norm,
-        proximal_mu: settings.proximal_mu,
-        trainable: trainable(task.mode),
-        seed: task.seed,
-    }
-}
-
 fn report(prepared: &Prepared, summary: &TrainSummary, norm: f64) -> DeviceReport {
     let ReviseCounts { kept, revised, refused, dropped, attempts } = prepared.counts;
     let count = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
@@ -427,11 +430,6 @@ fn report(prepared: &Prepared, summary: &TrainSummary, norm: f64) -> DeviceRepor
         loss_last: summary.loss_last,
         delta_norm: norm as f32,
     }
-}
-
-/// The base of a package as the protocol names it.
-pub fn base_of(model: &Model) -> BaseHash {
-    BaseHash(model.package().base().0)
 }
 
 impl From<UploadError> for PipelineError {

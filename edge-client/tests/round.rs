@@ -228,6 +228,33 @@ fn a_kill_after_the_receipt_does_not_send_the_same_residual_twice() {
 }
 
 #[test]
+fn an_update_whose_receipt_was_lost_is_offered_again_when_its_round_is_over() {
+    let world = World::new();
+    world.tell(|told| told.is_away = true);
+    assert!(world.device.visit().unwrap_err().is_transient());
+    let packed = world.device.store.read("round/update.packed").unwrap().unwrap();
+    let next = world.device.store.read("round/residual.bin").unwrap();
+    world.begin(2);
+    world.tell(|told| told.is_away = false);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    assert_eq!(world.opened()[0].digest, Digest::of(&packed));
+    assert_eq!(world.device.store.read("residual.bin").unwrap(), next);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(2)));
+
+    // If it was not taken in time, it is let go, and with it what it would have owed.
+    world.begin(3);
+    world.tell(|told| told.is_away = true);
+    assert!(world.device.visit().unwrap_err().is_transient());
+    let before = world.device.store.read("residual.bin").unwrap();
+    world.begin(4);
+    world.tell(|told| (told.is_away, told.refusal) = (false, Some(Refusal::StaleRound)));
+    assert_eq!(world.visit(), Outcome::Refused(RoundId(4), Refusal::StaleRound));
+    let rounds: Vec<u64> = world.opened().iter().map(|open| open.round.0).collect();
+    assert_eq!(rounds, [1, 2, 3, 4]);
+    assert_eq!(world.device.store.read("residual.bin").unwrap(), before);
+}
+
+#[test]
 fn a_refused_update_is_not_made_again_and_the_next_round_is_taken() {
     let world = World::new();
     world.tell(|told| told.refusal = Some(Refusal::UpdateUnusable));
