@@ -3,28 +3,27 @@
 //!
 //! | number | value | why |
 //! |---|---|---|
-//! | stream window | 8 MiB | 100 Mbit/s at 640 ms round trip |
-//! | connection window | 16 MiB, but 256 KiB until a certificate is verified | what a stranger can make us hold |
+//! | windows | see `limits` | what peers can make us hold |
 //! | streams | 16 in both directions, none in one | a device needs two |
 //! | socket buffers | 4 MiB | loss in a burst of 200 connections falls from 8–10 % to under 0.4 % |
 //! | idle time-out | twice the stall window | a stall is told before the connection goes |
 //! | keep-alive | every 10 s, on a connection that transfers | a sleeping device must not be woken by its own pings |
 
 mod socket;
+mod source;
 mod server;
 mod device;
 
 pub use device::{QuicWire, enroll};
 pub use server::{BindError, QuicServer};
 
-use crate::{IdentityError, limits::Congestion};
+use crate::{
+    IdentityError,
+    limits::{CONNECTION_WINDOW_BYTES, Congestion},
+};
 use quinn::{IdleTimeout, TransportConfig, VarInt, congestion};
 use std::{sync::Arc, time::Duration};
 
-const STREAM_WINDOW_BYTES: u32 = 8 << 20;
-const CONNECTION_WINDOW_BYTES: u32 = 16 << 20;
-const STRANGER_WINDOW_BYTES: u32 = 256 << 10;
-const STREAMS_MAX: u32 = 16;
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// Application codes of a closed connection.
@@ -44,7 +43,7 @@ fn transport(stall_ms: u64, congestion: Congestion) -> Result<TransportConfig, I
     let idle = IdleTimeout::try_from(idle).map_err(|_| IdentityError::Time)?;
     let mut config = TransportConfig::default();
     config
-        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
+        .stream_receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES))
         .receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES))
         .send_window(u64::from(CONNECTION_WINDOW_BYTES))
         .max_concurrent_bidi_streams(VarInt::from_u32(0))

@@ -11,8 +11,8 @@ use crate::{
     seats::{Seat, Seats},
 };
 use commonweal_protocol::{
-    Accepted, Chunk, Content, DecodeError, EnrolmentReply, EnrolmentRequest, Fetch, Open, Refusal, Refused,
-    Reply, Request, bounds,
+    Accepted, Chunk, Content, DecodeError, DeviceId, EnrolmentReply, EnrolmentRequest, Fetch, Open, Refusal,
+    Refused, Reply, Request, bounds,
 };
 use std::time::Duration;
 use tokio::{
@@ -21,7 +21,7 @@ use tokio::{
 };
 
 /// Uploads and downloads of one device at once: one under way, and those that a cut left behind.
-const TRANSFERS_OF_A_DEVICE_MAX: u32 = 8;
+const TRANSFERS_OF_A_DEVICE_MAX: usize = 8;
 
 /// Serves requests with one handler, so many at once.
 #[derive(Debug)]
@@ -31,7 +31,7 @@ pub(crate) struct Service<H> {
     window: Duration,
     requests: Semaphore,
     transfers: Semaphore,
-    devices: Seats,
+    devices: Seats<DeviceId>,
 }
 
 /// Why a stream ended without a final reply, or with a refusal.
@@ -170,7 +170,7 @@ impl<H: Handler> Service<H> {
     }
 
     /// Room for one more transfer, held as long as the value.
-    fn transfer(&self, peer: &Peer) -> Result<(Seat<'_>, SemaphorePermit<'_>), Refusal> {
+    fn transfer(&self, peer: &Peer) -> Result<(Seat<'_, DeviceId>, SemaphorePermit<'_>), Refusal> {
         let seat = self.devices.take(peer.device).ok_or(Refusal::Busy)?;
         Ok((seat, self.transfers.try_acquire().map_err(|_| Refusal::Busy)?))
     }

@@ -169,6 +169,82 @@ async fn newcomers_prove_their_address_under_load() {
     link.poll(POLL).await.unwrap();
 }
 
+/// A way to the server from another address, 127.0.0.2; lets only so many packets of the device through.
+async fn relay(server: SocketAddr, packets_max: usize) -> SocketAddr {
+    let near = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let far = tokio::net::UdpSocket::bind("127.0.0.2:0").await.unwrap();
+    far.connect(server).await.unwrap();
+    let address = near.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (mut out, mut back) = ([0; 2048], [0; 2048]);
+        let (mut device, mut passed) = (None, 0);
+        loop {
+            tokio::select! {
+                Ok((length, from)) = near.recv_from(&mut out) => {
+                    device = Some(from);
+                    if passed < packets_max {
+                        passed += 1;
+                        let _ = far.send(&out[..length]).await;
+                    }
+                }
+                Ok(length) = far.recv(&mut back) => {
+                    if let Some(device) = device {
+                        let _ = near.send_to(&back[..length], device).await;
+                    }
+                }
+            }
+        }
+    });
+    address
+}
+
+/// Strangers who stand still take the slots of their own address only, in which one can still enrol from another.
+#[tokio::test]
+async fn one_address_does_not_hold_every_enrolment() {
+    let world = World::start_with(ServeLimits { enrolments_max: 16, ..ServeLimits::default() });
+    let (port, limits) = (world.server.local_addr().port(), World::limits());
+    let authority = world.authority.digest();
+    let mut idle = Vec::new();
+    for _ in 0..16 {
+        let wire = QuicWire::enrolment("127.0.0.1", port, authority, &world.clock, &limits).unwrap();
+        // A stream that is opened and never used; or none, if the server has hung up by then.
+        let stream = wire.open(Purpose::Question).await;
+        idle.push((wire, stream));
+    }
+    let enrol = |invitation: Invitation| async move {
+        let limits = World::limits();
+        enroll(&invitation, DeviceKey::generate().unwrap(), &limits, &Clock::manual(NOW_MS)).await
+    };
+    let here = world.invitation();
+    assert!(enrol(here.clone()).await.is_err(), "this address has used up its share");
+    let port = relay(world.server.local_addr(), usize::MAX).await.port();
+    enrol(Invitation { port, ..here }).await.unwrap();
+    // Whoever hangs up makes room.
+    drop(idle);
+    world.enrol().await;
+}
+
+/// Handshakes that are never ended take the slots of their own address only.
+#[tokio::test]
+async fn one_address_does_not_hold_every_handshake() {
+    let world = World::start();
+    let credentials = world.enrol().await;
+    let limits = ServeLimits { handshakes_before_retry: 0, ..ServeLimits::default() };
+    let address = ([127, 0, 0, 1], 0).into();
+    let server = serve(&world.authority, &world.clock, &world.handler, address, limits);
+    let link = |port| {
+        let (credentials, clock) = (credentials.clone(), world.clock.clone());
+        QuicLink::new("127.0.0.1", port, credentials, World::limits(), clock).unwrap()
+    };
+    for _ in 0..8 {
+        // Its first packet, and the same again with the proof of its address.
+        let link = link(relay(server.local_addr(), 2).await.port());
+        tokio::spawn(async move { link.poll(POLL).await });
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    link(server.local_addr().port()).poll(POLL).await.unwrap();
+}
+
 /// Nobody there: an error that says where, after the retries.
 #[tokio::test]
 async fn an_aggregator_that_is_not_there_is_unreachable() {

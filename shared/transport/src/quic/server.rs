@@ -1,13 +1,18 @@
 //! The aggregator's end of QUIC: accepts connections within limits, learns who is there, hands streams to `serve`.
 //! Neighbours: `serve` answers; `authority` issued the certificate.
 
-use super::{CONNECTION_WINDOW_BYTES, STRANGER_WINDOW_BYTES, STREAMS_MAX, code, socket, transport};
+use super::{code, socket, source::Source, transport};
 use crate::{
     ALPN, ALPN_ENROLMENT, Clock, Handler, IdentityError, Peer, ServeLimits, ServerIdentity, certificate,
+    limits::{
+        CONNECTION_WINDOW_BYTES, HANDSHAKES_OVER_RETRY, INCOMING_BYTES_MAX, STRANGER_WINDOW_BYTES,
+        STREAMS_MAX,
+    },
     seats::Seats,
     serve::{Service, chain},
     tls,
 };
+use commonweal_protocol::DeviceId;
 use quinn::{
     Connection, Endpoint, EndpointConfig, Incoming, VarInt,
     crypto::rustls::{HandshakeData, QuicServerConfig},
@@ -18,10 +23,10 @@ use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// Connections of one device at once: one for questions, one that transfers, and those that a cut left behind.
-const CONNECTIONS_OF_A_DEVICE_MAX: u32 = 8;
+const CONNECTIONS_OF_A_DEVICE_MAX: usize = 8;
 
-/// Handshakes under way, over those that need no proof of address.
-const HANDSHAKES_OVER_RETRY: usize = 4;
+/// The part of all handshakes and of all enrolments that one address may hold: it takes eight to shut others out.
+const SHARE_OF_AN_ADDRESS: usize = 8;
 
 /// How long a close waits for requests under way, and then for peers to hear of it.
 const CLOSE_WAIT: Duration = Duration::from_secs(3);
@@ -116,34 +121,40 @@ fn config(
         .transport_config(Arc::new(transport))
         .max_incoming(limits.connections_max)
         .incoming_buffer_size(64 << 10)
-        .incoming_buffer_size_total(16 << 20);
+        .incoming_buffer_size_total(INCOMING_BYTES_MAX);
     Ok(config)
 }
 
 struct Server<H> {
     service: Service<H>,
     window: Duration,
-    handshakes: Semaphore,
-    /// Free handshake slots below which a newcomer must prove its address.
-    handshakes_before_proof: usize,
+    /// Handshakes of addresses that may be forged, in a pool of their own: nobody can use up another's share by sending
+    /// in its name.
+    unproven: Semaphore,
+    proven: Semaphore,
+    proven_of: Seats<Source>,
     connections: Semaphore,
+    connections_of: Seats<DeviceId>,
     enrolments: Semaphore,
-    devices: Seats,
+    enrolments_of: Seats<Source>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
 
 impl<H: Handler> Server<H> {
     fn new(handler: H, clock: &Clock, limits: &ServeLimits) -> Self {
-        let handshakes_max = limits.handshakes_before_retry.max(1) * HANDSHAKES_OVER_RETRY;
+        let proven_max = limits.handshakes_before_retry.max(1) * HANDSHAKES_OVER_RETRY;
+        let share = |of: usize| Seats::new((of / SHARE_OF_AN_ADDRESS).max(1));
         Self {
             service: Service::new(handler, clock.clone(), limits),
             window: Duration::from_millis(limits.stall_ms),
-            handshakes: Semaphore::new(handshakes_max),
-            handshakes_before_proof: handshakes_max - limits.handshakes_before_retry,
+            unproven: Semaphore::new(limits.handshakes_before_retry),
+            proven: Semaphore::new(proven_max),
+            proven_of: share(proven_max),
             connections: Semaphore::new(limits.connections_max),
+            connections_of: Seats::new(CONNECTIONS_OF_A_DEVICE_MAX),
             enrolments: Semaphore::new(limits.enrolments_max),
-            devices: Seats::new(CONNECTIONS_OF_A_DEVICE_MAX),
+            enrolments_of: share(limits.enrolments_max),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         }
@@ -156,16 +167,7 @@ impl<H: Handler> Server<H> {
                 () = self.stop.cancelled() => None,
             };
             let Some(incoming) = incoming else { break };
-            let free = self.handshakes.available_permits();
-            if free <= self.handshakes_before_proof && !incoming.remote_address_validated() {
-                if incoming.may_retry() {
-                    let _ = incoming.retry();
-                }
-            } else if free == 0 {
-                incoming.refuse();
-            } else {
-                self.tasks.spawn(Arc::clone(&self).welcome(incoming));
-            }
+            self.tasks.spawn(Arc::clone(&self).welcome(incoming));
         }
     }
 
@@ -191,11 +193,25 @@ impl<H: Handler> Server<H> {
     }
 
     async fn shake_hands(&self, incoming: Incoming) -> Option<Connection> {
+        if incoming.remote_address_validated() {
+            let seat = self.proven_of.take(incoming.remote_address().into());
+            let (Some(_seat), Ok(_slot)) = (seat, self.proven.try_acquire()) else {
+                incoming.refuse();
+                return None;
+            };
+            self.shake(incoming).await
+        } else {
+            let Ok(_slot) = self.unproven.try_acquire() else {
+                // Always possible: what has been retried is either proven or has ended.
+                let _ = incoming.retry();
+                return None;
+            };
+            self.shake(incoming).await
+        }
+    }
+
+    async fn shake(&self, incoming: Incoming) -> Option<Connection> {
         let address = incoming.remote_address();
-        let Ok(_slot) = self.handshakes.try_acquire() else {
-            incoming.refuse();
-            return None;
-        };
         let shaken = async { incoming.accept()?.await };
         match tokio::time::timeout(self.window, shaken).await {
             Ok(Ok(connection)) => Some(connection),
@@ -211,7 +227,8 @@ impl<H: Handler> Server<H> {
     }
 
     async fn serve_device(self: &Arc<Self>, connection: &Connection, peer: Peer) {
-        let (Ok(_slot), Some(_seat)) = (self.connections.try_acquire(), self.devices.take(peer.device))
+        let (Ok(_slot), Some(_seat)) =
+            (self.connections.try_acquire(), self.connections_of.take(peer.device))
         else {
             tracing::info!(device = %peer.device, "too many connections");
             connection.close(code::BUSY, b"");
@@ -242,7 +259,11 @@ impl<H: Handler> Server<H> {
     }
 
     async fn serve_enrolment(&self, connection: &Connection) {
-        let Ok(_slot) = self.enrolments.try_acquire() else {
+        // A handshake that came to its end proves the address.
+        let source = connection.remote_address().into();
+        let (Some(_seat), Ok(_slot)) = (self.enrolments_of.take(source), self.enrolments.try_acquire())
+        else {
+            tracing::info!(address = %connection.remote_address(), "too many enrolments");
             connection.close(code::BUSY, b"");
             return;
         };
