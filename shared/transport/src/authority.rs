@@ -101,9 +101,9 @@ impl Authority {
         })
     }
 
-    /// A device's certificate for the key of this request, and the authority's. Whatever names and uses the request
-    /// asks for are ignored. Refused: a request that is malformed or not signed by its own key, and keys other than
-    /// ECDSA P-256 and Ed25519.
+    /// A device's certificate for the key of this request, and the authority's. The names, key usages and basic
+    /// constraints that the request asks for are ignored. Refused: a request that is malformed, not signed by its own key,
+    /// or asks for any other extension, and keys other than ECDSA P-256 and Ed25519.
     pub fn issue_device(
         &self,
         csr: &Csr,

@@ -38,6 +38,7 @@ macro_rules! contract_suite {
             a_device_of_another_authority_is_refused
             an_aggregator_of_another_authority_is_refused
             an_expired_certificate_is_refused
+            a_certificate_that_ends_during_an_upload_gets_no_receipt
             renewing_keeps_the_device
             a_revoked_device_is_refused
             a_device_revoked_while_it_uploads_gets_no_receipt

@@ -19,7 +19,8 @@ pub trait Link: Send + Sync + 'static {
 
     /// Completes `partial`, the first bytes of some published content (none at first), and verifies the whole.
     ///
-    /// On an error `partial` keeps what arrived, to go on from another time; on [`LinkError::Corrupt`] it is emptied.
+    /// On an error `partial` keeps the chunks that arrived whole, to go on from another time; only if all of it is there
+    /// and is not what was asked for, it is emptied.
     fn fetch(
         &self,
         content: Content,
@@ -104,10 +105,10 @@ pub enum LinkError {
         /// What was expected.
         expected: &'static str,
     },
-    /// The whole that arrived is not what was asked for.
+    /// A chunk that arrived, or the whole, is not what it should be.
     #[error("content: expected digest {expected}, got {got}")]
     Corrupt {
-        /// Digest asked for.
+        /// Digest announced with the chunk, or asked for.
         expected: Digest,
         /// Digest of what arrived.
         got: Digest,

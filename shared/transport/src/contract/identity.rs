@@ -1,7 +1,7 @@
 //! Cases of the suite: who is let in. Neighbours: `world` sets the scene.
 
 use super::world::{Medium, Raw, Subject, World};
-use crate::{Authority, Credentials, DeviceKey, Link as _, LinkError};
+use crate::{Authority, Credentials, DeviceKey, Link as _, LinkError, Wire};
 use commonweal_protocol::{
     CertificateChain, Chunk, Csr, DeviceId, Enrolled, Opaque, Refusal, Request, Token,
 };
@@ -144,6 +144,17 @@ pub async fn a_revoked_device_is_refused<S: Subject, M: Medium<S::Handler>>() {
     world.link(&other).poll(world.poll()).await.unwrap();
 }
 
+/// Whose certificate ends between an upload's opening and its end is not signed for.
+pub async fn a_certificate_that_ends_during_an_upload_gets_no_receipt<S: Subject, M: Medium<S::Handler>>() {
+    let world = World::<S, M>::start();
+    let credentials = world.enrol().await;
+    let (open, payload) = world.subject.update();
+    let (mut raw, _) = Raw::open_upload(&world.link(&credentials), open).await;
+    assert!(world.clock.set(credentials.expires_ms() + 1));
+    send_all(&mut raw, &payload).await;
+    assert_eq!(raw.refusal().await, Refusal::Expired);
+}
+
 /// Whoever is revoked between an upload's opening and its end is not signed for.
 pub async fn a_device_revoked_while_it_uploads_gets_no_receipt<S: Subject, M: Medium<S::Handler>>() {
     let world = World::<S, M>::start();
@@ -151,10 +162,14 @@ pub async fn a_device_revoked_while_it_uploads_gets_no_receipt<S: Subject, M: Me
     let (open, payload) = world.subject.update();
     let (mut raw, _) = Raw::open_upload(&world.link(&credentials), open).await;
     world.subject.revoke(credentials.device());
+    send_all(&mut raw, &payload).await;
+    assert_eq!(raw.refusal().await, Refusal::Revoked);
+}
+
+async fn send_all<W: Wire>(raw: &mut Raw<W>, payload: &[u8]) {
     for (index, bytes) in payload.chunks(1 << 20).enumerate() {
         let chunk = Chunk::new((index as u64) << 20, bytes.to_vec()).unwrap();
         raw.send(&Request::Chunk(chunk)).await;
     }
     raw.send(&Request::Finish).await;
-    assert_eq!(raw.refusal().await, Refusal::Revoked);
 }
