@@ -161,6 +161,8 @@ fn check_set(
 
 #[cfg(test)]
 mod tests {
+    use commonweal_adapter::CompressOptions;
+
     use super::*;
 
     fn sound() -> (tempfile::TempDir, Config) {
@@ -202,6 +204,23 @@ mod tests {
             "nowhere",
         ] {
             assert!(text.contains(part), "{part} in {text}");
+        }
+    }
+
+    #[test]
+    fn what_devices_could_not_pack_by_is_refused() {
+        let (_dir, mut config) = sound();
+        config.compress.block = 4;
+        let text = config.check().unwrap_err().to_string();
+        assert!(text.contains("train or compress: compress block"), "{text}");
+        for (block, level) in (0..=4200).map(|block| (block, 1)).chain((0..=30).map(|level| (64, level))) {
+            (config.compress.block, config.compress.level) = (block, level);
+            let options = CompressOptions {
+                block: usize::from(block),
+                level: i32::from(level),
+                ..CompressOptions::default()
+            };
+            assert_eq!(config.check().is_ok(), options.validate().is_ok(), "block {block}, level {level}");
         }
     }
 

@@ -3,7 +3,8 @@
 
 /// Bytes of one chunk of an upload or a download.
 ///
-/// One mebibyte: at 1 Mbit/s a chunk takes 8 s, so a cut costs at most that; and 200 uploads at once hold 200 MiB.
+/// One mebibyte: at 1 Mbit/s a chunk takes 8 s, so a cut costs at most that. What all transfers at once hold is worked
+/// out in `commonweal-transport`'s limits.
 pub const CHUNK_BYTES_MAX: usize = 1 << 20;
 
 /// Room in a frame around a chunk's bytes: the message's tag (1), offset (varint, 10), hash (32), length (varint, 4),
@@ -52,6 +53,13 @@ pub const STEPS_MAX: u32 = 100_000;
 
 /// Tokens of one training row.
 pub const ROW_TOKENS_MAX: u32 = 32_768;
+
+/// Values that share a scale, from and to. These and the next are what `commonweal-adapter` packs by; a test of the
+/// aggregator, which knows both, compares them.
+pub const COMPRESS_BLOCK: (u16, u16) = (8, 4096);
+
+/// Levels of zstd, from and to.
+pub const COMPRESS_LEVEL: (u8, u8) = (1, 19);
 
 /// Bytes that must arrive within one stall window, or the frame's end: less is a stalled peer.
 ///

@@ -152,9 +152,10 @@ impl CompressSettings {
         if !matches!(self.bits, 2 | 4 | 8) {
             return Err(Invalid::NotAllowed { field: "compress bits", got: self.bits.into() });
         }
-        Invalid::unless_at_least("compress block", self.block, 1u64)?;
-        Invalid::unless_at_most("compress block", self.block, 4096u64)?;
+        Invalid::unless_at_least("compress block", self.block, bounds::COMPRESS_BLOCK.0)?;
+        Invalid::unless_at_most("compress block", self.block, bounds::COMPRESS_BLOCK.1)?;
         Invalid::unless_within("compress top_k", self.top_k.unwrap_or(1.0).into(), 1e-6, 1.0)?;
-        Invalid::unless_at_most("compress level", self.level, 22u64)
+        Invalid::unless_at_least("compress level", self.level, bounds::COMPRESS_LEVEL.0)?;
+        Invalid::unless_at_most("compress level", self.level, bounds::COMPRESS_LEVEL.1)
     }
 }

@@ -109,9 +109,11 @@ fn values_out_of_bounds_are_refused_both_ways() {
     assert!(task(&|task| task.train.clip_norm = 0.0));
     assert!(task(&|task| task.train.proximal_mu = f32::INFINITY));
     assert!(task(&|task| task.compress.bits = 3));
-    assert!(task(&|task| task.compress.block = 0));
+    assert!(task(&|task| task.compress.block = 7));
+    assert!(task(&|task| task.compress.block = 4097));
     assert!(task(&|task| task.compress.top_k = Some(0.0)));
-    assert!(task(&|task| task.compress.level = 23));
+    assert!(task(&|task| task.compress.level = 0));
+    assert!(task(&|task| task.compress.level = 20));
     assert!(task(&|task| task.start.length = 0));
 
     let release = |change: &dyn Fn(&mut commonweal_protocol::Release)| {
