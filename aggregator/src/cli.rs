@@ -163,7 +163,7 @@ impl CliError {
         match self {
             Self::Config(_)
             | Self::Input(_)
-            | Self::Publish(PublishError::Unknown { .. })
+            | Self::Publish(PublishError::Unknown { .. } | PublishError::OtherBase { .. })
             | Self::Enroll(EnrollError::DeviceUnknown { .. })
             | Self::Serve(ServeError::OtherBase { .. } | ServeError::NoRelease) => 3,
             Self::Gate(_) => 4,

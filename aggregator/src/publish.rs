@@ -54,6 +54,16 @@ pub enum PublishError {
         /// The version asked for.
         version: Version,
     },
+    /// A release of another base: its adapter does not fit this one, and must not be signed as if it did.
+    #[error("release {version}: expected one of base {expected}, got one of base {got}")]
+    OtherBase {
+        /// The version asked for.
+        version: Version,
+        /// The base in force.
+        expected: BaseHash,
+        /// The release's.
+        got: BaseHash,
+    },
     /// A candidate that failed a gate has no way into a release.
     #[error("a candidate that failed a gate is not published")]
     GateFailed,
@@ -156,9 +166,12 @@ impl Publisher {
         Ok(since.into_iter().find(|signed| signed.release.round == candidate.round))
     }
 
-    /// Publishes the adapter of an earlier release again, as the newest version.
+    /// Publishes the adapter of an earlier release of the same base again, as the newest version.
     pub fn roll_back(&self, to: Version, now_ms: u64) -> Result<SignedRelease, PublishError> {
         let earlier = self.release(to)?.release;
+        if earlier.base != self.base {
+            return Err(PublishError::OtherBase { version: to, expected: self.base, got: earlier.base });
+        }
         let head = self.head()?.ok_or(PublishError::Unknown { version: to })?;
         let version = Version(head.release.version.0.saturating_add(1));
         let candidate = Candidate {
@@ -271,6 +284,21 @@ mod tests {
         assert_eq!((back.version, back.parent, back.digest), (Version(2), Some(Version(1)), first));
         assert_eq!(publisher.history(Version(0), 10).unwrap().len(), 3);
         assert!(matches!(publisher.roll_back(Version(9), 5), Err(PublishError::Unknown { .. })));
+    }
+
+    #[test]
+    fn a_roll_back_does_not_cross_a_change_of_base() {
+        let memory = MemoryStorage::default();
+        let (_, _) = first(&memory);
+        let storage = memory.storage();
+        let other = BaseHash([2; 32]);
+        let publisher = Publisher::new(storage.coord, storage.blob, SigningKey::from_bytes(&[3; 32]), other);
+        publisher.publish(candidate(1, 0, stored(&memory, b"second")), 2).unwrap();
+        let error = publisher.roll_back(Version(0), 3).unwrap_err();
+        assert!(error.to_string().contains(&other.to_string()), "{error}");
+        assert!(matches!(error, PublishError::OtherBase { version: Version(0), .. }), "{error}");
+        assert_eq!(publisher.head().unwrap().unwrap().release.version, Version(1), "nothing was published");
+        publisher.roll_back(Version(1), 4).unwrap();
     }
 
     #[test]
