@@ -83,8 +83,15 @@ struct Live {
     /// The upload that each device opened last, of the current round only.
     opens: BTreeMap<DeviceId, Open>,
     rates: Limits,
-    published: BTreeSet<Digest>,
+    published: Published,
     installed: BTreeMap<DeviceId, Version>,
+}
+
+/// What can be fetched, as of this head.
+#[derive(Default)]
+struct Published {
+    head: Option<Version>,
+    digests: BTreeSet<Digest>,
 }
 
 impl std::fmt::Debug for Receiver {
@@ -98,8 +105,8 @@ impl Receiver {
     pub fn new(parts: Parts) -> Self {
         let limits = DecodeLimits::of(&parts.layout, parts.config.train.trainable());
         let rates = Limits::new(&parts.config.receive, limits.bytes_max as u64);
-        let live =
-            Live { opens: BTreeMap::new(), rates, published: BTreeSet::new(), installed: BTreeMap::new() };
+        let (opens, installed) = (BTreeMap::new(), BTreeMap::new());
+        let live = Live { opens, rates, published: Published::default(), installed };
         let lanes = std::array::from_fn(|_| Mutex::default());
         Self { parts, limits, live: Mutex::new(live), lanes, whole: Mutex::default() }
     }
@@ -130,7 +137,7 @@ impl Receiver {
         }
     }
 
-    /// Tells the operator why, the peer only what to do.
+    /// Tells the operator why, the peer only what to do. Of strangers, who have no budget of requests, not every one.
     fn refuse(
         &self,
         device: Option<DeviceId>,
@@ -138,7 +145,13 @@ impl Receiver {
         reason: Refusal,
         detail: impl std::fmt::Display,
     ) -> Refused {
-        self.parts.events.tell(&Event::Refused { device, request, reason: format!("{reason}: {detail}") });
+        let untold = if device.is_some() { Some(0) } else { self.live().rates.tell_stranger(self.now_ms()) };
+        let told = match untold {
+            Some(0) => format!("{reason}: {detail}"),
+            Some(untold) => format!("{reason}: {detail}; {untold} refusals before it were not told"),
+            None => return Refused { reason, reconnect: self.reconnect() },
+        };
+        self.parts.events.tell(&Event::Refused { device, request, reason: told });
         Refused { reason, reconnect: self.reconnect() }
     }
 
@@ -212,13 +225,17 @@ impl Receiver {
     }
 
     fn is_published(&self, digest: &Digest) -> Result<bool, crate::publish::PublishError> {
-        if self.live().published.contains(digest) {
+        if self.live().published.digests.contains(digest) {
             return Ok(true);
         }
-        let kept = self.parts.config.receive.releases_kept;
-        let published = self.parts.publisher.kept(kept)?;
-        let is_published = published.contains(digest);
-        self.live().published = published;
+        // What nobody published costs a look at the head, however often it is asked for.
+        let head = self.parts.publisher.head()?.map(|signed| signed.release.version);
+        if self.live().published.head == head {
+            return Ok(false);
+        }
+        let digests = self.parts.publisher.kept(self.parts.config.receive.releases_kept)?;
+        let is_published = digests.contains(digest);
+        self.live().published = Published { head, digests };
         Ok(is_published)
     }
 }

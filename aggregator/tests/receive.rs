@@ -12,12 +12,18 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use aggregator::store::{Disk, RealDisk};
+use aggregator::publish::{Candidate, Publisher};
+use aggregator::receive::handler::{Service, Threads};
+use aggregator::receive::{Parts, Receiver};
+use aggregator::store::{Coord, Disk, Entry, RealDisk, StoreError};
 use commonweal_adapter::{
-    AdapterDelta, AdapterLayout, Bits, CompressOptions, Module, Residual, Target, Trainable,
+    Adapter, AdapterDelta, AdapterLayout, Bits, CompressOptions, Module, Residual, Target, Trainable,
 };
-use commonweal_protocol::{AggregatorKey, BaseHash, Digest, Fetch, Open, Poll, Refusal, UploadKey, Version};
-use commonweal_transport::Opened;
+use commonweal_protocol::{
+    AggregatorKey, BaseHash, Digest, Enroll, Fetch, Open, Poll, Refusal, ReportCard, RoundId, Token,
+    UploadKey, Version,
+};
+use commonweal_transport::{Authority, DeviceKey, Handler as _, Opened, Peer};
 use rand::SeedableRng;
 use support::*;
 
@@ -382,6 +388,73 @@ fn only_published_content_can_be_fetched() {
     assert!(read(head.digest, head.length).unwrap().bytes.is_empty());
     assert_eq!(reason(read(head.digest, head.length + 1)), Refusal::ContentUnknown);
     assert_eq!(reason(read(Digest::of(&bytes), 0)), Refusal::ContentUnknown, "another device's update");
+}
+
+/// Counts how often releases are read.
+struct Counting(Arc<dyn Coord>, AtomicU64);
+
+impl Coord for Counting {
+    fn head(&self, log: &str) -> Result<Option<Entry>, StoreError> {
+        self.0.head(log)
+    }
+    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
+        self.0.compare_and_set(log, expected, value)
+    }
+    fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
+        self.1.fetch_add(1, Ordering::SeqCst);
+        self.0.scan(log, from, limit)
+    }
+    fn logs(&self, prefix: &str, after: &str, limit: usize) -> Result<Vec<String>, StoreError> {
+        self.0.logs(prefix, after, limit)
+    }
+    fn truncate(&self, log: &str, below: u64) -> Result<(), StoreError> {
+        self.0.truncate(log, below)
+    }
+}
+
+#[test]
+fn content_that_nobody_published_is_looked_for_once() {
+    let world = world();
+    let coord = Arc::new(Counting(world.parts.storage.coord.clone(), AtomicU64::new(0)));
+    let (blob, key) = (world.parts.storage.blob.clone(), world.parts.key.clone());
+    let publisher = Publisher::new(coord.clone(), blob, key, BASE);
+    let receiver = Receiver::new(Parts { publisher: publisher.clone(), ..world.parts.clone() });
+    let read = |digest| receiver.read(device(1), Fetch { digest, offset: 0 }, 64);
+    for number in 1..=50 {
+        assert_eq!(reason(read(Digest([number; 32]))), Refusal::ContentUnknown);
+    }
+    assert_eq!(coord.1.load(Ordering::SeqCst), 1);
+    // What is published from then on is found.
+    let bytes = world.base.write(&Adapter::init(layout(), 7)).unwrap();
+    let digest = Digest::of(&bytes);
+    world.parts.storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice()).unwrap();
+    let parent = Some(Version(0));
+    let candidate = Candidate { round: Some(RoundId(1)), parent, digest, card: ReportCard::default() };
+    publisher.publish(candidate, NOW_MS).unwrap();
+    assert_eq!(read(digest).unwrap().length, bytes.len() as u64);
+}
+
+/// Whoever is refused over and over fills neither the operator's log nor, with a certificate, the registry's time.
+#[tokio::test]
+async fn refusals_do_not_flood_the_operator() {
+    let world = World::open(tempfile::tempdir().unwrap(), Arc::new(RealDisk), |config| {
+        config.receive.requests_burst = 4;
+    });
+    let authority = Arc::new(Authority::create(NOW_MS).unwrap());
+    let service = Service::new(world.receiver.clone(), world.registry.clone(), authority, Threads::Caller);
+    let csr = DeviceKey::generate().unwrap().csr().unwrap();
+    for _ in 0..100 {
+        let enroll = Enroll { token: Token([7; 32]), csr: csr.clone() };
+        assert_eq!(reason(service.enroll(enroll).await), Refusal::TokenRefused);
+    }
+    assert_eq!(world.refusals().len(), 20);
+    let peer = Peer { device: device(1), certificate: Digest([0; 32]), expires_ms: NOW_MS - 1 };
+    let mut reasons = Vec::new();
+    for _ in 0..100 {
+        reasons.push(reason(service.admit(&peer).await));
+    }
+    assert_eq!((reasons[0], reasons[99]), (Refusal::Expired, Refusal::Busy));
+    assert_eq!(world.refusals().len(), 24, "a device's budget of requests");
 }
 
 #[test]

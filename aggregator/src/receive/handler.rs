@@ -76,12 +76,7 @@ impl Service {
         const REQUEST: &str = "admission";
         let now_ms = self.receiver.now_ms();
         let device = peer.device;
-        if peer.expires_ms <= now_ms {
-            return Err(self.receiver.refuse(Some(device), REQUEST, Refusal::Expired, "renew earlier"));
-        }
-        if let Err(error) = self.registry.admit(&device) {
-            return Err(self.refuse_enrolment(Some(device), REQUEST, &error));
-        }
+        // First, so that who is refused below is slowed down as well.
         if !self.receiver.live().rates.spend_request(device, now_ms) {
             // Not told as an event: a device that floods must not flood the operator too.
             tracing::debug!(%device, "too many requests");
@@ -89,6 +84,12 @@ impl Service {
                 reason: Refusal::Busy,
                 reconnect: ReconnectWindow { after_ms: 5_000, spread_ms: 5_000 },
             });
+        }
+        if peer.expires_ms < now_ms {
+            return Err(self.receiver.refuse(Some(device), REQUEST, Refusal::Expired, "renew earlier"));
+        }
+        if let Err(error) = self.registry.admit(&device) {
+            return Err(self.refuse_enrolment(Some(device), REQUEST, &error));
         }
         Ok(())
     }

@@ -1,5 +1,5 @@
-//! How often and how much a device may send: a token bucket of requests, and a budget of bytes a round.
-//! In memory only: a restart forgives.
+//! How often and how much a device may send: a token bucket of requests, and a budget of bytes a round; and how often the
+//! operator is told of strangers. In memory only: a restart forgives.
 
 use std::collections::BTreeMap;
 
@@ -10,10 +10,34 @@ use crate::config::Receive;
 /// Devices remembered at once; beyond this the one that was idle longest is forgotten.
 const DEVICES_MAX: usize = 20_000;
 
+/// Refusals of strangers that the operator is told at once, and a second after that.
+const STRANGERS_TOLD: f64 = 20.0;
+const STRANGERS_TOLD_PER_MS: f64 = 0.1 / 1_000.0;
+
+/// So many at once, and then as they come back.
+#[derive(Clone, Copy, Debug)]
+struct Tokens {
+    left: f64,
+    seen_ms: u64,
+}
+
+impl Tokens {
+    /// Takes one; false if there are none left.
+    fn spend(&mut self, burst: f64, per_ms: f64, now_ms: u64) -> bool {
+        let passed_ms = now_ms.saturating_sub(self.seen_ms) as f64;
+        self.left = (self.left + passed_ms * per_ms).min(burst);
+        self.seen_ms = self.seen_ms.max(now_ms);
+        if self.left < 1.0 {
+            return false;
+        }
+        self.left -= 1.0;
+        true
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct Bucket {
-    requests: f64,
-    seen_ms: u64,
+    requests: Tokens,
     round: RoundId,
     bytes: u64,
 }
@@ -25,6 +49,8 @@ pub(super) struct Limits {
     per_ms: f64,
     bytes_max: u64,
     buckets: BTreeMap<DeviceId, Bucket>,
+    strangers: Tokens,
+    strangers_untold: u64,
 }
 
 impl Limits {
@@ -34,33 +60,40 @@ impl Limits {
             per_ms: settings.requests_per_second / 1_000.0,
             bytes_max: update_bytes_max.saturating_mul(u64::from(settings.resends_max)),
             buckets: BTreeMap::new(),
+            strangers: Tokens { left: STRANGERS_TOLD, seen_ms: 0 },
+            strangers_untold: 0,
         }
     }
 
     fn bucket(&mut self, device: DeviceId, now_ms: u64) -> &mut Bucket {
         if self.buckets.len() >= DEVICES_MAX && !self.buckets.contains_key(&device) {
-            let idle =
-                self.buckets.iter().min_by_key(|(_, bucket)| bucket.seen_ms).map(|(device, _)| *device);
+            let idle = self
+                .buckets
+                .iter()
+                .min_by_key(|(_, bucket)| bucket.requests.seen_ms)
+                .map(|(device, _)| *device);
             if let Some(idle) = idle {
                 self.buckets.remove(&idle);
             }
         }
-        let full = Bucket { requests: self.burst, seen_ms: now_ms, round: RoundId(0), bytes: 0 };
+        let requests = Tokens { left: self.burst, seen_ms: now_ms };
+        let full = Bucket { requests, round: RoundId(0), bytes: 0 };
         self.buckets.entry(device).or_insert(full)
     }
 
     /// Takes one request; false if there are none left.
     pub(super) fn spend_request(&mut self, device: DeviceId, now_ms: u64) -> bool {
         let (burst, per_ms) = (self.burst, self.per_ms);
-        let bucket = self.bucket(device, now_ms);
-        let passed_ms = now_ms.saturating_sub(bucket.seen_ms) as f64;
-        bucket.requests = (bucket.requests + passed_ms * per_ms).min(burst);
-        bucket.seen_ms = bucket.seen_ms.max(now_ms);
-        if bucket.requests < 1.0 {
-            return false;
+        self.bucket(device, now_ms).requests.spend(burst, per_ms, now_ms)
+    }
+
+    /// Whether the operator is to be told of a stranger's refusal, and if so how many were not told before it.
+    pub(super) fn tell_stranger(&mut self, now_ms: u64) -> Option<u64> {
+        if self.strangers.spend(STRANGERS_TOLD, STRANGERS_TOLD_PER_MS, now_ms) {
+            return Some(std::mem::take(&mut self.strangers_untold));
         }
-        bucket.requests -= 1.0;
-        true
+        self.strangers_untold = self.strangers_untold.saturating_add(1);
+        None
     }
 
     /// Takes bytes of a round; false if that would be too many.
@@ -101,6 +134,16 @@ mod tests {
         assert!(limits.spend_request(DEVICE, 2_000));
         assert!(!limits.spend_request(DEVICE, 2_100));
         assert!(limits.spend_request(DeviceId([2; 16]), 2_100));
+    }
+
+    #[test]
+    fn strangers_are_told_of_now_and_then_and_none_is_forgotten() {
+        let mut limits = limits();
+        let told = (0..100).filter(|_| limits.tell_stranger(1_000) == Some(0)).count();
+        assert_eq!(told, 20);
+        assert_eq!(limits.tell_stranger(11_000), Some(80));
+        assert_eq!(limits.tell_stranger(12_000), None);
+        assert_eq!(limits.tell_stranger(1_000_000), Some(1));
     }
 
     #[test]
