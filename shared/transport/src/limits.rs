@@ -30,8 +30,8 @@ const TRANSFER_BYTES_MAX: usize = 3 * bounds::CHUNK_BYTES_MAX;
 
 /// All that peers can make the aggregator hold at the numbers below, if every slot is held by somebody hostile: 2 GiB
 /// of windows, 256 MiB of requests (each stream's buffer and the message decoded from it), 384 MiB of chunks, 40 MiB of
-/// strangers. One device has 8 connections, so it takes 64 of them to come to this; one comes to 36 MiB and its chunks.
-/// Beside it `receive` has one whole update in memory at a time.
+/// strangers. One device has 8 connections and 8 transfers, so it takes 64 of them to come to this; one comes to 60 MiB.
+/// Not in it: quinn's own records, and what the handler holds (the aggregator's has one whole update at a time).
 const HELD_BYTES_MAX: usize = CONNECTIONS_MAX
     * (2 * CONNECTION_WINDOW_BYTES as usize + STREAMS_MAX as usize * 2 * bounds::CONTROL_BYTES_MAX)
     + TRANSFERS_MAX * TRANSFER_BYTES_MAX

@@ -10,7 +10,7 @@ impl From<SocketAddr> for Source {
     fn from(address: SocketAddr) -> Self {
         Self(match address.ip().to_canonical() {
             IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() >> 64 << 64).into(),
-            ip => ip,
+            ip @ IpAddr::V4(_) => ip,
         })
     }
 }
