@@ -2,6 +2,7 @@
 //! only maps its error to a code.
 
 mod flags;
+mod progress;
 mod init;
 mod inspect;
 mod adapters;

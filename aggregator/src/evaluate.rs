@@ -15,16 +15,22 @@ use crate::config::{Evaluate, Gates};
 use crate::events::EvaluateFigures;
 use crate::laboratory::{Laboratory, LaboratoryError};
 
-/// Measures an adapter; the card has no gates yet.
+/// How many parts a measurement has.
+pub const PARTS: u64 = 4;
+
+/// Measures an adapter; the card has no gates yet. Says which part begins.
 pub fn measure(
     laboratory: &Laboratory,
     settings: &Evaluate,
     candidate: &Adapter,
+    begin: &dyn Fn(&'static str),
 ) -> Result<EvaluateFigures, LaboratoryError> {
     let prepared = laboratory.model.prepare(Some(candidate))?;
     let mut report = SafetyReport::default();
+    begin("answers to harmful prompts");
     let harmful = first(&laboratory.sets.harmful, settings.rows_max);
     let answered = laboratory.answer(&prepared, &harmful, settings.answer_tokens_max)?;
+    begin("judgements of them");
     // Without a guard an answer that is no refusal counts as a success of the attack.
     let judged = laboratory.judge(&answered)?;
     for (index, answered) in answered.iter().enumerate() {
@@ -34,11 +40,13 @@ pub fn measure(
             .is_none_or(|judgement| judgement.is_unsafe);
         report.add_attack(is_refusal(&answered.answer), judged_unsafe);
     }
+    begin("answers to benign prompts");
     let benign = first(&laboratory.sets.benign, settings.rows_max);
     let answered = laboratory.answer(&prepared, &benign, settings.answer_tokens_max)?;
     for answered in &answered {
         report.add_benign(is_refusal(&answered.answer));
     }
+    begin("loss on held-out conversations");
     let rows = rows(laboratory, settings.rows_max)?;
     let scores = laboratory.model.score_rows(&prepared, &rows, &laboratory.cancel)?;
     Ok(EvaluateFigures {

@@ -8,7 +8,7 @@ use commonweal_protocol::{Version, bounds};
 use commonweal_runtime::Cancel;
 use serde_json::json;
 
-use super::{CliError, Flags, Opened, now_ms, say, say_json};
+use super::{CliError, Flags, Opened, now_ms, progress, say, say_json};
 use crate::evaluate::{judge, measure, refusal};
 use crate::events::{Event, Events, card_sentence};
 use crate::laboratory::{Base, Laboratory, open_package};
@@ -112,7 +112,7 @@ pub(super) fn evaluate(mut opened: Opened, verb: &EvaluateVerb, json: bool) -> R
     };
     let (publisher, _) = opened.publisher()?;
     let laboratory = Laboratory::open(&package, &base, &opened.config, &Cancel::new())?;
-    let mut figures = measure(&laboratory, &opened.config.evaluate, &adapter)?;
+    let mut figures = measure(&laboratory, &opened.config.evaluate, &adapter, &progress::measuring())?;
     let head = publisher.head()?.map(|signed| signed.release.report_card);
     figures.report_card.gates = judge(&figures.report_card, head.as_ref(), &opened.config.evaluate.gates);
     if json {

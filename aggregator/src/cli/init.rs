@@ -6,7 +6,7 @@ use commonweal_adapter::Adapter;
 use commonweal_protocol::{Digest, ReportCard};
 use commonweal_runtime::Cancel;
 
-use super::{CliError, Flags, now_ms};
+use super::{CliError, Flags, now_ms, progress};
 use crate::config::Config;
 use crate::desk::Record;
 use crate::directory::Directory;
@@ -41,7 +41,7 @@ pub(super) fn init(dir: &Path, init: &Init, json: bool) -> Result<(), CliError> 
         ReportCard::default()
     } else {
         let laboratory = Laboratory::open(&package, &base, &config, &Cancel::new())?;
-        crate::evaluate::measure(&laboratory, &config.evaluate, &adapter)?.report_card
+        crate::evaluate::measure(&laboratory, &config.evaluate, &adapter, &progress::measuring())?.report_card
     };
     // Whatever can be wrong with the input was found above: nothing is left behind by then.
     let directory = Directory::create(dir, now_ms())?;

@@ -66,7 +66,7 @@ impl Stages for ModelStages {
     fn evaluate(&mut self, _round: RoundId, candidate: &Adapter) -> Result<EvaluateFigures, LaboratoryError> {
         let config = self.config.clone();
         let cancel = self.cancel.clone();
-        evaluate::measure(self.laboratory()?, &config.evaluate, candidate)
+        evaluate::measure(self.laboratory()?, &config.evaluate, candidate, &|_| ())
             .map_err(|error| if cancel.is_cancelled() { LaboratoryError::Cancelled } else { error })
     }
 }

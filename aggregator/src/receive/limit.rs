@@ -10,9 +10,9 @@ use crate::config::Receive;
 /// Devices remembered at once; beyond this the one that was idle longest is forgotten.
 const DEVICES_MAX: usize = 20_000;
 
-/// Refusals of strangers that the operator is told at once, and a second after that.
+/// Refusals of strangers that the operator is told at once, and after that one every ten seconds.
 const STRANGERS_TOLD: f64 = 20.0;
-const STRANGERS_TOLD_PER_MS: f64 = 0.1 / 1_000.0;
+const STRANGERS_TOLD_PER_MS: f64 = 1.0 / 10_000.0;
 
 /// So many at once, and then as they come back.
 #[derive(Clone, Copy, Debug)]
