@@ -1,9 +1,10 @@
 //! `serve`: an OpenAI-compatible endpoint for the installed model, on this machine. What is said here is answered and
-//! forgotten: chats become samples only by `add`.
+//! forgotten: chats become samples only by `add`. A page that a browser shows may have its name point here (DNS
+//! rebinding); requests under a name that is not this machine's are refused.
 
 use std::{
     convert::Infallible,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -11,8 +12,9 @@ use std::{
 use anyhow::{Context, Result};
 use axum::{
     Json, Router,
-    extract::{State, rejection::JsonRejection},
-    http::StatusCode,
+    extract::{Request, State, rejection::JsonRejection},
+    http::{StatusCode, header},
+    middleware::{self, Next},
     response::{IntoResponse, Response, Sse, sse::Event},
     routing::{get, post},
 };
@@ -101,6 +103,7 @@ pub(super) fn serve(shared: &Shared, listen: SocketAddr) -> Result<()> {
         .route("/v1/chat/completions", post(chat))
         .route("/v1/moderations", post(moderate))
         .with_state(Arc::new(served));
+    let app = for_this_host_only(app, listen.ip());
     let runtime = tokio::runtime::Runtime::new().context("cannot start")?;
     let output = shared.output();
     runtime.block_on(async {
@@ -116,6 +119,29 @@ pub(super) fn serve(shared: &Shared, listen: SocketAddr) -> Result<()> {
         };
         axum::serve(listener, app).with_graceful_shutdown(stop).await.context("the endpoint failed")
     })
+}
+
+/// Answers only what was asked of this machine by a name that nobody else can give out.
+fn for_this_host_only(app: Router, listen: IpAddr) -> Router {
+    app.layer(middleware::from_fn(move |request: Request, next: Next| async move {
+        let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok());
+        if host.is_some_and(|host| is_this_host(host, listen)) {
+            return next.run(request).await;
+        }
+        refuse(StatusCode::FORBIDDEN, "expected the header Host to be localhost or the address listened on")
+    }))
+}
+
+/// Whether a `Host` is a name of the loopback or the address listened on. When that is every address of the machine, any
+/// will do: an address, unlike a name, cannot be made to point elsewhere.
+fn is_this_host(host: &str, listen: IpAddr) -> bool {
+    let port_cut = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit()));
+    let name = port_cut.map_or(host, |(name, _)| name);
+    let address = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+    match address.parse::<IpAddr>() {
+        Ok(address) => address.is_loopback() || address == listen || listen.is_unspecified(),
+        Err(_) => name.eq_ignore_ascii_case("localhost"),
+    }
 }
 
 fn unix_seconds() -> u64 {
@@ -289,5 +315,66 @@ async fn moderate(
         }
         Ok(Err(error)) => refuse(StatusCode::BAD_REQUEST, error.to_string()),
         Err(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, "the guard failed"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{Ipv4Addr, Ipv6Addr};
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpListener, TcpStream},
+    };
+
+    #[test]
+    fn names_of_this_machine_are_told_from_others() {
+        let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
+        for host in ["localhost", "LOCALHOST:8080", "127.0.0.1:8080", "127.0.0.1", "[::1]:8080", "[::1]"] {
+            assert!(is_this_host(host, loopback), "{host}");
+        }
+        for host in [
+            "",
+            "attacker.example",
+            "attacker.example:8080",
+            "localhost.attacker.example",
+            "127.0.0.1.attacker.example",
+            "localhost@attacker.example",
+            "192.168.1.7:8080",
+            "0.0.0.0",
+            "[::1].attacker.example",
+            "local host",
+        ] {
+            assert!(!is_this_host(host, loopback), "{host}");
+        }
+        let own = IpAddr::from([192, 168, 1, 7]);
+        assert!(is_this_host("192.168.1.7:8080", own) && !is_this_host("192.168.1.8:8080", own));
+        for all in [IpAddr::from(Ipv4Addr::UNSPECIFIED), IpAddr::from(Ipv6Addr::UNSPECIFIED)] {
+            assert!(is_this_host("192.168.1.7:8080", all) && is_this_host("[2001:db8::7]", all));
+            assert!(!is_this_host("attacker.example", all));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_request_under_anothers_name_is_refused() {
+        let app = Router::new().route("/v1/models", get(|| async { "answered" }));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(axum::serve(listener, for_this_host_only(app, address.ip())).into_future());
+        for (host, is_answered) in [
+            (format!("Host: {address}\r\n"), true),
+            ("Host: localhost:1\r\n".to_owned(), true),
+            (format!("Host: attacker.example:{}\r\n", address.port()), false),
+            (String::new(), false),
+        ] {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            let request = format!("GET /v1/models HTTP/1.1\r\n{host}Connection: close\r\n\r\n");
+            stream.write_all(request.as_bytes()).await.unwrap();
+            let mut response = String::new();
+            stream.read_to_string(&mut response).await.unwrap();
+            let status = if is_answered { "HTTP/1.1 200" } else { "HTTP/1.1 403" };
+            assert!(response.starts_with(status), "{host:?}: {response}");
+            assert_eq!(response.contains("answered"), is_answered, "{host:?}");
+        }
     }
 }
