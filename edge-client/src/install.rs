@@ -1,7 +1,8 @@
 //! Stage 7, **install**: verifies a signed release, keeps it, and makes it the adapter in use, in one rename.
 //!
 //! The start of a round comes the same way. The device trusts the aggregator's key from its enrolment and nothing else:
-//! signature, base, digest and layout are checked before a release is installed.
+//! signature, base, age, digest and layout are checked before a release is installed. An older release never comes
+//! back: a roll-back is published under a new version.
 
 use std::sync::Arc;
 
@@ -36,6 +37,14 @@ pub enum InstallError {
         expected: BaseHash,
         /// The release's.
         got: BaseHash,
+    },
+    /// Older than the one in use, or another of its version: whoever sends it does not know what was published since.
+    #[error("release {version} is not newer than release {installed}, which is in use")]
+    NotNewer {
+        /// The release.
+        version: Version,
+        /// The one in use.
+        installed: Version,
     },
     /// Its bytes could not be fetched.
     #[error("adapter {digest} could not be fetched")]
@@ -105,6 +114,15 @@ pub async fn install(
     if release.base != expected.base {
         return Err(InstallError::Base { version, expected: expected.base, got: release.base });
     }
+    // The one in use may come again: its file may have been damaged.
+    match in_use(store)? {
+        Some((installed, digest))
+            if version < installed || version == installed && release.digest != digest =>
+        {
+            return Err(InstallError::NotNewer { version, installed });
+        }
+        _ => {}
+    }
     let adapter = obtain(link, store, expected, release.content()).await?;
     let encoded = serde_json::to_vec(signed).map_err(|error| StoreError::Damaged {
         path: store.path("releases"),
@@ -130,7 +148,10 @@ pub async fn obtain(
     }
     let partial = format!("releases/{digest}.fetching");
     let mut bytes = store.read(&partial)?.unwrap_or_default();
-    let fetched = link.fetch(content, &mut bytes).await;
+    let fetched = link.fetch(content, &mut bytes).await.and_then(|()| match Digest::of(&bytes) {
+        got if got == digest => Ok(()),
+        got => Err(LinkError::Corrupt { expected: digest, got }),
+    });
     if let Err(source) = fetched {
         // What came is kept: the next try goes on from there.
         store.write(&partial, &bytes)?;
@@ -144,15 +165,7 @@ pub async fn obtain(
 
 /// What is in use, if anything is.
 pub fn installed(store: &Store, expected: &Expected) -> Result<Option<Installed>, InstallError> {
-    let Some(bytes) = store.read(INSTALLED)? else { return Ok(None) };
-    let damaged = || StoreError::Damaged {
-        path: store.path(INSTALLED),
-        reason: "expected a version and a digest".into(),
-    };
-    let text = String::from_utf8(bytes).map_err(|_| damaged())?;
-    let (version, digest) = text.trim().split_once(' ').ok_or_else(damaged)?;
-    let version = Version(version.parse().map_err(|_| damaged())?);
-    let digest: Digest = digest.parse().map_err(|_| damaged())?;
+    let Some((version, digest)) = in_use(store)? else { return Ok(None) };
     // A damaged adapter file is as good as none: the next poll brings the release again.
     let bytes = store.read(&format!("releases/{digest}.adapter"))?;
     let Some(bytes) = bytes.filter(|bytes| Digest::of(bytes) == digest) else {
@@ -167,6 +180,22 @@ pub fn installed(store: &Store, expected: &Expected) -> Result<Option<Installed>
             Ok(None)
         }
     }
+}
+
+/// Leaves nothing installed; adapters on disk need not be fetched again.
+pub fn forget(store: &Store) -> Result<(), StoreError> {
+    store.remove(INSTALLED)
+}
+
+/// The release in use, whether or not its adapter is whole.
+fn in_use(store: &Store) -> Result<Option<(Version, Digest)>, StoreError> {
+    let Some(bytes) = store.read(INSTALLED)? else { return Ok(None) };
+    let parse = || {
+        let (version, digest) = std::str::from_utf8(&bytes).ok()?.trim().split_once(' ')?;
+        Some((Version(version.parse().ok()?), digest.parse().ok()?))
+    };
+    let reason = "expected a version and a digest".into();
+    parse().ok_or(StoreError::Damaged { path: store.path(INSTALLED), reason }).map(Some)
 }
 
 fn read(bytes: &[u8], digest: Digest, expected: &Expected) -> Result<Adapter, InstallError> {
@@ -204,4 +233,185 @@ fn forget_old(store: &Store, in_use: Digest) -> Result<(), StoreError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, SystemTime};
+
+    use commonweal_adapter::{
+        AdapterFacts, AdapterKind,
+        layout::{Module, Target},
+    };
+    use commonweal_protocol::{
+        CertificateChain, Csr, Open, Poll, PollReply, Release, ReportCard, SigningKey,
+    };
+    use commonweal_transport::Uploaded;
+
+    const BASE: BaseHash = BaseHash([0xba; 32]);
+
+    /// Delivers these bytes, whatever is asked for.
+    struct Publisher(Vec<u8>);
+
+    impl Link for Publisher {
+        async fn fetch(&self, _: Content, partial: &mut Vec<u8>) -> Result<(), LinkError> {
+            partial.clone_from(&self.0);
+            Ok(())
+        }
+
+        async fn poll(&self, _: Poll) -> Result<PollReply, LinkError> {
+            Err(LinkError::OutOfPlace { expected: "nothing" })
+        }
+
+        async fn upload(&self, _: &Open, _: &[u8]) -> Result<Uploaded, LinkError> {
+            Err(LinkError::OutOfPlace { expected: "nothing" })
+        }
+
+        async fn renew(&self, _: Csr) -> Result<CertificateChain, LinkError> {
+            Err(LinkError::OutOfPlace { expected: "nothing" })
+        }
+    }
+
+    struct World {
+        _directory: tempfile::TempDir,
+        store: Store,
+        expected: Expected,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let module = Module { target: Target::Q, inputs: 3, outputs: 4 };
+            let layout = Arc::new(AdapterLayout::new(1, 2, 4.0, vec![module]).unwrap());
+            let store = Store::open(directory.path()).unwrap();
+            Self { _directory: directory, store, expected: Expected { key: key(7), base: BASE, layout } }
+        }
+
+        /// An adapter's file, another one for another seed.
+        fn adapter(&self, seed: u64) -> Vec<u8> {
+            let adapter = Adapter::init(Arc::clone(&self.expected.layout), seed);
+            disk::write(&adapter, &AdapterFacts { base: BASE.0, kind: AdapterKind::Assistant }).unwrap()
+        }
+
+        fn offer(&self, version: u64, bytes: &[u8]) -> Result<Installed, InstallError> {
+            let link = Publisher(bytes.to_vec());
+            let signed = SignedRelease::sign(&secret(7), release(version, bytes)).unwrap();
+            block_on(install(&link, &self.store, &self.expected, &signed))
+        }
+
+        fn in_use(&self) -> Option<u64> {
+            installed(&self.store, &self.expected).unwrap().map(|installed| installed.version.0)
+        }
+    }
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+    }
+
+    fn secret(seed: u8) -> SigningKey {
+        SigningKey::from_bytes(&[seed; 32])
+    }
+
+    fn key(seed: u8) -> AggregatorKey {
+        AggregatorKey::of(&secret(seed))
+    }
+
+    fn release(version: u64, bytes: &[u8]) -> Release {
+        Release {
+            version: Version(version),
+            parent: None,
+            round: None,
+            base: BASE,
+            digest: Digest::of(bytes),
+            length: bytes.len() as u64,
+            report_card: ReportCard::default(),
+            created_ms: 0,
+        }
+    }
+
+    #[test]
+    fn only_a_newer_release_takes_the_place_of_the_one_in_use() {
+        let world = World::new();
+        let (old, new) = (world.adapter(1), world.adapter(2));
+        world.offer(5, &old).unwrap();
+        world.offer(6, &new).unwrap();
+        let error = world.offer(5, &old).unwrap_err();
+        assert_eq!(error.to_string(), "release 5 is not newer than release 6, which is in use");
+        assert!(matches!(world.offer(6, &old), Err(InstallError::NotNewer { .. })));
+        assert_eq!(world.in_use(), Some(6));
+        // A roll-back has the old bytes under a new version.
+        world.offer(7, &old).unwrap();
+        assert_eq!(world.in_use(), Some(7));
+    }
+
+    #[test]
+    fn a_damaged_adapter_does_not_let_an_older_one_in_and_is_had_again() {
+        let world = World::new();
+        let (old, new) = (world.adapter(1), world.adapter(2));
+        world.offer(6, &new).unwrap();
+        world.store.write(&format!("releases/{}.adapter", Digest::of(&new)), b"damaged").unwrap();
+        assert_eq!(world.in_use(), None);
+        assert!(matches!(world.offer(5, &old), Err(InstallError::NotNewer { .. })));
+        world.offer(6, &new).unwrap();
+        assert_eq!(world.in_use(), Some(6));
+        // Whoever enrols elsewhere begins with that federation's numbers.
+        forget(&world.store).unwrap();
+        world.offer(1, &old).unwrap();
+        assert_eq!(world.in_use(), Some(1));
+    }
+
+    #[test]
+    fn what_is_not_the_aggregators_own_changes_nothing() {
+        let world = World::new();
+        let (bytes, other) = (world.adapter(1), world.adapter(2));
+        world.offer(1, &bytes).unwrap();
+        let link = Publisher(other.clone());
+        let offer = |signed| block_on(install(&link, &world.store, &world.expected, &signed));
+
+        let forged = SignedRelease::sign(&secret(8), release(2, &other)).unwrap();
+        assert!(matches!(offer(forged), Err(InstallError::Signature { version: Version(2), .. })));
+        let mut altered = SignedRelease::sign(&secret(7), release(2, &bytes)).unwrap();
+        altered.release.digest = Digest::of(&other);
+        assert!(matches!(offer(altered), Err(InstallError::Signature { .. })));
+        let elsewhere = Release { base: BaseHash([1; 32]), ..release(2, &other) };
+        let elsewhere = SignedRelease::sign(&secret(7), elsewhere).unwrap();
+        assert!(matches!(offer(elsewhere), Err(InstallError::Base { got: BaseHash([1, ..]), .. })));
+        // Signed for, but other bytes come.
+        let announced = SignedRelease::sign(&secret(7), release(2, b"what was signed")).unwrap();
+        let error = offer(announced).unwrap_err();
+        assert!(matches!(error, InstallError::Fetch { source: LinkError::Corrupt { .. }, .. }), "{error:?}");
+        // Signed for and whole, but no adapter.
+        let error = world.offer(2, b"no adapter").unwrap_err();
+        assert!(matches!(error, InstallError::Adapter { .. }), "{error:?}");
+        assert_eq!(world.in_use(), Some(1));
+    }
+
+    #[test]
+    fn the_newest_are_kept_and_above_all_the_one_in_use() {
+        let world = World::new();
+        let adapters: Vec<Vec<u8>> = (1..=6).map(|seed| world.adapter(seed)).collect();
+        let name = |bytes: &[u8], suffix| format!("releases/{}.{suffix}", Digest::of(bytes));
+        for (version, bytes) in (1..).zip(&adapters[..5]) {
+            world.offer(version, bytes).unwrap();
+            // Files of one test can have one time: they are set apart by hand, the last the newest.
+            let file = std::fs::File::options().write(true).open(world.store.path(&name(bytes, "adapter")));
+            let time = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000 * version);
+            file.unwrap().set_modified(time).unwrap();
+        }
+        let has = |suffix| {
+            let there = |bytes: &&Vec<u8>| world.store.path(&name(bytes, suffix)).exists();
+            adapters.iter().map(|bytes| there(&bytes)).collect::<Vec<bool>>()
+        };
+        assert_eq!(has("adapter"), [false, false, true, true, true, false]);
+        // A roll-back to the oldest that is left: its file is the oldest, and in use.
+        world.store.write(&name(&adapters[5], "fetching"), b"a part").unwrap();
+        world.offer(6, &adapters[2]).unwrap();
+        world.offer(7, &adapters[2]).unwrap();
+        assert_eq!(has("adapter"), [false, false, true, true, true, false]);
+        assert_eq!(has("release"), [false, false, true, true, true, false]);
+        assert_eq!((has("fetching")[5], world.in_use()), (false, Some(7)));
+        world.offer(8, &adapters[5]).unwrap();
+        assert_eq!(has("adapter"), [false, false, false, true, true, true]);
+    }
 }
