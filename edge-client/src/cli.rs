@@ -4,6 +4,7 @@
 
 pub mod exit;
 mod open;
+mod identity;
 mod enroll;
 mod evaluate;
 mod serve;

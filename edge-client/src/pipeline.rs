@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use commonweal_adapter::{Adapter, Residual};
 use commonweal_protocol::{
-    Content, DeviceReport, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
+    Content, DeviceId, DeviceReport, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
 };
 use commonweal_runtime::{Cancel, Model};
 use commonweal_safety::{Guard, Reviser};
@@ -43,6 +43,8 @@ const RESIDUAL: &str = "residual.bin";
 /// A device that is ready to take part.
 #[derive(Debug)]
 pub struct Device<L> {
+    /// Who it is: receipts name it.
+    pub id: DeviceId,
     /// Its directory, locked.
     pub store: Store,
     /// What its owner decided.
@@ -125,16 +127,14 @@ struct PackedReport {
 impl<L: Link> Device<L> {
     /// What a kill left undelivered, or one poll and everything that follows from it.
     pub fn visit(&self) -> Result<Visit, PipelineError> {
-        if let Some(outcome @ Outcome::Delivered(_)) = self.finish_begun()? {
-            // The release that came of it may be waiting: asked for at once.
-            return Ok(Visit { outcome, reconnect: ReconnectWindow::default() });
+        if let Some(visit @ Visit { outcome: Outcome::Delivered(_), .. }) = self.finish_begun()? {
+            return Ok(visit);
         }
         let PollReply { task, reconnect, .. } = self.poll()?;
-        let outcome = match task {
-            None => Outcome::Idle,
-            Some(task) => self.take_part(&task)?,
-        };
-        Ok(Visit { outcome, reconnect })
+        match task {
+            None => Ok(Visit { outcome: Outcome::Idle, reconnect }),
+            Some(task) => self.take_part(&task, reconnect),
+        }
     }
 
     /// Asks for work and news, and installs what was published.
@@ -154,26 +154,28 @@ impl<L: Link> Device<L> {
         Ok(reply)
     }
 
-    fn take_part(&self, task: &RoundTask) -> Result<Outcome, PipelineError> {
+    /// The window is the poll's; if the update is answered, that answer has a later one.
+    fn take_part(&self, task: &RoundTask, reconnect: ReconnectWindow) -> Result<Visit, PipelineError> {
         if task.base != self.expected.base {
             return Err(PipelineError::Base { expected: self.expected.base, got: task.base });
         }
+        let ended = |outcome| Ok(Visit { outcome, reconnect });
         if self.is_delivered(task.round)? {
-            return Ok(Outcome::AlreadyDelivered(task.round));
+            return ended(Outcome::AlreadyDelivered(task.round));
         }
         self.begin_or_continue(task)?;
         if let Some(why) = self.read_round(GIVEN_UP)? {
-            return Ok(why_not(task.round, why));
+            return ended(why_not(task.round, why));
         }
         match self.packed_update(task) {
             Ok(Some((packed, report))) => self.deliver(task, &packed, &report),
-            Ok(None) => Ok(Outcome::NoSamples),
+            Ok(None) => ended(Outcome::NoSamples),
             Err(PipelineError::Train(TrainingError::NoPairs { .. })) => {
-                self.give_up(task, GivenUp::NothingToLearn)
+                ended(self.give_up(task, GivenUp::NothingToLearn)?)
             }
             Err(PipelineError::Train(error)) if error.is_divergence() => {
                 tracing::warn!("round {}: {error}: {:?}", task.round.0, std::error::Error::source(&error));
-                self.give_up(task, GivenUp::Diverged)
+                ended(self.give_up(task, GivenUp::Diverged)?)
             }
             Err(error) => Err(error),
         }
@@ -185,7 +187,7 @@ impl<L: Link> Device<L> {
 
     /// Ends a round that was worked on to its end. Its update may have been taken though no receipt came: offered again,
     /// it gets the same receipt, even if its round is over and another has begun.
-    fn finish_begun(&self) -> Result<Option<Outcome>, PipelineError> {
+    fn finish_begun(&self) -> Result<Option<Visit>, PipelineError> {
         let Some(Begun { task, policy }) = self.read_round(BEGUN)? else { return Ok(None) };
         if self.is_delivered(task.round)? {
             // A kill came between the receipt and this.
@@ -350,25 +352,25 @@ impl<L: Link> Device<L> {
         task: &RoundTask,
         packed: &Packed,
         report: &PackedReport,
-    ) -> Result<Outcome, PipelineError> {
+    ) -> Result<Visit, PipelineError> {
         let begun = Instant::now();
         let round = task.round;
         let open = upload::announce(round, self.expected.base, packed, report.report, report.samples);
+        let key = &self.expected.key;
         let sent =
-            self.runtime.block_on(upload::upload(&self.link, &self.expected.key, &self.store, &open, packed));
+            self.runtime.block_on(upload::upload(&self.link, key, self.id, &self.store, &open, packed));
         match sent {
-            Ok(_) => {
+            Ok(uploaded) => {
                 self.settle()?;
                 self.stage(round.0, begun, Done::Upload { bytes: open.length });
-                Ok(Outcome::Delivered(round))
+                Ok(Visit { outcome: Outcome::Delivered(round), reconnect: uploaded.reconnect })
             }
-            Err(error) => match error.refusal() {
-                Some(refusal) if error.is_final() => {
-                    self.stage(round.0, begun, Done::Refused { reason: refusal.to_string() });
-                    self.give_up(task, GivenUp::Refused(refusal))
-                }
-                _ => Err(error.into()),
-            },
+            Err(error) => {
+                let Some((refusal, reconnect)) = error.final_refusal() else { return Err(error.into()) };
+                self.stage(round.0, begun, Done::Refused { reason: refusal.to_string() });
+                let outcome = self.give_up(task, GivenUp::Refused(refusal))?;
+                Ok(Visit { outcome, reconnect })
+            }
         }
     }
 

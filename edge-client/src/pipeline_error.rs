@@ -1,6 +1,6 @@
 //! Why a round stopped: one cause a stage, for `pipeline.rs` and the exit codes of the command line.
 
-use commonweal_protocol::BaseHash;
+use commonweal_protocol::{BaseHash, ReconnectWindow, Refusal};
 use commonweal_safety::{GuardError, ReviseError};
 use commonweal_transport::LinkError;
 
@@ -52,13 +52,27 @@ pub enum PipelineError {
 impl PipelineError {
     /// Whether waiting and trying again can help.
     pub fn is_transient(&self) -> bool {
+        self.link().is_some_and(LinkError::is_transient)
+    }
+
+    /// The aggregator's no, if that is what it was.
+    pub fn refusal(&self) -> Option<Refusal> {
+        self.link().and_then(LinkError::refusal)
+    }
+
+    /// When the aggregator wants to be asked again, if it said so.
+    pub fn reconnect(&self) -> Option<ReconnectWindow> {
+        match self.link() {
+            Some(LinkError::Refused { reconnect, .. }) => Some(*reconnect),
+            _ => None,
+        }
+    }
+
+    fn link(&self) -> Option<&LinkError> {
         match self {
-            Self::Poll(error) => error.is_transient(),
-            Self::Install(InstallError::Fetch { source, .. }) => source.is_transient(),
-            Self::Upload(error) => {
-                matches!(&**error, UploadError::Link { source, .. } if source.is_transient())
-            }
-            _ => false,
+            Self::Poll(error) | Self::Install(InstallError::Fetch { source: error, .. }) => Some(error),
+            Self::Upload(error) => error.link(),
+            _ => None,
         }
     }
 }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 /// A person's file of settings, policy or principles has a few pages; more is a wrong file.
 const FILE_BYTES_MAX: u64 = 256 * 1024;
 
-/// `device.toml`; every key has a flag and an environment variable of the same name.
+/// `device.toml`; the first three have a flag and an environment variable too.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SettingsFile {
@@ -30,6 +30,9 @@ pub struct SettingsFile {
     /// Longest wait between two polls, whatever the aggregator asks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub poll_seconds_max: Option<NonZeroU64>,
+    /// A connection on which nothing moves for so long is given up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stall_seconds: Option<NonZeroU64>,
 }
 
 /// Why settings cannot be used.
@@ -133,7 +136,7 @@ mod tests {
         std::fs::write(directory.path().join("device.toml"), "threads = 3\n").unwrap();
         assert_eq!(SettingsFile::read(directory.path()).unwrap().threads, NonZeroUsize::new(3));
         // Zero seconds between polls would never rest.
-        for text in ["treads = 3\n", "threads = 0\n", "poll_seconds_max = 0\n"] {
+        for text in ["treads = 3\n", "threads = 0\n", "poll_seconds_max = 0\n", "stall_seconds = 0\n"] {
             std::fs::write(directory.path().join("device.toml"), text).unwrap();
             assert!(
                 matches!(SettingsFile::read(directory.path()), Err(SettingsError::Parse { .. })),

@@ -4,7 +4,8 @@
 //! again brings the same receipt, so a crash between delivery and the receipt's write costs nothing.
 
 use commonweal_protocol::{
-    AggregatorKey, BaseHash, DeviceReport, Digest, Open, Refusal, RoundId, SignatureError, SignedReceipt,
+    AggregatorKey, BaseHash, DeviceId, DeviceReport, Digest, Open, ReconnectWindow, Refusal, RoundId,
+    SignatureError, SignedReceipt,
 };
 use commonweal_transport::{Link, LinkError, Uploaded};
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,9 @@ use crate::{
 };
 
 const RECEIPTS: &str = "receipts.jsonl";
+/// How often an update that did not arrive as it was sent is begun again before it is given up. With the first time it
+/// is sent four times: half of what the aggregator takes of one device in a round.
+const BEGUN_AGAIN_MAX: u32 = 3;
 
 /// One accepted update, as kept on disk.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -56,23 +60,41 @@ pub enum UploadError {
         /// What was signed for.
         got: Digest,
     },
+    /// The receipt is another device's.
+    #[error("receipt of round {round}: expected device {expected}, got {got}")]
+    OtherDevice {
+        /// The round.
+        round: RoundId,
+        /// This device.
+        expected: DeviceId,
+        /// Whom it was signed for.
+        got: DeviceId,
+    },
     /// The receipt could not be kept.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
 impl UploadError {
-    /// The aggregator's no, if that is what it was.
-    pub fn refusal(&self) -> Option<Refusal> {
+    /// The link's error, if it was the link that failed.
+    pub fn link(&self) -> Option<&LinkError> {
         match self {
-            Self::Link { source, .. } => source.refusal(),
+            Self::Link { source, .. } => Some(source),
             _ => None,
         }
     }
 
-    /// Whether this round's update is lost for good: the round is over, or will never take it.
-    pub fn is_final(&self) -> bool {
-        self.refusal().is_some_and(|refusal| !refusal.is_transient())
+    /// The aggregator's no for good, and when to come back: the round is over, or will never take this update. A device
+    /// whose certificate has ended can come back with a fresh one.
+    pub fn final_refusal(&self) -> Option<(Refusal, ReconnectWindow)> {
+        match self.link() {
+            Some(&LinkError::Refused { reason, reconnect })
+                if !reason.is_transient() && reason != Refusal::Expired =>
+            {
+                Some((reason, reconnect))
+            }
+            _ => None,
+        }
     }
 }
 
@@ -82,20 +104,24 @@ pub fn announce(round: RoundId, base: BaseHash, packed: &Packed, report: DeviceR
     Open { round, base, digest: Digest::of(bytes), length: bytes.len() as u64, samples, report }
 }
 
-/// Delivers an update and keeps its receipt, durably, before it returns.
+/// Delivers an update of this device and keeps its receipt, durably, before it returns.
 pub async fn upload(
     link: &impl Link,
     key: &AggregatorKey,
+    device: DeviceId,
     store: &Store,
     open: &Open,
     packed: &Packed,
 ) -> Result<Uploaded, UploadError> {
     let round = open.round;
     let uploaded =
-        link.upload(open, packed.bytes()).await.map_err(|source| UploadError::Link { round, source })?;
+        send(link, open, packed.bytes()).await.map_err(|source| UploadError::Link { round, source })?;
     let receipt = uploaded.receipt.verify(key).map_err(|source| UploadError::Signature { round, source })?;
     if receipt.digest != open.digest || receipt.round != round {
         return Err(UploadError::OtherUpdate { round, expected: open.digest, got: receipt.digest });
+    }
+    if receipt.device != device {
+        return Err(UploadError::OtherDevice { round, expected: device, got: receipt.device });
     }
     if delivered(store)?.iter().all(|known| known.round != round) {
         let line = serde_json::to_string(&Delivered { round, receipt: uploaded.receipt })
@@ -103,6 +129,21 @@ pub async fn upload(
         store.append_line(RECEIPTS, &line)?;
     }
     Ok(uploaded)
+}
+
+/// Sends the bytes; from their beginning again if the aggregator dropped what it held because it was not what was sent.
+async fn send(link: &impl Link, open: &Open, bytes: &[u8]) -> Result<Uploaded, LinkError> {
+    let mut begun_again = 0;
+    loop {
+        let sent = link.upload(open, bytes).await;
+        let refusal = sent.as_ref().err().and_then(LinkError::refusal);
+        let is_dropped = matches!(refusal, Some(Refusal::LengthMismatch | Refusal::DigestMismatch));
+        if !is_dropped || begun_again == BEGUN_AGAIN_MAX {
+            return sent;
+        }
+        begun_again += 1;
+        tracing::warn!("the update of round {} arrived damaged; sending it again", open.round.0);
+    }
 }
 
 /// The receipts on disk, oldest first.

@@ -57,12 +57,20 @@ fn samples(name: &str, count: usize) -> Vec<(usize, Sample)> {
     good
 }
 
+const DEVICE: DeviceId = DeviceId([1; 16]);
+/// What the answer to an update says; a poll's says to come back at once.
+const AFTER_UPLOAD: ReconnectWindow = ReconnectWindow { after_ms: 60_000, spread_ms: 30_000 };
+
 /// What the aggregator does next, and what it has seen.
 #[derive(Default)]
 struct Told {
     task: Option<RoundTask>,
     adapter: Vec<u8>,
     refusal: Option<Refusal>,
+    /// How many updates are refused before they are taken; all, if it says nothing.
+    refusals_left: Option<u32>,
+    /// Whom receipts are for, if not for who asked.
+    signs_for: Option<DeviceId>,
     is_away: bool,
     /// Copied here when an update arrives: what a kill just then leaves.
     snapshot: Option<(PathBuf, PathBuf)>,
@@ -97,14 +105,18 @@ impl Link for FakeLink {
         if let Some((from, to)) = &told.snapshot {
             copy_folder(from, to);
         }
+        if told.refusals_left == Some(0) {
+            told.refusal = None;
+        }
         if let Some(reason) = told.refusal {
-            return Err(LinkError::Refused { reason, reconnect: ReconnectWindow::default() });
+            told.refusals_left = told.refusals_left.map(|left| left - 1);
+            return Err(LinkError::Refused { reason, reconnect: AFTER_UPLOAD });
         }
         let Open { round, digest, length, .. } = *open;
-        let receipt = Receipt { round, device: DeviceId([1; 16]), digest, length, received_ms: 0 };
+        let device = told.signs_for.unwrap_or(DEVICE);
+        let receipt = Receipt { round, device, digest, length, received_ms: 0 };
         let receipt = SignedReceipt::sign(&self.key, receipt).unwrap();
-        let reconnect = ReconnectWindow::default();
-        Ok(Uploaded { receipt, reconnect, resumed_from: 0, sent_bytes: length })
+        Ok(Uploaded { receipt, reconnect: AFTER_UPLOAD, resumed_from: 0, sent_bytes: length })
     }
 
     async fn fetch(&self, _: Content, partial: &mut Vec<u8>) -> Result<(), LinkError> {
@@ -139,6 +151,7 @@ impl World {
         let good = [samples("device-1.jsonl", 10), samples("hostile.jsonl", 2)].concat();
         sample::keep(&store, &rows::Parsed { good, bad: Vec::new() }).unwrap();
         let device = Device {
+            id: DEVICE,
             store,
             policy: Policy::default(),
             guard: Guard::from_package(&model, &cancel).unwrap(),
@@ -266,6 +279,63 @@ fn a_refused_update_is_not_made_again_and_the_next_round_is_taken() {
     world.tell(|told| told.refusal = None);
     world.begin(2);
     assert_eq!(world.visit(), Outcome::Delivered(RoundId(2)));
+}
+
+#[test]
+fn an_update_that_arrived_damaged_is_sent_again_but_not_for_ever() {
+    let world = World::new();
+    for (number, refusal) in [Refusal::DigestMismatch, Refusal::LengthMismatch].into_iter().enumerate() {
+        let round = 1 + number as u64;
+        world.begin(round);
+        world.tell(|told| (told.refusal, told.refusals_left) = (Some(refusal), Some(2)));
+        assert_eq!(world.visit(), Outcome::Delivered(RoundId(round)), "{refusal:?}");
+        assert_eq!(world.opened().len(), 3 * (number + 1));
+    }
+    world.begin(3);
+    world.tell(|told| (told.refusal, told.refusals_left) = (Some(Refusal::DigestMismatch), None));
+    assert_eq!(world.visit(), Outcome::Refused(RoundId(3), Refusal::DigestMismatch));
+    let opened = world.opened().split_off(6);
+    assert_eq!(opened.len(), 4);
+    assert!(opened.iter().all(|open| open == &opened[0]), "another update was sent");
+}
+
+#[test]
+fn an_update_at_whose_end_the_certificate_is_over_is_kept() {
+    let world = World::new();
+    world.tell(|told| told.refusal = Some(Refusal::Expired));
+    let error = world.device.visit().unwrap_err();
+    assert_eq!((error.refusal(), error.is_transient()), (Some(Refusal::Expired), false));
+    // With a fresh one, and even in a later round, it is offered again as it was.
+    world.begin(2);
+    world.tell(|told| told.refusal = None);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    let opened = world.opened();
+    assert!(opened.len() == 2 && opened[0] == opened[1], "{opened:?}");
+}
+
+#[test]
+fn a_receipt_for_another_device_is_none() {
+    let world = World::new();
+    world.tell(|told| told.signs_for = Some(DeviceId([2; 16])));
+    let error = world.device.visit().unwrap_err();
+    let error = std::error::Error::source(&error).unwrap().to_string();
+    assert!(error.contains(&"02".repeat(16)) && error.contains(&"01".repeat(16)), "{error}");
+    assert!(!world.has("receipts.jsonl"));
+    world.tell(|told| told.signs_for = None);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+}
+
+#[test]
+fn the_window_of_an_updates_answer_counts_and_not_the_polls() {
+    let world = World::new();
+    assert_eq!(world.device.visit().unwrap().reconnect, AFTER_UPLOAD);
+    assert_eq!(world.device.visit().unwrap().reconnect, ReconnectWindow::default());
+    world.begin(2);
+    world.tell(|told| told.refusal = Some(Refusal::StaleRound));
+    assert_eq!(world.device.visit().unwrap().reconnect, AFTER_UPLOAD);
+    world.begin(3);
+    world.tell(|told| told.refusal = Some(Refusal::Busy));
+    assert_eq!(world.device.visit().unwrap_err().reconnect(), Some(AFTER_UPLOAD));
 }
 
 #[test]

@@ -6,7 +6,7 @@ use anyhow::Result;
 use commonweal_runtime::{Cancel, GenerateOptions, Message, PreparedAdapter};
 use serde_json::json;
 
-use super::{Shared, open, rounds, serve::finish_reason};
+use super::{Shared, identity::Identity, open, serve::finish_reason};
 use crate::{
     events::Output,
     install::{self, Expected},
@@ -21,9 +21,9 @@ pub(super) fn chat(
     let place = open::Place::find(shared)?;
     let model = open::open_model(shared, &place)?;
     let store = place.look()?;
-    let adapter = match rounds::credentials(&store)? {
+    let adapter = match Identity::read(&store)? {
         None => None,
-        Some((credentials, _)) => {
+        Some(Identity { credentials, .. }) => {
             let base = crate::pipeline::base_of(&model);
             let expected = Expected { key: *credentials.signing_key(), base, layout: model.layout().clone() };
             install::installed(&store, &expected)?

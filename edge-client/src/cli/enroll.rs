@@ -4,14 +4,19 @@ use anyhow::{Context, Result};
 use commonweal_protocol::Invitation;
 use commonweal_transport::{Clock, DeviceKey, LinkLimits};
 
-use super::{Shared, exit::BadInput, open, rounds};
-use crate::events::Event;
+use super::{
+    Shared,
+    exit::BadInput,
+    identity::{Address, Identity},
+    open,
+};
+use crate::{events::Event, install};
 
 pub(super) fn enroll(shared: &Shared, invitation: &str) -> Result<()> {
     let invitation: Invitation = invitation.parse()?;
     let store = open::Place::find(shared)?.store()?;
-    if let Some((credentials, _)) = rounds::credentials(&store)? {
-        let device = credentials.device();
+    if let Some(identity) = Identity::read(&store)? {
+        let device = identity.credentials.device();
         return Err(BadInput(format!("this directory already holds the identity of device {device}")).into());
     }
     let runtime = tokio::runtime::Runtime::new().context("cannot start")?;
@@ -19,7 +24,10 @@ pub(super) fn enroll(shared: &Shared, invitation: &str) -> Result<()> {
     let limits = LinkLimits::default();
     let credentials =
         runtime.block_on(commonweal_transport::enroll(&invitation, key, &limits, &Clock::system()))?;
-    rounds::keep_credentials(&store, &credentials, &rounds::Address::of(&invitation))?;
-    shared.output().show(&Event::Enrolled { device: credentials.device().to_string() });
+    let device = credentials.device().to_string();
+    // Versions of another federation's releases do not compare with this one's.
+    install::forget(&store)?;
+    Identity { credentials, address: Address::of(&invitation) }.keep(&store)?;
+    shared.output().show(&Event::Enrolled { device });
     Ok(())
 }

@@ -2,74 +2,44 @@
 
 use std::{num::NonZeroU64, thread, time::Duration};
 
-use anyhow::{Context, Result, bail};
-use commonweal_protocol::Invitation;
+use anyhow::{Context, Result};
+use commonweal_protocol::{ReconnectWindow, Refusal};
 use commonweal_runtime::Cancel;
-use commonweal_transport::{Clock, Credentials, DeviceKey, Link, LinkLimits, QuicLink};
+use commonweal_transport::{Clock, LinkLimits, QuicLink};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
 use tokio::runtime::Runtime;
 
-use super::{Shared, exit::BadInput, open};
+use super::{Shared, exit::BadInput, identity::Identity, open};
 use crate::{
     events::{Event, Output},
     install::Expected,
     pipeline::{Device, Outcome, Visit},
-    store::{Store, StoreError},
+    pipeline_error::PipelineError,
+    settings::SettingsFile,
 };
 
 /// Present while the owner wants no rounds.
 pub(super) const PAUSED: &str = "paused";
-const CREDENTIALS: &str = "identity/credentials.pem";
-const ADDRESS: &str = "identity/aggregator.json";
-/// Longest wait between two polls if the settings say nothing: an aggregator that was away is found again in minutes.
-const POLL_SECONDS_MAX: u64 = 300;
-/// Wait after a failure that may pass.
-const RETRY_SECONDS: u64 = 5;
-
-/// Where the aggregator is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Address {
-    pub(super) host: String,
-    pub(super) port: u16,
-}
-
-impl Address {
-    pub(super) fn of(invitation: &Invitation) -> Self {
-        Self { host: invitation.host.to_string(), port: invitation.port }
-    }
-}
-
-/// The device's identity and its aggregator, if it is enrolled.
-pub(super) fn credentials(store: &Store) -> Result<Option<(Credentials, Address)>> {
-    let (Some(pem), Some(address)) = (store.read(CREDENTIALS)?, store.read(ADDRESS)?) else {
-        return Ok(None);
-    };
-    let damaged = |reason: &str| StoreError::Damaged { path: store.path("identity"), reason: reason.into() };
-    let pem = String::from_utf8(pem).map_err(|_| damaged("expected PEM text"))?;
-    let address = serde_json::from_slice(&address).map_err(|_| damaged("expected host and port"))?;
-    Ok(Some((Credentials::from_pem(&pem)?, address)))
-}
-
-pub(super) fn keep_credentials(store: &Store, credentials: &Credentials, address: &Address) -> Result<()> {
-    store.write(ADDRESS, &serde_json::to_vec(address)?)?;
-    store.write(CREDENTIALS, credentials.to_pem().as_bytes())?;
-    Ok(())
-}
+/// Longest wait that the aggregator can ask for, if the settings say nothing: a device that was told more by mistake is
+/// back within a day.
+const POLL_SECONDS_MAX: u64 = 24 * 3600;
+/// Looks for `resume` so often.
+const PAUSED_SECONDS: u64 = 10;
+/// After a failure that may pass, if the aggregator did not say when to come back: devices that lost it at one moment
+/// do not return at one.
+const RETRY: ReconnectWindow = ReconnectWindow { after_ms: 2_500, spread_ms: 5_000 };
 
 /// One visit; exit code 4 when the update was refused.
 pub(super) fn once(shared: &Shared) -> Result<()> {
-    let (runtime, device) = ready(shared)?;
-    let Visit { outcome, .. } = device.visit()?;
+    let mut member = Member::open(shared)?;
+    let Visit { outcome, reconnect } = member.visit()?;
     // A release may have been published while this device worked.
     if let Outcome::Delivered(_) = outcome {
-        device.poll()?;
+        member.device.poll()?;
     }
-    drop(runtime);
     match outcome {
         Outcome::Refused(round, refusal) => {
-            let reconnect = commonweal_protocol::ReconnectWindow::default();
             let refused = commonweal_transport::LinkError::Refused { reason: refusal, reconnect };
             Err(anyhow::Error::new(refused).context(format!("round {}", round.0)))
         }
@@ -82,42 +52,56 @@ pub(super) fn once(shared: &Shared) -> Result<()> {
 
 /// Visits until stopped, or until enough updates were accepted.
 pub(super) fn run(shared: &Shared, rounds: Option<u64>) -> Result<()> {
-    let (runtime, device) = ready(shared)?;
-    let seconds_max =
-        open::Place::find(shared)?.settings.poll_seconds_max.map_or(POLL_SECONDS_MAX, NonZeroU64::get);
+    let mut member = Member::open(shared)?;
+    let longest = member.settings.poll_seconds_max.map_or(POLL_SECONDS_MAX, NonZeroU64::get);
+    let longest = Duration::from_secs(longest);
+    let cancel = member.device.cancel.clone();
     let mut random = ChaCha8Rng::from_os_rng();
     let mut delivered = 0;
-    while !device.cancel.is_cancelled() {
-        let wait = if device.store.read(PAUSED)?.is_some() {
-            (Duration::from_secs(seconds_max.min(10)), "paused".to_owned())
+    while !cancel.is_cancelled() {
+        let (wait, why) = if member.device.store.read(PAUSED)?.is_some() {
+            (longest.min(Duration::from_secs(PAUSED_SECONDS)), "paused".to_owned())
         } else {
-            match device.visit() {
+            let (window, why) = match member.visit() {
                 Ok(Visit { outcome, reconnect }) => {
                     delivered += u64::from(matches!(outcome, Outcome::Delivered(_)));
                     if rounds.is_some_and(|rounds| delivered >= rounds) {
                         break;
                     }
-                    let wait = Duration::from_millis(reconnect.delay_ms(random.next_u64()));
-                    (wait.min(Duration::from_secs(seconds_max)), describe(outcome).to_owned())
+                    (reconnect, describe(outcome).to_owned())
                 }
-                Err(_) if device.cancel.is_cancelled() => break,
-                Err(error) if error.is_transient() => {
-                    let error = anyhow::Error::new(error);
-                    tracing::warn!("{error:#}; trying again in {RETRY_SECONDS} s");
-                    (Duration::from_secs(RETRY_SECONDS), "the aggregator is away".to_owned())
+                Err(_) if cancel.is_cancelled() => break,
+                Err(error) => {
+                    let Some(window) = window_after(&error) else { return Err(error.into()) };
+                    let why =
+                        error.refusal().map_or("the aggregator is away".to_owned(), |it| it.to_string());
+                    tracing::warn!("{:#}; trying again", anyhow::Error::new(error));
+                    (window, why)
                 }
-                Err(error) => return Err(error.into()),
-            }
+            };
+            (draw(window, longest, random.next_u64()), why)
         };
         if shared.output() == Output::Text {
-            tracing::debug!(seconds = wait.0.as_secs_f64(), why = wait.1, "waiting");
+            tracing::debug!(seconds = wait.as_secs_f64(), why, "waiting");
         } else {
-            shared.output().show(&Event::Waiting { seconds: wait.0.as_secs_f64(), why: wait.1 });
+            shared.output().show(&Event::Waiting { seconds: wait.as_secs_f64(), why });
         }
-        sleep(wait.0, &device.cancel);
+        sleep(wait, &cancel);
     }
-    drop(runtime);
     Ok(())
+}
+
+/// When to come back after a failure; never, if it will not pass.
+fn window_after(error: &PipelineError) -> Option<ReconnectWindow> {
+    error.is_transient().then(|| error.reconnect().unwrap_or(RETRY))
+}
+
+/// This device's own moment in a window. One that ends after the longest wait is scaled down to end with it: were it cut
+/// off there, most devices would come back at that one moment.
+fn draw(window: ReconnectWindow, longest: Duration, random: u64) -> Duration {
+    let drawn = Duration::from_millis(window.delay_ms(random));
+    let end = Duration::from_millis(u64::from(window.after_ms) + u64::from(window.spread_ms));
+    if end > longest { longest.mul_f64(drawn.as_secs_f64() / end.as_secs_f64()) } else { drawn }
 }
 
 fn describe(outcome: Outcome) -> &'static str {
@@ -141,64 +125,105 @@ fn sleep(total: Duration, cancel: &Cancel) {
     }
 }
 
-fn ready(shared: &Shared) -> Result<(Runtime, Device<QuicLink>)> {
-    let place = open::Place::find(shared)?;
-    let store = place.store()?;
-    let Some((credentials, address)) = credentials(&store)? else {
-        let directory = place.directory.display();
-        return Err(BadInput(format!("{directory} is not enrolled: edge-client enroll INVITATION")).into());
-    };
-    let policy = place.policy(shared)?;
-    let runtime = Runtime::new().context("cannot start")?;
-    let cancel = open::stop_on_signal(runtime.handle());
-    let link = connect(&runtime, &credentials, &address)?;
-    let credentials = renewed(&runtime, &store, &link, credentials, &address)?;
-    let link = connect(&runtime, &credentials, &address)?;
-    let stages = open::Stages::open(shared, &place, &policy, &cancel)?;
-    let expected = Expected { key: *credentials.signing_key(), base: stages.base(), layout: stages.layout() };
-    let open::Stages { model, guard, reviser } = stages;
-    let device = Device {
-        store,
-        policy,
-        model,
-        guard,
-        reviser,
-        link,
-        expected,
-        output: shared.output(),
-        runtime: runtime.handle().clone(),
-        cancel,
-    };
-    Ok((runtime, device))
+/// A device, its settings and the identity that it shows.
+struct Member {
+    settings: SettingsFile,
+    identity: Identity,
+    device: Device<QuicLink>,
+    runtime: Runtime,
 }
 
-fn connect(runtime: &Runtime, credentials: &Credentials, address: &Address) -> Result<QuicLink> {
-    let limits = LinkLimits { seed: ChaCha8Rng::from_os_rng().next_u64(), ..LinkLimits::default() };
+impl Member {
+    fn open(shared: &Shared) -> Result<Self> {
+        let place = open::Place::find(shared)?;
+        let store = place.store()?;
+        let Some(identity) = Identity::read(&store)? else {
+            let directory = place.directory.display();
+            return Err(
+                BadInput(format!("{directory} is not enrolled: edge-client enroll INVITATION")).into()
+            );
+        };
+        let policy = place.policy(shared)?;
+        let runtime = Runtime::new().context("cannot start")?;
+        let cancel = open::stop_on_signal(runtime.handle());
+        let link = connect(&runtime, &identity, &place.settings)?;
+        let open::Stages { model, guard, reviser } = open::Stages::open(shared, &place, &policy, &cancel)?;
+        let (key, base) = (*identity.credentials.signing_key(), crate::pipeline::base_of(&model));
+        let device = Device {
+            id: identity.credentials.device(),
+            store,
+            policy,
+            expected: Expected { key, base, layout: model.layout().clone() },
+            model,
+            guard,
+            reviser,
+            link,
+            output: shared.output(),
+            runtime: runtime.handle().clone(),
+            cancel,
+        };
+        Ok(Self { settings: place.settings, identity, device, runtime })
+    }
+
+    /// One visit, with a certificate that is renewed in time. If it ended all the same, the update is still on disk: it
+    /// is offered again if there is a fresh one.
+    fn visit(&mut self) -> Result<Visit, PipelineError> {
+        if self.identity.credentials.should_renew(Clock::system().unix_ms()) {
+            self.renew();
+        }
+        match self.device.visit() {
+            Err(error) if error.refusal() == Some(Refusal::Expired) && self.renew() => self.device.visit(),
+            visited => visited,
+        }
+    }
+
+    /// Whether a fresh certificate came. If none did, that is not the end: the old one holds until its own.
+    fn renew(&mut self) -> bool {
+        let Device { store, link, .. } = &self.device;
+        let renewed = self.runtime.block_on(self.identity.renew(store, link));
+        renewed.inspect_err(|error| tracing::warn!("certificate not renewed: {error:#}")).is_ok()
+    }
+}
+
+fn connect(runtime: &Runtime, identity: &Identity, settings: &SettingsFile) -> Result<QuicLink> {
+    let mut limits = LinkLimits { seed: ChaCha8Rng::from_os_rng().next_u64(), ..LinkLimits::default() };
+    if let Some(seconds) = settings.stall_seconds {
+        limits.stall_ms = seconds.get().saturating_mul(1000);
+    }
+    let Identity { credentials, address } = identity;
     let _inside = runtime.enter();
     Ok(QuicLink::new(&address.host, address.port, credentials.clone(), limits, Clock::system())?)
 }
 
-/// A fresh certificate once two thirds of the old one's life are over. A failure is not the end: the old one holds.
-fn renewed(
-    runtime: &Runtime,
-    store: &Store,
-    link: &QuicLink,
-    credentials: Credentials,
-    address: &Address,
-) -> Result<Credentials> {
-    if !credentials.should_renew(Clock::system().unix_ms()) {
-        return Ok(credentials);
-    }
-    let key = DeviceKey::generate()?;
-    let chain = match runtime.block_on(link.renew(key.csr()?)) {
-        Ok(chain) => chain,
-        Err(error) if error.is_transient() => {
-            tracing::warn!("certificate not renewed: {error}");
-            return Ok(credentials);
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use commonweal_transport::LinkError;
+
+    #[test]
+    fn the_aggregators_window_is_obeyed_also_when_it_refuses() {
+        let reconnect = ReconnectWindow { after_ms: 60_000, spread_ms: 30_000 };
+        for reason in [Refusal::Busy, Refusal::Internal] {
+            let refused = LinkError::Refused { reason, reconnect };
+            assert_eq!(window_after(&refused.into()), Some(reconnect), "{reason:?}");
         }
-        Err(error) => bail!(error),
-    };
-    let fresh = credentials.renewed(key, &chain)?;
-    keep_credentials(store, &fresh, address)?;
-    Ok(fresh)
+        let away = LinkError::Stalled { during: "polling", stall_ms: 1 };
+        assert_eq!(window_after(&away.into()), Some(RETRY));
+        let revoked = LinkError::Refused { reason: Refusal::Revoked, reconnect };
+        assert_eq!(window_after(&revoked.into()), None);
+    }
+
+    #[test]
+    fn a_window_beyond_the_longest_wait_keeps_its_spread() {
+        let longest = Duration::from_secs(100);
+        let moments = |after_ms, spread_ms| {
+            let window = ReconnectWindow { after_ms, spread_ms };
+            [0, u64::from(spread_ms) / 2, u64::from(spread_ms)]
+                .map(|random| draw(window, longest, random).as_secs())
+        };
+        assert_eq!(moments(20_000, 80_000), [20, 60, 100]);
+        assert_eq!(moments(200_000, 800_000), [20, 60, 100]);
+        assert_eq!(moments(0, 604_800_000), [0, 50, 100]);
+        assert_eq!(moments(604_800_000, 0), [100, 100, 100]);
+    }
 }

@@ -25,7 +25,7 @@ use serde_json::{Value, json};
 use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 
-use super::{Shared, open, rounds};
+use super::{Shared, identity::Identity, open};
 use crate::{
     events,
     install::{self, Expected},
@@ -80,9 +80,9 @@ pub(super) fn serve(shared: &Shared, listen: SocketAddr) -> Result<()> {
     let cancel = Cancel::new();
     let stages = open::Stages::open(shared, &place, &place.policy(shared)?, &cancel)?;
     let store = place.look()?;
-    let installed = match rounds::credentials(&store)? {
+    let installed = match Identity::read(&store)? {
         None => None,
-        Some((credentials, _)) => {
+        Some(Identity { credentials, .. }) => {
             let expected =
                 Expected { key: *credentials.signing_key(), base: stages.base(), layout: stages.layout() };
             install::installed(&store, &expected)?

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde_json::json;
 
-use super::{Shared, open, rounds};
+use super::{Shared, identity::Identity, open, rounds};
 use crate::{
     events::{Event, Output},
     sample, upload,
@@ -17,8 +17,7 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
     let installed = store
         .read("installed")?
         .and_then(|bytes| String::from_utf8(bytes).ok()?.split_whitespace().next()?.parse::<u64>().ok());
-    let identity = rounds::credentials(&store)?;
-    let device = identity.as_ref().map(|(credentials, _)| credentials.device().to_string());
+    let device = Identity::read(&store)?.map(|identity| identity.credentials.device().to_string());
     let paused = store.read(rounds::PAUSED)?.is_some();
     let in_progress = store.read("round/task.json")?.is_some();
     let last_round = receipts.last().map(|delivered| delivered.round.0);

@@ -17,7 +17,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use commonweal_adapter::Residual;
 use commonweal_package::Package;
-use commonweal_protocol::{Content, DeviceReport, Open, Poll, ReconnectWindow, RoundId, RoundTask};
+use commonweal_protocol::{Content, DeviceId, DeviceReport, Open, Poll, ReconnectWindow, RoundId, RoundTask};
 use commonweal_runtime::{Cancel, Library, Model, OpenOptions};
 use commonweal_safety::{Guard, Reviser};
 use commonweal_tests::attack;
@@ -128,6 +128,7 @@ struct Poison {
 }
 
 struct Attacker {
+    id: DeviceId,
     store: Store,
     policy: Policy,
     model: Model,
@@ -177,12 +178,14 @@ impl Attacker {
             base: base_of(&model),
             layout: Arc::clone(model.layout()),
         };
+        let id = credentials.device();
         let link = {
             let _inside = runtime.enter();
             QuicLink::new(host, port, credentials, LinkLimits::default(), Clock::system())?
         };
         let output = shared.output();
         Ok(Self {
+            id,
             store,
             policy,
             model,
@@ -280,21 +283,21 @@ impl Attacker {
         let Some(Poison { open, packed }) = &self.poison else { return Ok(false) };
         let begun = Instant::now();
         let (round, bytes) = (open.round, open.length);
-        let sent =
-            runtime.block_on(upload::upload(&self.link, &self.expected.key, &self.store, open, packed));
+        let Self { link, store, expected, id, .. } = self;
+        let sent = runtime.block_on(upload::upload(link, &expected.key, *id, store, open, packed));
         match sent {
             Ok(_) => {
                 self.stage(round.0, begun, Done::Upload { bytes });
                 self.poison = None;
                 Ok(true)
             }
-            Err(error) => match error.refusal() {
-                Some(refusal) if error.is_final() => {
+            Err(error) => match error.final_refusal() {
+                Some((refusal, _)) => {
                     self.stage(round.0, begun, Done::Refused { reason: refusal.to_string() });
                     (self.poison, self.given_up) = (None, Some(round));
                     Ok(false)
                 }
-                _ => Err(error.into()),
+                None => Err(error.into()),
             },
         }
     }
