@@ -50,6 +50,10 @@ fn kill_aggregator_at(point: &str) {
     let federation = Federation::new(2, |_| ());
     let mut aggregator = federation.serve_rounds(None, point);
     let devices = federation.enrolled(2);
+    for device in &devices {
+        // What is waited for after the kill is this, on each connection that the aggregator took with it.
+        fs::write(device.state().join("device.toml"), "stall_seconds = 3\n").unwrap();
+    }
     let running: Vec<_> = devices.iter().map(Device::run).collect();
     let paused = aggregator.event("paused");
     assert_eq!(paused["at"], point);
