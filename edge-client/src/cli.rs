@@ -13,7 +13,7 @@ mod offline;
 mod rounds;
 mod status;
 mod chat;
-mod bench;
+pub mod bench;
 
 use std::path::PathBuf;
 
@@ -179,9 +179,11 @@ pub enum Verb {
         #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
         listen: std::net::SocketAddr,
     },
-    /// Measure filter, generation and training on this device
-    #[command(after_help = "Examples:\n  edge-client bench\n  edge-client bench --json --threads 2")]
-    Bench,
+    /// Measure what this device does a second, kind by kind, and against the machine's limits
+    #[command(
+        after_help = "Examples:\n  edge-client bench\n  edge-client bench --only decode,train --json\n  edge-client bench --package smol.package --threads 2"
+    )]
+    Bench(bench::Request),
     /// Take part in no more rounds until `resume`
     #[command(after_help = "Examples:\n  edge-client pause")]
     Pause,
@@ -212,7 +214,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
             chat::chat(shared, prompt.clone(), *temperature, *max_tokens)
         }
         Verb::Serve { listen } => serve::serve(shared, *listen),
-        Verb::Bench => bench::bench(shared),
+        Verb::Bench(request) => bench::bench(shared, request),
         Verb::Pause => status::pause(shared),
         Verb::Resume => status::resume(shared),
     }

@@ -1,82 +1,130 @@
-//! `bench`: what this device does a second: load, screening, generation, training. Medians of repeated runs.
+//! `bench`: what this device does a second, and how near that is to what the machine can do at all.
+//!
+//! The machine's limits are measured first (`bench/limits.rs`). Then each kind of work (`bench/work.rs`) runs in a process
+//! of its own, so that its peak memory is its own; it is repeated, and the median counts.
 
-use std::time::Instant;
+mod limits;
+mod work;
 
-use anyhow::Result;
-use commonweal_adapter::Adapter;
-use commonweal_runtime::{Cancel, GenerateOptions, Message, TrainOptions, Trainer, TrainingRow, memory};
-use commonweal_safety::Pair;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use commonweal_runtime::memory;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Shared, open};
 use crate::events::Output;
+use limits::Limits;
+pub use work::Work;
 
-const REPEATS: usize = 5;
-const QUESTION: &str = "How do I keep bread fresh for a week without a freezer?";
-const ANSWER: &str = "Keep it in a paper bag inside a bread box, away from the sun, and toast what gets dry.";
-
-/// One measured figure.
-struct Figure {
-    work: &'static str,
-    rate: f64,
-    unit: &'static str,
+/// What is measured and how often.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Request {
+    /// Only these kinds of work [default: all]
+    #[arg(long, value_enum, value_name = "KIND", value_delimiter = ',')]
+    only: Vec<Work>,
+    /// Runs of each, the median of which counts
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = super::at_least_one())]
+    repeats: usize,
+    /// Measure in this process and print the bare figures: how `bench` calls itself
+    #[arg(long, hide = true)]
+    here: bool,
 }
 
-pub(super) fn bench(shared: &Shared) -> Result<()> {
-    let place = open::Place::find(shared)?;
-    let cancel = Cancel::new();
-    let begun = Instant::now();
-    let stages = open::Stages::open(shared, &place, &place.policy(shared)?, &cancel)?;
-    let mut figures = vec![Figure { work: "load", rate: begun.elapsed().as_secs_f64(), unit: "s" }];
-    let base = stages.model.prepare(None)?;
+/// One measured kind of work.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Figure {
+    work: String,
+    /// Median, in `unit`.
+    rate: f64,
+    unit: String,
+    /// Bytes of weights and cache that one unit of the rate must read.
+    bytes: f64,
+    /// Arithmetic that one unit of the rate needs, additions and multiplications.
+    flops: f64,
+    /// The most memory that the process held, its runtime and model included.
+    peak_mb: Option<f64>,
+}
 
-    let pairs = [Pair { prompt: QUESTION, response: Some(ANSWER) }; 32];
-    let seconds = median(|| stages.guard.judge(&pairs, &cancel).map(|_| ()).map_err(Into::into))?;
-    figures.push(Figure { work: "filter", rate: pairs.len() as f64 / seconds, unit: "samples/s" });
-
-    for rows in [1, 8] {
-        let prompt = stages.model.chat().prompt(&[Message::user(QUESTION)])?;
-        let prompts = vec![prompt; rows];
-        let options = GenerateOptions { max_new_tokens: 64, temperature: 1.0, ..Default::default() };
-        let mut tokens = 0;
-        let seconds = median(|| {
-            let answers = stages.model.generate(&base, &prompts, &options, &cancel)?;
-            tokens = answers.iter().map(|answer| answer.tokens.len()).sum::<usize>();
-            Ok(())
-        })?;
-        let work = if rows == 1 { "generate, 1 row" } else { "generate, 8 rows" };
-        figures.push(Figure { work, rate: tokens as f64 / seconds, unit: "tokens/s" });
+pub(super) fn bench(shared: &Shared, request: &Request) -> Result<()> {
+    let kinds = if request.only.is_empty() { Work::all() } else { request.only.clone() };
+    if request.here {
+        return measure_here(shared, request, &kinds);
     }
-
-    let vocab_size = stages.model.manifest().model.vocab_size as u32;
-    let row =
-        TrainingRow { ids: (0..256).map(|i| (i * 7919) % vocab_size).collect(), weights: vec![1.0; 256] };
-    let start = Adapter::init(stages.layout(), 0);
-    let mut trainer = Trainer::new(&stages.model, start, TrainOptions::default())?;
-    trainer.step(std::slice::from_ref(&row), &cancel)?;
-    let seconds =
-        median(|| trainer.step(std::slice::from_ref(&row), &cancel).map(|_| ()).map_err(Into::into))?;
-    figures.push(Figure { work: "train, 256 tokens", rate: 256.0 / seconds, unit: "tokens/s" });
-
-    let peak = memory().map(|memory| memory.resident_bytes_max as f64 / 1e6);
-    figures.extend(peak.map(|rate| Figure { work: "peak memory", rate, unit: "MB" }));
+    let place = open::Place::find(shared)?;
+    let threads = open::threads(shared, &place);
+    let limits = Limits::measure(threads);
     let output = shared.output();
-    for Figure { work, rate, unit } in &figures {
+    match output {
+        Output::Json => println!(
+            "{}",
+            json!({"work": "limits", "threads": threads, "read_gb_s": limits.bytes / 1e9, "gflop_s": limits.flops / 1e9})
+        ),
+        Output::Text => {
+            println!(
+                "{threads} threads; the machine reads {:.1} GB/s and computes {:.0} GFLOP/s (32 bits)\n\n{:14} {:>10} {:14} {:>9} {:>16}",
+                limits.bytes / 1e9,
+                limits.flops / 1e9,
+                "work",
+                "rate",
+                "",
+                "peak MB",
+                "share of limit",
+            );
+        }
+    }
+    for kind in kinds {
+        let bar = open::bar("bench", request.repeats);
+        let figure = measure_apart(shared, request, kind)?;
+        bar.finish_and_clear();
+        let share = limits.share(&figure);
         match output {
-            Output::Json => output.say(&json!({"work": work, "rate": rate, "unit": unit})),
-            Output::Text => output.say(&format!("{work:20} {rate:10.1} {unit}")),
+            Output::Json => {
+                let mut object = serde_json::to_value(&figure)?;
+                object["share"] = json!(share.map(|(share, _)| share));
+                object["bound"] = json!(share.map(|(_, bound)| bound));
+                println!("{object}");
+            }
+            Output::Text => {
+                let peak = figure.peak_mb.map_or("–".into(), |peak| format!("{peak:.0}"));
+                let share =
+                    share.map_or("–".into(), |(share, bound)| format!("{:.0} % of {bound}", 100.0 * share));
+                println!("{:14} {:>10.1} {:14} {peak:>9} {share:>16}", figure.work, figure.rate, figure.unit);
+            }
         }
     }
     Ok(())
 }
 
-fn median(mut run: impl FnMut() -> Result<()>) -> Result<f64> {
-    let mut seconds = Vec::with_capacity(REPEATS);
-    for _ in 0..REPEATS {
-        let begun = Instant::now();
-        run()?;
-        seconds.push(begun.elapsed().as_secs_f64());
+/// In a process of its own, with the same options.
+fn measure_apart(shared: &Shared, request: &Request, kind: Work) -> Result<Figure> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["bench", "--here", "--json", "--only", kind.name()]);
+    command.args(["--repeats", &request.repeats.to_string()]);
+    for (flag, path) in
+        [("--dir", &shared.dir), ("--package", &shared.package), ("--library", &shared.library)]
+    {
+        if let Some(path) = path {
+            command.arg(flag).arg(path);
+        }
     }
-    seconds.sort_by(f64::total_cmp);
-    Ok(seconds[REPEATS / 2])
+    if let Some(threads) = shared.threads {
+        command.args(["--threads", &threads.to_string()]);
+    }
+    let done = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
+    if !done.status.success() {
+        bail!("bench of {} ended with {}", kind.name(), done.status);
+    }
+    serde_json::from_slice(&done.stdout).with_context(|| format!("figures of {}", kind.name()))
+}
+
+fn measure_here(shared: &Shared, request: &Request, kinds: &[Work]) -> Result<()> {
+    let place = open::Place::find(shared)?;
+    for &kind in kinds {
+        let mut figure = kind.measure(request.repeats, &|| open::open_model(shared, &place))?;
+        figure.peak_mb = memory().map(|memory| memory.resident_bytes_max as f64 / 1e6);
+        println!("{}", serde_json::to_string(&figure)?);
+    }
+    Ok(())
 }

@@ -102,6 +102,12 @@ pub(super) fn open_model(shared: &Shared, place: &Place) -> Result<Model> {
     Ok(Model::open(&library, &package, OpenOptions::default())?)
 }
 
+/// Threads that the network runs on.
+pub(super) fn threads(shared: &Shared, place: &Place) -> usize {
+    let chosen = shared.threads.and_then(NonZeroUsize::new).or(place.settings.threads);
+    chosen.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get)
+}
+
 /// The package's guard, under the thresholds of the device's owner.
 fn open_guard(model: &Model, policy: &Policy, cancel: &Cancel) -> Result<Guard> {
     let guard = Guard::from_package(model, cancel)?;
