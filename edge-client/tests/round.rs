@@ -462,6 +462,59 @@ fn training_goes_on_to_the_same_bits_and_the_same_report() {
     }
 }
 
+/// Over-long samples: the newest exchange counts, a reply loses its end, and only what has no token of a reply left is
+/// left out, counted, while the others are learned from.
+#[test]
+fn samples_that_are_too_long_lose_what_does_not_fit() {
+    let (model, cancel) = (model(), Cancel::new());
+    let (guard, reviser) =
+        (Guard::from_package(&model, &cancel).unwrap(), Reviser::from_package(&model).unwrap());
+    let mut policy = Policy::default();
+    // Everything is kept: what is tested is the length.
+    policy.filter.enabled = false;
+    let long = "the bread is in the box and the box is on the shelf. ".repeat(40);
+    let chat = |turns: &[(&str, &str)]| -> Sample {
+        let messages: Vec<_> = turns
+            .iter()
+            .flat_map(|(asked, replied)| {
+                [("user", asked), ("assistant", replied)]
+                    .map(|(role, content)| serde_json::json!({"role": role, "content": content}))
+            })
+            .collect();
+        edge_client::forms::sample_of(serde_json::json!({ "messages": messages })).unwrap()
+    };
+    let learned = |some: Vec<Sample>| {
+        let screened = filter::screen(&guard, &policy, some, &cancel, |_| ()).unwrap();
+        let (pairs, _) = revise::revise(&guard, &reviser, &policy, screened, 0, &cancel, |_| ()).unwrap();
+        let task = train::TrainTask {
+            steps_max: 1,
+            warmup_steps: 0,
+            step_rows: 1,
+            row_tokens_max: 64,
+            learning_rate: 1e-3,
+            weight_decay: 0.0,
+            clip_norm: 1.0,
+            proximal_mu: 0.0,
+            trainable: Trainable::Both,
+            seed: 0,
+        };
+        let start = Adapter::init(Arc::clone(model.layout()), 1);
+        let mut keep = Keep::default();
+        train::train(&model, &start, &pairs, &task, &policy.train, None, &mut keep, &cancel)
+            .map(|trained| *trained.summary())
+    };
+    let short = ("Where is the bread?", "In the box.");
+    let newest = learned(vec![chat(&[short])]).unwrap();
+    let with_older = learned(vec![chat(&[(&long, &long), short])]).unwrap();
+    assert_eq!((with_older.tokens, with_older.too_long), (newest.tokens, 0), "the older exchange goes");
+    let cut = learned(vec![chat(&[("Where?", &long)])]).unwrap();
+    assert!(cut.too_long == 0 && (30..64).contains(&cut.tokens), "the reply's end goes: {cut:?}");
+    let mixed = learned(vec![chat(&[(&long, "Yes.")]), chat(&[short])]).unwrap();
+    assert_eq!((mixed.tokens, mixed.too_long), (newest.tokens, 1), "one is left out, the other learned");
+    let nothing = learned(vec![chat(&[(&long, "Yes.")])]).unwrap_err().to_string();
+    assert_eq!(nothing, "no training pairs: 1 were too long for 64 tokens");
+}
+
 /// What is rewritten is judged by the thresholds that flagged it: filtered again, all of it is kept.
 #[test]
 fn revisions_pass_the_owners_own_filter() {
