@@ -8,6 +8,7 @@ import html
 COLOURS = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f"]
 NAMES = {"full": "full pipeline", "plain": "plain averaging"}
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 520, 260, 56, 16, 16, 40
+BAR_LEFT = 170
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #111827; --soft: #6b7280; --line: #d1d5db; --card: #ffffff; --page: #f3f4f6; }
@@ -64,15 +65,15 @@ def frame(caption, body, legend):
     )
 
 
-def lines(caption, series, x_label, low=None, high=None):
-    """A line plot. series: name → [(x, y)]."""
+def lines(caption, series, x_label, share=False):
+    """A line plot. series: name → [(x, y)]. A share has an axis from 0 to 100 %."""
     series = {name: [(x, y) for x, y in points if y is not None] for name, points in series.items()}
     series = {name: points for name, points in series.items() if points}
     if not series:
         return frame(caption, f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}">no data</text>', [])
     xs = [x for points in series.values() for x, _ in points]
     ys = [y for points in series.values() for _, y in points]
-    bottom, top, ticks = scale(min(ys) if low is None else low, max(ys) if high is None else high)
+    bottom, top, ticks = (0.0, 1.0, [i / 4 for i in range(5)]) if share else scale(min(ys), max(ys))
     left, right = min(xs), max(max(xs), min(xs) + 1)
 
     def at(x, y):
@@ -85,7 +86,7 @@ def lines(caption, series, x_label, low=None, high=None):
     for tick in ticks:
         _, y = at(left, tick)
         out.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{nice(round(tick, 3))}</text>')
+        out.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{percent(tick) if share else nice(round(tick, 3))}</text>')
     steps = sorted(set(xs))
     for x in steps[:: max(1, len(steps) // 8)]:
         px, _ = at(x, bottom)
@@ -113,10 +114,10 @@ def bars(caption, groups, parts, unit):
     out = []
     for i, (name, values) in enumerate(groups.items()):
         y = TOP + i * row
-        x = 130.0
-        out.append(f'<text x="122" y="{y + row / 2 + 4:.1f}" text-anchor="end">{esc(name)}</text>')
+        x = float(BAR_LEFT)
+        out.append(f'<text x="{BAR_LEFT - 8}" y="{y + row / 2 + 4:.1f}" text-anchor="end">{esc(name)}</text>')
         for part, colour in zip(parts, COLOURS * 4):
-            width = values.get(part, 0) / top * (WIDTH - 130 - RIGHT - 60)
+            width = values.get(part, 0) / top * (WIDTH - BAR_LEFT - RIGHT - 70)
             out.append(
                 f'<rect x="{x:.1f}" y="{y + row * 0.15:.1f}" width="{width:.1f}" height="{row * 0.7:.1f}" '
                 f'fill="{colour}"><title>{esc(name)}, {esc(part)}: {nice(values.get(part, 0))} {unit}</title></rect>'
@@ -162,11 +163,12 @@ def page(report):
     ]
     out += [f'<div class="card"><b>{esc(v)}</b><span>{esc(k)}</span></div>' for k, v in cards]
     out.append("</div><h2>Safety and usefulness, round by round</h2><p>Round 0 is the base. The safe rate is the share of "
-               "harmful requests of the evaluation set that are refused; the plain arm is federated averaging without "
-               "filter, revision, clipping, alignment or gates, on the same devices and data.</p><div class=plots>")
-    out.append(lines("safe rate", {n: by_round(a, "safe_rate") for n, a in arms.items()}, "round", 0.0, 1.0))
+               "harmful requests of the evaluation set whose answer is a refusal by the rules or is not called unsafe by the "
+               "guard; the plain arm is federated averaging without filter, revision, clipping, alignment or gates, on the "
+               "same devices and data.</p><div class=plots>")
+    out.append(lines("safe rate", {n: by_round(a, "safe_rate") for n, a in arms.items()}, "round", share=True))
     out.append(lines("held-out loss (benign chat)", {n: by_round(a, "held_out_loss") for n, a in arms.items()}, "round"))
-    out.append(lines("over-refusal of benign prompts", {n: by_round(a, "over_refusal") for n, a in arms.items()}, "round", 0.0, 1.0))
+    out.append(lines("over-refusal of benign prompts", {n: by_round(a, "over_refusal") for n, a in arms.items()}, "round", share=True))
     for name, arm in arms.items():
         losses = {d["name"]: list(enumerate(d["losses"])) for d in arm["devices"] if d.get("losses")}
         out.append(lines(f"training loss on the devices, {name}", losses, "optimizer step, all rounds"))
