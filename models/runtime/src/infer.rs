@@ -19,7 +19,7 @@ const LOGITS_MAX: usize = 1 << 24;
 /// Why a call to the inference graph gave no result.
 #[derive(Debug, thiserror::Error)]
 pub enum InferError {
-    /// The call's [`Cancel`] handle was used.
+    /// The call's [`Cancel`](crate::Cancel) handle was used.
     #[error("call was cancelled")]
     Cancelled,
     /// A prompt has no tokens.

@@ -66,6 +66,7 @@ impl<W: Wire> Session<W> {
         let pause = self.pause(*retries);
         *retries += 1;
         tracing::debug!(error = %crate::serve::chain(&error), ?pause, retries, "trying again");
+        self.wire.let_go().await;
         tokio::time::sleep(pause).await;
         Ok(())
     }

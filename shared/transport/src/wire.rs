@@ -43,6 +43,12 @@ pub trait Wire: Send + Sync + 'static {
         purpose: Purpose,
     ) -> impl Future<Output = Result<Stream<Self::Sending, Self::Receiving>, LinkError>> + Send;
 
+    /// Lets go of a connection that is kept between streams, before a request that failed on it is made again: whoever
+    /// was at its other end may be gone without a word.
+    fn let_go(&self) -> impl Future<Output = ()> + Send {
+        async {}
+    }
+
     /// What it means that a stream broke so.
     fn explain(&self, during: &'static str, error: io::Error) -> LinkError {
         LinkError::Cut { during, source: error }

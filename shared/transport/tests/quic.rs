@@ -11,7 +11,15 @@ use commonweal_transport::{
     QuicServer, QuicWire, ServeLimits, Wire, enroll,
 };
 use reference::{BASE, Reference, announce, bytes};
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 const NOW_MS: u64 = 1_767_225_600_000;
 const POLL: Poll = Poll { base: BASE, installed: None };
@@ -243,6 +251,53 @@ async fn one_address_does_not_hold_every_handshake() {
     }
     tokio::time::sleep(Duration::from_millis(500)).await;
     link(server.local_addr().port()).poll(POLL).await.unwrap();
+}
+
+/// An aggregator that died without a word: the first retry goes over a connection of its own, and does not wait for the
+/// one that is kept to idle out.
+#[tokio::test]
+async fn a_connection_that_went_silent_is_let_go() {
+    let world = World::start();
+    let credentials = world.enrol().await;
+    let silent = Arc::new(AtomicBool::new(false));
+    let port = forgetful_relay(world.server.local_addr(), Arc::clone(&silent)).await.port();
+    let limits = LinkLimits { stall_ms: 1_000, retries_max: 1, ..World::limits() };
+    let link = QuicLink::new("127.0.0.1", port, credentials, limits, world.clock.clone()).unwrap();
+    link.poll(POLL).await.unwrap();
+    silent.store(true, Ordering::SeqCst);
+    link.poll(POLL).await.unwrap();
+}
+
+/// A way to the server that, once `silent` is set, drops whatever belongs to connections from before.
+async fn forgetful_relay(server: SocketAddr, silent: Arc<AtomicBool>) -> SocketAddr {
+    let near = Arc::new(tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap());
+    let address = near.local_addr().unwrap();
+    tokio::spawn(async move {
+        let mut ways = BTreeMap::new();
+        let mut packet = [0; 2048];
+        while let Ok((length, device)) = near.recv_from(&mut packet).await {
+            if !ways.contains_key(&device) {
+                let far = Arc::new(tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap());
+                far.connect(server).await.unwrap();
+                let is_old = !silent.load(Ordering::SeqCst);
+                let (near, silent, back) = (Arc::clone(&near), Arc::clone(&silent), Arc::clone(&far));
+                tokio::spawn(async move {
+                    let mut packet = [0; 2048];
+                    while let Ok(length) = back.recv(&mut packet).await {
+                        if !(is_old && silent.load(Ordering::SeqCst)) {
+                            let _ = near.send_to(&packet[..length], device).await;
+                        }
+                    }
+                });
+                ways.insert(device, (far, is_old));
+            }
+            let (far, is_old) = &ways[&device];
+            if !(*is_old && silent.load(Ordering::SeqCst)) {
+                let _ = far.send(&packet[..length]).await;
+            }
+        }
+    });
+    address
 }
 
 /// Nobody there: an error that says where, after the retries.

@@ -131,9 +131,7 @@ impl QuicWire {
     pub async fn replace(&self, credentials: Credentials) -> Result<(), IdentityError> {
         let configs = Configs::new(tls::device_config(credentials, &self.clock)?, &self.limits)?;
         *self.configs.lock().unwrap_or_else(PoisonError::into_inner) = configs;
-        if let Some(connected) = self.questions.lock().await.take() {
-            connected.connection.close(code::DONE, b"");
-        }
+        self.let_go().await;
         Ok(())
     }
 
@@ -222,6 +220,12 @@ impl Wire for QuicWire {
         let (sending, receiving) =
             connection.open_bi().await.map_err(|error| ended("opening a stream", error))?;
         Ok(Stream { sending, receiving, guard })
+    }
+
+    async fn let_go(&self) {
+        if let Some(connected) = self.questions.lock().await.take() {
+            connected.connection.close(code::DONE, b"");
+        }
     }
 
     fn explain(&self, during: &'static str, error: io::Error) -> LinkError {
