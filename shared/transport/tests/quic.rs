@@ -12,7 +12,7 @@ use commonweal_transport::{
 };
 use reference::{BASE, Reference, announce, bytes};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     net::SocketAddr,
     sync::{
         Arc,
@@ -276,22 +276,24 @@ async fn forgetful_relay(server: SocketAddr, silent: Arc<AtomicBool>) -> SocketA
         let mut ways = BTreeMap::new();
         let mut packet = [0; 2048];
         while let Ok((length, device)) = near.recv_from(&mut packet).await {
-            if !ways.contains_key(&device) {
-                let far = Arc::new(tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap());
-                far.connect(server).await.unwrap();
-                let is_old = !silent.load(Ordering::SeqCst);
-                let (near, silent, back) = (Arc::clone(&near), Arc::clone(&silent), Arc::clone(&far));
-                tokio::spawn(async move {
-                    let mut packet = [0; 2048];
-                    while let Ok(length) = back.recv(&mut packet).await {
-                        if !(is_old && silent.load(Ordering::SeqCst)) {
-                            let _ = near.send_to(&packet[..length], device).await;
+            let (far, is_old) = match ways.entry(device) {
+                Entry::Occupied(way) => way.into_mut(),
+                Entry::Vacant(none) => {
+                    let far = Arc::new(tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap());
+                    far.connect(server).await.unwrap();
+                    let is_old = !silent.load(Ordering::SeqCst);
+                    let (near, silent, back) = (Arc::clone(&near), Arc::clone(&silent), Arc::clone(&far));
+                    tokio::spawn(async move {
+                        let mut packet = [0; 2048];
+                        while let Ok(length) = back.recv(&mut packet).await {
+                            if !(is_old && silent.load(Ordering::SeqCst)) {
+                                let _ = near.send_to(&packet[..length], device).await;
+                            }
                         }
-                    }
-                });
-                ways.insert(device, (far, is_old));
-            }
-            let (far, is_old) = &ways[&device];
+                    });
+                    none.insert((far, is_old))
+                }
+            };
             if !(*is_old && silent.load(Ordering::SeqCst)) {
                 let _ = far.send(&packet[..length]).await;
             }
