@@ -128,3 +128,13 @@ fn numbers_that_make_no_sense_are_refused() {
         assert!(stderr(&output).contains(more[0]), "{more:?}: {}", stderr(&output));
     }
 }
+
+#[test]
+fn bench_names_a_missing_package_before_it_measures() {
+    let directory = tempfile::tempdir().unwrap();
+    let missing = directory.path().join("none");
+    let output = run(directory.path(), &["bench", "--package", missing.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert!(stderr(&output).contains("package.toml is missing"), "{}", stderr(&output));
+    assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
+}

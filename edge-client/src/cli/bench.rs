@@ -53,48 +53,47 @@ pub(super) fn bench(shared: &Shared, request: &Request) -> Result<()> {
         return measure_here(shared, request, &kinds);
     }
     let place = open::Place::find(shared)?;
+    // Whatever is wrong with the package is said before anything is measured.
+    open::open_package(shared, &place)?;
     let threads = open::threads(shared, &place);
     let limits = Limits::measure(threads);
     let output = shared.output();
+    let (read_gb_s, gflop_s) = (limits.bytes / 1e9, limits.flops / 1e9);
     match output {
-        Output::Json => println!(
-            "{}",
-            json!({"work": "limits", "threads": threads, "read_gb_s": limits.bytes / 1e9, "gflop_s": limits.flops / 1e9})
-        ),
+        Output::Json => {
+            let limits = json!({"threads": threads, "read_gb_s": read_gb_s, "gflop_s": gflop_s});
+            output.say(&json!({ "limits": limits }));
+        }
         Output::Text => {
-            println!(
-                "{threads} threads; the machine reads {:.1} GB/s and computes {:.0} GFLOP/s (32 bits)\n\n{:14} {:>10} {:14} {:>9} {:>16}",
-                limits.bytes / 1e9,
-                limits.flops / 1e9,
-                "work",
-                "rate",
-                "",
-                "peak MB",
-                "share of limit",
-            );
+            let machine = format!("the machine reads {read_gb_s:.1} GB/s and computes {gflop_s:.0} GFLOP/s");
+            output.say(&format!("{threads} threads; {machine} (32 bits)\n"));
+            let (work, rate, peak, share) = ("work", "rate", "peak MB", "share of limit");
+            output.say(&format!("{work:14} {rate:>10} {:14} {peak:>9} {share:>16}", ""));
         }
     }
+    let bar = open::bar("bench", kinds.len());
     for kind in kinds {
-        let bar = open::bar("bench", request.repeats);
         let figure = measure_apart(shared, request, kind)?;
-        bar.finish_and_clear();
-        let share = limits.share(&figure);
-        match output {
-            Output::Json => {
-                let mut object = serde_json::to_value(&figure)?;
-                object["share"] = json!(share.map(|(share, _)| share));
-                object["bound"] = json!(share.map(|(_, bound)| bound));
-                println!("{object}");
-            }
-            Output::Text => {
-                let peak = figure.peak_mb.map_or("–".into(), |peak| format!("{peak:.0}"));
-                let share =
-                    share.map_or("–".into(), |(share, bound)| format!("{:.0} % of {bound}", 100.0 * share));
-                println!("{:14} {:>10.1} {:14} {peak:>9} {share:>16}", figure.work, figure.rate, figure.unit);
-            }
-        }
+        let line = row(&figure, limits.share(&figure), output)?;
+        bar.suspend(|| output.say(&line));
+        bar.inc(1);
     }
+    bar.finish_and_clear();
     Ok(())
+}
+
+/// A figure as a line, with its share of a limit and of which.
+fn row(figure: &Figure, share: Option<(f64, &str)>, output: Output) -> Result<String> {
+    if output == Output::Json {
+        let mut object = serde_json::to_value(figure)?;
+        object["share"] = json!(share.map(|(share, _)| share));
+        object["bound"] = json!(share.map(|(_, bound)| bound));
+        return Ok(object.to_string());
+    }
+    let Figure { work, rate, unit, .. } = figure;
+    let peak = figure.peak_mb.map_or("–".into(), |peak| format!("{peak:.0}"));
+    let share = share.map_or("–".into(), |(share, bound)| format!("{:.0} % of {bound}", 100.0 * share));
+    Ok(format!("{work:14} {rate:>10.1} {unit:14} {peak:>9} {share:>16}"))
 }
 
 /// In a process of its own, with the same options.
@@ -124,7 +123,7 @@ fn measure_here(shared: &Shared, request: &Request, kinds: &[Work]) -> Result<()
     for &kind in kinds {
         let mut figure = kind.measure(request.repeats, &|| open::open_model(shared, &place))?;
         figure.peak_mb = memory().map(|memory| memory.resident_bytes_max as f64 / 1e6);
-        println!("{}", serde_json::to_string(&figure)?);
+        shared.output().say(&serde_json::to_string(&figure)?);
     }
     Ok(())
 }

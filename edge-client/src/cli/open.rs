@@ -92,12 +92,17 @@ impl Stages {
     }
 }
 
+/// The package, verified.
+pub(super) fn open_package(shared: &Shared, place: &Place) -> Result<Package> {
+    let named = shared.package.clone().or_else(|| place.settings.package.clone());
+    Ok(Package::open(settings::find_package(named)?)?)
+}
+
 /// The base alone.
 pub(super) fn open_model(shared: &Shared, place: &Place) -> Result<Model> {
-    let package = settings::find_package(shared.package.clone().or_else(|| place.settings.package.clone()))?;
+    let package = open_package(shared, place)?;
     let library = shared.library.clone().or_else(|| place.settings.library.clone());
     let threads = shared.threads.and_then(NonZeroUsize::new).or(place.settings.threads);
-    let package = Package::open(package)?;
     let library = Library::load_with(library.as_deref(), threads)?;
     Ok(Model::open(&library, &package, OpenOptions::default())?)
 }

@@ -74,24 +74,25 @@ impl Work {
 
     /// The median of some runs, after one that is not counted.
     pub(super) fn measure(self, repeats: usize, open: &dyn Fn() -> Result<Model>) -> Result<Figure> {
-        if self == Self::Load {
-            let seconds = median(repeats, || open().map(drop))?;
-            return Ok(self.figure(1.0 / seconds, "loads/s", 0.0, 0.0));
-        }
-        let model = open()?;
-        let bench = Bench { base: model.prepare(None)?, size: Size::of(&model), model, repeats };
+        let bench = || -> Result<Bench> {
+            let model = open()?;
+            Ok(Bench { base: model.prepare(None)?, size: Size::of(&model), model, repeats })
+        };
         match self {
-            Self::Load => unreachable!("returned above"),
-            Self::Prefill => bench.prefill(),
-            Self::Decode => bench.decode(self, 1),
-            Self::Decode2 => bench.decode(self, 2),
-            Self::Decode4 => bench.decode(self, 4),
-            Self::Decode8 => bench.decode(self, 8),
-            Self::Screen => bench.screen(self, true),
-            Self::ScreenApart => bench.screen(self, false),
-            Self::Train => bench.train(),
-            Self::Compress => bench.compress(),
-            Self::Device => bench.device(),
+            Self::Load => {
+                let seconds = median(repeats, || open().map(drop))?;
+                Ok(self.figure(1.0 / seconds, "loads/s", 0.0, 0.0))
+            }
+            Self::Prefill => bench()?.prefill(),
+            Self::Decode => bench()?.decode(self, 1),
+            Self::Decode2 => bench()?.decode(self, 2),
+            Self::Decode4 => bench()?.decode(self, 4),
+            Self::Decode8 => bench()?.decode(self, 8),
+            Self::Screen => bench()?.screen(self, true),
+            Self::ScreenApart => bench()?.screen(self, false),
+            Self::Train => bench()?.train(),
+            Self::Compress => bench()?.compress(),
+            Self::Device => bench()?.device(),
         }
     }
 
