@@ -47,6 +47,19 @@ impl Graph {
         self.add(Op::MatMul { transpose_a: a.1, transpose_b: b.1, alpha }, &[a.0, b.0])
     }
 
+    /// Elements `start .. start + length` of an axis of fixed size.
+    pub fn sliced(&mut self, x: ValueId, axis: usize, start: usize, length: usize) -> Built {
+        if start == 0 && self.shape(x).0[axis].as_fixed() == Some(length) {
+            return Ok(x);
+        }
+        self.add(Op::Slice { axis, start, length }, &[x])
+    }
+
+    /// The first `columns` of the last axis: packed rows are filled up to whole blocks.
+    pub fn narrowed(&mut self, x: ValueId, columns: usize) -> Built {
+        self.sliced(x, self.shape(x).rank() - 1, 0, columns)
+    }
+
     /// The same elements in another shape.
     pub fn reshape(&mut self, x: ValueId, shape: impl Into<Shape>) -> Built {
         let shape = shape.into();

@@ -14,7 +14,7 @@ use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::config::read_bounded;
 use crate::graph::GraphError;
 use crate::graphs::graphs;
-use crate::weights::{self, BlockError, WeightTable, WeightsError};
+use crate::weights::{self, WeightTable, WeightsError};
 
 /// Longest licence or notice copied.
 const NOTICE_BYTES_MAX: u64 = 16 << 20;
@@ -86,9 +86,6 @@ pub enum CompileError {
     /// The quantization is impossible.
     #[error("the quantization is impossible")]
     Quantization(#[from] ModelError),
-    /// The model's rows cannot be cut into blocks.
-    #[error(transparent)]
-    Block(#[from] BlockError),
     /// The adapter is impossible.
     #[error("the adapter is impossible")]
     Adapter(#[from] LayoutError),
@@ -160,12 +157,13 @@ pub fn compile_with_progress(
     }
     let adapter = AdapterDefaults { rank, alpha, targets: options.targets.clone() };
     let layout = layout(&model, &adapter)?;
-    let table = WeightTable::plan(&model, &quantization)?;
-    let (infer, train) = graphs(&model, &quantization, &layout, &table)?;
+    let table = WeightTable::plan(&model, &quantization);
+    let graphs = graphs(&model, &quantization, &layout, &table)?;
 
     let mut package = PackageWriter::create(&options.out)?;
-    package.write_bytes("infer.onnx", &infer)?;
-    package.write_bytes("train.onnx", &train)?;
+    for (name, bytes) in &graphs {
+        package.write_bytes(name, bytes)?;
+    }
     package.write_bytes("tokenizer.json", &tokenizer)?;
     package.write_bytes("chat_template.jinja", chat_template.as_bytes())?;
     for name in ["LICENSE", "NOTICE"] {

@@ -1,26 +1,38 @@
-//! The two graphs of a package as ONNX files: built (`llama.rs`), differentiated (`differentiate.rs`), planned
-//! (`recompute.rs`, `plan.rs`) and lowered (`lower.rs`). `compile.rs` writes them beside the weights.
+//! The graphs of a package as ONNX files: built (`llama.rs`), differentiated (`differentiate.rs`), planned
+//! (`recompute.rs`, `plan.rs`) and lowered (`lower.rs`). `compile.rs` writes them beside the weights, which all of them
+//! read.
 
 use commonweal_adapter::AdapterLayout;
 
 use crate::graph::{Graph, GraphError};
-use crate::llama::{self, TrainGraph};
+use crate::llama::{self, InferForm, TrainGraph};
 use crate::lower::lower;
 use crate::plan::plan;
 use crate::recompute::{Recompute, recompute};
 use crate::weights::WeightTable;
 use crate::{ModelConfig, Quantization};
 
-/// The bytes of `infer.onnx` and of `train.onnx`.
+/// The name and the bytes of each graph of a package.
 pub fn graphs(
     model: &ModelConfig,
     quantization: &Quantization,
     layout: &AdapterLayout,
     table: &WeightTable,
-) -> Result<(Vec<u8>, Vec<u8>), GraphError> {
-    let infer = llama::infer(model, quantization)?;
-    let TrainGraph { graph: mut train, head_segment } = llama::train(model, quantization, layout)?;
-    recompute(&mut train, Recompute::Activations, head_segment);
-    let bytes = |graph: &Graph, name| lower(graph, &plan(graph).order, name, table);
-    Ok((bytes(&infer, "infer")?, bytes(&train, "train")?))
+) -> Result<Vec<(&'static str, Vec<u8>)>, GraphError> {
+    let write = |graph: &Graph, name| lower(graph, &plan(graph).order, name, table);
+    let infer = |name: &'static str, form| {
+        Ok::<_, GraphError>((name, write(&llama::infer(model, quantization, form)?, name)?))
+    };
+    let train = |name: &'static str, policy, first_layer| {
+        let TrainGraph { mut graph, head_segment } = llama::train(model, quantization, layout, first_layer)?;
+        recompute(&mut graph, policy, head_segment);
+        Ok::<_, GraphError>((name, write(&graph, name)?))
+    };
+    Ok(vec![
+        infer("infer.onnx", InferForm::Adapted)?,
+        infer("infer-base.onnx", InferForm::Base)?,
+        train("train.onnx", Recompute::Activations, 0)?,
+        train("train-frugal.onnx", Recompute::Layers, 0)?,
+        train("train-upper.onnx", Recompute::Activations, model.layers / 2)?,
+    ])
 }

@@ -295,13 +295,14 @@ fn matmul(inputs: &Inputs<'_>, transpose_a: bool, transpose_b: bool) -> Result<T
     Ok(TensorType::f32(shape))
 }
 
+/// Blocks of a packed row, the last one filled up, and bytes of a block.
 fn packed_width(inputs: &Inputs<'_>, packing: Packing, columns: usize) -> Result<(usize, usize), GraphError> {
     let Packing { bits, block_size } = packing;
-    if !matches!(bits, 4 | 8) || block_size == 0 || !columns.is_multiple_of(block_size) {
+    if !matches!(bits, 4 | 8) || block_size == 0 {
         let got = format!("{bits} bits, blocks of {block_size}");
-        return Err(inputs.error("packing", format!("4 or 8 bits in blocks that divide {columns}"), got));
+        return Err(inputs.error("packing", "4 or 8 bits in blocks", got));
     }
-    Ok((columns / block_size, block_size * bits / 8))
+    Ok((packing.blocks(columns), packing.block_bytes()))
 }
 
 fn matmul_n_bits(inputs: &Inputs<'_>, packing: Packing) -> Result<TensorType, GraphError> {

@@ -4,7 +4,7 @@
 mod infer;
 mod train;
 
-pub use infer::infer;
+pub use infer::{InferForm, infer};
 pub use train::{TrainGraph, train};
 
 use commonweal_adapter::Target;
@@ -12,7 +12,7 @@ use commonweal_adapter::Target;
 use crate::graph::{Graph, GraphError, TensorType, ValueId};
 use crate::op::{Op, Packing};
 use crate::shape::{Dim, Shape};
-use crate::{Bias, Bits, ModelConfig, Quantization};
+use crate::{Accuracy, Bias, Bits, ModelConfig, Quantization};
 
 /// A linear layer of a block as stored: one matrix for several targets, stacked along its rows.
 struct Linear {
@@ -78,14 +78,14 @@ fn vector(graph: &mut Graph, name: &str, size: usize) -> Result<ValueId, GraphEr
     graph.weight(name.clone(), name, TensorType::f32([size]))
 }
 
-/// A packed matrix as `GatherBlockQuantized` reads it, `[rows, bytes]`, and its scales.
+/// A packed matrix as `GatherBlockQuantized` reads it, `[rows, bytes]`, and its scales. Rows end with a whole block.
 fn packed_rows(
     graph: &mut Graph,
     name: &str,
     (rows, columns): (usize, usize),
     packing: Packing,
 ) -> Result<(ValueId, ValueId), GraphError> {
-    let bytes = columns * packing.bits / 8;
+    let bytes = packing.blocks(columns) * packing.block_bytes();
     let weights =
         graph.weight(format!("{name}.q.rows"), format!("{name}.q"), TensorType::u8([rows, bytes]))?;
     Ok((weights, scales(graph, name, rows, columns, packing)?))
@@ -99,7 +99,7 @@ fn scales(
     packing: Packing,
 ) -> Result<ValueId, GraphError> {
     let name = format!("{name}.s");
-    let kind = TensorType::f32([rows, columns / packing.block_size]);
+    let kind = TensorType::f32([rows, packing.blocks(columns)]);
     match graph.find(&name) {
         Some(known) => Ok(known),
         None => graph.weight(name.clone(), name, kind),
@@ -116,11 +116,38 @@ fn embed(
     let size = (model.vocab_size, model.hidden_size);
     if let Some(packing) = packing(quantization) {
         let (weights, scales) = packed_rows(graph, "embed", size, packing)?;
-        graph.add(Op::GatherBlockQuantized { packing }, &[weights, tokens, scales])
+        let rows = graph.add(Op::GatherBlockQuantized { packing }, &[weights, tokens, scales])?;
+        graph.narrowed(rows, size.1)
     } else {
         let weights = graph.weight("embed.w", "embed.w", TensorType::f32([size.0, size.1]))?;
         graph.add(Op::Gather { axis: 0 }, &[weights, tokens])
     }
+}
+
+/// `x Wᵀ` with a frozen matrix of `rows` by `columns`.
+fn multiply(
+    graph: &mut Graph,
+    quantization: &Quantization,
+    name: &str,
+    (rows, columns): (usize, usize),
+    x: ValueId,
+) -> Result<ValueId, GraphError> {
+    let known = |graph: &mut Graph, entry: String, kind| match graph.find(&entry) {
+        Some(known) => Ok(known),
+        None => graph.weight(entry.clone(), entry, kind),
+    };
+    let Some(packing) = packing(quantization) else {
+        let weight = known(graph, format!("{name}.w"), TensorType::f32([rows, columns]))?;
+        return graph.matmul_transposed(x, weight);
+    };
+    let accuracy_level = match quantization.accuracy {
+        Accuracy::Fast => 4,
+        Accuracy::Exact => 0,
+    };
+    let blocks = Shape::from([rows, packing.blocks(columns), packing.block_bytes()]);
+    let weight = known(graph, format!("{name}.q"), TensorType::u8(blocks))?;
+    let scales = scales(graph, name, rows, columns, packing)?;
+    graph.add(Op::MatMulNBits { packing, accuracy_level }, &[x, weight, scales])
 }
 
 fn head_name(model: &ModelConfig) -> &'static str {

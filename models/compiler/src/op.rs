@@ -51,6 +51,18 @@ pub struct Packing {
     pub block_size: usize,
 }
 
+impl Packing {
+    /// Blocks of a row; the last one may be filled up with zeros.
+    pub fn blocks(self, columns: usize) -> usize {
+        columns.div_ceil(self.block_size)
+    }
+
+    /// Bytes of a block's weights.
+    pub fn block_bytes(self) -> usize {
+        self.block_size * self.bits / 8
+    }
+}
+
 /// The attributes of an attention with a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GroupedAttention {

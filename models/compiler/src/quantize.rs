@@ -3,12 +3,14 @@
 //!
 //! A row of `k` weights is cut into blocks; a block has one f32 scale `s` and one code `c` per weight, and stands for
 //! the weights `s · (c - zero)`, where `zero` is 8 or 128, the operators' default zero point. Codes are packed in
-//! order, at 4 bits two to a byte, the first in the low half. A row whose length is not a multiple of the block is
-//! refused when the table is planned: `GatherBlockQuantized` cannot pad.
+//! order, at 4 bits two to a byte, the first in the low half. A row whose length is not a multiple of the block is filled
+//! up with zeros.
 //!
 //! The scale is chosen by a small search, after `make_qx_quants` of llama.cpp's k-quants: the extreme weight is put at
 //! a few places around the end of the codes' range, every weight is rounded to the nearest code, and the scale is
 //! refitted to those codes by least squares; the try with the smallest squared error wins.
+
+use std::borrow::Cow;
 
 use commonweal_package::{Bits, Quantization};
 
@@ -53,6 +55,20 @@ impl BlockFormat {
     /// Bytes of a block's codes.
     pub fn block_bytes(self) -> usize {
         self.block_size * self.bits as usize / 8
+    }
+
+    /// Rows of `columns` weights, each filled up with zeros to whole blocks.
+    pub fn filled(self, weights: &[f32], columns: usize) -> Cow<'_, [f32]> {
+        let width = columns.next_multiple_of(self.block_size);
+        if width == columns {
+            return Cow::Borrowed(weights);
+        }
+        let mut filled = Vec::with_capacity(weights.len() / columns * width);
+        for row in weights.chunks_exact(columns) {
+            filled.extend_from_slice(row);
+            filled.resize(filled.len() + width - columns, 0.0);
+        }
+        Cow::Owned(filled)
     }
 
     /// Quantizes whole blocks of finite weights.

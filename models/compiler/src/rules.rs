@@ -21,6 +21,7 @@ pub(crate) fn apply(tape: &mut Tape<'_>, node: &Node) -> Result<(), GraphError> 
         Op::MatMul { transpose_a, transpose_b, alpha } => {
             matrix::matmul(tape, node, *transpose_a, *transpose_b, *alpha)
         }
+        Op::MatMulNBits { packing, .. } => matrix::matmul_n_bits(tape, node, *packing),
         Op::Reduce { reduction, axes, .. } => normalize::reduce(tape, node, *reduction, axes),
         Op::Softmax => normalize::softmax(tape, node),
         Op::LogSoftmax => normalize::log_softmax(tape, node),
@@ -38,7 +39,6 @@ pub(crate) fn apply(tape: &mut Tape<'_>, node: &Node) -> Result<(), GraphError> 
         Op::ScatterAdd { axis } => index::scatter_add(tape, node, *axis),
         Op::Less
         | Op::SkipRmsNorm { .. }
-        | Op::MatMulNBits { .. }
         | Op::GatherBlockQuantized { .. }
         | Op::GroupQueryAttention(_)
         | Op::Range(_)

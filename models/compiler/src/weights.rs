@@ -13,8 +13,8 @@
 //! | `embed` | vocabulary | hidden; also the head of a tied model |
 //! | `head` | vocabulary | hidden; untied models only |
 //!
-//! A quantized matrix has `{name}.q` (u8 `[rows, columns / block, block · bits / 8]`) and `{name}.s` (f32
-//! `[rows, columns / block]`); a float one has `{name}.w` (f32 `[rows, columns]`). Vectors are f32 `[hidden]`:
+//! A quantized matrix has `{name}.q` (u8 `[rows, blocks, block · bits / 8]`) and `{name}.s` (f32 `[rows, blocks]`), each
+//! row filled up with zeros to whole blocks; a float one has `{name}.w` (f32 `[rows, columns]`). Vectors are f32 `[hidden]`:
 //! `layers.{i}.attn_norm.w`, `layers.{i}.mlp_norm.w`, `norm.w`; and where the architecture has them (`architecture.rs`)
 //! `layers.{i}.qkv_bias.w`, `o_bias.w`, `q_norm.w` and `k_norm.w`. The rotary tables are f32 `[context, head_dim / 2]`:
 //! `rope.cos`, `rope.sin`.
@@ -61,20 +61,6 @@ pub struct WeightTable {
     entries: Vec<WeightEntry>,
 }
 
-/// A matrix whose rows cannot be cut into blocks.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "block size {block_size} must divide the row length of {matrix}, got {columns}; try a smaller --block or --bits 32"
-)]
-pub struct BlockError {
-    /// The matrix.
-    pub matrix: String,
-    /// Its row length.
-    pub columns: usize,
-    /// The quantization's block size.
-    pub block_size: usize,
-}
-
 /// Why `weights.bin` was not written.
 #[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
@@ -91,7 +77,7 @@ const CHUNK_VALUES: usize = 4 << 20;
 
 impl WeightTable {
     /// Lays out the file for a model: in the order of the forward pass, each entry aligned to [`ALIGNMENT`].
-    pub fn plan(model: &ModelConfig, quantization: &Quantization) -> Result<Self, BlockError> {
+    pub fn plan(model: &ModelConfig, quantization: &Quantization) -> Self {
         let mut table = Self { entries: Vec::new() };
         for (name, source) in architecture::tensors(model) {
             match source {
@@ -104,11 +90,11 @@ impl WeightTable {
                 }
                 Source::Matrix(parts, columns) => {
                     let rows = parts.iter().map(|(_, rows)| rows).sum();
-                    table.matrix(name, rows, columns, quantization)?;
+                    table.matrix(&name, rows, columns, quantization);
                 }
             }
         }
-        Ok(table)
+        table
     }
 
     /// The entries in the order of the file.
@@ -126,25 +112,15 @@ impl WeightTable {
         self.entries.last().map_or(0, |last| last.offset + last.length)
     }
 
-    fn matrix(
-        &mut self,
-        name: String,
-        rows: usize,
-        columns: usize,
-        quantization: &Quantization,
-    ) -> Result<(), BlockError> {
+    fn matrix(&mut self, name: &str, rows: usize, columns: usize, quantization: &Quantization) {
         let Quantization { bits, block_size, .. } = *quantization;
         if bits == Bits::Full {
             self.push(format!("{name}.w"), WeightType::F32, vec![rows, columns]);
-            return Ok(());
+            return;
         }
-        if !columns.is_multiple_of(block_size) {
-            return Err(BlockError { matrix: name, columns, block_size });
-        }
-        let blocks = columns / block_size;
+        let blocks = columns.div_ceil(block_size);
         self.push(format!("{name}.q"), WeightType::U8, vec![rows, blocks, block_size * bits.count() / 8]);
         self.push(format!("{name}.s"), WeightType::F32, vec![rows, blocks]);
-        Ok(())
     }
 
     fn push(&mut self, name: String, dtype: WeightType, shape: Vec<usize>) {
@@ -218,7 +194,9 @@ fn quantize_in_parallel(format: BlockFormat, values: &[f32], columns: usize) -> 
     let rows = (values.len() / columns).div_ceil(cores).max(1);
     let parts: Vec<Quantized> = thread::scope(|scope| {
         let chunks = values.chunks(rows * columns);
-        let workers: Vec<_> = chunks.map(|chunk| scope.spawn(move || format.quantize(chunk))).collect();
+        let workers: Vec<_> = chunks
+            .map(|chunk| scope.spawn(move || format.quantize(&format.filled(chunk, columns))))
+            .collect();
         workers
             .into_iter()
             .map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))

@@ -16,6 +16,6 @@ pub use model::{
     Accuracy, Architecture, Bits, BitsError, DIMENSION_MAX, LAYERS_MAX, ModelConfig, ModelError,
     Quantization, RopeScaling, Tokens,
 };
-pub use open::{OpenError, Package};
+pub use open::{OpenError, Package, TrainGraph};
 pub use staging::{Staging, StagingError};
 pub use write::{Facts, PackageWriter, WriteError, attach};

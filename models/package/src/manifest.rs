@@ -21,7 +21,10 @@ pub const REQUIRED: [&str; 5] =
     ["infer.onnx", "train.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja"];
 
 /// Files that a package may have.
-pub const OPTIONAL: [&str; 6] = [
+pub const OPTIONAL: [&str; 9] = [
+    "infer-base.onnx",
+    "train-frugal.onnx",
+    "train-upper.onnx",
     "adapters/guard.safetensors",
     "adapters/reviser.safetensors",
     "guard.toml",

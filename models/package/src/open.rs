@@ -12,6 +12,29 @@ use crate::manifest::{Hash, MANIFEST, Manifest, ManifestError, OPTIONAL, REQUIRE
 /// Longest manifest read. A real one is under 2 kB.
 const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 
+/// A gradient graph of a package.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TrainGraph {
+    /// Every adapted layer is trained; what a layer's products gave is kept for the backward.
+    #[default]
+    Full,
+    /// The same gradients; whole layers are computed again in the backward: the least memory, for more time.
+    Frugal,
+    /// Only the adapters of the upper half of the layers are trained, and the backward ends there.
+    Upper,
+}
+
+impl TrainGraph {
+    /// The file's name.
+    pub const fn file(self) -> &'static str {
+        match self {
+            Self::Full => "train.onnx",
+            Self::Frugal => "train-frugal.onnx",
+            Self::Upper => "train-upper.onnx",
+        }
+    }
+}
+
 /// A package whose every file has the hash that its manifest says.
 #[derive(Clone, Debug)]
 pub struct Package {
@@ -126,12 +149,21 @@ impl Package {
         self.directory.join("infer.onnx")
     }
 
-    /// The gradient graph.
-    pub fn train_graph(&self) -> PathBuf {
-        self.directory.join("train.onnx")
+    /// The inference graph without an adapter, in packages that have one.
+    pub fn infer_base_graph(&self) -> Option<PathBuf> {
+        self.optional("infer-base.onnx")
     }
 
-    /// The frozen weights, external data of both graphs.
+    /// A gradient graph, in packages that have it; all have [`TrainGraph::Full`].
+    pub fn train_graph(&self, graph: TrainGraph) -> Option<PathBuf> {
+        self.optional(graph.file())
+    }
+
+    fn optional(&self, name: &str) -> Option<PathBuf> {
+        self.manifest.files.contains_key(name).then(|| self.directory.join(name))
+    }
+
+    /// The frozen weights, external data of every graph.
     pub fn weights(&self) -> PathBuf {
         self.directory.join("weights.bin")
     }

@@ -1,24 +1,33 @@
 //! The decoder with a cache and adapter inputs: prefill and decoding in one graph, on the fused kernels of ONNX
 //! Runtime. The caller writes the cache in place: one buffer is bound as `past` and as `present`.
 
-use super::{Block, Linear, embed, has_bias, head_name, packing, rotary_tables, scales, shape, vector};
+use super::{Block, Linear, embed, has_bias, head_name, multiply, rotary_tables, shape, vector};
 use crate::graph::{Graph, GraphError, TensorType, ValueId};
 use crate::op::{GroupedAttention, Op};
 use crate::shape::{Dim, Shape};
-use crate::{Accuracy, ModelConfig, Quantization};
+use crate::{ModelConfig, Quantization};
 
 /// Names of the inner sizes of the fused adapter inputs, by linear layer.
 const RANKS: [&str; 4] = ["rank_qkv", "rank_o", "rank_gate_up", "rank_down"];
 
-/// Builds `infer.onnx`'s graph.
+/// Whether the graph takes an adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InferForm {
+    /// `infer.onnx`: the adapter is an input, so that several alternate over one base.
+    Adapted,
+    /// `infer-base.onnx`: the base alone, which spares three small products and sums at each linear layer.
+    Base,
+}
+
+/// Builds the graph of `infer.onnx` or, without the adapter's inputs, of `infer-base.onnx`.
 ///
 /// Inputs: `input_ids [batch, new] i64`; `seqlens_k [batch] i32`, tokens in the row with the new ones, less one;
 /// `total_seq [1] i32`; `logit_rows [rows] i64`, which of the `batch · new` positions to give logits for; for each
 /// layer `past.{i}.key` and `past.{i}.value`, `[batch, kv_heads, cache, head_dim] f32`, and for each of its linear
 /// layers `lora.{i}.{qkv|o|gate_up|down}.a [inputs, rank]` and `.b [rank, outputs]`.
 /// Outputs: `logits [rows, vocab]`, `present.{i}.key`, `present.{i}.value`.
-pub fn infer(model: &ModelConfig, quantization: &Quantization) -> Result<Graph, GraphError> {
-    let mut decoder = Decoder::new(model, quantization)?;
+pub fn infer(model: &ModelConfig, quantization: &Quantization, form: InferForm) -> Result<Graph, GraphError> {
+    let mut decoder = Decoder::new(model, quantization, form)?;
     let logits = decoder.run()?;
     decoder.graph.output("logits", logits)?;
     for (layer, (key, value)) in std::mem::take(&mut decoder.present).into_iter().enumerate() {
@@ -31,6 +40,7 @@ pub fn infer(model: &ModelConfig, quantization: &Quantization) -> Result<Graph, 
 struct Decoder<'m> {
     model: &'m ModelConfig,
     quantization: &'m Quantization,
+    form: InferForm,
     block: Block,
     graph: Graph,
     tokens: ValueId,
@@ -42,7 +52,11 @@ struct Decoder<'m> {
 }
 
 impl<'m> Decoder<'m> {
-    fn new(model: &'m ModelConfig, quantization: &'m Quantization) -> Result<Self, GraphError> {
+    fn new(
+        model: &'m ModelConfig,
+        quantization: &'m Quantization,
+        form: InferForm,
+    ) -> Result<Self, GraphError> {
         let mut graph = Graph::new();
         let (batch, new) = (Dim::named("batch"), Dim::named("new"));
         let tokens = graph.input("input_ids", TensorType::i64(shape([&batch, &new])))?;
@@ -51,7 +65,19 @@ impl<'m> Decoder<'m> {
         let logit_rows = graph.input("logit_rows", TensorType::i64([Dim::named("rows")]))?;
         let tables = rotary_tables(&mut graph, model)?;
         let (block, present) = (Block::of(model), Vec::new());
-        Ok(Self { model, quantization, block, graph, tokens, lengths, total, logit_rows, tables, present })
+        Ok(Self {
+            model,
+            quantization,
+            form,
+            block,
+            graph,
+            tokens,
+            lengths,
+            total,
+            logit_rows,
+            tables,
+            present,
+        })
     }
 
     fn run(&mut self) -> Result<ValueId, GraphError> {
@@ -143,10 +169,14 @@ impl<'m> Decoder<'m> {
     fn linear(&mut self, layer: usize, which: usize, x: ValueId) -> Result<ValueId, GraphError> {
         let Linear { name, inputs, .. } = *self.block.linears()[which];
         let rows = self.block.linears()[which].rows();
-        let mut base = self.multiply(&format!("layers.{layer}.{name}"), rows, inputs, x)?;
+        let matrix = format!("layers.{layer}.{name}");
+        let mut base = multiply(&mut self.graph, self.quantization, &matrix, (rows, inputs), x)?;
         if has_bias(self.model, name) {
             let bias = vector(&mut self.graph, &format!("layers.{layer}.{name}_bias"), rows)?;
             base = self.graph.plus(base, bias)?;
+        }
+        if self.form == InferForm::Base {
+            return Ok(base);
         }
         let rank = Dim::named(RANKS[which]);
         let kind = |dims: [Dim; 2]| TensorType::f32(dims);
@@ -157,38 +187,11 @@ impl<'m> Decoder<'m> {
         self.graph.plus(base, adapter)
     }
 
-    /// `x Wᵀ` with a frozen matrix of `rows` by `columns`.
-    fn multiply(
-        &mut self,
-        name: &str,
-        rows: usize,
-        columns: usize,
-        x: ValueId,
-    ) -> Result<ValueId, GraphError> {
-        let Some(packing) = packing(self.quantization) else {
-            let entry = format!("{name}.w");
-            let weight = match self.graph.find(&entry) {
-                Some(known) => known,
-                None => self.graph.weight(entry.clone(), entry, TensorType::f32([rows, columns]))?,
-            };
-            return self.graph.matmul_transposed(x, weight);
-        };
-        let accuracy_level = match self.quantization.accuracy {
-            Accuracy::Fast => 4,
-            Accuracy::Exact => 0,
-        };
-        let blocks = Shape::from([rows, columns / packing.block_size, packing.block_size * packing.bits / 8]);
-        let entry = format!("{name}.q");
-        let weight = self.graph.weight(entry.clone(), entry, TensorType::u8(blocks))?;
-        let scales = scales(&mut self.graph, name, rows, columns, packing)?;
-        self.graph.add(Op::MatMulNBits { packing, accuracy_level }, &[x, weight, scales])
-    }
-
     fn head(&mut self, normed: ValueId) -> Result<ValueId, GraphError> {
         let ModelConfig { hidden_size, vocab_size, .. } = *self.model;
         let positions = Dim::named("batch").times(&Dim::named("new"));
         let flat = self.graph.reshape(normed, [positions, hidden_size.into()])?;
         let chosen = self.graph.add(Op::Gather { axis: 0 }, &[flat, self.logit_rows])?;
-        self.multiply(head_name(self.model), vocab_size, hidden_size, chosen)
+        multiply(&mut self.graph, self.quantization, head_name(self.model), (vocab_size, hidden_size), chosen)
     }
 }

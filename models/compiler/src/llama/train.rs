@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use commonweal_adapter::{AdapterLayout, Part, Target};
 
-use super::{Block, Linear, embed, has_bias, head_name, packed_rows, packing, rotary_tables, shape, vector};
+use super::{Block, Linear, embed, has_bias, head_name, multiply, rotary_tables, shape, vector};
 use crate::differentiate::differentiate;
 use crate::graph::{Constant, ElementType, Graph, GraphError, Keep, TensorType, ValueId};
 use crate::op::{Op, Unary};
@@ -17,11 +17,12 @@ use crate::{ModelConfig, Quantization};
 /// and finite, so that no difference of two is undefined.
 const MASKED: f32 = -1e9;
 
-/// Logits of one chunk of the sequence take about this much for a batch of [`CHUNKED_ROWS`] tokens.
-const CHUNK_BYTES: usize = 16 << 20;
+/// Logits of one chunk of the sequence take about this much for a batch of [`CHUNKED_ROWS`] tokens. The backward of
+/// each chunk expands the head once more, so more chunks cost time.
+const CHUNK_BYTES: usize = 64 << 20;
 
 /// The batch, in tokens, for which the number of chunks is chosen; larger ones have larger chunks.
-const CHUNKED_ROWS: usize = 1024;
+const CHUNKED_ROWS: usize = 256;
 
 /// The loss with its gradient, before planning.
 #[derive(Debug)]
@@ -32,25 +33,35 @@ pub struct TrainGraph {
     pub head_segment: usize,
 }
 
-/// Builds `train.onnx`'s graph for the modules of `layout`, at any rank.
+/// Builds `train.onnx`'s graph for the modules of `layout`, at any rank. Of the layers before `first_layer` the adapter
+/// is used and not trained: the backward ends there.
 ///
 /// Inputs: `input_ids`, `targets` `[batch, time] i64`; `weights [batch, time] f32`, signed, 0 for positions without a
 /// loss; `lora_scale [] f32`; and each tensor of the adapter by its canonical name, `rank` not fixed.
 /// Outputs: `loss [] f32`, `-Σ weights · log-probability of the target`; `token_logprob [batch, time] f32`; and
-/// `grad.{name}` for each tensor of the adapter.
+/// `grad.{name}` for each trained tensor of the adapter.
 pub fn train(
     model: &ModelConfig,
     quantization: &Quantization,
     layout: &AdapterLayout,
+    first_layer: usize,
 ) -> Result<TrainGraph, GraphError> {
     let mut trainer = Trainer::new(model, quantization, layout)?;
     let (loss, token_logprob) = trainer.forward()?;
-    let parameters: Vec<ValueId> = trainer.parameters.iter().map(|&(_, value)| value).collect();
+    let trained: Vec<(String, ValueId)> = layout
+        .tensors()
+        .iter()
+        .filter(|tensor| tensor.layer >= first_layer)
+        .filter_map(|tensor| {
+            Some((tensor.name(), *trainer.adapters.get(&(tensor.layer, tensor.target, tensor.part))?))
+        })
+        .collect();
+    let parameters: Vec<ValueId> = trained.iter().map(|&(_, value)| value).collect();
     let mut graph = trainer.graph;
     graph.output("loss", loss)?;
     graph.output("token_logprob", token_logprob)?;
     let gradients = differentiate(&mut graph, loss, &parameters)?;
-    for ((name, _), gradient) in trainer.parameters.iter().zip(gradients) {
+    for ((name, _), gradient) in trained.iter().zip(gradients) {
         graph.output(format!("grad.{name}"), gradient)?;
     }
     Ok(TrainGraph { graph, head_segment: model.layers })
@@ -61,7 +72,6 @@ struct Trainer<'m> {
     quantization: &'m Quantization,
     block: Block,
     graph: Graph,
-    parameters: Vec<(String, ValueId)>,
     adapters: BTreeMap<(usize, Target, Part), ValueId>,
     tokens: ValueId,
     targets: ValueId,
@@ -92,18 +102,17 @@ impl<'m> Trainer<'m> {
         let targets = graph.input("targets", TensorType::i64(shape([&batch, &time])))?;
         let weights = graph.input("weights", TensorType::f32(shape([&batch, &time])))?;
         let scale = graph.input("lora_scale", TensorType::f32(Shape::scalar()))?;
-        let (mut parameters, mut adapters) = (Vec::new(), BTreeMap::new());
+        let mut adapters = BTreeMap::new();
         for tensor in layout.tensors() {
             let dims: [Dim; 2] = match tensor.part {
                 Part::A => [rank.clone(), tensor.columns.into()],
                 Part::B => [tensor.rows.into(), rank.clone()],
             };
             let value = graph.input(tensor.name(), TensorType::f32(dims))?;
-            parameters.push((tensor.name(), value));
             adapters.insert((tensor.layer, tensor.target, tensor.part), value);
         }
         let block = Block::of(model);
-        Ok(Self { model, quantization, block, graph, parameters, adapters, tokens, targets, weights, scale })
+        Ok(Self { model, quantization, block, graph, adapters, tokens, targets, weights, scale })
     }
 
     fn rows() -> Dim {
@@ -174,31 +183,13 @@ impl<'m> Trainer<'m> {
         Ok(Positions { start, cosines, sines, mask, window_mask })
     }
 
-    /// A frozen matrix as floats.
-    fn matrix(&mut self, name: &str, rows: usize, columns: usize) -> Result<ValueId, GraphError> {
-        let Some(packing) = packing(self.quantization) else {
-            let entry = format!("{name}.w");
-            return match self.graph.find(&entry) {
-                Some(known) => Ok(known),
-                None => self.graph.weight(entry.clone(), entry, TensorType::f32([rows, columns])),
-            };
-        };
-        let found = (self.graph.find(&format!("{name}.q.rows")), self.graph.find(&format!("{name}.s")));
-        let (weights, scales) = match found {
-            (Some(weights), Some(scales)) => (weights, scales),
-            _ => packed_rows(&mut self.graph, name, (rows, columns), packing)?,
-        };
-        let all = self.graph.add(Op::Range(rows.into()), &[])?;
-        self.graph.add(Op::GatherBlockQuantized { packing }, &[weights, all, scales])
-    }
-
     /// Linear layer `which` of a block over `[rows, inputs]`: `x Wᵀ + bias + scale (x Aᵀ) Bᵀ`, one output for each target.
     /// The adapters of one input are multiplied by it at once.
     fn linear(&mut self, layer: usize, which: usize, x: ValueId) -> Result<Vec<ValueId>, GraphError> {
         let Linear { name, ref parts, inputs } = *self.block.linears()[which];
         let (parts, rows) = (parts.clone(), self.block.linears()[which].rows());
-        let weight = self.matrix(&format!("layers.{layer}.{name}"), rows, inputs)?;
-        let mut base = self.graph.matmul_transposed(x, weight)?;
+        let matrix = format!("layers.{layer}.{name}");
+        let mut base = multiply(&mut self.graph, self.quantization, &matrix, (rows, inputs), x)?;
         if has_bias(self.model, name) {
             let bias = vector(&mut self.graph, &format!("layers.{layer}.{name}_bias"), rows)?;
             base = self.graph.plus(base, bias)?;
@@ -318,10 +309,11 @@ impl<'m> Trainer<'m> {
         let normed = self.pieces(normed, 0, chunks.clone())?;
         let targets = self.pieces(targets, 0, chunks.clone())?;
         let weights = self.pieces(weights, 0, chunks)?;
-        let head = self.matrix(head_name(self.model), vocab_size, hidden_size)?;
+        let head = head_name(self.model);
         let (mut sum, mut picked) = (None, Vec::with_capacity(normed.len()));
         for ((normed, target), weight) in normed.into_iter().zip(targets).zip(weights) {
-            let logits = self.graph.matmul_transposed(normed, head)?;
+            let size = (vocab_size, hidden_size);
+            let logits = multiply(&mut self.graph, self.quantization, head, size, normed)?;
             let logprobs = self.graph.add(Op::LogSoftmax, &[logits])?;
             let logprob = self.graph.add(Op::GatherElements { axis: 1 }, &[logprobs, target])?;
             let weighted = self.graph.times(logprob, weight)?;
