@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use commonweal_package::TrainGraph;
 use commonweal_safety::{CategoryId, GuardConfig};
 use serde::{Deserialize, Serialize};
 
@@ -116,6 +117,9 @@ pub struct TrainPolicy {
     pub beta: f32,
     /// Rows of one forward pass; more need more memory.
     pub batch_rows: usize,
+    /// `full`; `frugal`: the same gradients in less memory and more time; `upper`: only the upper half of the layers
+    /// learns, in less of both.
+    pub graph: TrainGraph,
     /// Tokens of one sample; of a longer one the oldest exchanges are left out, then the end of the reply. The
     /// model's context where absent.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -146,6 +150,7 @@ impl Default for TrainPolicy {
             method: Method::Sft,
             beta: 0.1,
             batch_rows: 8,
+            graph: TrainGraph::Full,
             sample_tokens_max: None,
             steps_max: 1_000,
             samples_max: 4_096,

@@ -222,6 +222,7 @@ fn options(task: &TrainTask, policy: &TrainPolicy) -> TrainOptions {
         clip_norm: Some(f64::from(task.clip_norm)),
         proximal_mu: f64::from(task.proximal_mu),
         trainable: task.trainable,
+        graph: policy.graph,
     }
 }
 
@@ -230,8 +231,7 @@ fn check_memory(model: &Model, tokens: usize, available: Option<Available>) -> R
     // A package that was opened has its weights; if they went away since, the gradient graph says so.
     let weights_bytes = std::fs::metadata(model.package().weights()).map_or(0, |file| file.len());
     let shape = Shape { model: &model.manifest().model, weights_bytes };
-    let lower =
-        "a smaller batch_rows or sample_tokens_max in the policy's [train], or --context N, needs less";
+    let lower = "graph = \"frugal\", a smaller batch_rows or sample_tokens_max in the policy's [train], or --context N, needs less";
     memory::check("a training step", shape.train_bytes(tokens), available, lower)
 }
 

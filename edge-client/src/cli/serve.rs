@@ -207,6 +207,7 @@ async fn chat(
         top_p: request.top_p.unwrap_or(1.0),
         stop: Vec::new(),
         seed: request.seed.unwrap_or_else(unix_seconds),
+        ..GenerateOptions::default()
     };
     let Ok(waiting) = Arc::clone(&served.places).try_acquire_owned() else { return refuse_busy() };
     let prompt_tokens = prompt.ids.len();

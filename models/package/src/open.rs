@@ -6,6 +6,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use commonweal_adapter::AdapterLayout;
+use serde::{Deserialize, Serialize};
 
 use crate::manifest::{Hash, MANIFEST, Manifest, ManifestError, OPTIONAL, REQUIRED};
 
@@ -13,7 +14,8 @@ use crate::manifest::{Hash, MANIFEST, Manifest, ManifestError, OPTIONAL, REQUIRE
 const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 
 /// A gradient graph of a package.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum TrainGraph {
     /// Every adapted layer is trained; what a layer's products gave is kept for the backward.
     #[default]

@@ -29,6 +29,7 @@ pub struct PreparedAdapter {
 struct Prepared {
     identity: u64,
     model: u64,
+    adapted: bool,
     inputs: Vec<(String, Tensor<f32>)>,
 }
 
@@ -71,14 +72,17 @@ impl PreparedAdapter {
         model: u64,
         config: &ModelConfig,
         adapter: Option<&Adapter>,
+        has_base_graph: bool,
     ) -> Result<Self, AdaptError> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
-        let inputs = fuse(config, adapter)?
+        let adapted = adapter.is_some() || !has_base_graph;
+        let fused = if adapted { fuse(config, adapter)? } else { Vec::new() };
+        let inputs = fused
             .into_iter()
             .map(|(name, matrix)| Ok((name, Tensor::from_array(matrix)?)))
             .collect::<Result<_, ort::Error>>()?;
         let identity = NEXT.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { inner: Arc::new(Prepared { identity, model, inputs }) })
+        Ok(Self { inner: Arc::new(Prepared { identity, model, adapted, inputs }) })
     }
 
     /// Distinguishes prepared adapters: a cache filled under one must not be read under another.
@@ -89,6 +93,11 @@ impl PreparedAdapter {
     /// The model it was prepared for.
     pub(crate) fn model(&self) -> u64 {
         self.inner.model
+    }
+
+    /// Whether the graph with an adapter's inputs runs it.
+    pub(crate) fn is_adapted(&self) -> bool {
+        self.inner.adapted
     }
 
     pub(crate) fn inputs(&self) -> &[(String, Tensor<f32>)] {

@@ -10,10 +10,11 @@ use crate::{
     cache::Cache,
     cancel::{Cancel, Run},
     conversation::Prompt,
-    infer::{InferError, Lane, check_prompt},
+    copy::{Copying, GUESS_MAX},
+    infer::{InferError, Lane, check_prompt, check_tokens},
     model::Model,
     prefix::SharedPrefix,
-    sample_token::choose,
+    sample_token::{Choice, choose, logprobs},
     tokenize::TextStream,
 };
 
@@ -28,13 +29,19 @@ pub struct GenerateOptions {
     pub top_p: f32,
     /// Texts that end an answer; they are not part of it.
     pub stop: Vec<String>,
+    /// Whether answers mostly copy their prompts, as rewrites do: guesses from the prompt are then checked several
+    /// tokens at a time. Prompts run one after another; the answers are the same.
+    pub copying: bool,
+    /// Tokens that every answer begins with, whatever the network would choose: to begin an answer, or to measure one.
+    pub begin: Vec<u32>,
     /// Seed of the random numbers; each row draws its own, whatever else runs beside it.
     pub seed: u64,
 }
 
 impl Default for GenerateOptions {
     fn default() -> Self {
-        Self { max_new_tokens: 256, temperature: 0.0, top_p: 1.0, stop: Vec::new(), seed: 0 }
+        let (stop, begin) = (Vec::new(), Vec::new());
+        Self { max_new_tokens: 256, temperature: 0.0, top_p: 1.0, stop, copying: false, begin, seed: 0 }
     }
 }
 
@@ -90,6 +97,7 @@ impl Model {
         cancel: &Cancel,
     ) -> Result<Vec<Generated>, InferError> {
         options.check()?;
+        check_tokens(self, 0, &options.begin)?;
         for (row, prompt) in prompts.iter().enumerate() {
             check_prompt(self, row, &prompt.ids, self.context() - 1)?;
         }
@@ -100,7 +108,12 @@ impl Model {
         let mut answers: Vec<Option<Generated>> = vec![None; prompts.len()];
         for group in self.groups(prompts, options) {
             let mut batch = Batch { model: self, adapter, prefix, run: &run, options };
-            batch.generate(prompts, &group, on_text, &mut answers)?;
+            match group.as_slice() {
+                &[row] if options.copying => {
+                    answers[row] = Some(batch.generate_copying(&prompts[row].ids, row, on_text)?);
+                }
+                group => batch.generate(prompts, group, on_text, &mut answers)?,
+            }
         }
         Ok(answers.into_iter().flatten().collect())
     }
@@ -117,8 +130,8 @@ impl Model {
                 Some(group) if group.len() < group_max => group.push(row),
                 _ => {
                     let bytes = Cache::row_bytes(config, capacity(self, &prompts[row].ids, options));
-                    group_max =
-                        (self.options().cache_bytes_max / bytes.max(1)).clamp(1, self.options().batch_max);
+                    let most = if options.copying { 1 } else { self.options().batch_max };
+                    group_max = (self.options().cache_bytes_max / bytes.max(1)).clamp(1, most);
                     groups.push(vec![row]);
                 }
             }
@@ -199,6 +212,42 @@ impl Batch<'_> {
             // An ended row writes its token to the same place again and again, so it never outgrows the cache.
             rows.iter_mut().filter(|row| row.stop.is_none()).for_each(|row| row.length += 1);
         }
+    }
+
+    /// One answer that is expected to copy its prompt: each run reads the last token and a guess of those that follow.
+    fn generate_copying(
+        &mut self,
+        prompt: &[u32],
+        index: usize,
+        on_text: OnText<'_>,
+    ) -> Result<Generated, InferError> {
+        let vocab_size = self.model.manifest().model.vocab_size;
+        let (mut lane, logits) = self.read_prompts(&[prompt])?;
+        let mut row = Row::new(self.model, self.options, index, prompt.len());
+        let mut copying = Copying::new(prompt);
+        row.choose(self.options, &logits, on_text)?;
+        while row.stop.is_none() {
+            copying.push(row.last);
+            // The cache ends with the longest answer, so the last tokens are not guessed.
+            let guess = copying.guess(lane.cache.capacity.saturating_sub(row.length + 1).min(GUESS_MAX));
+            let tokens = [&[row.last], guess].concat();
+            let logits = lane.extend(self.run, &tokens, row.length)?;
+            row.length += 1;
+            let mut right = 0;
+            for (logits, guess) in
+                logits.chunks_exact(vocab_size).zip(tokens[1..].iter().map(Some).chain([None]))
+            {
+                row.choose(self.options, logits, on_text)?;
+                if row.stop.is_some() || guess != Some(&row.last) {
+                    break;
+                }
+                copying.push(row.last);
+                row.length += 1;
+                right += 1;
+            }
+            copying.learn(tokens.len() - 1, right);
+        }
+        row.answer(on_text)
     }
 
     /// Fills a lane with the prompts; the logits behind each prompt.
@@ -285,11 +334,14 @@ impl<'m> Row<'m> {
         on_text: OnText<'_>,
     ) -> Result<(), InferError> {
         let (None, Some(stream)) = (self.stop, &mut self.text) else { return Ok(()) };
-        let choice = choose(logits, options.temperature, options.top_p, &mut self.random)
-            .ok_or(InferError::NotFinite { row: self.prompt })?;
+        let seen = stream.tokens().len();
+        let choice = match options.begin.get(seen) {
+            Some(&token) => logprobs(logits, &[token]).map(|logprobs| Choice { token, logprob: logprobs[0] }),
+            None => choose(logits, options.temperature, options.top_p, &mut self.random),
+        };
+        let choice = choice.ok_or(InferError::NotFinite { row: self.prompt })?;
         self.last = choice.token;
         self.logprob += f64::from(choice.logprob);
-        let seen = stream.tokens().len();
         let text = stream.push(choice.token)?;
         // A stop text that begins before `shown` would have been found, or held back, earlier.
         self.cut = options.stop.iter().filter_map(|stop| text[self.shown..].find(stop)).min();

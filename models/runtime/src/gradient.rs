@@ -9,7 +9,12 @@ use ort::{
     value::{Tensor, TensorRef},
 };
 
-use crate::{cancel::Run, conversation::TrainingRow, model::Model, train::TrainError};
+use crate::{
+    cancel::Run,
+    conversation::TrainingRow,
+    model::Model,
+    train::{TrainError, TrainOptions},
+};
 
 /// The result of one run of the gradient graph.
 pub(crate) struct Gradient {
@@ -21,12 +26,13 @@ pub(crate) struct Gradient {
     pub(crate) values: Vec<f32>,
 }
 
-/// The gradient of some rows; `signs` multiplies each row's weights.
+/// The gradient of some rows; `signs` multiplies each row's weights. It is zero where the options train nothing.
 pub(crate) fn gradient(
     model: &Model,
     adapter: &Adapter,
     rows: &[&TrainingRow],
     signs: &[f32],
+    options: &TrainOptions,
     run: &Run,
 ) -> Result<Gradient, TrainError> {
     let (batch, time) = (rows.len(), rows.iter().map(|row| row.ids.len() - 1).max().unwrap_or(0));
@@ -53,10 +59,12 @@ pub(crate) fn gradient(
         let values = &adapter.values()[spec.range.clone()];
         inputs.push((spec.name().into(), TensorRef::from_array_view((spec.shape(), values))?.into()));
     }
-    model.with_train_session(|session| {
+    let layers = adapter.layout().layers();
+    model.with_train_session(options.graph, |session| {
         let outputs = run.explain(session.run_with_options(inputs, run.options()))?;
         let mut values = vec![0.0; adapter.values().len()];
-        for spec in &specs {
+        // What is not trained has no gradient in some graphs, and needs none.
+        for spec in specs.iter().filter(|spec| options.trains(spec, layers)) {
             let name = format!("grad.{}", spec.name());
             let (_, part) =
                 outputs.get(&name).ok_or(TrainError::Output { name })?.try_extract_tensor::<f32>()?;

@@ -10,7 +10,7 @@ use crate::{
     cache::Cache,
     cancel::{Run, RunError},
     device::Device,
-    model::Model,
+    model::{Model, OpenError},
     tokenize::TokenizeError,
 };
 
@@ -86,6 +86,9 @@ pub enum InferError {
     /// The tokens made no text.
     #[error(transparent)]
     Tokenize(#[from] TokenizeError),
+    /// The inference graph does not open.
+    #[error(transparent)]
+    Open(#[from] OpenError),
     /// The runtime library failed.
     #[error("inference graph does not run")]
     Engine(#[from] ort::Error),
@@ -122,7 +125,9 @@ impl Lane {
         }
         let config = &model.manifest().model;
         let mut cache = Cache::new(config, batch, capacity)?;
-        let mut binding = model.infer_session().create_binding()?;
+        let mut binding = model.with_infer_session(adapter.is_adapted(), |session| {
+            session.create_binding().map_err(InferError::from)
+        })?;
         for (name, tensor) in adapter.inputs() {
             binding.bind_input(name, tensor)?;
         }
@@ -244,6 +249,12 @@ impl Lane {
         self.step(run, tokens, lengths, total, (0..tokens.len() as i64).collect())
     }
 
+    /// Appends several tokens to a lane of one row after its first `start` positions; the logits behind each.
+    pub(crate) fn extend(&mut self, run: &Run, tokens: &[u32], start: usize) -> Result<&[f32], InferError> {
+        let total = start + tokens.len();
+        self.step(run, tokens, &[total - 1], total, (0..tokens.len() as i64).collect())
+    }
+
     /// One run of the graph. `lasts` is each row's last position, `total` the tokens of the longest row.
     fn step(
         &mut self,
@@ -275,10 +286,10 @@ impl Lane {
             binding.bind_output("logits", &mut self.logits)?;
             self.logit_rows = picked;
         }
-        let mut session = self.model.infer_session();
-        let outputs = run.explain(session.run_binding_with_options(binding, run.options()))?;
-        drop(outputs);
-        drop(session);
+        self.model.with_infer_session(self.adapter.is_adapted(), |session| {
+            run.explain(session.run_binding_with_options(binding, run.options())).map(drop)?;
+            Ok::<_, InferError>(())
+        })?;
         Ok(self.logits.extract_tensor().1)
     }
 }

@@ -7,6 +7,8 @@
 //! It opens no socket and writes no file. It never logs a person's text.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp, reason = "a failed test may panic"))]
 
+mod copy;
+mod frozen;
 pub mod library;
 pub mod device;
 pub mod choose;

@@ -1,5 +1,5 @@
-//! Opens a package: the inference session at once, the gradient session when training first needs it. Both read the
-//! frozen base from the same mapped file. `generate.rs`, `score.rs` and `train.rs` run what is opened here.
+//! Opens a package: the session for the base alone at once, those with an adapter and with gradients when they are first
+//! needed. All read the frozen base from the same mapped file (`frozen.rs`). `generate.rs`, `score.rs` and `train.rs` run what is opened here.
 
 use std::{
     fmt,
@@ -11,13 +11,14 @@ use std::{
 };
 
 use commonweal_adapter::{Adapter, AdapterLayout};
-use commonweal_package::{Manifest, Package};
+use commonweal_package::{Manifest, Package, TrainGraph};
 use ort::session::{Session, builder::GraphOptimizationLevel};
 
 use crate::{
     adapt::{AdaptError, PreparedAdapter},
     conversation::Chat,
     device::Device,
+    frozen::{Frozen, FrozenError, LendError},
     library::Library,
     template::{ChatTemplate, SpecialTokens, TemplateError},
     tokenize::{TokenizeError, Tokenizer},
@@ -56,8 +57,11 @@ struct Inner {
     chat: Chat,
     options: OpenOptions,
     context: usize,
-    infer: Mutex<Session>,
-    train: Mutex<Option<Session>>,
+    // Sessions are dropped before the weights that they read.
+    base: Mutex<Option<Session>>,
+    adapted: Mutex<Option<Session>>,
+    train: Mutex<Option<(TrainGraph, Session)>>,
+    frozen: Frozen,
 }
 
 /// Why a package could not be opened for running.
@@ -92,6 +96,21 @@ pub enum OpenError {
         #[source]
         source: ort::Error,
     },
+    /// The package was compiled without that graph.
+    #[error("package must have {file}, which it lacks; compile the checkpoint again")]
+    Absent {
+        /// The graph's file.
+        file: &'static str,
+    },
+    /// The frozen weights cannot be given to a session.
+    #[error("weights of graph {graph} cannot be used")]
+    Frozen {
+        /// The file.
+        graph: String,
+        /// Why.
+        #[source]
+        source: FrozenError,
+    },
     /// The graph lacks an input or output that the runtime needs.
     #[error("graph {graph} must have {name}, which is absent; the package was made by another version")]
     Interface {
@@ -124,8 +143,9 @@ impl Model {
         let template = ChatTemplate::open(&package.chat_template(), special_tokens(manifest, &tokenizer))?;
         let context = manifest.model.context.min(options.context_max.unwrap_or(usize::MAX));
         let layout = Arc::new(package.layout().clone());
-        let infer = open_infer(library, package)?;
-        Ok(Self {
+        let frozen = Frozen::map(&package.weights())
+            .map_err(|source| OpenError::Frozen { graph: "weights.bin".into(), source })?;
+        let model = Self {
             inner: Arc::new(Inner {
                 identity: NEXT.fetch_add(1, Ordering::Relaxed),
                 library: library.clone(),
@@ -134,16 +154,20 @@ impl Model {
                 chat: Chat::new(tokenizer, template),
                 options,
                 context,
-                infer: Mutex::new(infer),
+                base: Mutex::new(None),
+                adapted: Mutex::new(None),
                 train: Mutex::new(None),
+                frozen,
             }),
-        })
+        };
+        model.with_infer_session(false, |_| Ok::<_, OpenError>(()))?;
+        Ok(model)
     }
 
     /// An adapter in the form that the graph takes; `None` is the base alone. Preparing copies the adapter once,
     /// after that any number of calls may name it, and several adapters may alternate over this one base.
     pub fn prepare(&self, adapter: Option<&Adapter>) -> Result<PreparedAdapter, AdaptError> {
-        PreparedAdapter::new(self.inner.identity, &self.manifest().model, adapter)
+        PreparedAdapter::new(self.inner.identity, &self.manifest().model, adapter, self.has_base_graph())
     }
 
     /// What the package says about itself.
@@ -195,19 +219,43 @@ impl Model {
         &self.inner.options
     }
 
-    pub(crate) fn infer_session(&self) -> MutexGuard<'_, Session> {
-        lock(&self.inner.infer)
-    }
-
-    /// Runs with the gradient session, which is opened first if it is not.
-    pub(crate) fn with_train_session<T, E: From<OpenError>>(
+    /// Runs with the inference session with or without an adapter's inputs, which is opened first if it is not. A
+    /// package without a graph for the base alone runs it with an adapter of zeros.
+    pub(crate) fn with_infer_session<T, E: From<OpenError>>(
         &self,
+        adapted: bool,
         run: impl FnOnce(&mut Session) -> Result<T, E>,
     ) -> Result<T, E> {
+        let Inner { library, package, frozen, .. } = &*self.inner;
+        let base_graph = package.infer_base_graph().filter(|_| !adapted);
+        let mut slot = lock(if base_graph.is_some() { &self.inner.base } else { &self.inner.adapted });
+        let session = match (&mut *slot, base_graph) {
+            (Some(session), _) => session,
+            (empty, Some(path)) => empty.insert(open_infer(library, package, frozen, &path, false)?),
+            (empty, None) => {
+                empty.insert(open_infer(library, package, frozen, &package.infer_graph(), true)?)
+            }
+        };
+        run(session)
+    }
+
+    /// Whether the base alone has a graph of its own.
+    pub(crate) fn has_base_graph(&self) -> bool {
+        self.inner.package.infer_base_graph().is_some()
+    }
+
+    /// Runs with the session of a gradient graph, which is opened first if it is not; another one is closed.
+    pub(crate) fn with_train_session<T, E: From<OpenError>>(
+        &self,
+        graph: TrainGraph,
+        run: impl FnOnce(&mut Session) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let Inner { library, package, frozen, .. } = &*self.inner;
         let mut slot = lock(&self.inner.train);
-        let session = match &mut *slot {
-            Some(session) => session,
-            empty => empty.insert(open_train(&self.inner.library, &self.inner.package)?),
+        slot.take_if(|(open, _)| *open != graph);
+        let (_, session) = match &mut *slot {
+            Some(open) => open,
+            empty => empty.insert((graph, open_train(library, package, frozen, graph)?)),
         };
         run(session)
     }
@@ -235,19 +283,30 @@ fn special_tokens(manifest: &Manifest, tokenizer: &Tokenizer) -> SpecialTokens {
     }
 }
 
-fn open_infer(library: &Library, package: &Package) -> Result<Session, OpenError> {
-    let path = package.infer_graph();
-    let session = open_session(library, &path, true)?;
+fn open_infer(
+    library: &Library,
+    package: &Package,
+    frozen: &Frozen,
+    path: &Path,
+    adapted: bool,
+) -> Result<Session, OpenError> {
+    let session = open_session(library, frozen, path, true)?;
     let wanted = ["input_ids", "seqlens_k", "total_seq", "logit_rows"].map(String::from);
     let layers = 0..package.manifest().model.layers;
-    let cached = layers.flat_map(|layer| [format!("past.{layer}.key"), format!("lora.{layer}.qkv.a")]);
-    require(&session, &path, wanted.into_iter().chain(cached), &["logits"])?;
+    let cached = layers.clone().map(|layer| format!("past.{layer}.key"));
+    let adapters = layers.filter(|_| adapted).map(|layer| format!("lora.{layer}.qkv.a"));
+    require(&session, path, wanted.into_iter().chain(cached).chain(adapters), &["logits"])?;
     Ok(session)
 }
 
-fn open_train(library: &Library, package: &Package) -> Result<Session, OpenError> {
-    let path = package.train_graph();
-    let session = open_session(library, &path, false)?;
+fn open_train(
+    library: &Library,
+    package: &Package,
+    frozen: &Frozen,
+    graph: TrainGraph,
+) -> Result<Session, OpenError> {
+    let path = package.train_graph(graph).ok_or(OpenError::Absent { file: graph.file() })?;
+    let session = open_session(library, frozen, &path, false)?;
     let wanted = ["input_ids", "targets", "weights", "lora_scale"].map(String::from);
     let adapter = package.layout().tensors().into_iter().map(|spec| spec.name());
     require(&session, &path, wanted.into_iter().chain(adapter), &["loss", "token_logprob"])?;
@@ -255,17 +314,32 @@ fn open_train(library: &Library, package: &Package) -> Result<Session, OpenError
 }
 
 /// `memory_pattern` plans memory once for a shape that repeats: decoding has one, training does not, and pays with
-/// twice the memory.
-fn open_session(library: &Library, path: &Path, memory_pattern: bool) -> Result<Session, OpenError> {
-    let failed = |source| OpenError::Graph { graph: path.display().to_string(), source };
-    let open = || {
-        library
+/// twice the memory. Devices with memory of their own load the weights themselves.
+fn open_session(
+    library: &Library,
+    frozen: &Frozen,
+    path: &Path,
+    memory_pattern: bool,
+) -> Result<Session, OpenError> {
+    let graph = || path.display().to_string();
+    let failed = |source| OpenError::Graph { graph: graph(), source };
+    let builder = || {
+        let builder = library
             .session()?
             .with_optimization_level(GraphOptimizationLevel::All)?
-            .with_memory_pattern(memory_pattern)?
-            .commit_from_file(path)
+            .with_memory_pattern(memory_pattern)?;
+        Ok::<_, ort::Error>(builder)
     };
-    open().map_err(failed)
+    let mut builder = builder().map_err(failed)?;
+    if library.device() == Device::Cpu {
+        builder = frozen.lend(path, builder).map_err(|error| match error {
+            LendError::Frozen(source) => OpenError::Frozen { graph: graph(), source },
+            LendError::Engine(source) => failed(source),
+        })?;
+    }
+    let session = builder.commit_from_file(path).map_err(failed)?;
+    frozen.rest();
+    Ok(session)
 }
 
 fn require(

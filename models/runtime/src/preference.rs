@@ -68,7 +68,8 @@ impl Trainer {
             let rows = [&preference.chosen, &preference.rejected];
             // The gradient graph, not the inference graph: its rounding must be that of the steps, or margins
             // would not begin at 0.
-            let logprobs = gradient(&self.model, &self.start, &rows, &[1.0, -1.0], &run)?.logprobs;
+            let logprobs =
+                gradient(&self.model, &self.start, &rows, &[1.0, -1.0], &self.options, &run)?.logprobs;
             let (chosen_logprob, rejected_logprob) = (logprobs[0], logprobs[1]);
             Ok(ReferredPreference { preference, chosen_logprob, rejected_logprob })
         };
@@ -100,7 +101,7 @@ impl Trainer {
             // margin scales the gradient afterwards: half the work of a run for the margin and another for the
             // gradient.
             let rows = [&pair.preference.chosen, &pair.preference.rejected];
-            let part = gradient(&self.model, &self.adapter, &rows, &[1.0, -1.0], &run)?;
+            let part = gradient(&self.model, &self.adapter, &rows, &[1.0, -1.0], &self.options, &run)?;
             let chosen = beta * (part.logprobs[0] - pair.chosen_logprob);
             let rejected = beta * (part.logprobs[1] - pair.rejected_logprob);
             let outcome = Outcome::of(chosen - rejected);

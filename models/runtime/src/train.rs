@@ -4,7 +4,8 @@
 
 use std::ops::Range;
 
-use commonweal_adapter::{Adapter, LayoutError, Trainable};
+use commonweal_adapter::{Adapter, LayoutError, TensorSpec, Trainable};
+use commonweal_package::TrainGraph;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -39,6 +40,9 @@ pub struct TrainOptions {
     pub proximal_mu: f64,
     /// Which factors change.
     pub trainable: Trainable,
+    /// The gradient graph: all layers quickly, all layers in little memory, or the upper half alone.
+    #[serde(default)]
+    pub graph: TrainGraph,
 }
 
 impl Default for TrainOptions {
@@ -53,6 +57,7 @@ impl Default for TrainOptions {
             clip_norm: Some(1.0),
             proximal_mu: 0.0,
             trainable: Trainable::Both,
+            graph: TrainGraph::Full,
         }
     }
 }
@@ -202,9 +207,8 @@ impl Trainer {
         if expected != got {
             return Err(TrainError::Targets { expected, got });
         }
-        let specs = adapter.layout().tensors().into_iter();
-        let trainable =
-            specs.filter(|spec| options.trainable.includes(spec.part)).map(|spec| spec.range).collect();
+        let (specs, layers) = (adapter.layout().tensors().into_iter(), adapter.layout().layers());
+        let trainable = specs.filter(|spec| options.trains(spec, layers)).map(|spec| spec.range).collect();
         Ok(Self { model: model.clone(), options, start, adapter, moments, trainable })
     }
 
@@ -222,7 +226,8 @@ impl Trainer {
         let run = Run::new(cancel)?;
         let (mut loss, mut total) = (0.0, vec![0.0; self.adapter.values().len()]);
         for rows in self.passes(rows) {
-            let part = gradient(&self.model, &self.adapter, &rows, &vec![1.0; rows.len()], &run)?;
+            let part =
+                gradient(&self.model, &self.adapter, &rows, &vec![1.0; rows.len()], &self.options, &run)?;
             loss += part.loss / weight;
             add(&mut total, &part.values, 1.0 / weight);
         }
@@ -327,6 +332,12 @@ pub(crate) fn add(total: &mut [f32], part: &[f32], factor: f64) {
 }
 
 impl TrainOptions {
+    /// Whether a tensor of an adapter of so many layers changes.
+    pub(crate) fn trains(&self, tensor: &TensorSpec, layers: usize) -> bool {
+        let first = if self.graph == TrainGraph::Upper { layers / 2 } else { 0 };
+        tensor.layer >= first && self.trainable.includes(tensor.part)
+    }
+
     fn check(&self) -> Result<(), TrainError> {
         let AdamW { betas, eps, weight_decay } = self.optimizer;
         let positive = |value: f64| value.is_finite() && value > 0.0;

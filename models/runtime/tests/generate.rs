@@ -90,6 +90,42 @@ fn shared_prefix_changes_nothing_even_when_prompts_outgrow_it() {
 }
 
 #[test]
+fn guesses_from_the_prompt_change_nothing() {
+    let model = model();
+    let prepared = model.prepare(Some(&adapter(&model, 5))).unwrap();
+    // Greedy answers of a random network run in circles, so many guesses are right; sampled ones are mostly wrong.
+    let prompts = prompts(&model, &TEXTS);
+    for temperature in [0.0, 0.3, 1.5] {
+        let plain = GenerateOptions { temperature, seed: 3, ..greedy(60) };
+        let copying = GenerateOptions { copying: true, ..plain.clone() };
+        let run = |options| model.generate(&prepared, &prompts, options, &Cancel::new()).unwrap();
+        same(&run(&copying), &run(&plain));
+    }
+}
+
+#[test]
+fn an_answer_begins_as_it_is_told() {
+    let model = model();
+    let prepared = model.prepare(Some(&adapter(&model, 5))).unwrap();
+    let prompts = prompts(&model, &TEXTS);
+    let begin: Vec<u32> = (10..40).collect();
+    for copying in [false, true] {
+        let options = GenerateOptions { begin: begin.clone(), copying, ..greedy(34) };
+        let answers = model.generate(&prepared, &prompts, &options, &Cancel::new()).unwrap();
+        for (prompt, answer) in prompts.iter().zip(&answers) {
+            assert!(answer.tokens.starts_with(&begin), "{:?}", answer.tokens);
+            // What follows is what follows the same text as a prompt.
+            let longer = Prompt::from([prompt.ids.clone(), begin.clone()].concat());
+            let rest = model.generate(&prepared, &[longer], &greedy(4), &Cancel::new()).unwrap();
+            assert_eq!(answer.tokens[begin.len()..], rest[0].tokens);
+        }
+    }
+    let foreign = GenerateOptions { begin: vec![u32::MAX], ..greedy(4) };
+    let error = model.generate(&prepared, &prompts, &foreign, &Cancel::new()).unwrap_err();
+    assert!(matches!(error, InferError::Token { got: u32::MAX, .. }), "{error}");
+}
+
+#[test]
 fn stop_text_ends_the_answer_and_is_not_part_of_it() {
     let model = model();
     let prepared = model.prepare(Some(&adapter(&model, 6))).unwrap();

@@ -304,8 +304,10 @@ impl Reviser {
             max_new_tokens,
             temperature: if attempt == 0 { 0.0 } else { options.temperature },
             top_p: if attempt == 0 { 1.0 } else { options.top_p },
-            stop: Vec::new(),
+            // A rewrite keeps most of what it rewrites; a critique does not.
+            copying: step == 1,
             seed: options.seed.wrapping_add(u64::from(attempt) * 2 + step),
+            ..GenerateOptions::default()
         };
         Ok(self.model.generate(&self.adapter, prompts, &options, cancel)?)
     }

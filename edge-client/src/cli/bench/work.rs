@@ -6,6 +6,7 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::ValueEnum;
 use commonweal_adapter::{Adapter, AdapterDelta, CompressOptions, Residual, Trainable, compress};
+use commonweal_package::TrainGraph;
 use commonweal_runtime::{
     Cancel, GenerateOptions, Model, PreparedAdapter, Prompt, SharedPrefix, TrainOptions, Trainer, TrainingRow,
 };
@@ -22,6 +23,9 @@ const POLICY_TOKENS: usize = 300;
 const SAMPLE_TOKENS: usize = 60;
 const SAMPLES: usize = 32;
 const TRAIN_TOKENS: usize = 256;
+const ANSWER_TOKENS: usize = 200;
+/// One token in so many is new in a rewrite.
+const CHANGED: usize = 10;
 const REWRITES: usize = 4;
 
 /// A kind of work.
@@ -43,8 +47,14 @@ pub enum Work {
     Screen,
     /// Judge the same samples, the policy read again for each
     ScreenApart,
+    /// Rewrite an answer of 200 tokens, of which one in ten changes
+    Revise,
     /// A training step on 256 tokens, every linear adapted
     Train,
+    /// The same step in little memory: layers are computed again in the backward
+    TrainFrugal,
+    /// The same step, only the upper half of the layers trained
+    TrainUpper,
     /// Pack an update
     Compress,
     /// Judge, rewrite and train in one process: the memory of a whole device
@@ -66,7 +76,10 @@ impl Work {
             Self::Decode8 => "decode8",
             Self::Screen => "screen",
             Self::ScreenApart => "screen-apart",
+            Self::Revise => "revise",
             Self::Train => "train",
+            Self::TrainFrugal => "train-frugal",
+            Self::TrainUpper => "train-upper",
             Self::Compress => "compress",
             Self::Device => "device",
         }
@@ -90,7 +103,10 @@ impl Work {
             Self::Decode8 => bench()?.decode(self, 8),
             Self::Screen => bench()?.screen(self, true),
             Self::ScreenApart => bench()?.screen(self, false),
-            Self::Train => bench()?.train(),
+            Self::Revise => bench()?.revise(),
+            Self::Train => bench()?.train(self, TrainGraph::Full),
+            Self::TrainFrugal => bench()?.train(self, TrainGraph::Frugal),
+            Self::TrainUpper => bench()?.train(self, TrainGraph::Upper),
             Self::Compress => bench()?.compress(),
             Self::Device => bench()?.device(),
         }
@@ -203,20 +219,49 @@ impl Bench {
         Ok(work.figure(SAMPLES as f64 / seconds, "samples/s", 0.0, flops))
     }
 
-    fn trainer(&self) -> Result<(Trainer, TrainingRow)> {
-        let row = TrainingRow { ids: self.ids(0, TRAIN_TOKENS + 1), weights: vec![1.0; TRAIN_TOKENS + 1] };
-        let start = Adapter::init(self.model.layout().clone(), 0);
-        Ok((Trainer::new(&self.model, start, TrainOptions::default())?, row))
+    /// The rewrite is given beforehand, so that what it copies does not depend on the weights; the work is that of
+    /// finding it.
+    fn revise(&self) -> Result<Figure> {
+        let answer = self.ids(1, ANSWER_TOKENS);
+        let mut rewrite = answer.clone();
+        for (at, other) in (0..ANSWER_TOKENS).step_by(CHANGED).zip(self.ids(2, ANSWER_TOKENS)) {
+            rewrite[at] = other;
+        }
+        let prompts = [Prompt::from([self.ids(0, SAMPLE_TOKENS), answer].concat())];
+        let begin = rewrite[1..].to_vec();
+        let options =
+            GenerateOptions { max_new_tokens: begin.len(), begin, copying: true, ..Default::default() };
+        let (mut tokens, mut seconds) = (0, Vec::new());
+        for _ in 0..=self.repeats {
+            // The time of the rewrite alone: what it takes longer than its first token.
+            let first = GenerateOptions { max_new_tokens: 1, ..options.clone() };
+            let begun = Instant::now();
+            self.model.generate(&self.base, &prompts, &first, &Cancel::new())?;
+            let reading = begun.elapsed();
+            let begun = Instant::now();
+            tokens = self.model.generate(&self.base, &prompts, &options, &Cancel::new())?[0].tokens.len() - 1;
+            seconds.push(begun.elapsed().saturating_sub(reading).as_secs_f64());
+        }
+        let rate = tokens as f64 / middle(seconds.split_off(1));
+        Ok(Work::Revise.figure(rate, "tokens/s", 0.0, self.size.read_flops(SAMPLE_TOKENS + ANSWER_TOKENS)))
     }
 
-    fn train(&self) -> Result<Figure> {
-        let (mut trainer, row) = self.trainer()?;
+    fn trainer(&self, graph: TrainGraph) -> Result<(Trainer, TrainingRow)> {
+        let row = TrainingRow { ids: self.ids(0, TRAIN_TOKENS + 1), weights: vec![1.0; TRAIN_TOKENS + 1] };
+        let start = Adapter::init(self.model.layout().clone(), 0);
+        Ok((Trainer::new(&self.model, start, TrainOptions { graph, ..TrainOptions::default() })?, row))
+    }
+
+    fn train(&self, work: Work, graph: TrainGraph) -> Result<Figure> {
+        let (mut trainer, row) = self.trainer(graph)?;
         let seconds = median(self.repeats, || {
             trainer.step(std::slice::from_ref(&row), &Cancel::new()).map(drop).map_err(Into::into)
         })?;
         // The base is frozen: its backward is one product a matrix, and so is its forward.
-        let flops = 2.0 * (self.size.read_flops(TRAIN_TOKENS) + 2.0 * self.size.head);
-        Ok(Work::Train.figure(TRAIN_TOKENS as f64 / seconds, "tokens/s", 0.0, flops))
+        let (layers, head) = (self.size.read_flops(TRAIN_TOKENS), 2.0 * self.size.head);
+        let backward = if graph == TrainGraph::Upper { layers / 2.0 } else { layers };
+        let flops = layers + backward + 2.0 * head;
+        Ok(work.figure(TRAIN_TOKENS as f64 / seconds, "tokens/s", 0.0, flops))
     }
 
     fn compress(&self) -> Result<Figure> {
@@ -245,7 +290,7 @@ impl Bench {
         self.model.score_next(&self.base, Some(&prefix), &samples, &[1, 2], &cancel)?;
         drop(prefix);
         self.answer(None, &samples[..REWRITES], SAMPLE_TOKENS)?;
-        let (mut trainer, row) = self.trainer()?;
+        let (mut trainer, row) = self.trainer(TrainGraph::Frugal)?;
         for _ in 0..2 {
             trainer.step(std::slice::from_ref(&row), &cancel)?;
         }
@@ -262,6 +307,10 @@ fn median(repeats: usize, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
         run()?;
         seconds.push(begun.elapsed().as_secs_f64());
     }
+    Ok(middle(seconds))
+}
+
+fn middle(mut seconds: Vec<f64>) -> f64 {
     seconds.sort_by(f64::total_cmp);
-    Ok(seconds[repeats / 2])
+    seconds[seconds.len() / 2]
 }
