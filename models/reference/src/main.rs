@@ -138,7 +138,7 @@ struct TrainFiles {
 
 #[derive(Args)]
 struct GuardFiles {
-    /// The compiled package of the base
+    /// The compiled package of the base, or of the guard itself
     #[arg(long)]
     package: PathBuf,
     /// The guard's configuration
@@ -282,7 +282,9 @@ impl TrainFiles {
 }
 
 impl GuardFiles {
-    fn open(&self, model: &Model, config: GuardConfig) -> Result<Guard> {
+    /// `--package` is the guard's own, whatever path the configuration gives to others.
+    fn open(&self, model: &Model, mut config: GuardConfig) -> Result<Guard> {
+        config.package = None;
         let adapter =
             self.guard.as_ref().map(|file| read_adapter(file, model, AdapterKind::Guard)).transpose()?;
         Ok(Guard::open(model, config, adapter.as_ref(), &Cancel::new())?)

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     calibrate::Platt,
     category::{AskedAbout, Category, CategoryId},
+    preset,
     problem::{Problem, list},
 };
 
@@ -114,18 +115,30 @@ pub enum ConfigError {
     /// Not TOML, or a field is missing, unknown or of another type.
     #[error("guard configuration does not parse")]
     Parse(#[source] toml::de::Error),
+    /// No preset has this name.
+    #[error("guard form {form:?} is not known, expected one of {}", known.join(", "))]
+    UnknownForm {
+        /// What the file says.
+        form: String,
+        /// The presets.
+        known: Vec<&'static str>,
+    },
     /// Every value that is out of its range.
     #[error("guard configuration is not valid: {}", list(.0))]
     Invalid(Vec<Problem>),
 }
 
 impl GuardConfig {
-    /// Parses and validates `guard.toml`.
+    /// Parses and validates `guard.toml`, written out or with a preset's name as `form`.
     pub fn from_toml(text: &str) -> Result<Self, ConfigError> {
         if text.len() > FILE_BYTES_MAX {
             return Err(ConfigError::TooLarge { bytes: text.len() });
         }
-        let config: Self = toml::from_str(text).map_err(ConfigError::Parse)?;
+        let file: toml::Table = toml::from_str(text).map_err(ConfigError::Parse)?;
+        let config = match file.contains_key("form") {
+            true => preset::expand(file)?,
+            false => toml::from_str(text).map_err(ConfigError::Parse)?,
+        };
         config.validate().map_err(ConfigError::Invalid)?;
         Ok(config)
     }

@@ -11,6 +11,7 @@ mod problem;
 mod category;
 mod config;
 mod validate;
+mod preset;
 mod frame;
 mod question;
 mod form;
