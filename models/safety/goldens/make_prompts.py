@@ -6,6 +6,11 @@ DIR holds a checkpoint's `chat_template.jinja` (or the `chat_template` of its `t
 `llama-guard-3-1b.jinja` (meta-llama/Llama-Guard-3-1B), `llama-guard-3-8b.jinja` (meta-llama/Llama-Guard-3-8B),
 `shieldgemma.jinja` (google/shieldgemma-9b) and `qwen3guard-gen.jinja` (Qwen/Qwen3Guard-Gen-8B). The templates stay out of
 the repository, the first two for their licence. Needs jinja2; the environment is the one that transformers renders in.
+
+`prompts.json` was rendered where the gated checkpoints were not at hand: ShieldGemma from its chat template as the tests
+of text-generation-inference have it; Llama Guard 3 1B from the template of the 11B, which is published in full and asks the
+same of text; Llama Guard 3 8B and Qwen3Guard-Gen from templates typed again from published output of
+`apply_chat_template`. Whoever has the checkpoints should run this again.
 """
 
 import json

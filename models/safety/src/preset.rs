@@ -171,6 +171,31 @@ mod tests {
     }
 
     #[test]
+    fn the_documents_examples_are_valid() {
+        let document = include_str!("../../../docs/package.md");
+        let blocks = document.split("```toml\n").skip(1).filter_map(|rest| rest.split("```").next());
+        let forms: Vec<&str> = blocks.filter(|block| block.contains("\nform = ")).collect();
+        assert_eq!(forms.len(), 3);
+        for form in forms {
+            GuardConfig::from_toml(form).unwrap();
+        }
+    }
+
+    #[test]
+    fn llama_guards_categories_are_listed_with_descriptions_on_request() {
+        let list = |extra: &str| {
+            let config = GuardConfig::from_toml(&using("llama-guard-3-1b", extra)).unwrap();
+            config.templates(true).remove(0).1
+        };
+        assert!(list("").contains("\nS11: Self-Harm.\nS12: Sexual Content.\nS13: Elections.\n<END"));
+        let described = list("category_line = \"{code}: {name}.\\n{description}\"");
+        assert!(
+            described.contains("\nS12: Sexual Content.\nErotic content.\nS13: Elections.\n"),
+            "{described}"
+        );
+    }
+
+    #[test]
     fn an_unknown_form_and_an_incomplete_map_are_refused_by_name() {
         let error = GuardConfig::from_toml("format = 1\nform = \"llama-guard-9\"\n").unwrap_err();
         assert!(

@@ -1,7 +1,6 @@
 //! Lays a pair out as the guard's questions, in tokens; `asked.rs` scores them, `train-reference` learns from them.
 //!
-//! `frame.rs` turns a template into tokens. Here categories are written into templates, and the answers are found
-//! among the tokenizer's tokens.
+//! `frame.rs` turns a template into tokens. Here the answers are found among the tokenizer's tokens.
 
 use std::collections::BTreeMap;
 
