@@ -114,7 +114,7 @@ impl Asked {
         &self,
         pairs: &[Pair<'_>],
         found: &mut [Vec<Finding>],
-        worst: Vec<Vec<Worst>>,
+        worst: &[Vec<Worst>],
         near: Near<'_>,
         cancel: &Cancel,
     ) -> Result<(), GuardError> {
@@ -123,7 +123,7 @@ impl Asked {
             let tokens: Vec<u32> = categories.iter().map(|(_, token)| *token).collect();
             let mut asked = Vec::new();
             let mut rows = Vec::new();
-            for (index, (pair, worst)) in pairs.iter().zip(&worst).enumerate() {
+            for (index, (pair, worst)) in pairs.iter().zip(worst).enumerate() {
                 let Some(worst) = worst.first().filter(|worst| near(index, worst.log_odds)) else { continue };
                 if pair.response.is_some() == with_response {
                     asked.push(index);
@@ -162,7 +162,7 @@ impl Form for Asked {
             found.push(worst.iter().zip(asked_about).map(finding).collect());
         }
         if !self.questions.asks_by_category() {
-            self.name_categories(pairs, &mut found, worst, near, cancel)?;
+            self.name_categories(pairs, &mut found, &worst, near, cancel)?;
         }
         Ok(found)
     }

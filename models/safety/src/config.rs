@@ -135,9 +135,10 @@ impl GuardConfig {
             return Err(ConfigError::TooLarge { bytes: text.len() });
         }
         let file: toml::Table = toml::from_str(text).map_err(ConfigError::Parse)?;
-        let config = match file.contains_key("form") {
-            true => preset::expand(file)?,
-            false => toml::from_str(text).map_err(ConfigError::Parse)?,
+        let config = if file.contains_key("form") {
+            preset::expand(file)?
+        } else {
+            toml::from_str(text).map_err(ConfigError::Parse)?
         };
         config.validate().map_err(ConfigError::Invalid)?;
         Ok(config)

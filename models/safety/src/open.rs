@@ -78,7 +78,7 @@ pub enum OpenError {
         path: PathBuf,
         /// What is wrong with it.
         #[source]
-        source: commonweal_package::OpenError,
+        source: Box<commonweal_package::OpenError>,
     },
     /// The guard's own package cannot be run.
     #[error("guard's package {} cannot be run", path.display())]
@@ -87,7 +87,7 @@ pub enum OpenError {
         path: PathBuf,
         /// What is wrong with it.
         #[source]
-        source: commonweal_runtime::OpenError,
+        source: Box<commonweal_runtime::OpenError>,
     },
     /// The runtime library is not there.
     #[error(transparent)]
@@ -138,9 +138,11 @@ impl Reviser {
 /// The guard's own model. Whoever has a model has loaded the library; it is the same one.
 fn open_own(base: &Model, path: &str) -> Result<Model, OpenError> {
     let path = base.package().directory().join(path);
-    let package = Package::open(&path).map_err(|source| OpenError::Package { path: path.clone(), source })?;
+    let open = Package::open(&path).map_err(Box::new);
+    let package = open.map_err(|source| OpenError::Package { path: path.clone(), source })?;
     let options = OpenOptions::default();
-    Model::open(&Library::load(None)?, &package, options).map_err(|source| OpenError::Run { path, source })
+    let model = Model::open(&Library::load(None)?, &package, options).map_err(Box::new);
+    model.map_err(|source| OpenError::Run { path, source })
 }
 
 fn bytes(model: &Model, name: &str, bytes_max: u64) -> Result<Vec<u8>, OpenError> {

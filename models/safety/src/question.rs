@@ -117,7 +117,7 @@ impl Questions {
         let tails: Vec<&str> = pair.iter().chain(&prompt).map(|question| question.frame.tail()).collect();
         let (safe, unsafe_) = answers(tokenizer, config, &tails)?;
         let tail = tails.first().copied().unwrap_or_default();
-        let (to_category, categories) = if config.asks_by_category() {
+        let (to_category, categories) = if config.asks_by_category() || config.categories.is_empty() {
             (Vec::new(), Vec::new())
         } else {
             named(tokenizer, config, tail)?
@@ -232,7 +232,7 @@ fn answers(
     for (label, answer, is_unsafe) in config.answers() {
         let mut token = None;
         for tail in tails {
-            let Some((_, added)) = tokens_behind(tokenizer, tail, answer)? else {
+            let Some(added) = tokens_behind(tokenizer, tail, answer)? else {
                 return Err(QuestionError::Merged { label });
             };
             if config.whole_answers && added.len() != 1 {
@@ -261,19 +261,19 @@ fn named(
 ) -> Result<(Vec<u32>, Vec<Named>), QuestionError> {
     let lead = format!("{tail}{}{}", config.unsafe_label, config.category_lead);
     let tail = tokenizer.encode(tail)?;
-    let (mut to_category, mut categories) = (Vec::new(), Vec::<Named>::new());
+    let before = tokenizer.encode(&lead)?;
+    let rest = before.strip_prefix(tail.as_slice());
+    let to_category = rest.ok_or(QuestionError::Merged { label: "unsafe_label".into() })?.to_vec();
+    let mut categories = Vec::new();
     let mut seen = BTreeMap::<u32, String>::new();
     for category in &config.categories {
         let place = category.code.clone().unwrap_or_else(|| category.id.to_string());
-        let Some((before, added)) = tokens_behind(tokenizer, &lead, &category.label)? else {
+        let Some(token) = tokens_behind(tokenizer, &lead, &category.label)?.map(|added| added[0]) else {
             return Err(QuestionError::Merged { label: place });
         };
-        let token = added[0];
         if let Some(first) = seen.insert(token, place.clone()) {
             return Err(QuestionError::SameToken { first, second: place, token });
         }
-        let rest = before.strip_prefix(tail.as_slice());
-        to_category = rest.ok_or(QuestionError::Merged { label: "unsafe_label".into() })?.to_vec();
         categories.push(Named { id: category.id.clone(), token, only: category.only });
     }
     Ok((to_category, categories))

@@ -59,13 +59,12 @@ pub(crate) fn write_tokenizer(path: &Path, without: Option<&str>) {
     let mut tokenizer: Value = serde_json::from_str(&fs::read_to_string(BYTES).unwrap()).unwrap();
     let words = SPECIAL.iter().map(|token| (token, true)).chain(WORDS.iter().map(|word| (word, false)));
     let words = words.filter(|(word, _)| Some(**word) != without);
-    let mut id = tokenizer["model"]["vocab"].as_object().unwrap().len();
-    for (content, special) in words {
+    let first = tokenizer["model"]["vocab"].as_object().unwrap().len();
+    for (id, (content, special)) in (first..).zip(words) {
         tokenizer["added_tokens"].as_array_mut().unwrap().push(json!({
             "id": id, "content": content, "special": special,
             "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
         }));
-        id += 1;
     }
     fs::write(path, tokenizer.to_string()).unwrap();
 }
