@@ -66,7 +66,7 @@ fn has_bias(model: &ModelConfig, linear: &str) -> bool {
 }
 
 /// How the matrices are packed; nothing for floats.
-fn packing(quantization: &Quantization) -> Option<Packing> {
+pub(crate) fn packing(quantization: &Quantization) -> Option<Packing> {
     match quantization.bits {
         Bits::Full => None,
         bits => Some(Packing { bits: bits.count(), block_size: quantization.block_size }),
@@ -79,7 +79,7 @@ fn vector(graph: &mut Graph, name: &str, size: usize) -> Result<ValueId, GraphEr
 }
 
 /// A packed matrix as `GatherBlockQuantized` reads it, `[rows, bytes]`, and its scales.
-fn packed_rows(
+pub(crate) fn packed_rows(
     graph: &mut Graph,
     name: &str,
     (rows, columns): (usize, usize),
@@ -91,7 +91,7 @@ fn packed_rows(
     Ok((weights, scales(graph, name, rows, columns, packing)?))
 }
 
-fn scales(
+pub(crate) fn scales(
     graph: &mut Graph,
     name: &str,
     rows: usize,

@@ -191,7 +191,8 @@ impl EncoderManifest {
     /// The hash that identifies the classifier: of its graph, weights and tokenizer, and of the facts that change what
     /// it answers. Unlike a decoder's base it holds the graph: no adapter depends on it, and a calibration does.
     pub fn identify(&self) -> Hash {
-        let EncoderConfig { architecture, context, token_types, pad, probabilities, labels, .. } = &self.encoder;
+        let EncoderConfig { architecture, context, token_types, pad, probabilities, labels, .. } =
+            &self.encoder;
         let mut hasher = blake3::Hasher::new();
         hasher.update(format!("commonweal encoder {FORMAT}\n").as_bytes());
         let mut line = |key: &str, value: &dyn fmt::Debug| {

@@ -16,8 +16,8 @@ pub use encoder::{
     EncoderPackage, LABELS_MAX, Probabilities,
 };
 pub use manifest::{
-    AdapterDefaults, FORMAT, Hash, HashError, MANIFEST, Manifest, ManifestError, OPTIONAL, PackageKind, REQUIRED,
-    layout,
+    AdapterDefaults, FORMAT, Hash, HashError, MANIFEST, Manifest, ManifestError, OPTIONAL, PackageKind,
+    REQUIRED, layout,
 };
 pub use model::{
     Accuracy, Architecture, Bits, BitsError, DIMENSION_MAX, LAYERS_MAX, ModelConfig, ModelError,

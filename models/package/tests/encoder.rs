@@ -8,7 +8,8 @@ use std::path::PathBuf;
 
 use commonweal_package::{
     Accuracy, Bits, ENCODER_REQUIRED, EncoderArchitecture, EncoderConfig, EncoderFacts, EncoderManifest,
-    EncoderPackage, Package, PackageKind, PackageWriter, Probabilities, Quantization, WriteError, package_kind,
+    EncoderPackage, Package, PackageKind, PackageWriter, Probabilities, Quantization, WriteError,
+    package_kind,
 };
 use tempfile::TempDir;
 

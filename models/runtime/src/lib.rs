@@ -3,6 +3,7 @@
 //! In the order of the flow: a [`library`] is loaded, a package is opened as a [`model`], an adapter is prepared for it
 //! ([`adapt`]), text becomes tokens ([`template`], [`conversation`], [`tokenize`]), which are run ([`generate`],
 //! [`score`], with a shared [`prefix`]) or learned from ([`train`], [`preference`], [`train_state`]). Every long call takes a [`cancel`] handle.
+//! An encoder's package is opened and run by [`classify`] alone.
 //!
 //! It opens no socket and writes no file. It never logs a person's text.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp, reason = "a failed test may panic"))]
@@ -27,9 +28,11 @@ pub mod train;
 pub mod preference;
 pub mod train_state;
 pub mod measure;
+pub mod classify;
 
 pub use adapt::{AdaptError, PreparedAdapter};
 pub use cancel::Cancel;
+pub use classify::{Classifier, ClassifyError, ClassifyOptions};
 pub use conversation::{Chat, ConversationError, Prompt, TrainingRow};
 pub use generate::{GenerateOptions, Generated, StopReason};
 pub use infer::InferError;

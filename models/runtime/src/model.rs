@@ -82,6 +82,14 @@ pub enum OpenError {
         /// Tokens of the tokenizer.
         got: usize,
     },
+    /// A classifier's special tokens leave no room for texts.
+    #[error("tokenizer must put 1 to {} special tokens around texts, got {got}", context.saturating_sub(2))]
+    Frame {
+        /// Longest row in tokens.
+        context: usize,
+        /// The special tokens.
+        got: usize,
+    },
     /// The runtime library refused a graph.
     #[error("graph {graph} does not open")]
     Graph {
@@ -250,7 +258,11 @@ fn open_train(library: &Library, package: &Package) -> Result<Session, OpenError
 
 /// `memory_pattern` plans memory once for a shape that repeats: decoding has one, training does not, and pays with
 /// twice the memory.
-fn open_session(library: &Library, path: &Path, memory_pattern: bool) -> Result<Session, OpenError> {
+pub(crate) fn open_session(
+    library: &Library,
+    path: &Path,
+    memory_pattern: bool,
+) -> Result<Session, OpenError> {
     let failed = |source| OpenError::Graph { graph: path.display().to_string(), source };
     let open = || {
         Session::builder(library.environment())?
@@ -261,7 +273,7 @@ fn open_session(library: &Library, path: &Path, memory_pattern: bool) -> Result<
     open().map_err(failed)
 }
 
-fn require(
+pub(crate) fn require(
     session: &Session,
     path: &Path,
     inputs: impl IntoIterator<Item = String>,
