@@ -48,6 +48,9 @@ pub enum RandomError {
     /// The target is taken, or the disk refuses.
     #[error(transparent)]
     Staging(#[from] StagingError),
+    /// A chat template for a model that does not chat.
+    #[error("chat template is for decoders, and the configuration is of an encoder")]
+    NoChat,
     /// The chat template cannot be read.
     #[error("{} cannot be read", path.display())]
     Template {
@@ -62,6 +65,9 @@ pub enum RandomError {
 /// Makes the checkpoint. `progress` is told bytes written and bytes in all.
 pub fn random(options: &RandomOptions, progress: &mut dyn FnMut(u64, u64)) -> Result<(), RandomError> {
     let (shapes, vocab_size, template) = if encoder::is_encoder(&options.config)? {
+        if options.chat_template.is_some() {
+            return Err(RandomError::NoChat);
+        }
         let config = encoder::read_file(&options.config)?;
         (encoder::tensor_shapes(&config), config.encoder.vocab_size, None)
     } else {

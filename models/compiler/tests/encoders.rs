@@ -273,6 +273,21 @@ fn the_command_compiles_inspects_and_makes_random_ones() {
             assert!(shown.contains(words), "{shown}");
         }
     }
+    let config = encoders.join("bert/config.json");
+    let tokenizer = encoders.join("tokenizer.json");
+    let output = compiler(&[
+        "random",
+        "--config",
+        config.to_str().unwrap(),
+        "--tokenizer",
+        tokenizer.to_str().unwrap(),
+        "--chat-template",
+        tokenizer.to_str().unwrap(),
+        "--out",
+        &place("chat"),
+    ]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("chat template is for decoders"));
     let package = place("bert.package");
     let manifest: Value = serde_json::from_slice(&compiler(&["inspect", &package, "--json"]).stdout).unwrap();
     assert_eq!(manifest["kind"], "encoder");

@@ -34,11 +34,15 @@ pub struct GuardConfig {
     /// The adapter's file in the guard's package; absent when the model itself is the guard.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<String>,
-    /// The text before every question, special tokens included. Its cache is computed once.
+    /// The text before every question, special tokens included. Its cache is computed once. A classifier has none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub policy: String,
-    /// The answer for a safe text. Its first token must differ from that of `unsafe_label`.
+    /// The answer for a safe text. Its first token must differ from that of `unsafe_label`. A classifier's label for
+    /// one, where it has such a label.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub safe_label: String,
-    /// The answer for an unsafe text.
+    /// The answer for an unsafe text. A classifier's label for one, where it has one that is of no category.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub unsafe_label: String,
     /// Further answers that count as safe.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -61,13 +65,21 @@ pub struct GuardConfig {
     pub category_line: String,
     /// Unsafe from this calibrated probability on, for categories without their own.
     pub threshold: f64,
-    /// Tokens of a prompt that are judged at once. A longer one is judged in windows, the worst counts.
+    /// Tokens of a prompt that are judged at once. A longer one is judged in windows, the worst counts. A classifier
+    /// reads as much as it can.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub prompt_tokens_max: usize,
     /// Tokens of a response that are judged at once, likewise.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub response_tokens_max: usize,
+    /// Whether a classifier that knows no pairs reads prompt and response each by itself; the worse counts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub separate_texts: bool,
     /// Asked about a prompt alone.
+    #[serde(default)]
     pub prompt: Layout,
     /// Asked about a prompt with its response.
+    #[serde(default)]
     pub pair: Layout,
     /// The kinds of harm; none when the guard only says safe or unsafe.
     #[serde(default)]
@@ -81,6 +93,13 @@ pub enum Kind {
     /// A causal model that is asked, and answers with a token.
     #[default]
     Question,
+    /// An encoder that gives every label a probability; in a package of its own.
+    Classifier,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 impl Kind {
@@ -91,12 +110,14 @@ impl Kind {
 }
 
 /// One question: how the text is laid out, and the calibration of the answer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Layout {
     /// Text with `{prompt}` and, for a pair, `{response}`, each once and in this order. Special tokens written
     /// here are special; the same characters in a person's text are not. `{categories}` is the list of categories.
-    /// With `{code}`, `{name}` or `{description}` the guard is asked about each category in turn.
+    /// With `{code}`, `{name}` or `{description}` the guard is asked about each category in turn. A classifier has
+    /// none: it reads the texts as its tokenizer frames them.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub template: String,
     /// From the raw log-odds of the labels to a probability.
     #[serde(default)]
@@ -169,7 +190,10 @@ impl GuardConfig {
             (&self.safe_label, "safe_label", "also_safe", &self.also_safe, false),
             (&self.unsafe_label, "unsafe_label", "also_unsafe", &self.also_unsafe, true),
         ] {
-            answers.push((label.to_owned(), first.as_str(), is_unsafe));
+            // A classifier may have no label of a side.
+            if self.kind == Kind::Question || !first.is_empty() {
+                answers.push((label.to_owned(), first.as_str(), is_unsafe));
+            }
             for (i, other) in others.iter().enumerate() {
                 answers.push((format!("{field}[{i}]"), other.as_str(), is_unsafe));
             }

@@ -6,11 +6,12 @@
 use std::fmt;
 
 use commonweal_adapter::Adapter;
-use commonweal_runtime::{AdaptError, Cancel, InferError, Model, TokenizeError};
+use commonweal_runtime::{AdaptError, Cancel, Classifier, ClassifyError, InferError, Model, TokenizeError};
 
 use crate::{
     asked::Asked,
     category::CategoryId,
+    classified::{Classified, LabelError},
     config::{ConfigError, GuardConfig, Kind},
     form::{Finding, Form},
     question::QuestionError,
@@ -75,6 +76,20 @@ pub enum GuardError {
         /// The guard's name.
         name: String,
     },
+    /// The configuration is for another kind of model.
+    #[error("guard {name} needs {expected}, got another kind of model")]
+    OtherKind {
+        /// The guard's name.
+        name: String,
+        /// What it needs.
+        expected: &'static str,
+    },
+    /// The configuration does not fit the classifier's labels.
+    #[error("guard configuration does not fit the classifier")]
+    Labels(#[from] LabelError),
+    /// The classifier could not be run.
+    #[error("guard cannot classify")]
+    Classify(#[source] ClassifyError),
     /// The configuration does not fit the tokenizer or the context.
     #[error("guard configuration does not fit the model")]
     Question(#[from] QuestionError),
@@ -87,6 +102,16 @@ pub enum GuardError {
     /// The model could not be run, or the call was cancelled.
     #[error("guard cannot score")]
     Infer(#[from] InferError),
+}
+
+impl From<ClassifyError> for GuardError {
+    /// A cancelled call is the same whatever it ran.
+    fn from(error: ClassifyError) -> Self {
+        match error {
+            ClassifyError::Cancelled => Self::Infer(InferError::Cancelled),
+            error => Self::Classify(error),
+        }
+    }
 }
 
 impl Guard {
@@ -113,9 +138,23 @@ impl Guard {
         cancel: &Cancel,
     ) -> Result<Self, GuardError> {
         config.validate().map_err(ConfigError::Invalid)?;
-        let form = match config.kind {
-            Kind::Question => Box::new(Asked::open(model, &config, adapter, cancel)?),
-        };
+        match config.kind {
+            Kind::Question => {
+                let form = Box::new(Asked::open(model, &config, adapter, cancel)?);
+                Ok(Self { config, form })
+            }
+            Kind::Classifier => Err(GuardError::OtherKind { name: config.name, expected: "an encoder" }),
+        }
+    }
+
+    /// Checks the configuration of a classifier against its labels. [`Guard::from_package`] opens the one that a
+    /// configuration names.
+    pub fn of_classifier(classifier: Classifier, config: GuardConfig) -> Result<Self, GuardError> {
+        config.validate().map_err(ConfigError::Invalid)?;
+        if config.kind != Kind::Classifier {
+            return Err(GuardError::OtherKind { name: config.name, expected: "a model that is asked" });
+        }
+        let form = Box::new(Classified::open(classifier, &config)?);
         Ok(Self { config, form })
     }
 

@@ -16,6 +16,7 @@ mod frame;
 mod question;
 mod form;
 mod asked;
+mod classified;
 mod guard;
 mod constitution;
 mod revise;
@@ -25,6 +26,7 @@ pub mod calibrate;
 mod report;
 
 pub use category::{AskedAbout, Category, CategoryId, InvalidCategoryId};
+pub use classified::LabelError;
 pub use config::{ConfigError, GuardConfig, Kind, Layout};
 pub use constitution::{Constitution, ConstitutionError, Principle, PrincipleId};
 pub use guard::{Guard, GuardError, Judgement, Pair};

@@ -7,11 +7,11 @@ use commonweal_adapter::{
     Adapter,
     disk::{self, AdapterKind, ReadError},
 };
-use commonweal_package::{Hash, Package};
-use commonweal_runtime::{Cancel, Library, LibraryError, Model, OpenOptions};
+use commonweal_package::{EncoderPackage, Hash, Package};
+use commonweal_runtime::{Cancel, Classifier, ClassifyOptions, Library, LibraryError, Model, OpenOptions};
 
 use crate::{
-    config::{ConfigError, GuardConfig},
+    config::{ConfigError, GuardConfig, Kind},
     constitution::{Constitution, ConstitutionError},
     guard::{Guard, GuardError},
     revise::{ReviseError, Reviser},
@@ -111,6 +111,9 @@ impl Guard {
     /// adapter, or both.
     pub fn from_package(model: &Model, cancel: &Cancel) -> Result<Self, OpenError> {
         let config = GuardConfig::from_toml(&text(model, GUARD)?)?;
+        if let (Kind::Classifier, Some(path)) = (config.kind, &config.package) {
+            return Ok(Self::of_classifier(open_classifier(model, path)?, config)?);
+        }
         let own = config.package.as_deref().map(|path| open_own(model, path)).transpose()?;
         let model = own.as_ref().unwrap_or(model);
         let adapter =
@@ -143,6 +146,16 @@ fn open_own(base: &Model, path: &str) -> Result<Model, OpenError> {
     let options = OpenOptions::default();
     let model = Model::open(&Library::load(None)?, &package, options).map_err(Box::new);
     model.map_err(|source| OpenError::Run { path, source })
+}
+
+/// The guard's own classifier.
+fn open_classifier(base: &Model, path: &str) -> Result<Classifier, OpenError> {
+    let path = base.package().directory().join(path);
+    let package =
+        EncoderPackage::open(&path).map_err(|source| OpenError::Package { path: path.clone(), source })?;
+    let options = ClassifyOptions::default();
+    Classifier::open(&Library::load(None)?, &package, options)
+        .map_err(|source| OpenError::Run { path, source })
 }
 
 fn bytes(model: &Model, name: &str, bytes_max: u64) -> Result<Vec<u8>, OpenError> {

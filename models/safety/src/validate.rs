@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::{
     calibrate::Platt,
     category::{AskedAbout, CategoryId},
-    config::{GuardConfig, Layout},
+    config::{GuardConfig, Kind, Layout},
     problem::{Problem, Problems},
 };
 
@@ -26,14 +26,10 @@ impl GuardConfig {
         problems.require(self.format == 1, "format", format!("expected 1, got {}", self.format));
         self.check_answers(&mut problems);
         check_probability(&mut problems, "threshold", self.threshold);
-        for (place, tokens) in
-            [("prompt_tokens_max", self.prompt_tokens_max), ("response_tokens_max", self.response_tokens_max)]
-        {
-            problems.require(
-                (1..=WINDOW_TOKENS_MAX).contains(&tokens),
-                place,
-                format!("expected 1 to {WINDOW_TOKENS_MAX}, got {tokens}"),
-            );
+        if self.kind == Kind::Question {
+            self.check_asked(&mut problems);
+        } else {
+            self.check_classifier(&mut problems);
         }
         if let Some(adapter) = &self.adapter {
             let inside = !adapter.is_empty()
@@ -44,11 +40,59 @@ impl GuardConfig {
         if let Some(package) = &self.package {
             problems.require(!package.is_empty(), "package", "expected a path, got nothing");
         }
-        check_layout(&mut problems, "prompt", &self.prompt, false);
-        check_layout(&mut problems, "pair", &self.pair, true);
+        for (name, layout, with_response) in [("prompt", &self.prompt, false), ("pair", &self.pair, true)] {
+            if self.kind == Kind::Question {
+                check_template(&mut problems, name, layout, with_response);
+            }
+            check_calibration(&mut problems, name, layout.calibration);
+        }
         self.check_categories(&mut problems);
         self.check_questions(&mut problems);
         problems.into_result()
+    }
+
+    /// What a guard that is asked needs, and has not.
+    fn check_asked(&self, problems: &mut Problems) {
+        for (place, tokens) in
+            [("prompt_tokens_max", self.prompt_tokens_max), ("response_tokens_max", self.response_tokens_max)]
+        {
+            problems.require(
+                (1..=WINDOW_TOKENS_MAX).contains(&tokens),
+                place,
+                format!("expected 1 to {WINDOW_TOKENS_MAX}, got {tokens}"),
+            );
+        }
+        let expected = "expected nothing, since the guard is asked and not a classifier";
+        problems.require(!self.separate_texts, "separate_texts", expected);
+    }
+
+    /// What a classifier needs, and what only a guard that is asked has.
+    fn check_classifier(&self, problems: &mut Problems) {
+        problems.require(self.package.is_some(), "package", "expected the classifier's package, got nothing");
+        let any = !self.categories.is_empty() || self.answers().iter().any(|(_, _, is_unsafe)| *is_unsafe);
+        problems.require(any, "unsafe_label", "expected a label or categories, got neither");
+        for (place, is_absent) in [
+            ("adapter", self.adapter.is_none()),
+            ("policy", self.policy.is_empty()),
+            ("whole_answers", !self.whole_answers),
+            ("special_tokens", self.special_tokens.is_empty()),
+            ("category_lead", self.category_lead.is_empty()),
+            ("category_line", self.category_line.is_empty()),
+            ("prompt_tokens_max", self.prompt_tokens_max == 0),
+            ("response_tokens_max", self.response_tokens_max == 0),
+            ("prompt.template", self.prompt.template.is_empty()),
+            ("pair.template", self.pair.template.is_empty()),
+        ] {
+            problems.require(is_absent, place, "expected nothing, since a classifier is not asked");
+        }
+        let answers = self.answers();
+        for (i, category) in self.categories.iter().enumerate() {
+            let taken = answers.iter().any(|(_, answer, _)| *answer == category.label);
+            let place = |field: &str| format!("categories[{i}].{field}");
+            problems.require(!taken, place("label"), "expected another label than the answers'");
+            let expected = "expected nothing, since a classifier knows its labels of every text";
+            problems.require(category.only.is_none(), place("only"), expected);
+        }
     }
 
     fn check_answers(&self, problems: &mut Problems) {
@@ -150,7 +194,7 @@ fn check_probability(problems: &mut Problems, place: impl Into<String>, value: f
     );
 }
 
-fn check_layout(problems: &mut Problems, name: &str, layout: &Layout, with_response: bool) {
+fn check_template(problems: &mut Problems, name: &str, layout: &Layout, with_response: bool) {
     let place = format!("{name}.template");
     let prompts = layout.template.matches("{prompt}").count();
     let responses = layout.template.matches("{response}").count();
@@ -168,7 +212,10 @@ fn check_layout(problems: &mut Problems, name: &str, layout: &Layout, with_respo
     if let (Some(p), Some(r)) = (layout.template.find("{prompt}"), layout.template.find("{response}")) {
         problems.require(p < r, place, "expected {prompt} before {response}");
     }
-    let Platt { slope, intercept } = layout.calibration;
+}
+
+fn check_calibration(problems: &mut Problems, name: &str, calibration: Platt) {
+    let Platt { slope, intercept } = calibration;
     problems.require(
         slope.is_finite() && slope > 0.0,
         format!("{name}.calibration.slope"),

@@ -93,7 +93,9 @@ fn check(value: &Value, name: String) -> Result<Config, ConfigError> {
     let raw: RawConfig = keys(value)?;
     let architectures = raw.architectures.unwrap_or_default();
     let family = FAMILIES.iter().find(|family| architectures == [family.class]);
-    let family = family.ok_or_else(|| ConfigError::Architecture { got: architectures.join(", ") })?;
+    let family = family.ok_or_else(|| ConfigError::Architecture {
+        got: if architectures.is_empty() { "none".into() } else { architectures.join(", ") },
+    })?;
     if let Some(quantized) = raw.quantization_config {
         let method = quantized.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
         return Err(unsupported("quantization_config", method));
