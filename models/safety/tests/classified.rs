@@ -217,7 +217,11 @@ fn what_only_a_guard_that_is_asked_has_is_refused() {
         let error = GuardConfig::from_toml(&text).unwrap_err().to_string();
         assert!(error.contains(&format!("{place}: expected")), "{error}, expected {place}");
     }
-    let asked = include_str!("data/guard.toml").replacen("threshold", "separate_texts = true\nthreshold", 1);
+    let asked = include_str!("data/guard.toml").replacen(
+        "threshold = 0.5",
+        "separate_texts = true\nthreshold = 0.5",
+        1,
+    );
     assert!(GuardConfig::from_toml(&asked).unwrap_err().to_string().contains("separate_texts"));
 }
 
