@@ -375,7 +375,7 @@ fn whole_attention(inputs: &Inputs<'_>, attributes: MultiHeadAttention) -> Resul
     let (batch, time) = (inputs.axis(0, 0)?.clone(), inputs.axis(0, 1)?.clone());
     let scores = Shape::from([batch, heads.into(), time.clone(), time.clone()]);
     inputs.rank(3, "bias", 4)?;
-    let squares = &inputs.shape(3).0[2..] == [time.clone(), time];
+    let squares = inputs.shape(3).0[2..] == [time.clone(), time];
     if !squares || inputs.shape(3).broadcast(&scores).as_ref() != Some(&scores) {
         return Err(inputs.error(
             "bias",

@@ -133,15 +133,12 @@ impl<'a> Parts<'a> {
     /// Rows of the embedding of words, `[batch, time, hidden]`.
     pub(super) fn words(&mut self) -> Built {
         let (vocab, hidden) = (self.encoder.vocab_size, self.encoder.hidden_size);
-        match packing(self.quantization) {
-            Some(packing) => {
-                let (weights, scales) = packed_rows(&mut self.graph, "embed", (vocab, hidden), packing)?;
-                self.graph.add(Op::GatherBlockQuantized { packing }, &[weights, self.tokens, scales])
-            }
-            None => {
-                let weights = self.matrix("embed", vocab, hidden)?;
-                self.graph.add(Op::Gather { axis: 0 }, &[weights, self.tokens])
-            }
+        if let Some(packing) = packing(self.quantization) {
+            let (weights, scales) = packed_rows(&mut self.graph, "embed", (vocab, hidden), packing)?;
+            self.graph.add(Op::GatherBlockQuantized { packing }, &[weights, self.tokens, scales])
+        } else {
+            let weights = self.matrix("embed", vocab, hidden)?;
+            self.graph.add(Op::Gather { axis: 0 }, &[weights, self.tokens])
         }
     }
 
