@@ -287,6 +287,7 @@ fn run_attach(package: PathBuf, files: &[(String, PathBuf)]) -> Result<()> {
     Ok(())
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "callers make the text for this line alone")]
 fn line(key: &str, value: String) {
     println!("  {key:<12} {value}");
 }

@@ -151,11 +151,11 @@ fn open_own(base: &Model, path: &str) -> Result<Model, OpenError> {
 /// The guard's own classifier.
 fn open_classifier(base: &Model, path: &str) -> Result<Classifier, OpenError> {
     let path = base.package().directory().join(path);
-    let package =
-        EncoderPackage::open(&path).map_err(|source| OpenError::Package { path: path.clone(), source })?;
+    let open = EncoderPackage::open(&path).map_err(Box::new);
+    let package = open.map_err(|source| OpenError::Package { path: path.clone(), source })?;
     let options = ClassifyOptions::default();
-    Classifier::open(&Library::load(None)?, &package, options)
-        .map_err(|source| OpenError::Run { path, source })
+    let classifier = Classifier::open(&Library::load(None)?, &package, options).map_err(Box::new);
+    classifier.map_err(|source| OpenError::Run { path, source })
 }
 
 fn bytes(model: &Model, name: &str, bytes_max: u64) -> Result<Vec<u8>, OpenError> {
