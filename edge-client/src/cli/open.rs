@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use commonweal_adapter::{AdapterLayout, disk};
+use commonweal_adapter::AdapterLayout;
 use commonweal_package::Package;
 use commonweal_protocol::BaseHash;
 use commonweal_runtime::{
@@ -157,15 +157,7 @@ fn open_guard(model: &Model, policy: &Policy, cancel: &Cancel) -> Result<Guard> 
     let guard = Guard::from_package(model, cancel)?;
     let mut config = guard.config().clone();
     policy.set_thresholds(&mut config)?;
-    if config == *guard.config() {
-        return Ok(guard);
-    }
-    let path = config.adapter.as_deref().and_then(|name| model.package().file(name));
-    let adapter = match path {
-        Some(path) => Some(disk::read(&std::fs::read(path)?)?.0),
-        None => None,
-    };
-    Ok(Guard::open(model, config, adapter.as_ref(), cancel)?)
+    Ok(guard.with_thresholds(config)?)
 }
 
 /// Reads a file of samples; bad lines are named on stderr and left out.

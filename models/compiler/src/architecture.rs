@@ -57,9 +57,9 @@ pub(crate) struct Described {
     pub(crate) attention: Attention,
 }
 
-/// The names of all architectures, for people.
+/// The names of all architectures, encoders included, for people.
 pub(crate) fn supported() -> String {
-    FAMILIES.map(|family| family.class).join(", ")
+    format!("{}; {}", FAMILIES.map(|family| family.class).join(", "), crate::encoder::supported())
 }
 
 /// The architecture of that name, `None` if it is not one of ours.
@@ -131,8 +131,10 @@ pub(crate) enum Source {
     Vector(Vec<(String, usize)>),
     /// Matrices of the checkpoint, one below the other: names and rows. The entry's columns are theirs.
     Matrix(Vec<(String, usize)>, usize),
-    /// A rotary table: this function of position times frequency.
-    Rotary(fn(f64) -> f64),
+    /// A matrix of the checkpoint that is not quantized: name, rows and columns.
+    Plain(String, usize, usize),
+    /// A rotary table: this function of position times frequency, for so many positions.
+    Rotary(fn(f64) -> f64, usize, Vec<f64>),
 }
 
 /// Every tensor of `weights.bin` by its name there, in the order of the forward pass.
@@ -142,8 +144,8 @@ pub(crate) fn tensors(model: &ModelConfig) -> Vec<(String, Source)> {
     let whole = |name: &str| Source::Matrix(vec![(name.to_owned(), vocab_size)], hidden);
     let mut list = vec![
         ("embed".to_owned(), whole("model.embed_tokens.weight")),
-        ("rope.cos".to_owned(), Source::Rotary(libm::cos)),
-        ("rope.sin".to_owned(), Source::Rotary(libm::sin)),
+        ("rope.cos".to_owned(), Source::Rotary(libm::cos, model.context, model.rotary_frequencies())),
+        ("rope.sin".to_owned(), Source::Rotary(libm::sin, model.context, model.rotary_frequencies())),
     ];
     for layer in 0..model.layers {
         let mut push = |name: &str, source| list.push((format!("layers.{layer}.{name}"), source));
@@ -179,12 +181,18 @@ pub(crate) fn tensors(model: &ModelConfig) -> Vec<(String, Source)> {
 
 /// Every tensor of a checkpoint by its Hugging Face name, with its shape, in the order of the forward pass.
 pub fn tensor_shapes(model: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    shapes_of(tensors(model))
+}
+
+/// Every tensor of the checkpoint that these entries are made of, with its shape.
+pub(crate) fn shapes_of(list: Vec<(String, Source)>) -> Vec<(String, Vec<usize>)> {
     let shapes = |(_, source)| match source {
         Source::Vector(parts) => parts.into_iter().map(|(name, length)| (name, vec![length])).collect(),
         Source::Matrix(parts, columns) => {
             parts.into_iter().map(|(name, rows)| (name, vec![rows, columns])).collect()
         }
-        Source::Rotary(_) => Vec::new(),
+        Source::Plain(name, rows, columns) => vec![(name, vec![rows, columns])],
+        Source::Rotary(..) => Vec::new(),
     };
-    tensors(model).into_iter().flat_map(shapes).collect()
+    list.into_iter().flat_map(shapes).collect()
 }

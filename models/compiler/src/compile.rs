@@ -2,7 +2,7 @@
 //! `main.rs` and other crates' tests call [`compile`]; the stages are the crate's other modules.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use commonweal_adapter::{LayoutError, Target};
 use commonweal_package::{
@@ -166,14 +166,7 @@ pub fn compile_with_progress(
     }
     package.write_bytes("tokenizer.json", &tokenizer)?;
     package.write_bytes("chat_template.jinja", chat_template.as_bytes())?;
-    for name in ["LICENSE", "NOTICE"] {
-        let path = options.checkpoint.join(name);
-        if path.exists() {
-            let bytes = read_bounded(&path, NOTICE_BYTES_MAX)
-                .map_err(|source| CompileError::Notice { path, source })?;
-            package.write_bytes(name, &bytes)?;
-        }
-    }
+    copy_notices(&options.checkpoint, &mut package)?;
     let weights_bytes = table.length();
     package.write("weights.bin", |file, _| {
         let told = &mut |written| progress(written, weights_bytes);
@@ -182,4 +175,17 @@ pub fn compile_with_progress(
     let licence = options.licence.clone();
     let manifest = package.finish(Facts { licence, model, quantization, adapter, tokens })?;
     Ok(Summary { manifest, weights_bytes })
+}
+
+/// Copies the licence and the notice of a checkpoint that has them.
+pub(crate) fn copy_notices(checkpoint: &Path, package: &mut PackageWriter) -> Result<(), CompileError> {
+    for name in ["LICENSE", "NOTICE"] {
+        let path = checkpoint.join(name);
+        if path.exists() {
+            let bytes = read_bounded(&path, NOTICE_BYTES_MAX)
+                .map_err(|source| CompileError::Notice { path, source })?;
+            package.write_bytes(name, &bytes)?;
+        }
+    }
+    Ok(())
 }

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use commonweal_package::{Architecture, LAYERS_MAX, ModelConfig, ModelError, RopeScaling};
+use commonweal_package::{Architecture, EncoderError, LAYERS_MAX, ModelConfig, ModelError, RopeScaling};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -69,6 +69,9 @@ pub enum ConfigError {
         /// Its value.
         got: String,
     },
+    /// An encoder's facts are impossible.
+    #[error("the configuration describes an impossible encoder")]
+    Encoder(#[from] EncoderError),
     /// The dimensions are impossible.
     #[error("the configuration describes an impossible model")]
     Model(#[from] ModelError),

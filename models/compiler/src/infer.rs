@@ -1,7 +1,7 @@
 //! Types of an operator's outputs from the types of its inputs: the check behind every node of `graph.rs`.
 
 use crate::graph::{ElementType, GraphError, TensorType};
-use crate::op::{GroupedAttention, Op, Packing};
+use crate::op::{GroupedAttention, MultiHeadAttention, Op, Packing};
 use crate::shape::{Dim, Shape};
 
 /// The inputs of one node under inspection.
@@ -79,7 +79,7 @@ pub(crate) fn infer(op: &Op, kinds: &[&TensorType]) -> Result<Vec<TensorType>, G
             inputs.equal("second input", inputs.shape(0), inputs.shape(1))?;
             kinds[0].clone()
         }
-        Op::Unary(_) | Op::QuickGelu { .. } | Op::Softmax | Op::LogSoftmax => {
+        Op::Unary(_) | Op::QuickGelu { .. } | Op::Gelu { .. } | Op::Softmax | Op::LogSoftmax => {
             inputs.floats()?;
             kinds[0].clone()
         }
@@ -121,6 +121,8 @@ pub(crate) fn infer(op: &Op, kinds: &[&TensorType]) -> Result<Vec<TensorType>, G
             inputs.element(2, "updates", kinds[0].element)?;
             kinds[0].clone()
         }
+        Op::LayerNorm { .. } => layer_norm(&inputs)?,
+        Op::MultiHeadAttention(attributes) => whole_attention(&inputs, *attributes)?,
         Op::RotaryEmbedding { heads } => rotary(&inputs, *heads)?,
         Op::Reshape(shape) => {
             let (expected, got) = (inputs.shape(0).elements(), shape.elements());
@@ -173,6 +175,7 @@ fn arity(op: &Op) -> (usize, usize) {
         Op::Identity
         | Op::Unary(_)
         | Op::QuickGelu { .. }
+        | Op::Gelu { .. }
         | Op::Reduce { .. }
         | Op::Softmax
         | Op::LogSoftmax
@@ -194,8 +197,8 @@ fn arity(op: &Op) -> (usize, usize) {
         | Op::MatMulNBits { .. }
         | Op::GatherBlockQuantized { .. }
         | Op::ScatterAdd { .. } => (3, 3),
-        Op::MatMul { .. } => (2, 3),
-        Op::RotaryEmbedding { .. } => (4, 4),
+        Op::MatMul { .. } | Op::LayerNorm { .. } => (2, 3),
+        Op::RotaryEmbedding { .. } | Op::MultiHeadAttention(_) => (4, 4),
         Op::GroupQueryAttention(GroupedAttention { fused, rotates, .. }) => {
             let count = if *fused { 1 } else { 3 } + 4 + if *rotates { 2 } else { 0 };
             (count, count)
@@ -216,6 +219,13 @@ fn rms_norm(inputs: &Inputs<'_>) -> Result<Vec<TensorType>, GraphError> {
     inputs.equal("weight", &Shape::from([width.clone()]), inputs.shape(1))?;
     let last = inputs.shape(0).rank() - 1;
     Ok(vec![inputs.kinds[0].clone(), resized(inputs.kinds[0], last, Dim::fixed(1))])
+}
+
+fn layer_norm(inputs: &Inputs<'_>) -> Result<TensorType, GraphError> {
+    inputs.floats()?;
+    let width = Shape::from([inputs.last(0)?.clone()]);
+    (1..inputs.kinds.len()).try_for_each(|index| inputs.equal("weight", &width, inputs.shape(index)))?;
+    Ok(inputs.kinds[0].clone())
 }
 
 fn skip_rms_norm(inputs: &Inputs<'_>) -> Result<Vec<TensorType>, GraphError> {
@@ -351,6 +361,30 @@ fn rotary(inputs: &Inputs<'_>, heads: usize) -> Result<TensorType, GraphError> {
         got if *got == expected => Ok(inputs.kinds[0].clone()),
         got => Err(inputs.error("width", expected, got)),
     }
+}
+
+fn whole_attention(inputs: &Inputs<'_>, attributes: MultiHeadAttention) -> Result<TensorType, GraphError> {
+    let MultiHeadAttention { heads, .. } = attributes;
+    inputs.floats()?;
+    inputs.rank(0, "query", 3)?;
+    inputs.equal("key", inputs.shape(0), inputs.shape(1))?;
+    inputs.equal("value", inputs.shape(0), inputs.shape(2))?;
+    let width = inputs.fixed("width", inputs.axis(0, 2)?)?;
+    if heads == 0 || !width.is_multiple_of(heads) {
+        return Err(inputs.error("heads", format!("a divisor of {width}"), heads));
+    }
+    let (batch, time) = (inputs.axis(0, 0)?.clone(), inputs.axis(0, 1)?.clone());
+    let scores = Shape::from([batch, heads.into(), time.clone(), time.clone()]);
+    inputs.rank(3, "bias", 4)?;
+    let squares = inputs.shape(3).0[2..] == [time.clone(), time];
+    if !squares || inputs.shape(3).broadcast(&scores).as_ref() != Some(&scores) {
+        return Err(inputs.error(
+            "bias",
+            format!("broadcastable to {scores} along batch and heads"),
+            inputs.shape(3),
+        ));
+    }
+    Ok(inputs.kinds[0].clone())
 }
 
 fn attention(inputs: &Inputs<'_>, attributes: GroupedAttention) -> Result<Vec<TensorType>, GraphError> {

@@ -24,8 +24,10 @@ pub mod onnx;
 pub mod lower;
 pub mod graphs;
 pub mod compile;
+pub mod encoder;
 pub mod random;
 
 pub use commonweal_package::{
-    Accuracy, Architecture, Attention, Bias, Bits, ModelConfig, Quantization, RopeScaling, Tokens, Window,
+    Accuracy, Architecture, Attention, Bias, Bits, EncoderArchitecture, ModelConfig, Probabilities,
+    Quantization, RopeScaling, Tokens, Window,
 };

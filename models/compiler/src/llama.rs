@@ -66,7 +66,7 @@ fn has_bias(model: &ModelConfig, linear: &str) -> bool {
 }
 
 /// How the matrices are packed; nothing for floats.
-fn packing(quantization: &Quantization) -> Option<Packing> {
+pub(crate) fn packing(quantization: &Quantization) -> Option<Packing> {
     match quantization.bits {
         Bits::Full => None,
         bits => Some(Packing { bits: bits.count(), block_size: quantization.block_size }),
@@ -79,7 +79,7 @@ fn vector(graph: &mut Graph, name: &str, size: usize) -> Result<ValueId, GraphEr
 }
 
 /// A packed matrix as `GatherBlockQuantized` reads it, `[rows, bytes]`, and its scales. Rows end with a whole block.
-fn packed_rows(
+pub(crate) fn packed_rows(
     graph: &mut Graph,
     name: &str,
     (rows, columns): (usize, usize),
@@ -125,7 +125,7 @@ fn embed(
 }
 
 /// `x Wᵀ` with a frozen matrix of `rows` by `columns`.
-fn multiply(
+pub(crate) fn multiply(
     graph: &mut Graph,
     quantization: &Quantization,
     name: &str,

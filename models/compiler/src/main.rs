@@ -8,9 +8,13 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use commonweal_adapter::Target;
 use commonweal_compiler::compile::{CompileError, CompileOptions, compile_with_progress};
+use commonweal_compiler::encoder::{self, EncoderOptions};
 use commonweal_compiler::random::{RandomError, RandomOptions, random};
-use commonweal_compiler::{Accuracy, Bits};
-use commonweal_package::{Manifest, OpenError, Package, StagingError, WriteError, attach};
+use commonweal_compiler::{Accuracy, Bits, Quantization};
+use commonweal_package::{
+    EncoderManifest, EncoderPackage, Manifest, OpenError, Package, PackageKind, StagingError, WriteError,
+    attach, package_kind,
+};
 use indicatif::{ProgressBar, ProgressStyle};
 
 const EXAMPLES: &str = "Examples:
@@ -73,15 +77,15 @@ struct CompileArgs {
     /// Fast kernels round activations to 8 bits; exact ones do not
     #[arg(long, env = "COMMONWEAL_ACCURACY", default_value = "fast")]
     accuracy: AccuracyArg,
-    /// Default rank of a trained adapter
-    #[arg(long, env = "COMMONWEAL_RANK", default_value_t = 8)]
-    rank: usize,
+    /// Default rank of a trained adapter [default: 8]
+    #[arg(long, env = "COMMONWEAL_RANK")]
+    rank: Option<usize>,
     /// Default alpha of a trained adapter [default: twice the rank]
     #[arg(long, env = "COMMONWEAL_ALPHA")]
     alpha: Option<f32>,
-    /// The linears that a trained adapter changes
-    #[arg(long, env = "COMMONWEAL_TARGETS", value_delimiter = ',', default_value = "q,k,v,o,gate,up,down")]
-    targets: Vec<Target>,
+    /// The linears that a trained adapter changes [default: q,k,v,o,gate,up,down]
+    #[arg(long, env = "COMMONWEAL_TARGETS", value_delimiter = ',')]
+    targets: Option<Vec<Target>>,
     /// Longest sequence [default: the checkpoint's]
     #[arg(long, env = "COMMONWEAL_CONTEXT")]
     context: Option<usize>,
@@ -104,7 +108,7 @@ struct RandomArgs {
     /// A tokenizer.json whose tokens the shape has room for
     #[arg(long)]
     tokenizer: PathBuf,
-    /// A Jinja chat template [default: a plain one]
+    /// A Jinja chat template [default: a plain one, none for an encoder]
     #[arg(long, value_name = "FILE")]
     chat_template: Option<PathBuf>,
     /// The checkpoint directory to make; it must not exist yet, or be empty
@@ -156,6 +160,11 @@ fn main() -> ExitCode {
     }
 }
 
+/// An option about adapters or chats, with a checkpoint that has neither.
+#[derive(Debug, thiserror::Error)]
+#[error("{0} is for decoders, and the checkpoint is of an encoder")]
+struct OnlyForDecoders(&'static str);
+
 /// Whether what was given is to blame, rather than the disk or this program.
 fn is_bad_input(error: &anyhow::Error) -> bool {
     if let Some(error) = error.downcast_ref::<CompileError>() {
@@ -165,18 +174,26 @@ fn is_bad_input(error: &anyhow::Error) -> bool {
     } else if let Some(error) = error.downcast_ref::<WriteError>() {
         matches!(error, WriteError::Name { .. } | WriteError::Manifest(_))
     } else {
-        error.is::<OpenError>() || error.is::<std::io::Error>()
+        error.is::<OpenError>() || error.is::<OnlyForDecoders>() || error.is::<std::io::Error>()
     }
 }
 
 fn run_compile(args: CompileArgs) -> Result<()> {
+    let config = args.checkpoint.join("config.json");
+    // What is no checkpoint at all is refused by the stage that opens it.
+    if config.is_file()
+        && encoder::is_encoder(&config).map_err(|error| CompileError::Checkpoint(error.into()))?
+    {
+        return run_compile_encoder(args);
+    }
+    let rank = args.rank.unwrap_or(8);
     let options = CompileOptions {
         bits: args.bits,
         block_size: args.block_size,
         accuracy: args.accuracy.into(),
-        rank: args.rank,
-        alpha: args.alpha.unwrap_or(2.0 * args.rank as f32),
-        targets: args.targets,
+        rank,
+        alpha: args.alpha.unwrap_or(2.0 * rank as f32),
+        targets: args.targets.unwrap_or_else(|| Target::ALL.to_vec()),
         context: args.context,
         chat_template: args.chat_template,
         licence: args.licence,
@@ -191,6 +208,34 @@ fn run_compile(args: CompileArgs) -> Result<()> {
     Ok(())
 }
 
+fn run_compile_encoder(args: CompileArgs) -> Result<()> {
+    for (option, given) in [
+        ("--rank", args.rank.is_some()),
+        ("--alpha", args.alpha.is_some()),
+        ("--targets", args.targets.is_some()),
+        ("--chat-template", args.chat_template.is_some()),
+    ] {
+        if given {
+            return Err(OnlyForDecoders(option).into());
+        }
+    }
+    let options = EncoderOptions {
+        bits: args.bits,
+        block_size: args.block_size,
+        accuracy: args.accuracy.into(),
+        context: args.context,
+        licence: args.licence,
+        name: args.name,
+        ..EncoderOptions::new(args.checkpoint, args.out)
+    };
+    let bar = progress_bar("quantize");
+    let summary = encoder::compile_with_progress(&options, &mut |written, total| show(&bar, written, total))?;
+    bar.finish_and_clear();
+    println!("{}", options.out.display());
+    describe_encoder(&summary.manifest, summary.weights_bytes);
+    Ok(())
+}
+
 fn run_random(args: RandomArgs) -> Result<()> {
     let RandomArgs { config, tokenizer, chat_template, out, seed } = args;
     let options = RandomOptions { config, tokenizer, chat_template, out, seed };
@@ -202,6 +247,9 @@ fn run_random(args: RandomArgs) -> Result<()> {
 }
 
 fn inspect(package: PathBuf, json: bool) -> Result<()> {
+    if package_kind(&package)? == PackageKind::Encoder {
+        return inspect_encoder(package, json);
+    }
     let package = Package::open(package)?;
     if json {
         println!("{}", serde_json::to_string(package.manifest())?);
@@ -209,6 +257,18 @@ fn inspect(package: PathBuf, json: bool) -> Result<()> {
         let weights = package.weights();
         let bytes = fs::metadata(&weights).with_context(|| weights.display().to_string())?.len();
         describe(package.manifest(), bytes);
+    }
+    Ok(())
+}
+
+fn inspect_encoder(package: PathBuf, json: bool) -> Result<()> {
+    let package = EncoderPackage::open(package)?;
+    if json {
+        println!("{}", serde_json::to_string(package.manifest())?);
+    } else {
+        let weights = package.weights();
+        let bytes = fs::metadata(&weights).with_context(|| weights.display().to_string())?.len();
+        describe_encoder(package.manifest(), bytes);
     }
     Ok(())
 }
@@ -227,9 +287,46 @@ fn run_attach(package: PathBuf, files: &[(String, PathBuf)]) -> Result<()> {
     Ok(())
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "callers make the text for this line alone")]
+fn line(key: &str, value: String) {
+    println!("  {key:<12} {value}");
+}
+
+fn describe_weights(quantization: &Quantization, weights_bytes: u64) {
+    let Quantization { bits, block_size, accuracy } = quantization;
+    let megabytes = weights_bytes as f64 / 1e6;
+    let text =
+        format!("{} bits in blocks of {block_size}, {accuracy:?} kernels, {megabytes:.1} MB", bits.count());
+    line("weights", text);
+}
+
+fn describe_encoder(manifest: &EncoderManifest, weights_bytes: u64) {
+    let EncoderManifest { encoder, quantization, .. } = manifest;
+    line("name", encoder.name.clone());
+    line("licence", manifest.licence.clone().unwrap_or("not stated".into()));
+    line(
+        "encoder",
+        format!(
+            "{:?}, {} layers, hidden {}, intermediate {}, {} heads",
+            encoder.architecture,
+            encoder.layers,
+            encoder.hidden_size,
+            encoder.intermediate_size,
+            encoder.heads
+        ),
+    );
+    line("vocabulary", format!("{} tokens, padding {}", encoder.vocab_size, encoder.pad));
+    line("context", format!("{} tokens, {} kinds of them", encoder.context, encoder.token_types.max(1)));
+    line("labels", format!("{}, {:?}", encoder.labels.join(", "), encoder.probabilities));
+    describe_weights(quantization, weights_bytes);
+    line("base", manifest.base.to_string());
+    for (file, hash) in &manifest.files {
+        line(file, hash.to_string());
+    }
+}
+
 fn describe(manifest: &Manifest, weights_bytes: u64) {
     let Manifest { model, quantization, adapter, tokens, .. } = manifest;
-    let line = |key: &str, value: String| println!("  {key:<12} {value}");
     line("name", model.name.clone());
     line("licence", manifest.licence.clone().unwrap_or("not stated".into()));
     line(
@@ -251,16 +348,7 @@ fn describe(manifest: &Manifest, weights_bytes: u64) {
     );
     line("context", format!("{} tokens", model.context));
     line("parameters", format!("{:.1} million", parameters(manifest) as f64 / 1e6));
-    line(
-        "weights",
-        format!(
-            "{} bits in blocks of {}, {:?} kernels, {:.1} MB",
-            quantization.bits.count(),
-            quantization.block_size,
-            quantization.accuracy,
-            weights_bytes as f64 / 1e6
-        ),
-    );
+    describe_weights(quantization, weights_bytes);
     let targets: Vec<&str> = adapter.targets.iter().map(|target| target.name()).collect();
     let values = manifest.layout().map_or(0, |layout| layout.parameters());
     line(

@@ -18,6 +18,8 @@ pub enum Unary {
     Exp,
     /// `1 / (1 + e^-x)`
     Sigmoid,
+    /// The hyperbolic tangent.
+    Tanh,
 }
 
 /// An element-wise function of two tensors, which broadcast.
@@ -80,6 +82,15 @@ pub struct GroupedAttention {
     pub rotates: bool,
 }
 
+/// The attributes of an attention between all tokens of a row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MultiHeadAttention {
+    /// Number of heads.
+    pub heads: usize,
+    /// Factor of the products of queries and keys.
+    pub scale: f32,
+}
+
 /// An operator and its attributes. Inputs are in the order of the documentation of each.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Op {
@@ -95,6 +106,11 @@ pub enum Op {
     QuickGelu {
         /// Slope inside the sigmoid.
         alpha: f32,
+    },
+    /// `(x)`: `x` times the share of a normal distribution that lies below it.
+    Gelu {
+        /// Whether that share is approximated by a hyperbolic tangent.
+        tanh: bool,
     },
     /// `(a, b)`: whether `a < b`, integers or floats, broadcast.
     Less,
@@ -117,6 +133,12 @@ pub enum Op {
     /// `1 / sqrt(mean(x²) + epsilon)`, with a last axis of size 1.
     RmsNorm {
         /// Added to the mean square.
+        epsilon: f32,
+    },
+    /// `(x, weight)` or `(x, weight, bias)`: `(x - mean(x)) / sqrt(variance(x) + epsilon) · weight (+ bias)` over the
+    /// last axis.
+    LayerNorm {
+        /// Added to the variance.
         epsilon: f32,
     },
     /// `(x, skip, weight)`: the RMS norm of `x + skip`, and `x + skip`.
@@ -172,6 +194,9 @@ pub enum Op {
     /// fused, and with `cosines, sines` at the end if it rotates: causal attention with a cache that it updates; gives
     /// the context and the new keys and values.
     GroupQueryAttention(GroupedAttention),
+    /// `(query, key, value, bias)`: `softmax(scale · query keyᵀ + bias) value` head by head, all of
+    /// `[batch, time, heads · head_dim]`; `bias` is `[batch or 1, heads or 1, time, time]`.
+    MultiHeadAttention(MultiHeadAttention),
     /// `(x)`: the same elements in another shape.
     Reshape(Shape),
     /// `(x)`: broadcast to a shape.
@@ -235,11 +260,13 @@ impl Op {
             Self::Unary(Unary::Sqrt) => "Sqrt",
             Self::Unary(Unary::Exp) => "Exp",
             Self::Unary(Unary::Sigmoid) => "Sigmoid",
+            Self::Unary(Unary::Tanh) => "Tanh",
             Self::Binary(Binary::Add) => "Add",
             Self::Binary(Binary::Sub) => "Sub",
             Self::Binary(Binary::Mul) => "Mul",
             Self::Binary(Binary::Div) => "Div",
             Self::QuickGelu { .. } => "QuickGelu",
+            Self::Gelu { .. } => "Gelu",
             Self::Less => "Less",
             Self::Where => "Where",
             Self::Reduce { reduction: Reduction::Sum, .. } => "ReduceSum",
@@ -247,6 +274,7 @@ impl Op {
             Self::Softmax => "Softmax",
             Self::LogSoftmax => "LogSoftmax",
             Self::RmsNorm { .. } => "SimplifiedLayerNormalization",
+            Self::LayerNorm { .. } => "LayerNormalization",
             Self::SkipRmsNorm { .. } => "SkipSimplifiedLayerNormalization",
             Self::MatMul { .. } => "MatMul",
             Self::MatMulNBits { .. } => "MatMulNBits",
@@ -256,6 +284,7 @@ impl Op {
             Self::ScatterAdd { .. } => "ScatterElements",
             Self::RotaryEmbedding { .. } => "RotaryEmbedding",
             Self::GroupQueryAttention(_) => "GroupQueryAttention",
+            Self::MultiHeadAttention(_) => "MultiHeadAttention",
             Self::Reshape(_) => "Reshape",
             Self::Expand(_) => "Expand",
             Self::Transpose { .. } => "Transpose",

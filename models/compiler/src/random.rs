@@ -4,13 +4,14 @@
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use commonweal_package::{ModelConfig, Staging, StagingError};
+use commonweal_package::{Staging, StagingError};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde_json::{Map, Value, json};
 
 use crate::architecture::tensor_shapes;
 use crate::config::{self, ConfigError, read_bounded};
+use crate::encoder;
 use crate::tokenizer::{self, TextError};
 
 /// Values made at a time.
@@ -27,7 +28,7 @@ pub struct RandomOptions {
     pub config: PathBuf,
     /// A `tokenizer.json` whose tokens the shape has room for.
     pub tokenizer: PathBuf,
-    /// A Jinja chat template; a plain one is used without.
+    /// A Jinja chat template; a plain one is used without. An encoder has none.
     pub chat_template: Option<PathBuf>,
     /// The checkpoint directory to make; it must be free or an empty directory.
     pub out: PathBuf,
@@ -47,6 +48,9 @@ pub enum RandomError {
     /// The target is taken, or the disk refuses.
     #[error(transparent)]
     Staging(#[from] StagingError),
+    /// A chat template for a model that does not chat.
+    #[error("chat template is for decoders, and the configuration is of an encoder")]
+    NoChat,
     /// The chat template cannot be read.
     #[error("{} cannot be read", path.display())]
     Template {
@@ -60,22 +64,26 @@ pub enum RandomError {
 
 /// Makes the checkpoint. `progress` is told bytes written and bytes in all.
 pub fn random(options: &RandomOptions, progress: &mut dyn FnMut(u64, u64)) -> Result<(), RandomError> {
-    let model = config::read_file(&options.config)?.model;
-    let (tokens, _) = tokenizer::load(&options.tokenizer, model.vocab_size)?;
-    let template = match &options.chat_template {
-        None => CHAT_TEMPLATE.into(),
-        Some(path) => {
-            let read = |source| RandomError::Template { path: path.clone(), source };
-            read_bounded(path, tokenizer::TEMPLATE_BYTES_MAX).map_err(read)?
+    let (shapes, vocab_size, template) = if encoder::is_encoder(&options.config)? {
+        if options.chat_template.is_some() {
+            return Err(RandomError::NoChat);
         }
+        let config = encoder::read_file(&options.config)?;
+        (encoder::tensor_shapes(&config), config.encoder.vocab_size, None)
+    } else {
+        let model = config::read_file(&options.config)?.model;
+        (tensor_shapes(&model), model.vocab_size, Some(template(options)?))
     };
+    let (tokens, _) = tokenizer::load(&options.tokenizer, vocab_size)?;
     let config = config::read_bytes(&options.config)?;
     let staging = Staging::create(&options.out)?;
     staging.write_bytes("config.json", &config)?;
     staging.write_bytes("tokenizer.json", &tokens)?;
-    staging.write_bytes("chat_template.jinja", &template)?;
+    if let Some(template) = template {
+        staging.write_bytes("chat_template.jinja", &template)?;
+    }
     staging.write("model.safetensors", |file, path: &Path| {
-        write_weights(file, &model, options.seed, progress)
+        write_weights(file, &shapes, options.seed, progress)
             .map_err(|source| StagingError::Write { path: path.into(), source })
     })?;
     staging.publish()?;
@@ -86,12 +94,11 @@ pub fn random(options: &RandomOptions, progress: &mut dyn FnMut(u64, u64)) -> Re
 /// variance `1 / columns`, the embedding's of variance one, so that activations keep their size through the layers.
 fn write_weights(
     file: &mut impl Write,
-    model: &ModelConfig,
+    shapes: &[(String, Vec<usize>)],
     seed: u64,
     progress: &mut dyn FnMut(u64, u64),
 ) -> io::Result<()> {
-    let shapes = tensor_shapes(model);
-    let (header, total) = header(&shapes);
+    let (header, total) = header(shapes);
     let mut file = BufWriter::with_capacity(1 << 20, file);
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(&header)?;
@@ -99,7 +106,7 @@ fn write_weights(
     let mut written = 0;
     for (name, shape) in shapes {
         let reach = match shape[..] {
-            [_, _] if name == "model.embed_tokens.weight" => 3.0_f32.sqrt(),
+            [_, _] if is_embedding(name) => 3.0_f32.sqrt(),
             [_, columns] => (3.0 / columns as f32).sqrt(),
             _ => 0.0,
         };
@@ -118,6 +125,16 @@ fn write_weights(
         }
     }
     file.flush()
+}
+
+fn template(options: &RandomOptions) -> Result<Vec<u8>, RandomError> {
+    let Some(path) = &options.chat_template else { return Ok(CHAT_TEMPLATE.into()) };
+    let read = |source| RandomError::Template { path: path.clone(), source };
+    read_bounded(path, tokenizer::TEMPLATE_BYTES_MAX).map_err(read)
+}
+
+fn is_embedding(name: &str) -> bool {
+    name == "model.embed_tokens.weight" || name.ends_with("embeddings.weight")
 }
 
 /// The JSON header, padded to a multiple of eight bytes, and the length of the data.

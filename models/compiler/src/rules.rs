@@ -38,6 +38,9 @@ pub(crate) fn apply(tape: &mut Tape<'_>, node: &Node) -> Result<(), GraphError> 
         Op::GatherElements { axis } => index::gather_elements(tape, node, *axis),
         Op::ScatterAdd { axis } => index::scatter_add(tape, node, *axis),
         Op::Less
+        | Op::Gelu { .. }
+        | Op::LayerNorm { .. }
+        | Op::MultiHeadAttention(_)
         | Op::SkipRmsNorm { .. }
         | Op::GatherBlockQuantized { .. }
         | Op::GroupQueryAttention(_)

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use commonweal_package::{ModelError, Tokens};
 use serde::Deserialize;
-use tokenizers::Tokenizer;
+use tokenizers::{PostProcessor, Tokenizer};
 
 use crate::config::{ConfigError, DeclaredTokens, read_bounded, read_json};
 
@@ -61,6 +61,12 @@ pub enum TextError {
         got: u32,
         /// Rows of the embedding.
         vocab_size: usize,
+    },
+    /// A classifier's tokenizer puts no special tokens around a text.
+    #[error("{} must put special tokens around a text (a post_processor), it puts none", path.display())]
+    NoFrame {
+        /// The file.
+        path: PathBuf,
     },
     /// A special token is not in the tokenizer.
     #[error("special token {token:?} is not in the tokenizer")]
@@ -152,6 +158,14 @@ pub fn load(path: &Path, vocab_size: usize) -> Result<(Vec<u8>, Tokenizer), Text
             Err(TextError::WrongTokenizer { path: path.into(), token, got, vocab_size })
         }
         Some(_) => Ok((bytes, tokenizer)),
+    }
+}
+
+/// Checks that a classifier's tokenizer frames texts with special tokens: without them its first token is no summary.
+pub(crate) fn check_frame(path: &Path, tokenizer: &Tokenizer) -> Result<(), TextError> {
+    match tokenizer.get_post_processor().map_or(0, |frame| frame.added_tokens(false)) {
+        0 => Err(TextError::NoFrame { path: path.into() }),
+        _ => Ok(()),
     }
 }
 

@@ -78,11 +78,19 @@ const CHUNK_VALUES: usize = 4 << 20;
 impl WeightTable {
     /// Lays out the file for a model: in the order of the forward pass, each entry aligned to [`ALIGNMENT`].
     pub fn plan(model: &ModelConfig, quantization: &Quantization) -> Self {
+        Self::plan_list(architecture::tensors(model), quantization)
+    }
+
+    /// Lays out the file for these entries, in their order.
+    pub(crate) fn plan_list(list: Vec<(String, Source)>, quantization: &Quantization) -> Self {
         let mut table = Self { entries: Vec::new() };
-        for (name, source) in architecture::tensors(model) {
+        for (name, source) in list {
             match source {
-                Source::Rotary(_) => {
-                    table.push(name, WeightType::F32, vec![model.context, model.head_dim / 2]);
+                Source::Rotary(_, positions, frequencies) => {
+                    table.push(name, WeightType::F32, vec![positions, frequencies.len()]);
+                }
+                Source::Plain(_, rows, columns) => {
+                    table.push(format!("{name}.w"), WeightType::F32, vec![rows, columns]);
                 }
                 Source::Vector(parts) => {
                     let length = parts.iter().map(|(_, length)| length).sum();
@@ -143,9 +151,20 @@ pub fn write(
     tensors: &Tensors,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), WeightsError> {
+    write_list(file, architecture::tensors(model), quantization, tensors, progress)
+}
+
+/// Writes these entries, as [`WeightTable::plan_list`] lays them out.
+pub(crate) fn write_list(
+    file: &mut impl Write,
+    list: Vec<(String, Source)>,
+    quantization: &Quantization,
+    tensors: &Tensors,
+    progress: &mut dyn FnMut(u64),
+) -> Result<(), WeightsError> {
     let format = BlockFormat::of(quantization);
     let mut out = Output { file: BufWriter::with_capacity(1 << 20, file), written: 0, progress };
-    for (_, source) in architecture::tensors(model) {
+    for (_, source) in list {
         out.align()?;
         match source {
             Source::Vector(parts) => {
@@ -153,9 +172,14 @@ pub fn write(
                     out.floats(&tensors.rows(&name, 0..length)?)?;
                 }
             }
-            Source::Rotary(function) => {
-                let frequencies = model.rotary_frequencies();
-                for position in 0..model.context {
+            Source::Plain(name, rows, columns) => {
+                let step = (CHUNK_VALUES / columns).max(1);
+                for start in (0..rows).step_by(step) {
+                    out.floats(&tensors.rows(&name, start..rows.min(start + step))?)?;
+                }
+            }
+            Source::Rotary(function, positions, frequencies) => {
+                for position in 0..positions {
                     let row =
                         frequencies.iter().map(|frequency| function(position as f64 * frequency) as f32);
                     out.floats(&row.collect::<Vec<_>>())?;

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use commonweal_compiler::Bits;
 use commonweal_compiler::compile::{CompileOptions, compile};
+use commonweal_compiler::encoder::{self, EncoderOptions};
 use commonweal_compiler::onnx::{
     AttributeProto, AttributeType, DataType, GraphProto, ModelProto, TensorProto, TypeValue, ValueInfoProto,
 };
@@ -113,6 +114,27 @@ fn graphs_have_the_form_of_onnx() {
         assert_eq!(std::fs::metadata(out.join("weights.bin")).unwrap().len(), summary.weights_bytes);
         for graph in ["infer.onnx", "train.onnx"] {
             check_model(&std::fs::read(out.join(graph)).unwrap(), summary.weights_bytes);
+        }
+    }
+}
+
+#[test]
+fn classifiers_have_it_too() {
+    let directory = TempDir::new().unwrap();
+    let encoders = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/encoders");
+    for variant in ["bert", "roberta", "deberta", "deberta-own", "modernbert", "modernbert-mean"] {
+        let checkpoint = directory.path().join(variant);
+        std::fs::create_dir(&checkpoint).unwrap();
+        for (from, name) in
+            [(variant, "config.json"), (variant, "model.safetensors"), (".", "tokenizer.json")]
+        {
+            std::fs::copy(encoders.join(from).join(name), checkpoint.join(name)).unwrap();
+        }
+        for bits in [Bits::Four, Bits::Full] {
+            let out = checkpoint.join(bits.count().to_string());
+            let options = EncoderOptions { bits, ..EncoderOptions::new(&checkpoint, &out) };
+            let summary = encoder::compile(&options).unwrap();
+            check_model(&std::fs::read(out.join("classify.onnx")).unwrap(), summary.weights_bytes);
         }
     }
 }

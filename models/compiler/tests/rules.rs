@@ -142,6 +142,7 @@ fn functions_of_one_tensor() {
         (Unary::Sqrt, ABOVE_ZERO),
         (Unary::Exp, AROUND_ZERO),
         (Unary::Sigmoid, (-3.0, 3.0)),
+        (Unary::Tanh, (-3.0, 3.0)),
     ] {
         let mut probe = Probe::new();
         let x = probe.parameter([2, 3], range);
@@ -387,6 +388,11 @@ fn what_has_no_gradient_is_refused_by_name() {
         probe.add(Op::SkipRmsNorm { epsilon: 0.1 }, &[x, skip, weight])
     });
     assert!(fused.starts_with("SkipSimplifiedLayerNormalization"), "{fused}");
+    let gelu = refusal(|probe| {
+        let x = probe.parameter([2], AROUND_ZERO);
+        probe.add(Op::Gelu { tanh: false }, &[x])
+    });
+    assert!(gelu.starts_with("Gelu cannot be differentiated"), "{gelu}");
     let inverse = refusal(|probe| {
         let (x, weight) = (probe.parameter([2, 4], AROUND_ZERO), probe.frozen([4], AROUND_ZERO));
         probe.graph.add_many(Op::RmsNorm { epsilon: 0.1 }, &[x, weight]).unwrap()[1]

@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use commonweal_adapter::{AdapterLayout, LayoutError, Module, Target};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::attention::Attention;
+use crate::encoder::EncoderError;
 use crate::model::{ModelConfig, ModelError, Quantization, Tokens};
 
 /// The one version of the manifest that this crate reads and writes.
@@ -16,11 +18,11 @@ pub const FORMAT: u32 = 1;
 /// Name of the manifest in the package's directory.
 pub const MANIFEST: &str = "package.toml";
 
-/// Files that every package has.
+/// Files that every decoder's package has.
 pub const REQUIRED: [&str; 5] =
     ["infer.onnx", "train.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja"];
 
-/// Files that a package may have.
+/// Files that a decoder's package may have.
 pub const OPTIONAL: [&str; 9] = [
     "infer-base.onnx",
     "train-frugal.onnx",
@@ -36,7 +38,26 @@ pub const OPTIONAL: [&str; 9] = [
 /// The files whose bytes are part of the base's identity.
 const IDENTITY: [&str; 3] = ["weights.bin", "tokenizer.json", "chat_template.jinja"];
 
-/// What a package says about itself.
+/// What a package is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PackageKind {
+    /// Generates, scores and trains. Its manifest has no `kind`: packages of before there were two stay as they are.
+    Decoder,
+    /// Classifies whole texts (`encoder.rs`).
+    Encoder,
+}
+
+impl fmt::Display for PackageKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Decoder => "decoder",
+            Self::Encoder => "encoder",
+        })
+    }
+}
+
+/// What a decoder's package says about itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -122,6 +143,17 @@ pub enum ManifestError {
         /// The version found, as written.
         got: String,
     },
+    /// The package is made for something else.
+    #[error("{MANIFEST} must be of kind {expected}, got {got}")]
+    Kind {
+        /// What is wanted.
+        expected: PackageKind,
+        /// What the manifest says.
+        got: String,
+    },
+    /// The `[encoder]` table cannot be true.
+    #[error("{MANIFEST} describes an impossible encoder")]
+    Encoder(#[from] EncoderError),
     /// The `[model]`, `[quantization]` or `[tokens]` table cannot be true.
     #[error("{MANIFEST} describes an impossible model")]
     Model(#[from] ModelError),
@@ -153,14 +185,8 @@ pub enum ManifestError {
 impl Manifest {
     /// Reads and checks a manifest's text; the files themselves are not looked at.
     pub fn parse(text: &str) -> Result<Self, ManifestError> {
-        let table: toml::Table = text.parse().map_err(ManifestError::Syntax)?;
-        // The version comes first: another version's unknown keys are no news.
-        match table.get("format") {
-            Some(toml::Value::Integer(format)) if *format == i64::from(FORMAT) => {}
-            Some(other) => return Err(ManifestError::Format { got: other.to_string() }),
-            None => return Err(ManifestError::Format { got: "none".into() }),
-        }
-        let manifest: Self = toml::from_str(text).map_err(ManifestError::Syntax)?;
+        check_kind(text, PackageKind::Decoder)?;
+        let manifest: Self = read_toml(text)?;
         manifest.check()?;
         Ok(manifest)
     }
@@ -171,16 +197,7 @@ impl Manifest {
         self.quantization.check()?;
         self.tokens.check(self.model.vocab_size)?;
         self.layout()?;
-        for file in REQUIRED {
-            if !self.files.contains_key(file) {
-                return Err(ManifestError::Unlisted { file });
-            }
-        }
-        for file in self.files.keys() {
-            if !REQUIRED.contains(&file.as_str()) && !OPTIONAL.contains(&file.as_str()) {
-                return Err(ManifestError::Unknown { file: file.clone() });
-            }
-        }
+        check_files(&self.files, &REQUIRED, &OPTIONAL)?;
         let (expected, got) = (self.identify(), self.base);
         if expected == got { Ok(()) } else { Err(ManifestError::Base { expected, got }) }
     }
@@ -223,6 +240,49 @@ impl Manifest {
     /// The default adapter's tensors.
     pub fn layout(&self) -> Result<AdapterLayout, LayoutError> {
         layout(&self.model, &self.adapter)
+    }
+}
+
+/// Checks the version and the kind, before anything else is asked of a text.
+pub(crate) fn check_kind(text: &str, expected: PackageKind) -> Result<(), ManifestError> {
+    match (expected, kind_of(text)?) {
+        (PackageKind::Decoder, None) => Ok(()),
+        (PackageKind::Encoder, Some(kind)) if kind == PackageKind::Encoder.to_string() => Ok(()),
+        (_, got) => {
+            let got = got.unwrap_or_else(|| PackageKind::Decoder.to_string());
+            Err(ManifestError::Kind { expected, got })
+        }
+    }
+}
+
+/// The kind that a manifest of this version says, if it says one.
+pub(crate) fn kind_of(text: &str) -> Result<Option<String>, ManifestError> {
+    let table: toml::Table = text.parse().map_err(ManifestError::Syntax)?;
+    // The version comes first: another version's unknown keys are no news.
+    match table.get("format") {
+        Some(toml::Value::Integer(format)) if *format == i64::from(FORMAT) => {}
+        Some(other) => return Err(ManifestError::Format { got: other.to_string() }),
+        None => return Err(ManifestError::Format { got: "none".into() }),
+    }
+    Ok(table.get("kind").map(|kind| kind.as_str().map_or_else(|| kind.to_string(), str::to_owned)))
+}
+
+pub(crate) fn read_toml<T: DeserializeOwned>(text: &str) -> Result<T, ManifestError> {
+    toml::from_str(text).map_err(ManifestError::Syntax)
+}
+
+/// Checks the names under `[files]`.
+pub(crate) fn check_files(
+    files: &BTreeMap<String, Hash>,
+    required: &[&'static str],
+    optional: &[&'static str],
+) -> Result<(), ManifestError> {
+    if let Some(&file) = required.iter().find(|&&file| !files.contains_key(file)) {
+        return Err(ManifestError::Unlisted { file });
+    }
+    match files.keys().find(|file| !required.contains(&file.as_str()) && !optional.contains(&file.as_str())) {
+        Some(file) => Err(ManifestError::Unknown { file: file.clone() }),
+        None => Ok(()),
     }
 }
 

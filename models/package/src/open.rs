@@ -1,6 +1,7 @@
 //! Opens a package: reads the manifest (`manifest.rs`), verifies the hash of every file. The runtime and every
 //! process that names a base begin here.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use std::path::{Path, PathBuf};
 use commonweal_adapter::AdapterLayout;
 use serde::{Deserialize, Serialize};
 
-use crate::manifest::{Hash, MANIFEST, Manifest, ManifestError, OPTIONAL, REQUIRED};
+use crate::manifest::{Hash, MANIFEST, Manifest, ManifestError, OPTIONAL, PackageKind, REQUIRED, kind_of};
 
 /// Longest manifest read. A real one is under 2 kB.
 const MANIFEST_BYTES_MAX: u64 = 1 << 20;
@@ -37,7 +38,7 @@ impl TrainGraph {
     }
 }
 
-/// A package whose every file has the hash that its manifest says.
+/// A decoder's package whose every file has the hash that its manifest says.
 #[derive(Clone, Debug)]
 pub struct Package {
     directory: PathBuf,
@@ -94,14 +95,7 @@ impl Package {
     /// Opens a package directory and verifies every file; reads each once from start to end.
     pub fn open(directory: impl Into<PathBuf>) -> Result<Self, OpenError> {
         let package = Self::open_base(directory)?;
-        for file in OPTIONAL {
-            let path = package.directory.join(file);
-            match package.manifest.files.get(file) {
-                Some(&expected) => verify(path, expected)?,
-                None if path.exists() => return Err(OpenError::Unlisted { path }),
-                None => {}
-            }
-        }
+        verify_files(&package.directory, &package.manifest.files, &OPTIONAL)?;
         Ok(package)
     }
 
@@ -109,15 +103,11 @@ impl Package {
     /// in place of a damaged one.
     pub fn open_base(directory: impl Into<PathBuf>) -> Result<Self, OpenError> {
         let directory = directory.into();
-        let text = read_manifest(&directory.join(MANIFEST))?;
+        let text = read_manifest(&directory)?;
         let wrong = |source| OpenError::Manifest { directory: directory.clone(), source };
         let manifest = Manifest::parse(&text).map_err(wrong)?;
         let layout = manifest.layout().map_err(|error| wrong(error.into()))?;
-        for (file, &expected) in &manifest.files {
-            if REQUIRED.contains(&file.as_str()) {
-                verify(directory.join(file), expected)?;
-            }
-        }
+        verify_files(&directory, &manifest.files, &REQUIRED)?;
         Ok(Self { directory, manifest, layout })
     }
 
@@ -194,7 +184,19 @@ fn open_file(path: &Path) -> Result<File, OpenError> {
     File::open(path).map_err(missing)
 }
 
-fn read_manifest(path: &Path) -> Result<String, OpenError> {
+/// What the package in a directory is made for, by its manifest alone.
+pub fn package_kind(directory: &Path) -> Result<PackageKind, OpenError> {
+    let wrong = |source| OpenError::Manifest { directory: directory.into(), source };
+    match kind_of(&read_manifest(directory)?).map_err(wrong)? {
+        None => Ok(PackageKind::Decoder),
+        Some(kind) if kind == PackageKind::Encoder.to_string() => Ok(PackageKind::Encoder),
+        Some(got) => Err(wrong(ManifestError::Kind { expected: PackageKind::Encoder, got })),
+    }
+}
+
+/// The text of a package's manifest.
+pub(crate) fn read_manifest(directory: &Path) -> Result<String, OpenError> {
+    let path = &directory.join(MANIFEST);
     let read = |source| OpenError::Read { path: path.into(), source };
     let mut text = String::new();
     open_file(path)?.take(MANIFEST_BYTES_MAX + 1).read_to_string(&mut text).map_err(read)?;
@@ -202,6 +204,23 @@ fn read_manifest(path: &Path) -> Result<String, OpenError> {
         return Err(read(io::Error::other(format!("longer than {MANIFEST_BYTES_MAX} bytes"))));
     }
     Ok(text)
+}
+
+/// Verifies each of these files that the manifest lists; one that lies there unlisted is refused.
+pub(crate) fn verify_files(
+    directory: &Path,
+    files: &BTreeMap<String, Hash>,
+    names: &[&str],
+) -> Result<(), OpenError> {
+    for &name in names {
+        let path = directory.join(name);
+        match files.get(name) {
+            Some(&expected) => verify(path, expected)?,
+            None if path.exists() => return Err(OpenError::Unlisted { path }),
+            None => {}
+        }
+    }
+    Ok(())
 }
 
 fn verify(path: PathBuf, expected: Hash) -> Result<(), OpenError> {

@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 
-use crate::manifest::{AdapterDefaults, FORMAT, Hash, MANIFEST, Manifest, ManifestError, OPTIONAL, REQUIRED};
+use crate::encoder::{ENCODER_OPTIONAL, ENCODER_REQUIRED, EncoderConfig, EncoderManifest};
+use crate::manifest::{
+    AdapterDefaults, FORMAT, Hash, MANIFEST, Manifest, ManifestError, OPTIONAL, PackageKind, REQUIRED,
+};
 use crate::model::{ModelConfig, Quantization, Tokens};
 use crate::open::{OpenError, Package, hash_file};
 use crate::staging::{Staging, StagingError, replace};
@@ -23,6 +26,17 @@ pub struct Facts {
     pub adapter: AdapterDefaults,
     /// Special tokens.
     pub tokens: Tokens,
+}
+
+/// What an encoder's manifest says beyond hashes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EncoderFacts {
+    /// SPDX expression of the model's licence, where it is known.
+    pub licence: Option<String>,
+    /// Dimensions, labels and limits.
+    pub encoder: EncoderConfig,
+    /// How the weights are stored.
+    pub quantization: Quantization,
 }
 
 /// Why a package was not written. Nothing of it is left behind.
@@ -52,13 +66,19 @@ pub enum WriteError {
 #[derive(Debug)]
 pub struct PackageWriter {
     staging: Staging,
+    kind: PackageKind,
     files: Vec<String>,
 }
 
 impl PackageWriter {
-    /// Begins a package at `out`, which must be free or an empty directory; missing parents are made.
+    /// Begins a decoder's package at `out`, which must be free or an empty directory; missing parents are made.
     pub fn create(out: &Path) -> Result<Self, WriteError> {
-        Ok(Self { staging: Staging::create(out)?, files: Vec::new() })
+        Self::create_kind(PackageKind::Decoder, out)
+    }
+
+    /// Begins a package of either kind.
+    pub fn create_kind(kind: PackageKind, out: &Path) -> Result<Self, WriteError> {
+        Ok(Self { staging: Staging::create(out)?, kind, files: Vec::new() })
     }
 
     /// Writes one file of the package: `fill` gets it open, and its final path for messages.
@@ -67,7 +87,11 @@ impl PackageWriter {
         name: &str,
         fill: impl FnOnce(&mut File, &Path) -> Result<(), E>,
     ) -> Result<(), E> {
-        if !REQUIRED.contains(&name) && !OPTIONAL.contains(&name) {
+        let (required, optional): (&[&str], &[&str]) = match self.kind {
+            PackageKind::Decoder => (&REQUIRED, &OPTIONAL),
+            PackageKind::Encoder => (&ENCODER_REQUIRED, &ENCODER_OPTIONAL),
+        };
+        if !required.contains(&name) && !optional.contains(&name) {
             return Err(WriteError::Name { name: name.into() }.into());
         }
         self.staging.write(name, fill)?;
@@ -83,13 +107,9 @@ impl PackageWriter {
         })
     }
 
-    /// Hashes the files, writes the manifest and gives the directory its name.
+    /// Hashes the files, writes a decoder's manifest and gives the directory its name.
     pub fn finish(self, facts: Facts) -> Result<Manifest, WriteError> {
-        let mut files = BTreeMap::new();
-        for name in self.files {
-            let hash = hash_file(&self.staging.path().join(&name))?;
-            files.insert(name, hash);
-        }
+        let files = self.hashes()?;
         let Facts { licence, model, quantization, adapter, tokens } = facts;
         let base = Hash([0; 32]);
         let mut manifest =
@@ -99,6 +119,23 @@ impl PackageWriter {
         self.staging.write_bytes(MANIFEST, toml::to_string(&manifest)?.as_bytes())?;
         self.staging.publish()?;
         Ok(manifest)
+    }
+
+    /// Hashes the files, writes an encoder's manifest and gives the directory its name.
+    pub fn finish_encoder(self, facts: EncoderFacts) -> Result<EncoderManifest, WriteError> {
+        let (format, kind, base, files) = (FORMAT, PackageKind::Encoder, Hash([0; 32]), self.hashes()?);
+        let EncoderFacts { licence, encoder, quantization } = facts;
+        let mut manifest = EncoderManifest { format, kind, licence, base, encoder, quantization, files };
+        manifest.base = manifest.identify();
+        manifest.check()?;
+        self.staging.write_bytes(MANIFEST, toml::to_string(&manifest)?.as_bytes())?;
+        self.staging.publish()?;
+        Ok(manifest)
+    }
+
+    fn hashes(&self) -> Result<BTreeMap<String, Hash>, WriteError> {
+        let hash = |name: &String| Ok((name.clone(), hash_file(&self.staging.path().join(name))?));
+        self.files.iter().map(hash).collect()
     }
 }
 

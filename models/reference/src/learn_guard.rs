@@ -1,6 +1,6 @@
 //! Guard rows → tokens with weights. `learn.rs` trains on them.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use commonweal_runtime::{Model, TrainingRow};
 use commonweal_safety::{GuardConfig, Questions};
 
@@ -13,12 +13,16 @@ const CATEGORY_WEIGHT: f32 = 0.3;
 /// prompts alone as for pairs, so that the guard does not learn how often a source says "unsafe".
 pub(crate) fn guard_rows(model: &Model, config: &GuardConfig, rows: &[GuardRow]) -> Result<Vec<TrainingRow>> {
     let questions = Questions::new(model.tokenizer(), config, model.context())?;
+    ensure!(
+        !questions.asks_by_category(),
+        "a guard that is asked about each category cannot be trained here"
+    );
     let kind = |row: &GuardRow| (row.response.is_some(), row.is_unsafe());
     let count = |wanted| rows.iter().filter(|row| kind(row) == wanted).count();
     let mut learned = Vec::with_capacity(rows.len());
     for row in rows {
-        let windows = questions.windows(model.tokenizer(), row.pair())?;
-        let [window] = windows.as_slice() else { continue };
+        let asked = questions.asked(model.tokenizer(), row.pair())?;
+        let Some([window]) = asked.first().map(Vec::as_slice) else { continue };
         let (with_response, is_unsafe) = kind(row);
         let (same, other) = (count((with_response, is_unsafe)), count((with_response, !is_unsafe)));
         let balance = (same + other) as f32 / (2 * same) as f32;

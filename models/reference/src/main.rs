@@ -7,13 +7,15 @@
 
 use std::{fs, num::NonZeroUsize, path::PathBuf, process::ExitCode};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use commonweal_adapter::{Adapter, disk::AdapterKind};
-use commonweal_package::Package;
-use commonweal_runtime::{Cancel, DeviceError, Devices, Library, LibraryError, Model, OpenOptions};
+use commonweal_package::{EncoderPackage, Package};
+use commonweal_runtime::{
+    Cancel, Classifier, ClassifyOptions, DeviceError, Devices, Library, LibraryError, Model, OpenOptions,
+};
 use commonweal_safety::{
-    ConfigError, Constitution, ConstitutionError, Guard, GuardConfig, Reviser, calibrate::Target,
+    ConfigError, Constitution, ConstitutionError, Guard, GuardConfig, Kind, Reviser, calibrate::Target,
 };
 use serde_json::json;
 
@@ -144,7 +146,7 @@ struct TrainFiles {
 
 #[derive(Args)]
 struct GuardFiles {
-    /// The compiled package of the base
+    /// The compiled package of the base, or of the guard itself
     #[arg(long)]
     package: PathBuf,
     /// The guard's configuration
@@ -194,8 +196,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
 
 fn run(cli: Cli) -> Result<()> {
     let progress = Progress::new(cli.json);
+    let library = || Library::load_with(cli.library.as_deref(), cli.threads);
     let open = |package: &PathBuf| -> Result<Model> {
-        let library = Library::load_with(cli.library.as_deref(), cli.threads)?;
+        let library = library()?;
         if let Some(provider) = &cli.provider {
             library.add_provider(provider)?;
         }
@@ -226,13 +229,12 @@ fn run(cli: Cli) -> Result<()> {
                 TargetArg::Recall => Target::Recall(reach),
                 TargetArg::Precision => Target::Precision(reach),
             };
-            let model = open(&guard.package)?;
             let text = read_text(&guard.config)?;
             let mut config = GuardConfig::from_toml(&text)?;
             // Every row gets a category, so that each category's rows can be counted.
             config.threshold = f64::MIN_POSITIVE;
             config.categories.iter_mut().for_each(|category| category.threshold = None);
-            let judge = guard.open(&model, config.clone())?;
+            let (judge, _) = guard.open(&library()?, config.clone())?;
             let judgements = calibrate::judge(&judge, &rows, progress)?;
             let (calibrated, measured) =
                 calibrate::calibrate(&config, &rows, &judgements, target, per_category)?;
@@ -245,9 +247,8 @@ fn run(cli: Cli) -> Result<()> {
             if rows.is_empty() && reviser_rows.is_none() {
                 bail!("nothing to evaluate: give --rows or --reviser with --reviser-rows");
             }
-            let model = open(&guard.package)?;
             let config = GuardConfig::from_toml(&read_text(&guard.config)?)?;
-            let judge = guard.open(&model, config)?;
+            let (judge, model) = guard.open(&library()?, config)?;
             for path in rows {
                 let evaluation = evaluate::evaluate(&judge, &rows::read(&path)?, progress)?;
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -259,6 +260,7 @@ fn run(cli: Cli) -> Result<()> {
             }
             if let Some(path) = reviser_rows {
                 let constitution = Constitution::from_toml(&read_text(&constitution)?)?;
+                let model = model.context("a classifier revises nothing: --package must be a base")?;
                 let adapter =
                     reviser.map(|file| read_adapter(&file, &model, AdapterKind::Reviser)).transpose()?;
                 let reviser = Reviser::open(&model, constitution, adapter.as_ref())?;
@@ -295,10 +297,20 @@ impl TrainFiles {
 }
 
 impl GuardFiles {
-    fn open(&self, model: &Model, config: GuardConfig) -> Result<Guard> {
+    /// `--package` is the guard's own, whatever path the configuration gives to others. The model is open besides,
+    /// where the guard is one that is asked.
+    fn open(&self, library: &Library, mut config: GuardConfig) -> Result<(Guard, Option<Model>)> {
+        if config.kind == Kind::Classifier {
+            ensure!(self.guard.is_none(), "a classifier has no adapter, got --guard");
+            let package = EncoderPackage::open(&self.package)?;
+            let classifier = Classifier::open(library, &package, ClassifyOptions::default())?;
+            return Ok((Guard::of_classifier(classifier, config)?, None));
+        }
+        let model = Model::open(library, &Package::open_base(&self.package)?, OpenOptions::default())?;
+        config.package = None;
         let adapter =
-            self.guard.as_ref().map(|file| read_adapter(file, model, AdapterKind::Guard)).transpose()?;
-        Ok(Guard::open(model, config, adapter.as_ref(), &Cancel::new())?)
+            self.guard.as_ref().map(|file| read_adapter(file, &model, AdapterKind::Guard)).transpose()?;
+        Ok((Guard::open(&model, config, adapter.as_ref(), &Cancel::new())?, Some(model)))
     }
 }
 

@@ -3,6 +3,7 @@
 //! In the order of the flow: a [`library`] is loaded and a [`device`] chosen ([`choose`]), a package is opened as a [`model`], an adapter is prepared for it
 //! ([`adapt`]), text becomes tokens ([`template`], [`conversation`], [`tokenize`]), which are run ([`generate`],
 //! [`score`], with a shared [`prefix`]) or learned from ([`train`], [`preference`], [`train_state`]). Every long call takes a [`cancel`] handle.
+//! An encoder's package is opened and run by [`classify`] alone.
 //!
 //! It opens no socket and writes no file. It never logs a person's text.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp, reason = "a failed test may panic"))]
@@ -32,10 +33,12 @@ pub mod preference;
 pub mod train_state;
 pub mod memory;
 pub mod measure;
+pub mod classify;
 
 pub use adapt::{AdaptError, PreparedAdapter};
 pub use cancel::Cancel;
 pub use choose::{Choice, DeviceError, Offer};
+pub use classify::{Classifier, ClassifyError, ClassifyOptions};
 pub use conversation::{Chat, ConversationError, Prompt, TrainingRow};
 pub use device::{Device, Devices, ParseDeviceError};
 pub use generate::{GenerateOptions, Generated, StopReason};

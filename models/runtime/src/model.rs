@@ -87,6 +87,14 @@ pub enum OpenError {
         /// Tokens of the tokenizer.
         got: usize,
     },
+    /// A classifier's special tokens leave no room for texts.
+    #[error("tokenizer must put 1 to {} special tokens around texts, got {got}", context.saturating_sub(2))]
+    Frame {
+        /// Longest row in tokens.
+        context: usize,
+        /// The special tokens.
+        got: usize,
+    },
     /// The runtime library refused a graph.
     #[error("graph {graph} does not open")]
     Graph {
@@ -290,7 +298,7 @@ fn open_infer(
     path: &Path,
     adapted: bool,
 ) -> Result<Session, OpenError> {
-    let session = open_session(library, frozen, path, true)?;
+    let session = open_session(library, Some(frozen), path, true)?;
     let wanted = ["input_ids", "seqlens_k", "total_seq", "logit_rows"].map(String::from);
     let layers = 0..package.manifest().model.layers;
     let cached = layers.clone().map(|layer| format!("past.{layer}.key"));
@@ -306,7 +314,7 @@ fn open_train(
     graph: TrainGraph,
 ) -> Result<Session, OpenError> {
     let path = package.train_graph(graph).ok_or(OpenError::Absent { file: graph.file() })?;
-    let session = open_session(library, frozen, &path, false)?;
+    let session = open_session(library, Some(frozen), &path, false)?;
     let wanted = ["input_ids", "targets", "weights", "lora_scale"].map(String::from);
     let adapter = package.layout().tensors().into_iter().map(|spec| spec.name());
     require(&session, &path, wanted.into_iter().chain(adapter), &["loss", "token_logprob"])?;
@@ -315,9 +323,9 @@ fn open_train(
 
 /// `memory_pattern` plans memory once for a shape that repeats: decoding has one, training does not, and pays with
 /// twice the memory. Devices with memory of their own load the weights themselves.
-fn open_session(
+pub(crate) fn open_session(
     library: &Library,
-    frozen: &Frozen,
+    frozen: Option<&Frozen>,
     path: &Path,
     memory_pattern: bool,
 ) -> Result<Session, OpenError> {
@@ -331,18 +339,20 @@ fn open_session(
         Ok::<_, ort::Error>(builder)
     };
     let mut builder = builder().map_err(failed)?;
-    if library.device() == Device::Cpu {
+    if let (Some(frozen), Device::Cpu) = (frozen, library.device()) {
         builder = frozen.lend(path, builder).map_err(|error| match error {
             LendError::Frozen(source) => OpenError::Frozen { graph: graph(), source },
             LendError::Engine(source) => failed(source),
         })?;
     }
     let session = builder.commit_from_file(path).map_err(failed)?;
-    frozen.rest();
+    if let Some(frozen) = frozen {
+        frozen.rest();
+    }
     Ok(session)
 }
 
-fn require(
+pub(crate) fn require(
     session: &Session,
     path: &Path,
     inputs: impl IntoIterator<Item = String>,

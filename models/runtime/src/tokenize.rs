@@ -3,7 +3,7 @@
 
 use std::{borrow::Cow, path::Path};
 
-use tokenizers::Encoding;
+use tokenizers::{Encoding, PostProcessor};
 
 /// The package's tokenizer.
 #[derive(Debug, Clone)]
@@ -29,6 +29,15 @@ pub enum TokenizeError {
     Encode {
         /// Length of the text.
         bytes: usize,
+        /// What the tokenizer said.
+        #[source]
+        source: tokenizers::Error,
+    },
+    /// The special tokens could not be put around a text.
+    #[error("{tokens} tokens take no special tokens around them")]
+    Frame {
+        /// Number of tokens.
+        tokens: usize,
         /// What the tokenizer said.
         #[source]
         source: tokenizers::Error,
@@ -74,6 +83,17 @@ impl Tokenizer {
 
     pub(crate) fn encode_with_offsets(&self, text: &str) -> Result<Encoding, TokenizeError> {
         self.inner.encode(text, false).map_err(|source| TokenizeError::Encode { bytes: text.len(), source })
+    }
+
+    /// Special tokens that stand around a text, or around a text and its pair.
+    pub(crate) fn frame_tokens(&self, is_pair: bool) -> usize {
+        self.inner.get_post_processor().map_or(0, |frame| frame.added_tokens(is_pair))
+    }
+
+    /// An encoded text, or a text and its pair, with the special tokens around them.
+    pub(crate) fn frame(&self, first: Encoding, second: Option<Encoding>) -> Result<Encoding, TokenizeError> {
+        let tokens = first.len() + second.as_ref().map_or(0, Encoding::len);
+        self.inner.post_process(first, second, true).map_err(|source| TokenizeError::Frame { tokens, source })
     }
 
     /// The text of tokens, without special tokens. Bytes that are no UTF-8 become U+FFFD.

@@ -67,15 +67,59 @@ impl fmt::Display for CategoryId {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Category {
-    /// Identifier, shared with the constitution and the device's policy.
+    /// Identifier, shared with the constitution and the device's policy. Two of a guard's categories may be one of
+    /// ours: they share an identifier, and each has a code.
     pub id: CategoryId,
-    /// For people.
+    /// The guard's own short name for it, such as `S5`; the label where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<String>,
+    /// For people, and for templates.
     pub name: String,
-    /// What the guard writes after `category_lead`. Its first token must differ from every other label's.
+    /// What the guard writes after `category_lead`. Its first token must differ from every other label's. Absent
+    /// where the guard is asked about each category.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub label: String,
+    /// What it covers, for templates that say so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// Where the guard knows it only of prompts, or only of pairs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub only: Option<AskedAbout>,
     /// Unsafe from this calibrated probability on; the guard's own `threshold` where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub threshold: Option<f64>,
+}
+
+/// What a guard is asked about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AskedAbout {
+    /// A prompt alone.
+    Prompt,
+    /// A prompt with its response.
+    Pair,
+}
+
+impl AskedAbout {
+    /// Whether something that is meant for `only` one of them, or for both, applies.
+    pub(crate) fn applies(only: Option<Self>, with_response: bool) -> bool {
+        only.is_none_or(|only| (only == Self::Pair) == with_response)
+    }
+}
+
+impl Category {
+    /// The guard's own name for it.
+    pub fn code(&self) -> &str {
+        self.code.as_deref().unwrap_or_else(|| self.label.trim())
+    }
+
+    /// A template's text with this category written into it.
+    pub(crate) fn fill(&self, text: &str) -> String {
+        let description = self.description.as_deref().unwrap_or_default();
+        text.replace("{code}", self.code())
+            .replace("{name}", &self.name)
+            .replace("{description}", description)
+    }
 }
 
 #[cfg(test)]

@@ -1,19 +1,21 @@
 //! `guard.toml`: how a guard is asked, what it may answer, and how its answer becomes a probability.
 //!
-//! Read by [`crate::Guard::open`]. A Llama-Guard-like model is another file of this form, not other code.
-
-use std::collections::BTreeSet;
+//! Read by [`crate::Guard::open`]. A Llama-Guard-like model is another file of this form, not other code; for the
+//! published ones `preset.rs` fills in what their authors fixed.
 
 use serde::{Deserialize, Serialize};
 
-use crate::{calibrate::Platt, category::Category};
+use crate::{
+    calibrate::Platt,
+    category::{AskedAbout, Category, CategoryId},
+    preset,
+    problem::{Problem, list},
+};
 
 /// A guard's policy, answers and layouts fit in a few kilobytes; more is a wrong file.
 const FILE_BYTES_MAX: usize = 256 * 1024;
-/// Llama Guard 3 has 14 categories; 64 leaves room for a finer taxonomy.
-const CATEGORIES_MAX: usize = 64;
-/// A window of text for one judgement: no model of ours reads more than this at once.
-const WINDOW_TOKENS_MAX: usize = 32_768;
+/// Where a template describes one category.
+const CATEGORY_PLACES: [&str; 3] = ["{code}", "{name}", "{description}"];
 
 /// The file `guard.toml`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,82 +25,103 @@ pub struct GuardConfig {
     pub format: u32,
     /// For people.
     pub name: String,
-    /// The adapter's file in the package; absent when the base itself is the guard.
+    /// What kind of model the guard is.
+    #[serde(default, skip_serializing_if = "Kind::is_question")]
+    pub kind: Kind,
+    /// The guard's own package, where it is not an adapter over the base: a path, from the base's package if relative.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub package: Option<String>,
+    /// The adapter's file in the guard's package; absent when the model itself is the guard.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adapter: Option<String>,
-    /// The text before every question, special tokens included. Its cache is computed once.
+    /// The text before every question, special tokens included. Its cache is computed once. A classifier has none.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub policy: String,
-    /// The answer for a safe text. Its first token must differ from that of `unsafe_label`.
+    /// The answer for a safe text. Its first token must differ from that of `unsafe_label`. A classifier's label for
+    /// one, where it has such a label.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub safe_label: String,
-    /// The answer for an unsafe text.
+    /// The answer for an unsafe text. A classifier's label for one, where it has one that is of no category.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub unsafe_label: String,
+    /// Further answers that count as safe.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub also_safe: Vec<String>,
+    /// Further answers that count as unsafe.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub also_unsafe: Vec<String>,
+    /// Whether each answer must be one token. Otherwise its first token stands for it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub whole_answers: bool,
+    /// Tokens that the templates write and the tokenizer must have; another model's would read them as letters.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub special_tokens: Vec<String>,
     /// What stands between `unsafe_label` and a category's label.
     #[serde(default)]
     pub category_lead: String,
+    /// One line of the list that `{categories}` in a template stands for; `{code}`, `{name}` and `{description}` are
+    /// the category's.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub category_line: String,
     /// Unsafe from this calibrated probability on, for categories without their own.
     pub threshold: f64,
-    /// Tokens of a prompt that are judged at once. A longer one is judged in windows, the worst counts.
+    /// Tokens of a prompt that are judged at once. A longer one is judged in windows, the worst counts. A classifier
+    /// reads as much as it can.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub prompt_tokens_max: usize,
     /// Tokens of a response that are judged at once, likewise.
+    #[serde(default, skip_serializing_if = "is_zero")]
     pub response_tokens_max: usize,
+    /// Whether a classifier that knows no pairs reads prompt and response each by itself; the worse counts.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub separate_texts: bool,
     /// Asked about a prompt alone.
+    #[serde(default)]
     pub prompt: Layout,
     /// Asked about a prompt with its response.
+    #[serde(default)]
     pub pair: Layout,
     /// The kinds of harm; none when the guard only says safe or unsafe.
     #[serde(default)]
     pub categories: Vec<Category>,
 }
 
+/// What kind of model a guard is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// A causal model that is asked, and answers with a token.
+    #[default]
+    Question,
+    /// An encoder that gives every label a probability; in a package of its own.
+    Classifier,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
+fn is_zero(number: &usize) -> bool {
+    *number == 0
+}
+
+impl Kind {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde calls")]
+    fn is_question(&self) -> bool {
+        *self == Self::Question
+    }
+}
+
 /// One question: how the text is laid out, and the calibration of the answer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Layout {
     /// Text with `{prompt}` and, for a pair, `{response}`, each once and in this order. Special tokens written
-    /// here are special; the same characters in a person's text are not.
+    /// here are special; the same characters in a person's text are not. `{categories}` is the list of categories.
+    /// With `{code}`, `{name}` or `{description}` the guard is asked about each category in turn. A classifier has
+    /// none: it reads the texts as its tokenizer frames them.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub template: String,
     /// From the raw log-odds of the labels to a probability.
     #[serde(default)]
     pub calibration: Platt,
-}
-
-/// Where in a file a problem is, for example `categories[3].label`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place(pub String);
-
-/// One thing that is wrong with a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
-    /// Where.
-    pub place: Place,
-    /// What was expected, and what was got.
-    pub message: String,
-}
-
-impl std::fmt::Display for Problem {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}: {}", self.place.0, self.message)
-    }
-}
-
-/// Collects every problem of a file, so that a person corrects it once.
-#[derive(Debug, Default)]
-pub(crate) struct Problems(Vec<Problem>);
-
-impl Problems {
-    pub(crate) fn require(&mut self, holds: bool, place: impl Into<String>, message: impl Into<String>) {
-        if !holds {
-            self.0.push(Problem { place: Place(place.into()), message: message.into() });
-        }
-    }
-
-    pub(crate) fn into_result(self) -> Result<(), Vec<Problem>> {
-        if self.0.is_empty() { Ok(()) } else { Err(self.0) }
-    }
-}
-
-pub(crate) fn list(problems: &[Problem]) -> String {
-    problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 }
 
 /// Why `guard.toml` cannot be used.
@@ -113,18 +136,31 @@ pub enum ConfigError {
     /// Not TOML, or a field is missing, unknown or of another type.
     #[error("guard configuration does not parse")]
     Parse(#[source] toml::de::Error),
+    /// No preset has this name.
+    #[error("guard form {form:?} is not known, expected one of {}", known.join(", "))]
+    UnknownForm {
+        /// What the file says.
+        form: String,
+        /// The presets.
+        known: Vec<&'static str>,
+    },
     /// Every value that is out of its range.
     #[error("guard configuration is not valid: {}", list(.0))]
     Invalid(Vec<Problem>),
 }
 
 impl GuardConfig {
-    /// Parses and validates `guard.toml`.
+    /// Parses and validates `guard.toml`, written out or with a preset's name as `form`.
     pub fn from_toml(text: &str) -> Result<Self, ConfigError> {
         if text.len() > FILE_BYTES_MAX {
             return Err(ConfigError::TooLarge { bytes: text.len() });
         }
-        let config: Self = toml::from_str(text).map_err(ConfigError::Parse)?;
+        let file: toml::Table = toml::from_str(text).map_err(ConfigError::Parse)?;
+        let config = if file.contains_key("form") {
+            preset::expand(file)?
+        } else {
+            toml::from_str(text).map_err(ConfigError::Parse)?
+        };
         config.validate().map_err(ConfigError::Invalid)?;
         Ok(config)
     }
@@ -135,7 +171,7 @@ impl GuardConfig {
     }
 
     /// The threshold for a category, or the guard's own.
-    pub fn threshold_for(&self, category: Option<&crate::CategoryId>) -> f64 {
+    pub fn threshold_for(&self, category: Option<&CategoryId>) -> f64 {
         category
             .and_then(|id| self.categories.iter().find(|c| c.id == *id))
             .and_then(|c| c.threshold)
@@ -147,96 +183,57 @@ impl GuardConfig {
         self.categories.iter().filter_map(|c| c.threshold).fold(self.threshold, f64::min)
     }
 
-    /// Checks every value; all problems come back at once.
-    pub fn validate(&self) -> Result<(), Vec<Problem>> {
-        let mut problems = Problems::default();
-        problems.require(self.format == 1, "format", format!("expected 1, got {}", self.format));
-        problems.require(!self.safe_label.is_empty(), "safe_label", "expected text, got nothing");
-        problems.require(!self.unsafe_label.is_empty(), "unsafe_label", "expected text, got nothing");
-        problems.require(
-            self.safe_label != self.unsafe_label,
-            "unsafe_label",
-            "expected another text than safe_label",
-        );
-        check_probability(&mut problems, "threshold", self.threshold);
-        for (place, tokens) in
-            [("prompt_tokens_max", self.prompt_tokens_max), ("response_tokens_max", self.response_tokens_max)]
-        {
-            problems.require(
-                (1..=WINDOW_TOKENS_MAX).contains(&tokens),
-                place,
-                format!("expected 1 to {WINDOW_TOKENS_MAX}, got {tokens}"),
-            );
-        }
-        if let Some(adapter) = &self.adapter {
-            let inside = !adapter.is_empty()
-                && !adapter.starts_with(['/', '\\'])
-                && adapter.split(['/', '\\']).all(|part| !part.is_empty() && part != "..");
-            problems.require(inside, "adapter", "expected a path inside the package");
-        }
-        check_layout(&mut problems, "prompt", &self.prompt, false);
-        check_layout(&mut problems, "pair", &self.pair, true);
-        problems.require(
-            self.categories.len() <= CATEGORIES_MAX,
-            "categories",
-            format!("expected at most {CATEGORIES_MAX}, got {}", self.categories.len()),
-        );
-        let (mut ids, mut labels) = (BTreeSet::new(), BTreeSet::new());
-        for (i, category) in self.categories.iter().enumerate() {
-            let place = |field: &str| format!("categories[{i}].{field}");
-            problems.require(ids.insert(&category.id), place("id"), format!("{} occurs twice", category.id));
-            problems.require(!category.label.is_empty(), place("label"), "expected text, got nothing");
-            problems.require(
-                labels.insert(&category.label),
-                place("label"),
-                format!("{:?} occurs twice", category.label),
-            );
-            if let Some(threshold) = category.threshold {
-                check_probability(&mut problems, place("threshold"), threshold);
+    /// Every answer with its field, the safe ones first; whether it is an unsafe one.
+    pub(crate) fn answers(&self) -> Vec<(String, &str, bool)> {
+        let mut answers = Vec::new();
+        for (first, label, field, others, is_unsafe) in [
+            (&self.safe_label, "safe_label", "also_safe", &self.also_safe, false),
+            (&self.unsafe_label, "unsafe_label", "also_unsafe", &self.also_unsafe, true),
+        ] {
+            // A classifier may have no label of a side.
+            if self.kind == Kind::Question || !first.is_empty() {
+                answers.push((label.to_owned(), first.as_str(), is_unsafe));
+            }
+            for (i, other) in others.iter().enumerate() {
+                answers.push((format!("{field}[{i}]"), other.as_str(), is_unsafe));
             }
         }
-        problems.into_result()
+        answers
+    }
+
+    /// Whether each category is a question of its own.
+    pub(crate) fn asks_by_category(&self) -> bool {
+        self.pair.asks_by_category()
+    }
+
+    /// The questions about a prompt or a pair, categories written in: one, or one for each category.
+    pub(crate) fn templates(&self, with_response: bool) -> Vec<(Option<CategoryId>, String)> {
+        let layout = if with_response { &self.pair } else { &self.prompt };
+        let applies = |category: &&Category| AskedAbout::applies(category.only, with_response);
+        let categories = || self.categories.iter().filter(applies);
+        let lines: Vec<String> = categories().map(|category| category.fill(&self.category_line)).collect();
+        let template = layout.template.replace("{categories}", &lines.join("\n"));
+        if !layout.asks_by_category() {
+            return vec![(None, template)];
+        }
+        categories().map(|category| (Some(category.id.clone()), category.fill(&template))).collect()
+    }
+
+    /// What stays when thresholds and calibration are set: the form, which only the model can be opened with.
+    pub(crate) fn without_thresholds(&self) -> Self {
+        let mut form = self.clone();
+        form.threshold = 1.0;
+        form.categories.iter_mut().for_each(|category| category.threshold = None);
+        (form.prompt.calibration, form.pair.calibration) = (Platt::default(), Platt::default());
+        form
     }
 }
 
-fn check_probability(problems: &mut Problems, place: impl Into<String>, value: f64) {
-    // Above 1 is allowed to no one: a threshold that nothing reaches would switch the guard off unseen.
-    problems.require(
-        value > 0.0 && value <= 1.0,
-        place,
-        format!("expected a probability above 0, at most 1, got {value}"),
-    );
-}
-
-fn check_layout(problems: &mut Problems, name: &str, layout: &Layout, with_response: bool) {
-    let place = format!("{name}.template");
-    let prompts = layout.template.matches("{prompt}").count();
-    let responses = layout.template.matches("{response}").count();
-    problems.require(
-        prompts == 1,
-        place.clone(),
-        format!("expected {{prompt}} once, got it {prompts} times"),
-    );
-    let expected = usize::from(with_response);
-    problems.require(
-        responses == expected,
-        place.clone(),
-        format!("expected {{response}} {expected} times, got it {responses} times"),
-    );
-    if let (Some(p), Some(r)) = (layout.template.find("{prompt}"), layout.template.find("{response}")) {
-        problems.require(p < r, place, "expected {prompt} before {response}");
+impl Layout {
+    /// Whether the template describes one category.
+    pub(crate) fn asks_by_category(&self) -> bool {
+        CATEGORY_PLACES.iter().any(|place| self.template.contains(place))
     }
-    let Platt { slope, intercept } = layout.calibration;
-    problems.require(
-        slope.is_finite() && slope > 0.0,
-        format!("{name}.calibration.slope"),
-        format!("expected a finite number above 0, got {slope}"),
-    );
-    problems.require(
-        intercept.is_finite(),
-        format!("{name}.calibration.intercept"),
-        format!("expected a finite number, got {intercept}"),
-    );
 }
 
 #[cfg(test)]
@@ -260,33 +257,6 @@ mod tests {
         assert!((config.threshold_for(Some(&id("privacy"))) - 0.5).abs() < 1e-12);
         assert!((config.threshold_for(None) - 0.5).abs() < 1e-12);
         assert!((config.threshold_min() - 0.4).abs() < 1e-12);
-    }
-
-    #[test]
-    fn every_problem_is_listed_with_its_place() {
-        let mut config = GuardConfig::from_toml(GOOD).unwrap();
-        config.format = 7;
-        config.threshold = 1.5;
-        config.adapter = Some("../x".into());
-        config.prompt.template = "no text".into();
-        config.pair.template = "{response} {prompt}".into();
-        config.pair.calibration.slope = f64::NAN;
-        config.categories[1].id = config.categories[0].id.clone();
-        config.categories[1].threshold = Some(0.0);
-        let places: Vec<String> = config.validate().unwrap_err().into_iter().map(|p| p.place.0).collect();
-        assert_eq!(
-            places,
-            [
-                "format",
-                "threshold",
-                "adapter",
-                "prompt.template",
-                "pair.template",
-                "pair.calibration.slope",
-                "categories[1].id",
-                "categories[1].threshold",
-            ]
-        );
     }
 
     #[test]

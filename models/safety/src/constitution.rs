@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     category::{CategoryId, is_identifier},
-    config::{Problem, Problems, list},
+    problem::{Problem, Problems, list},
 };
 
 /// Principles are short texts; a file beyond this is not a constitution.

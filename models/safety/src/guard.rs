@@ -1,24 +1,21 @@
 //! The guard: how probable is it that a pair is unsafe, and in which way.
 //!
-//! `question.rs` lays each pair out, the model scores the label tokens, `calibrate.rs` makes it a probability. What
-//! comes out goes to a device's filter, to `revise.rs` and to the aggregator's evaluation.
+//! A form (`form.rs`) finds what a model says about each pair, `calibrate.rs` makes it a probability, the thresholds
+//! decide. What comes out goes to a device's filter, to `revise.rs` and to the aggregator's evaluation.
 
 use std::fmt;
 
 use commonweal_adapter::Adapter;
-use commonweal_runtime::{
-    AdaptError, Cancel, InferError, Model, PreparedAdapter, Prompt, SharedPrefix, TokenizeError,
-};
+use commonweal_runtime::{AdaptError, Cancel, Classifier, ClassifyError, InferError, Model, TokenizeError};
 
 use crate::{
+    asked::Asked,
     category::CategoryId,
-    config::{ConfigError, GuardConfig},
-    question::{QuestionError, Questions},
+    classified::{Classified, LabelError},
+    config::{ConfigError, GuardConfig, Kind},
+    form::{Finding, Form},
+    question::QuestionError,
 };
-
-/// From this length on, the policy's cache is computed once and pairs are read one by one behind it. Below, reading
-/// the policy again with every pair of a batch costs less than giving up the batch.
-const SHARED_POLICY_TOKENS_MIN: usize = 48;
 
 /// What is judged: a prompt alone, or a prompt with its response.
 #[derive(Clone, Copy)]
@@ -57,11 +54,8 @@ pub struct Judgement {
 /// A guard over an open model. Cheap calls, no text kept.
 #[derive(Debug)]
 pub struct Guard {
-    model: Model,
-    adapter: PreparedAdapter,
     config: GuardConfig,
-    questions: Questions,
-    policy: Option<SharedPrefix>,
+    form: Box<dyn Form>,
 }
 
 /// Why a guard could not be opened or could not judge.
@@ -70,6 +64,32 @@ pub enum GuardError {
     /// The configuration has values out of range.
     #[error(transparent)]
     Config(#[from] ConfigError),
+    /// The configuration names another package, and this model is not known to be it.
+    #[error("guard is the package {package}, expected a configuration for the model that is open")]
+    OtherPackage {
+        /// What the configuration says.
+        package: String,
+    },
+    /// More than thresholds and calibration was changed.
+    #[error("guard {name} is open with other settings, only thresholds and calibration can be changed")]
+    OtherForm {
+        /// The guard's name.
+        name: String,
+    },
+    /// The configuration is for another kind of model.
+    #[error("guard {name} needs {expected}, got another kind of model")]
+    OtherKind {
+        /// The guard's name.
+        name: String,
+        /// What it needs.
+        expected: &'static str,
+    },
+    /// The configuration does not fit the classifier's labels.
+    #[error("guard configuration does not fit the classifier")]
+    Labels(#[from] LabelError),
+    /// The classifier could not be run.
+    #[error("guard cannot classify")]
+    Classify(#[source] ClassifyError),
     /// The configuration does not fit the tokenizer or the context.
     #[error("guard configuration does not fit the model")]
     Question(#[from] QuestionError),
@@ -84,22 +104,67 @@ pub enum GuardError {
     Infer(#[from] InferError),
 }
 
+impl From<ClassifyError> for GuardError {
+    /// A cancelled call is the same whatever it ran.
+    fn from(error: ClassifyError) -> Self {
+        match error {
+            ClassifyError::Cancelled => Self::Infer(InferError::Cancelled),
+            error => Self::Classify(error),
+        }
+    }
+}
+
 impl Guard {
     /// Checks the configuration against the model, and reads the policy. `adapter` is the guard's own; `None` when
-    /// the base itself is the guard.
+    /// the model itself is the guard. A configuration that names a package of the guard's own is refused:
+    /// [`Guard::from_package`] opens that one.
     pub fn open(
         model: &Model,
         config: GuardConfig,
         adapter: Option<&Adapter>,
         cancel: &Cancel,
     ) -> Result<Self, GuardError> {
+        if let Some(package) = config.package {
+            return Err(GuardError::OtherPackage { package });
+        }
+        Self::over(model, config, adapter, cancel)
+    }
+
+    /// Like [`Guard::open`], over the model that the configuration names.
+    pub(crate) fn over(
+        model: &Model,
+        config: GuardConfig,
+        adapter: Option<&Adapter>,
+        cancel: &Cancel,
+    ) -> Result<Self, GuardError> {
         config.validate().map_err(ConfigError::Invalid)?;
-        let questions = Questions::new(model.tokenizer(), &config, model.context())?;
-        let adapter = model.prepare(adapter)?;
-        let is_long = questions.policy().len() >= SHARED_POLICY_TOKENS_MIN;
-        let policy =
-            if is_long { Some(model.share_prefix(&adapter, questions.policy(), cancel)?) } else { None };
-        Ok(Self { model: model.clone(), adapter, config, questions, policy })
+        match config.kind {
+            Kind::Question => {
+                let form = Box::new(Asked::open(model, &config, adapter, cancel)?);
+                Ok(Self { config, form })
+            }
+            Kind::Classifier => Err(GuardError::OtherKind { name: config.name, expected: "an encoder" }),
+        }
+    }
+
+    /// Checks the configuration of a classifier against its labels. [`Guard::from_package`] opens the one that a
+    /// configuration names.
+    pub fn of_classifier(classifier: Classifier, config: GuardConfig) -> Result<Self, GuardError> {
+        config.validate().map_err(ConfigError::Invalid)?;
+        if config.kind != Kind::Classifier {
+            return Err(GuardError::OtherKind { name: config.name, expected: "a model that is asked" });
+        }
+        let form = Box::new(Classified::open(classifier, &config)?);
+        Ok(Self { config, form })
+    }
+
+    /// The same guard by other thresholds or another calibration, such as those of a device's owner.
+    pub fn with_thresholds(self, config: GuardConfig) -> Result<Self, GuardError> {
+        config.validate().map_err(ConfigError::Invalid)?;
+        if config.without_thresholds() != self.config.without_thresholds() {
+            return Err(GuardError::OtherForm { name: self.config.name });
+        }
+        Ok(Self { config, form: self.form })
     }
 
     /// The configuration.
@@ -109,22 +174,20 @@ impl Guard {
 
     /// A judgement for every pair, in their order.
     pub fn judge(&self, pairs: &[Pair<'_>], cancel: &Cancel) -> Result<Vec<Judgement>, GuardError> {
-        let worst = self.worst_windows(pairs, cancel)?;
-        let mut judgements: Vec<Judgement> = Vec::with_capacity(pairs.len());
-        for (pair, (log_odds, _)) in pairs.iter().zip(&worst) {
-            let layout = if pair.response.is_some() { &self.config.pair } else { &self.config.prompt };
-            let probability = layout.calibration.probability(*log_odds);
-            let threshold = self.config.threshold;
-            judgements.push(Judgement {
-                probability,
-                log_odds: *log_odds,
-                category: None,
-                threshold,
-                is_unsafe: probability >= threshold,
-            });
+        let lowest = self.config.threshold_min();
+        let near = |index: usize, log_odds: f64| self.probability(pairs[index], log_odds) >= lowest;
+        let found = self.form.find(pairs, &near, cancel)?;
+        if found.len() != pairs.len() {
+            return Err(InferError::Empty { row: found.len() }.into());
         }
-        self.name_categories(&mut judgements, worst, cancel)?;
-        Ok(judgements)
+        let judged = pairs.iter().zip(&found).enumerate();
+        let worst = judged.map(|(row, (pair, found))| {
+            let judgements = found.iter().map(|finding| self.judgement(*pair, finding, lowest));
+            let worst = judgements
+                .max_by(|x, y| x.is_unsafe.cmp(&y.is_unsafe).then(x.probability.total_cmp(&y.probability)));
+            worst.ok_or(GuardError::Infer(InferError::Empty { row }))
+        });
+        worst.collect()
     }
 
     /// The judgement of one pair.
@@ -133,82 +196,17 @@ impl Guard {
         judgements.pop().ok_or(GuardError::Infer(InferError::Empty { row: 0 }))
     }
 
-    /// For every pair the log-odds and the question of its most unsafe window.
-    fn worst_windows(&self, pairs: &[Pair<'_>], cancel: &Cancel) -> Result<Vec<(f64, Vec<u32>)>, GuardError> {
-        let (mut owners, mut prompts) = (Vec::new(), Vec::new());
-        for (owner, pair) in pairs.iter().enumerate() {
-            for window in self.questions.windows(self.model.tokenizer(), *pair)? {
-                owners.push(owner);
-                prompts.push(Prompt::from([self.questions.policy(), &window].concat()));
-            }
-        }
-        let labels = self.questions.labels();
-        let scores = self.model.score_next(&self.adapter, self.policy.as_ref(), &prompts, &labels, cancel)?;
-        let mut worst = vec![(f64::NEG_INFINITY, Vec::new()); pairs.len()];
-        for ((owner, prompt), score) in owners.into_iter().zip(prompts).zip(scores) {
-            let log_odds = log_odds(&score).ok_or(InferError::NotFinite { row: owner })?;
-            if log_odds > worst[owner].0 {
-                worst[owner] = (log_odds, prompt.ids);
-            }
-        }
-        Ok(worst)
+    fn probability(&self, pair: Pair<'_>, log_odds: f64) -> f64 {
+        let layout = if pair.response.is_some() { &self.config.pair } else { &self.config.prompt };
+        layout.calibration.probability(log_odds)
     }
 
-    /// Asks for the category where a threshold can be reached, and applies the category's own.
-    fn name_categories(
-        &self,
-        judgements: &mut [Judgement],
-        worst: Vec<(f64, Vec<u32>)>,
-        cancel: &Cancel,
-    ) -> Result<(), GuardError> {
-        let categories = self.questions.categories();
-        let tokens: Vec<u32> = categories.iter().map(|(_, token)| *token).collect();
-        let asked: Vec<usize> = judgements
-            .iter()
-            .enumerate()
-            .filter(|(_, judgement)| judgement.probability >= self.config.threshold_min())
-            .map(|(index, _)| index)
-            .collect();
-        if tokens.is_empty() || asked.is_empty() {
-            return Ok(());
-        }
-        let mut questions: Vec<Option<Vec<u32>>> = worst.into_iter().map(|(_, ids)| Some(ids)).collect();
-        let prompts: Vec<Prompt> = asked
-            .iter()
-            .map(|&index| {
-                let mut ids = questions[index].take().unwrap_or_default();
-                ids.extend(self.questions.to_category());
-                Prompt::from(ids)
-            })
-            .collect();
-        let scores = self.model.score_next(&self.adapter, self.policy.as_ref(), &prompts, &tokens, cancel)?;
-        for (index, score) in asked.into_iter().zip(scores) {
-            let best = score.iter().zip(categories).max_by(|(x, _), (y, _)| x.total_cmp(y));
-            let judgement = &mut judgements[index];
-            judgement.category = best.map(|(_, (id, _))| id.clone());
-            judgement.threshold = self.config.threshold_for(judgement.category.as_ref());
-            judgement.is_unsafe = judgement.probability >= judgement.threshold;
-        }
-        Ok(())
-    }
-}
-
-/// ln(p(unsafe) / p(safe)). `None` where the two scores say nothing: no comparison with them would hold, and what
-/// cannot be judged must not pass for safe.
-fn log_odds(scores: &[f32]) -> Option<f64> {
-    let &[safe, unsafe_] = scores else { return None };
-    Some(f64::from(unsafe_) - f64::from(safe)).filter(|odds| !odds.is_nan())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_cannot_be_judged_has_no_odds() {
-        let none = f32::NEG_INFINITY;
-        assert_eq!(log_odds(&[-2.0, -0.5]), Some(1.5));
-        assert_eq!(log_odds(&[none, -0.5]), Some(f64::INFINITY));
-        assert_eq!([log_odds(&[none, none]), log_odds(&[f32::NAN, -1.0]), log_odds(&[-1.0])], [None; 3]);
+    /// What a finding means; its category matters from the lowest threshold on.
+    fn judgement(&self, pair: Pair<'_>, finding: &Finding, lowest: f64) -> Judgement {
+        let probability = self.probability(pair, finding.log_odds);
+        let threshold = self.config.threshold_for(finding.category.as_ref());
+        let category = finding.category.clone().filter(|_| probability >= lowest);
+        let is_unsafe = probability >= threshold;
+        Judgement { probability, log_odds: finding.log_odds, category, threshold, is_unsafe }
     }
 }

@@ -7,9 +7,16 @@
 //! Works on `&str` only. It keeps no person's text, and neither its errors nor its logs contain any.
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed"))]
 
+mod problem;
 mod category;
 mod config;
+mod validate;
+mod preset;
+mod frame;
 mod question;
+mod form;
+mod asked;
+mod classified;
 mod guard;
 mod constitution;
 mod revise;
@@ -18,11 +25,13 @@ pub mod refusal;
 pub mod calibrate;
 mod report;
 
-pub use category::{Category, CategoryId, InvalidCategoryId};
-pub use config::{ConfigError, GuardConfig, Layout, Place, Problem};
+pub use category::{AskedAbout, Category, CategoryId, InvalidCategoryId};
+pub use classified::LabelError;
+pub use config::{ConfigError, GuardConfig, Kind, Layout};
 pub use constitution::{Constitution, ConstitutionError, Principle, PrincipleId};
 pub use guard::{Guard, GuardError, Judgement, Pair};
 pub use open::OpenError;
+pub use problem::{Place, Problem};
 pub use question::{QuestionError, Questions};
 pub use report::{Confusion, GuardReport, Rate, SafetyReport};
 pub use revise::{

@@ -7,11 +7,11 @@ use commonweal_adapter::{
     Adapter,
     disk::{self, AdapterKind, ReadError},
 };
-use commonweal_package::Hash;
-use commonweal_runtime::{Cancel, Model};
+use commonweal_package::{EncoderPackage, Hash, Package};
+use commonweal_runtime::{Cancel, Classifier, ClassifyOptions, Library, LibraryError, Model, OpenOptions};
 
 use crate::{
-    config::{ConfigError, GuardConfig},
+    config::{ConfigError, GuardConfig, Kind},
     constitution::{Constitution, ConstitutionError},
     guard::{Guard, GuardError},
     revise::{ReviseError, Reviser},
@@ -71,6 +71,27 @@ pub enum OpenError {
         /// The base that it was trained on.
         got_base: Hash,
     },
+    /// The guard's own package does not open.
+    #[error("guard's package {} does not open", path.display())]
+    Package {
+        /// The package's directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: Box<commonweal_package::OpenError>,
+    },
+    /// The guard's own package cannot be run.
+    #[error("guard's package {} cannot be run", path.display())]
+    Run {
+        /// The package's directory.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: Box<commonweal_runtime::OpenError>,
+    },
+    /// The runtime library is not there.
+    #[error(transparent)]
+    Library(#[from] LibraryError),
     /// `guard.toml` cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -86,12 +107,18 @@ pub enum OpenError {
 }
 
 impl Guard {
-    /// The guard that the model's package brings: `guard.toml` and the adapter that it names.
+    /// The guard that the model's package brings: `guard.toml`, and what it names: a package of the guard's own, an
+    /// adapter, or both.
     pub fn from_package(model: &Model, cancel: &Cancel) -> Result<Self, OpenError> {
         let config = GuardConfig::from_toml(&text(model, GUARD)?)?;
+        if let (Kind::Classifier, Some(path)) = (config.kind, &config.package) {
+            return Ok(Self::of_classifier(open_classifier(model, path)?, config)?);
+        }
+        let own = config.package.as_deref().map(|path| open_own(model, path)).transpose()?;
+        let model = own.as_ref().unwrap_or(model);
         let adapter =
             config.adapter.as_deref().map(|name| adapter(model, name, AdapterKind::Guard)).transpose()?;
-        Ok(Self::open(model, config, adapter.as_ref(), cancel)?)
+        Ok(Self::over(model, config, adapter.as_ref(), cancel)?)
     }
 }
 
@@ -109,6 +136,26 @@ impl Reviser {
         };
         Ok(Self::open(model, constitution, adapter.as_ref())?)
     }
+}
+
+/// The guard's own model. Whoever has a model has loaded the library; it is the same one.
+fn open_own(base: &Model, path: &str) -> Result<Model, OpenError> {
+    let path = base.package().directory().join(path);
+    let open = Package::open(&path).map_err(Box::new);
+    let package = open.map_err(|source| OpenError::Package { path: path.clone(), source })?;
+    let options = OpenOptions::default();
+    let model = Model::open(&Library::load(None)?, &package, options).map_err(Box::new);
+    model.map_err(|source| OpenError::Run { path, source })
+}
+
+/// The guard's own classifier.
+fn open_classifier(base: &Model, path: &str) -> Result<Classifier, OpenError> {
+    let path = base.package().directory().join(path);
+    let open = EncoderPackage::open(&path).map_err(Box::new);
+    let package = open.map_err(|source| OpenError::Package { path: path.clone(), source })?;
+    let options = ClassifyOptions::default();
+    let classifier = Classifier::open(&Library::load(None)?, &package, options).map_err(Box::new);
+    classifier.map_err(|source| OpenError::Run { path, source })
 }
 
 fn bytes(model: &Model, name: &str, bytes_max: u64) -> Result<Vec<u8>, OpenError> {

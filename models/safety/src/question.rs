@@ -1,35 +1,46 @@
-//! Lays a pair out as the guard's question, in tokens; `guard.rs` scores it, `train-reference` learns from it.
+//! Lays a pair out as the guard's questions, in tokens; `asked.rs` scores them, `train-reference` learns from them.
 //!
-//! A person's text is encoded apart from the template and with special tokens defused, so that it cannot end its own
-//! turn. A text longer than the guard reads at once becomes several questions: nothing is left unread.
+//! `frame.rs` turns a template into tokens. Here the answers are found among the tokenizer's tokens.
 
 use std::collections::BTreeMap;
 
 use commonweal_runtime::{TokenizeError, Tokenizer, TrainingRow};
 
-use crate::{category::CategoryId, config::GuardConfig, guard::Pair};
+use crate::{
+    category::{AskedAbout, CategoryId},
+    config::GuardConfig,
+    frame::{Frame, tokens_behind},
+    guard::Pair,
+};
 
 /// What the guard is asked, in tokens, and which tokens are answers. Made from a configuration and a tokenizer.
 #[derive(Clone, Debug)]
 pub struct Questions {
     policy: Vec<u32>,
-    prompt: Frame,
-    pair: Frame,
+    prompt: Vec<Question>,
+    pair: Vec<Question>,
     prompt_tokens_max: usize,
     response_tokens_max: usize,
-    safe: u32,
-    unsafe_: u32,
+    safe: Vec<u32>,
+    unsafe_: Vec<u32>,
     /// From the question to where the category's label stands: the unsafe label and the lead.
     to_category: Vec<u32>,
-    categories: Vec<(CategoryId, u32)>,
+    categories: Vec<Named>,
 }
 
-/// The template's own tokens around the texts.
+/// One question: about the whole pair, or about one category.
 #[derive(Clone, Debug)]
-struct Frame {
-    pieces: Vec<Vec<u32>>,
-    /// Whether a space stands before each text; it belongs to the text's first word.
-    spaced: Vec<bool>,
+struct Question {
+    category: Option<CategoryId>,
+    frame: Frame,
+}
+
+/// A category that the guard writes behind an unsafe answer.
+#[derive(Clone, Debug)]
+struct Named {
+    id: CategoryId,
+    token: u32,
+    only: Option<AskedAbout>,
 }
 
 /// Why a configuration does not fit a tokenizer.
@@ -38,6 +49,28 @@ pub enum QuestionError {
     /// The tokenizer failed.
     #[error(transparent)]
     Tokenize(#[from] TokenizeError),
+    /// The form writes a special token that this tokenizer does not have: the package is another model's.
+    #[error("guard's form needs the token {token:?}, which the tokenizer does not have")]
+    NoToken {
+        /// The token's text.
+        token: String,
+    },
+    /// The form's answers are single tokens, and the tokenizer spells this one with several.
+    #[error("answer {answer:?} of {label} must be one token of the guard's tokenizer, which makes it {got}")]
+    NotOneToken {
+        /// The answer's field.
+        label: String,
+        /// Its text.
+        answer: String,
+        /// Tokens that it has.
+        got: usize,
+    },
+    /// An answer begins with another token after one layout than after the other.
+    #[error("label of {label} must begin with the same token after a prompt as after a pair")]
+    Differs {
+        /// The label's field.
+        label: String,
+    },
     /// Two labels begin with the same token, so that the first token does not tell them apart.
     #[error("labels of {first} and {second} must begin with different tokens, both begin with {token}")]
     SameToken {
@@ -67,36 +100,36 @@ pub enum QuestionError {
 impl Questions {
     /// Encodes templates and labels; `context` is the model's longest sequence.
     pub fn new(tokenizer: &Tokenizer, config: &GuardConfig, context: usize) -> Result<Self, QuestionError> {
-        let prompt = Frame::new(tokenizer, &config.prompt.template)?;
-        let pair = Frame::new(tokenizer, &config.pair.template)?;
-        let tail = tail(&config.pair.template);
-        let (_, safe) = first_token(tokenizer, tail, &config.safe_label, "safe_label")?;
-        let (_, unsafe_) = first_token(tokenizer, tail, &config.unsafe_label, "unsafe_label")?;
-        let mut seen = BTreeMap::from([(safe, "safe_label".to_owned())]);
-        if seen.insert(unsafe_, "unsafe_label".to_owned()).is_some() {
-            let (first, second) = ("safe_label".to_owned(), "unsafe_label".to_owned());
-            return Err(QuestionError::SameToken { first, second, token: unsafe_ });
-        }
-        let lead = format!("{tail}{}{}", config.unsafe_label, config.category_lead);
-        let (mut seen, mut categories) = (BTreeMap::<u32, &CategoryId>::new(), Vec::new());
-        let mut to_category = Vec::new();
-        for category in &config.categories {
-            let (before, token) = first_token(tokenizer, &lead, &category.label, category.id.as_str())?;
-            if let Some(other) = seen.insert(token, &category.id) {
-                let (first, second) = (other.to_string(), category.id.to_string());
-                return Err(QuestionError::SameToken { first, second, token });
+        for token in &config.special_tokens {
+            let id = tokenizer.token(token).ok_or_else(|| QuestionError::NoToken { token: token.clone() })?;
+            if tokenizer.encode(token)? != [id] {
+                return Err(QuestionError::NoToken { token: token.clone() });
             }
-            let tail_tokens = tokenizer.encode(tail)?;
-            let rest = before.strip_prefix(tail_tokens.as_slice());
-            to_category = rest.ok_or(QuestionError::Merged { label: "unsafe_label".into() })?.to_vec();
-            categories.push((category.id.clone(), token));
         }
+        let ask = |with_response| -> Result<Vec<Question>, QuestionError> {
+            let templates = config.templates(with_response).into_iter();
+            let question = |(category, template): (Option<CategoryId>, String)| {
+                Ok(Question { category, frame: Frame::new(tokenizer, &template)? })
+            };
+            templates.map(question).collect()
+        };
+        let (prompt, pair) = (ask(false)?, ask(true)?);
+        let tails: Vec<&str> = pair.iter().chain(&prompt).map(|question| question.frame.tail()).collect();
+        let (safe, unsafe_) = answers(tokenizer, config, &tails)?;
+        let tail = tails.first().copied().unwrap_or_default();
+        let (to_category, categories) = if config.asks_by_category() || config.categories.is_empty() {
+            (Vec::new(), Vec::new())
+        } else {
+            named(tokenizer, config, tail)?
+        };
+        let policy = tokenizer.encode(&config.policy)?;
+        let (prompt_tokens_max, response_tokens_max) = (config.prompt_tokens_max, config.response_tokens_max);
         let questions = Self {
-            policy: tokenizer.encode(&config.policy)?,
+            policy,
             prompt,
             pair,
-            prompt_tokens_max: config.prompt_tokens_max,
-            response_tokens_max: config.response_tokens_max,
+            prompt_tokens_max,
+            response_tokens_max,
             safe,
             unsafe_,
             to_category,
@@ -108,9 +141,9 @@ impl Questions {
 
     /// The longest sequence that a judgement can need: policy, template, windows, labels.
     pub fn tokens_max(&self) -> usize {
-        let frame = self.prompt.tokens().max(self.pair.tokens());
+        let frames = self.prompt.iter().chain(&self.pair).map(|question| question.frame.tokens());
         let texts = self.prompt_tokens_max + self.response_tokens_max;
-        self.policy.len() + frame + texts + self.to_category.len() + 1
+        self.policy.len() + frames.max().unwrap_or(0) + texts + self.to_category.len() + 1
     }
 
     /// The policy, which stands before every question.
@@ -118,9 +151,9 @@ impl Questions {
         &self.policy
     }
 
-    /// The first tokens of the safe and the unsafe label.
-    pub fn labels(&self) -> [u32; 2] {
-        [self.safe, self.unsafe_]
+    /// The first tokens of the safe and of the unsafe answers.
+    pub fn answers(&self) -> (&[u32], &[u32]) {
+        (&self.safe, &self.unsafe_)
     }
 
     /// What to append to a question to ask for the category.
@@ -128,9 +161,27 @@ impl Questions {
         &self.to_category
     }
 
-    /// The first token of each category's label, in the configuration's order.
-    pub fn categories(&self) -> &[(CategoryId, u32)] {
-        &self.categories
+    /// The categories that can be read behind an unsafe answer about a prompt or a pair, each with its label's first
+    /// token, in the configuration's order.
+    pub fn categories(&self, with_response: bool) -> Vec<(&CategoryId, u32)> {
+        let applies = |named: &&Named| AskedAbout::applies(named.only, with_response);
+        self.categories.iter().filter(applies).map(|named| (&named.id, named.token)).collect()
+    }
+
+    /// Whether there is a question for each category, and none about the whole.
+    pub fn asks_by_category(&self) -> bool {
+        self.pair.iter().any(|question| question.category.is_some())
+    }
+
+    /// What stands before every prompt.
+    pub(crate) fn prefix(&self, with_response: bool) -> Vec<u32> {
+        let lead = self.questions(with_response).first().map(|question| question.frame.lead());
+        [self.policy.as_slice(), lead.unwrap_or_default()].concat()
+    }
+
+    /// The category that each question is about, in the order of [`Questions::asked`].
+    pub(crate) fn asked_about(&self, with_response: bool) -> impl Iterator<Item = Option<&CategoryId>> {
+        self.questions(with_response).iter().map(|question| question.category.as_ref())
     }
 
     /// A question with its answer, to learn from: weight 1 on the label's first token, and for an unsafe pair of a
@@ -144,10 +195,10 @@ impl Questions {
     ) -> TrainingRow {
         let mut ids = [&self.policy, window].concat();
         let mut weights = vec![0.0; ids.len()];
-        ids.push(if is_unsafe { self.unsafe_ } else { self.safe });
+        ids.extend(if is_unsafe { self.unsafe_.first() } else { self.safe.first() });
         weights.push(1.0);
-        let named = self.categories.iter().find(|(id, _)| is_unsafe && Some(id) == category);
-        if let Some((_, token)) = named {
+        let named = self.categories.iter().find(|named| is_unsafe && Some(&named.id) == category);
+        if let Some(Named { token, .. }) = named {
             // `to_category` begins with the unsafe label, whose first token is the answer itself.
             ids.extend(self.to_category.iter().skip(1).chain([token]));
             weights.resize(ids.len() - 1, 0.0);
@@ -156,74 +207,76 @@ impl Questions {
         TrainingRow { ids, weights }
     }
 
-    /// The questions about a pair, without the policy: one, or several when a text is longer than a window. The
-    /// windows cover every token of both texts.
-    pub fn windows(&self, tokenizer: &Tokenizer, pair: Pair<'_>) -> Result<Vec<Vec<u32>>, TokenizeError> {
-        let frame = if pair.response.is_some() { &self.pair } else { &self.prompt };
+    /// For each question about a pair its windows, without the policy: one, or several when a text is longer than a
+    /// window. The windows cover every token of both texts.
+    pub fn asked(&self, tokenizer: &Tokenizer, pair: Pair<'_>) -> Result<Vec<Vec<Vec<u32>>>, TokenizeError> {
         let mut texts = vec![(pair.prompt, self.prompt_tokens_max)];
         texts.extend(pair.response.map(|response| (response, self.response_tokens_max)));
-        let mut encoded = Vec::with_capacity(texts.len());
-        for ((text, tokens_max), &spaced) in texts.into_iter().zip(&frame.spaced) {
-            let text = tokenizer.defuse(text.trim());
-            let ids =
-                if spaced { tokenizer.encode(&format!(" {text}"))? } else { tokenizer.encode(&text)? };
-            encoded.push((ids, tokens_max));
-        }
-        let count =
-            encoded.iter().map(|(ids, tokens_max)| ids.len().div_ceil(*tokens_max)).max().unwrap_or(0);
-        // A shorter text is repeated in its last window, so that each question is a whole one.
-        let window = |index: usize| {
-            let mut question = frame.pieces[0].clone();
-            for ((ids, tokens_max), piece) in encoded.iter().zip(&frame.pieces[1..]) {
-                let last = ids.len().div_ceil(*tokens_max).saturating_sub(1);
-                let from = index.min(last) * tokens_max;
-                question.extend(&ids[from..ids.len().min(from + tokens_max)]);
-                question.extend(piece);
-            }
-            question
-        };
-        Ok((0..count.max(1)).map(window).collect())
+        let questions = self.questions(pair.response.is_some()).iter();
+        questions.map(|question| question.frame.windows(tokenizer, &texts)).collect()
+    }
+
+    fn questions(&self, with_response: bool) -> &[Question] {
+        if with_response { &self.pair } else { &self.prompt }
     }
 }
 
-impl Frame {
-    fn new(tokenizer: &Tokenizer, template: &str) -> Result<Self, TokenizeError> {
-        let mut frame = Self { pieces: Vec::new(), spaced: Vec::new() };
-        let parts: Vec<&str> = template.split("{prompt}").flat_map(|part| part.split("{response}")).collect();
-        for (i, part) in parts.iter().enumerate() {
-            let is_last = i + 1 == parts.len();
-            let plain = if is_last { None } else { part.strip_suffix(' ') };
-            frame.pieces.push(tokenizer.encode(plain.unwrap_or(part))?);
-            if !is_last {
-                frame.spaced.push(plain.is_some());
-            }
-        }
-        Ok(frame)
-    }
-
-    fn tokens(&self) -> usize {
-        self.pieces.iter().map(Vec::len).sum()
-    }
-}
-
-/// The template's text after the last placeholder, where the answer begins.
-fn tail(template: &str) -> &str {
-    template.rsplit('}').next().unwrap_or(template)
-}
-
-/// The tokens of `before`, and the token that `label` begins with after it.
-fn first_token(
+/// The first tokens of the safe and of the unsafe answers, told apart after every layout.
+fn answers(
     tokenizer: &Tokenizer,
-    before: &str,
-    label: &str,
-    name: &str,
-) -> Result<(Vec<u32>, u32), QuestionError> {
-    let before_ids = tokenizer.encode(before)?;
-    let whole = tokenizer.encode(&format!("{before}{label}"))?;
-    match whole.strip_prefix(before_ids.as_slice()).and_then(<[u32]>::first) {
-        Some(&token) => Ok((before_ids, token)),
-        None => Err(QuestionError::Merged { label: name.to_owned() }),
+    config: &GuardConfig,
+    tails: &[&str],
+) -> Result<(Vec<u32>, Vec<u32>), QuestionError> {
+    let mut seen = BTreeMap::<u32, String>::new();
+    let (mut safe, mut unsafe_) = (Vec::new(), Vec::new());
+    for (label, answer, is_unsafe) in config.answers() {
+        let mut token = None;
+        for tail in tails {
+            let Some(added) = tokens_behind(tokenizer, tail, answer)? else {
+                return Err(QuestionError::Merged { label });
+            };
+            if config.whole_answers && added.len() != 1 {
+                let (answer, got) = (answer.to_owned(), added.len());
+                return Err(QuestionError::NotOneToken { label, answer, got });
+            }
+            if token.is_some_and(|token| token != added[0]) {
+                return Err(QuestionError::Differs { label });
+            }
+            token = Some(added[0]);
+        }
+        let Some(token) = token else { continue };
+        if let Some(first) = seen.insert(token, label.clone()) {
+            return Err(QuestionError::SameToken { first, second: label, token });
+        }
+        if is_unsafe { unsafe_.push(token) } else { safe.push(token) }
     }
+    Ok((safe, unsafe_))
+}
+
+/// How to ask for the category behind an unsafe answer, and the first token of each category's label there.
+fn named(
+    tokenizer: &Tokenizer,
+    config: &GuardConfig,
+    tail: &str,
+) -> Result<(Vec<u32>, Vec<Named>), QuestionError> {
+    let lead = format!("{tail}{}{}", config.unsafe_label, config.category_lead);
+    let tail = tokenizer.encode(tail)?;
+    let before = tokenizer.encode(&lead)?;
+    let rest = before.strip_prefix(tail.as_slice());
+    let to_category = rest.ok_or(QuestionError::Merged { label: "unsafe_label".into() })?.to_vec();
+    let mut categories = Vec::new();
+    let mut seen = BTreeMap::<u32, String>::new();
+    for category in &config.categories {
+        let place = category.code.clone().unwrap_or_else(|| category.id.to_string());
+        let Some(token) = tokens_behind(tokenizer, &lead, &category.label)?.map(|added| added[0]) else {
+            return Err(QuestionError::Merged { label: place });
+        };
+        if let Some(first) = seen.insert(token, place.clone()) {
+            return Err(QuestionError::SameToken { first, second: place, token });
+        }
+        categories.push(Named { id: category.id.clone(), token, only: category.only });
+    }
+    Ok((to_category, categories))
 }
 
 #[cfg(test)]
@@ -250,15 +303,22 @@ mod tests {
         ids.iter().map(|&id| tokenizer.spelling(id).unwrap().replace('Ġ', " ").replace('Ċ', "\n")).collect()
     }
 
+    /// The windows of the only question.
+    fn asked(questions: &Questions, pair: Pair<'_>) -> Vec<Vec<u32>> {
+        let mut asked = questions.asked(&tokenizer(), pair).unwrap();
+        assert_eq!(asked.len(), 1);
+        asked.remove(0)
+    }
+
     #[test]
     fn a_short_pair_is_one_question() {
         let (tokenizer, pair) = (tokenizer(), Pair { prompt: " hi ", response: Some("yo") });
         let questions = Questions::new(&tokenizer, &config(), 512).unwrap();
-        let windows = questions.windows(&tokenizer, pair).unwrap();
+        let windows = asked(&questions, pair);
         assert_eq!(windows.len(), 1);
         assert_eq!(read(&tokenizer, &windows[0]), "U: hi\nA:yo<|im_end|>");
         assert_eq!(read(&tokenizer, questions.policy()), "<|im_start|>policy<|im_end|>");
-        assert_eq!(read(&tokenizer, &questions.labels()), "su");
+        assert_eq!(read(&tokenizer, &[questions.answers().0, questions.answers().1].concat()), "su");
         assert_eq!(read(&tokenizer, questions.to_category()), "unsafe ");
     }
 
@@ -267,12 +327,8 @@ mod tests {
         let tokenizer = tokenizer();
         let questions = Questions::new(&tokenizer, &config(), 512).unwrap();
         let pair = Pair { prompt: "abcdefghij", response: Some("0123456789") };
-        let windows: Vec<String> = questions
-            .windows(&tokenizer, pair)
-            .unwrap()
-            .iter()
-            .map(|window| read(&tokenizer, window))
-            .collect();
+        let windows: Vec<String> =
+            asked(&questions, pair).iter().map(|window| read(&tokenizer, window)).collect();
         assert_eq!(
             windows,
             ["U: abcdefg\nA:0123<|im_end|>", "U:hij\nA:4567<|im_end|>", "U:hij\nA:89<|im_end|>"]
@@ -284,7 +340,7 @@ mod tests {
         let tokenizer = tokenizer();
         let questions = Questions::new(&tokenizer, &config(), 512).unwrap();
         for pair in [Pair { prompt: "", response: None }, Pair { prompt: "", response: Some("") }] {
-            assert_eq!(questions.windows(&tokenizer, pair).unwrap().len(), 1);
+            assert_eq!(asked(&questions, pair).len(), 1);
         }
     }
 
@@ -296,7 +352,7 @@ mod tests {
         let questions = Questions::new(&tokenizer, &config, 512).unwrap();
         let ends = |response| {
             let pair = Pair { prompt: "x", response: Some(response) };
-            let window = questions.windows(&tokenizer, pair).unwrap().remove(0);
+            let window = asked(&questions, pair).remove(0);
             window.iter().filter(|&&id| id == tokenizer.token("<|im_end|>").unwrap()).count()
         };
         assert_eq!(ends("plain"), 1);

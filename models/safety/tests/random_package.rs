@@ -98,11 +98,13 @@ fn judgements_do_not_depend_on_batch_prefix_or_windows() {
                 "{alone:?} alone, {judgement:?} in a batch"
             );
             // The same by hand: no shared prefix, one window after the other.
-            let windows = questions.windows(model.tokenizer(), *pair).unwrap();
-            let odds = windows.into_iter().map(|window| {
+            let mut asked = questions.asked(model.tokenizer(), *pair).unwrap();
+            assert_eq!(asked.len(), 1);
+            let (safe, unsafe_) = questions.answers();
+            let odds = asked.remove(0).into_iter().map(|window| {
                 let prompt = Prompt::from([questions.policy(), &window].concat());
                 let scores =
-                    model.score_next(&prepared, None, &[prompt], &questions.labels(), &cancel).unwrap();
+                    model.score_next(&prepared, None, &[prompt], &[safe, unsafe_].concat(), &cancel).unwrap();
                 f64::from(scores[0][1]) - f64::from(scores[0][0])
             });
             let worst = odds.fold(f64::NEG_INFINITY, f64::max);

@@ -5,7 +5,7 @@ use super::size::{Sizes, integer, plain};
 use super::{MICROSOFT, Writer, data_type, tensor};
 use crate::graph::{Graph, GraphError, Node};
 use crate::onnx::{AttributeProto, AttributeType, DataType, NodeProto};
-use crate::op::{GroupedAttention, Op};
+use crate::op::{GroupedAttention, MultiHeadAttention, Op};
 use crate::shape::{Dim, Shape};
 
 /// Writes one node of the graph.
@@ -94,6 +94,12 @@ impl Form<'_> {
         let axis = |axis: usize| vec![integer("axis", axis as i64)];
         match op {
             Op::QuickGelu { alpha } => (MICROSOFT, inputs, vec![float("alpha", *alpha)]),
+            Op::Gelu { tanh: true } => ("", inputs, vec![text("approximate", "tanh")]),
+            Op::LayerNorm { epsilon } => ("", inputs, vec![integer("axis", -1), float("epsilon", *epsilon)]),
+            Op::MultiHeadAttention(MultiHeadAttention { heads, scale }) => {
+                let attributes = vec![integer("num_heads", *heads as i64), float("scale", *scale)];
+                (MICROSOFT, whole_attention(inputs), attributes)
+            }
             Op::Softmax | Op::LogSoftmax => ("", inputs, vec![integer("axis", -1)]),
             Op::SkipRmsNorm { epsilon } => (MICROSOFT, inputs, vec![float("epsilon", *epsilon)]),
             Op::MatMulNBits { packing, accuracy_level } => {
@@ -230,6 +236,12 @@ impl Form<'_> {
         }
         self.sizes.shape(shape, self.writer)
     }
+}
+
+/// A bias of the projections and a mask of padding stand between the value and the bias of the scores.
+fn whole_attention(mut inputs: Vec<String>) -> Vec<String> {
+    inputs.splice(3..3, [String::new(), String::new()]);
+    inputs
 }
 
 /// One fused tensor stands for three inputs. The window's attribute counts the tokens that a query sees, itself

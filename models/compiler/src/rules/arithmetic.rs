@@ -31,6 +31,11 @@ pub(super) fn unary(tape: &mut Tape<'_>, node: &Node, function: Unary) -> Result
             let slope = tape.graph.times(y, rest)?;
             tape.graph.times(dy, slope)?
         }
+        Unary::Tanh => {
+            let square = tape.graph.times(y, y)?;
+            let slope = complement(tape, square)?;
+            tape.graph.times(dy, slope)?
+        }
     };
     tape.give(x, dx)
 }
