@@ -1,6 +1,6 @@
 //! Runs packages through ONNX Runtime: generates, scores and trains adapters on a frozen base, on one device.
 //!
-//! In the order of the flow: a [`library`] is loaded, a package is opened as a [`model`], an adapter is prepared for it
+//! In the order of the flow: a [`library`] is loaded and a [`device`] chosen, a package is opened as a [`model`], an adapter is prepared for it
 //! ([`adapt`]), text becomes tokens ([`template`], [`conversation`], [`tokenize`]), which are run ([`generate`],
 //! [`score`], with a shared [`prefix`]) or learned from ([`train`], [`preference`], [`train_state`]). Every long call takes a [`cancel`] handle.
 //!
@@ -8,6 +8,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp, reason = "a failed test may panic"))]
 
 pub mod library;
+pub mod device;
 pub mod cancel;
 pub mod tokenize;
 pub mod template;
@@ -31,6 +32,7 @@ pub mod measure;
 pub use adapt::{AdaptError, PreparedAdapter};
 pub use cancel::Cancel;
 pub use conversation::{Chat, ConversationError, Prompt, TrainingRow};
+pub use device::{Device, Devices, ParseDeviceError};
 pub use generate::{GenerateOptions, Generated, StopReason};
 pub use infer::InferError;
 pub use library::{Library, LibraryError};

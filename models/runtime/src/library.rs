@@ -16,6 +16,8 @@ use ort::{
     logging::LogLevel,
 };
 
+use crate::device::{Device, Placement};
+
 /// The variable that names the library when no explicit path is given.
 pub const PATH_VARIABLE: &str = "ORT_DYLIB_PATH";
 
@@ -32,6 +34,7 @@ pub struct Library {
     environment: Environment,
     path: PathBuf,
     threads: NonZeroUsize,
+    placement: Placement,
 }
 
 /// Why the library could not be loaded.
@@ -164,7 +167,7 @@ impl Library {
             .build()
             .map_err(LibraryError::Start)?;
         environment.set_log_level(LogLevel::Warning);
-        Ok(Self { environment, path, threads })
+        Ok(Self { environment, path, threads, placement: Placement::CPU })
     }
 
     /// The file that was loaded.
@@ -175,6 +178,20 @@ impl Library {
     /// Threads of the pool that all sessions share.
     pub fn threads(&self) -> NonZeroUsize {
         self.threads
+    }
+
+    /// What its sessions run on; the processor, unless [`Library::choose`] found another.
+    pub fn device(&self) -> Device {
+        self.placement.device
+    }
+
+    pub(crate) fn placement(&self) -> Placement {
+        self.placement
+    }
+
+    /// The same library with its sessions elsewhere.
+    pub(crate) fn at(&self, placement: Placement) -> Self {
+        Self { placement, ..self.clone() }
     }
 
     pub(crate) fn environment(&self) -> &Environment {
@@ -188,6 +205,7 @@ impl fmt::Debug for Library {
             .debug_struct("Library")
             .field("path", &self.path)
             .field("threads", &self.threads)
+            .field("placement", &self.placement)
             .finish_non_exhaustive()
     }
 }

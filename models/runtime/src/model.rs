@@ -253,7 +253,8 @@ fn open_train(library: &Library, package: &Package) -> Result<Session, OpenError
 fn open_session(library: &Library, path: &Path, memory_pattern: bool) -> Result<Session, OpenError> {
     let failed = |source| OpenError::Graph { graph: path.display().to_string(), source };
     let open = || {
-        Session::builder(library.environment())?
+        library
+            .session()?
             .with_optimization_level(GraphOptimizationLevel::All)?
             .with_memory_pattern(memory_pattern)?
             .commit_from_file(path)
