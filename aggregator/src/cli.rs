@@ -193,7 +193,7 @@ fn laboratory_code(error: &LaboratoryError) -> u8 {
         | LaboratoryError::GuardConfig(_)
         | LaboratoryError::Constitution(_)
         | LaboratoryError::NoGuard => 3,
-        LaboratoryError::Library(_) => 5,
+        LaboratoryError::Library(_) | LaboratoryError::Device(_) => 5,
         _ => 1,
     }
 }

@@ -31,6 +31,10 @@ pub struct Config {
     pub package: PathBuf,
     /// The ONNX Runtime library; found as the runtime finds it if absent.
     pub runtime_library: Option<PathBuf>,
+    /// What the model runs on.
+    pub device: commonweal_runtime::Devices,
+    /// A provider of such devices that comes as a file of its own.
+    pub provider: Option<PathBuf>,
     /// Threads of the model; the machine's cores if absent.
     pub threads: Option<usize>,
     /// No clipping, no alignment, no gates.
@@ -60,6 +64,8 @@ impl Default for Config {
             address: None,
             package: PathBuf::new(),
             runtime_library: None,
+            device: commonweal_runtime::Devices::Auto,
+            provider: None,
             threads: None,
             plain: false,
             certificate_days: 30,

@@ -10,8 +10,8 @@ use commonweal_adapter::{Adapter, AdapterFacts, AdapterKind, AdapterLayout, Read
 use commonweal_package::Package;
 use commonweal_protocol::BaseHash;
 use commonweal_runtime::{
-    AdaptError, Cancel, ConversationError, GenerateOptions, InferError, Library, LibraryError, Message,
-    Model, OpenError, OpenOptions, PreparedAdapter, Prompt, TrainError,
+    AdaptError, Cancel, ConversationError, DeviceError, GenerateOptions, InferError, Library, LibraryError,
+    Message, Model, OpenError, OpenOptions, PreparedAdapter, Prompt, TrainError,
 };
 use commonweal_safety::{
     ConfigError, Constitution, ConstitutionError, Guard, GuardConfig, GuardError, Judgement, Pair,
@@ -27,6 +27,9 @@ pub enum LaboratoryError {
     /// The runtime library.
     #[error("the runtime library cannot be used")]
     Library(#[from] LibraryError),
+    /// What the model shall run on.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// The package.
     #[error("the package cannot be used")]
     Package(#[from] commonweal_package::OpenError),
@@ -184,6 +187,11 @@ impl Laboratory {
         let sets = Sets::read(config)?;
         let threads = config.threads.and_then(NonZeroUsize::new);
         let library = Library::load_with(config.runtime_library.as_deref(), threads)?;
+        if let Some(provider) = &config.provider {
+            library.add_provider(provider)?;
+        }
+        let (library, choice) = library.choose(&config.device, package)?;
+        tracing::info!("{choice}");
         let model = Model::open(&library, package, OpenOptions::default())?;
         let optional = |name: &str, kind| -> Result<Option<Adapter>, LaboratoryError> {
             let Some(path) = package.file(name) else { return Ok(None) };

@@ -12,12 +12,14 @@ mod add;
 mod offline;
 mod rounds;
 mod status;
+mod devices;
 mod chat;
 pub mod bench;
 
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, builder::RangedU64ValueParser};
+use commonweal_runtime::Devices;
 
 use crate::events::Output;
 
@@ -61,6 +63,13 @@ pub struct Shared {
     /// ONNX Runtime library [default: what scripts/setup fetched]
     #[arg(long, global = true, env = "ORT_DYLIB_PATH", value_name = "FILE")]
     pub library: Option<PathBuf>,
+    /// What the network runs on: auto, cpu, cuda:N, tensorrt:N, directml:N, coreml, webgpu, openvino[:CPU|GPU|NPU], or a
+    /// list such as cuda:0,cpu, the first of which that works is taken [default: auto]
+    #[arg(long, global = true, env = "COMMONWEAL_DEVICE", value_name = "DEVICE")]
+    pub device: Option<Devices>,
+    /// Provider of devices that comes as a file of its own, such as onnxruntime-ep-webgpu's
+    #[arg(long, global = true, env = "COMMONWEAL_PROVIDER", value_name = "FILE")]
+    pub provider: Option<PathBuf>,
     /// Policy file [default: policy.toml in the state directory, else built in]
     #[arg(long, global = true, env = "COMMONWEAL_POLICY", value_name = "FILE")]
     pub policy: Option<PathBuf>,
@@ -184,6 +193,11 @@ pub enum Verb {
         after_help = "Examples:\n  edge-client bench\n  edge-client bench --only decode,train --json\n  edge-client bench --package smol.package --threads 2"
     )]
     Bench(bench::Request),
+    /// What the runtime library can run the network on, and what would be taken
+    #[command(
+        after_help = "Examples:\n  edge-client devices\n  edge-client devices --device webgpu --provider libonnxruntime_providers_webgpu.so\n  edge-client devices --json"
+    )]
+    Devices,
     /// Take part in no more rounds until `resume`
     #[command(after_help = "Examples:\n  edge-client pause")]
     Pause,
@@ -215,6 +229,7 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         }
         Verb::Serve { listen } => serve::serve(shared, *listen),
         Verb::Bench(request) => bench::bench(shared, request),
+        Verb::Devices => devices::devices(shared),
         Verb::Pause => status::pause(shared),
         Verb::Resume => status::resume(shared),
     }

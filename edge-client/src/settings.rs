@@ -9,12 +9,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use commonweal_runtime::Devices;
 use serde::{Deserialize, Serialize};
 
 /// A person's file of settings, policy or principles has a few pages; more is a wrong file.
 const FILE_BYTES_MAX: u64 = 256 * 1024;
 
-/// `device.toml`; the first three have a flag and an environment variable too.
+/// `device.toml`; the first five have a flag and an environment variable too.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SettingsFile {
@@ -24,6 +25,12 @@ pub struct SettingsFile {
     /// The ONNX Runtime library.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub library: Option<PathBuf>,
+    /// What the network runs on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<Devices>,
+    /// A provider of devices that comes as a file of its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub provider: Option<PathBuf>,
     /// Threads that the network runs on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<NonZeroUsize>,
@@ -136,7 +143,16 @@ mod tests {
         std::fs::write(directory.path().join("device.toml"), "threads = 3\n").unwrap();
         assert_eq!(SettingsFile::read(directory.path()).unwrap().threads, NonZeroUsize::new(3));
         // Zero seconds between polls would never rest.
-        for text in ["treads = 3\n", "threads = 0\n", "poll_seconds_max = 0\n", "stall_seconds = 0\n"] {
+        std::fs::write(directory.path().join("device.toml"), "device = \"cuda:1,cpu\"\n").unwrap();
+        let device = SettingsFile::read(directory.path()).unwrap().device;
+        assert_eq!(device, Some("cuda:1,cpu".parse().unwrap()));
+        for text in [
+            "device = \"gpu\"\n",
+            "treads = 3\n",
+            "threads = 0\n",
+            "poll_seconds_max = 0\n",
+            "stall_seconds = 0\n",
+        ] {
             std::fs::write(directory.path().join("device.toml"), text).unwrap();
             assert!(
                 matches!(SettingsFile::read(directory.path()), Err(SettingsError::Parse { .. })),

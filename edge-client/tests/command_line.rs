@@ -8,9 +8,9 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-const VERBS: [&str; 13] = [
-    "enroll", "run", "once", "status", "add", "filter", "revise", "train", "chat", "serve", "bench", "pause",
-    "resume",
+const VERBS: [&str; 14] = [
+    "enroll", "run", "once", "status", "add", "filter", "revise", "train", "chat", "serve", "bench",
+    "devices", "pause", "resume",
 ];
 const GOOD: &str = r#"{"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"hello"}]}"#;
 

@@ -23,6 +23,13 @@ pub(super) struct Flags {
     /// The ONNX Runtime library.
     #[arg(long, env = "COMMONWEAL_LIBRARY", value_name = "FILE")]
     library: Option<PathBuf>,
+    /// What the model runs on: auto, cpu, cuda:N, tensorrt:N, directml:N, coreml, webgpu, openvino[:CPU|GPU|NPU], or a
+    /// list such as cuda:0,cpu, the first of which that works is taken.
+    #[arg(long, env = "COMMONWEAL_DEVICE", value_name = "DEVICE")]
+    device: Option<commonweal_runtime::Devices>,
+    /// Provider of such devices that comes as a file of its own.
+    #[arg(long, env = "COMMONWEAL_PROVIDER", value_name = "FILE")]
+    provider: Option<PathBuf>,
     /// Threads of the model.
     #[arg(long, env = "COMMONWEAL_THREADS")]
     threads: Option<usize>,
@@ -123,6 +130,8 @@ impl Flags {
             config.address.clone_from(&self.address);
         }
         set_path(&mut config.runtime_library, self.library.as_ref());
+        set(&mut config.device, self.device.as_ref());
+        set_path(&mut config.provider, self.provider.as_ref());
         if self.threads.is_some() {
             config.threads = self.threads;
         }

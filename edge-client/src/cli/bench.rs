@@ -101,12 +101,18 @@ fn measure_apart(shared: &Shared, request: &Request, kind: Work) -> Result<Figur
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["bench", "--here", "--json", "--only", kind.name()]);
     command.args(["--repeats", &request.repeats.to_string()]);
-    for (flag, path) in
-        [("--dir", &shared.dir), ("--package", &shared.package), ("--library", &shared.library)]
-    {
+    for (flag, path) in [
+        ("--dir", &shared.dir),
+        ("--package", &shared.package),
+        ("--library", &shared.library),
+        ("--provider", &shared.provider),
+    ] {
         if let Some(path) = path {
             command.arg(flag).arg(path);
         }
+    }
+    if let Some(device) = &shared.device {
+        command.args(["--device", &device.to_string()]);
     }
     if let Some(threads) = shared.threads {
         command.args(["--threads", &threads.to_string()]);

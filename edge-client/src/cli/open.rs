@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use commonweal_adapter::{AdapterLayout, disk};
 use commonweal_package::Package;
 use commonweal_protocol::BaseHash;
-use commonweal_runtime::{Cancel, Library, Model, OpenOptions};
+use commonweal_runtime::{Cancel, Devices, Library, Model, OpenOptions};
 use commonweal_safety::{Constitution, Guard, Reviser};
 
 use super::{Shared, exit::BadInput};
@@ -101,10 +101,26 @@ pub(super) fn open_package(shared: &Shared, place: &Place) -> Result<Package> {
 /// The base alone.
 pub(super) fn open_model(shared: &Shared, place: &Place) -> Result<Model> {
     let package = open_package(shared, place)?;
+    let library = load_library(shared, place)?;
+    let (library, choice) = library.choose(&devices(shared, place), &package)?;
+    tracing::info!("{choice}");
+    Ok(Model::open(&library, &package, OpenOptions::default())?)
+}
+
+/// The runtime library, with the provider that was named.
+pub(super) fn load_library(shared: &Shared, place: &Place) -> Result<Library> {
     let library = shared.library.clone().or_else(|| place.settings.library.clone());
     let threads = shared.threads.and_then(NonZeroUsize::new).or(place.settings.threads);
     let library = Library::load_with(library.as_deref(), threads)?;
-    Ok(Model::open(&library, &package, OpenOptions::default())?)
+    if let Some(provider) = shared.provider.as_ref().or(place.settings.provider.as_ref()) {
+        library.add_provider(provider)?;
+    }
+    Ok(library)
+}
+
+/// What the network shall run on.
+pub(super) fn devices(shared: &Shared, place: &Place) -> Devices {
+    shared.device.clone().or_else(|| place.settings.device.clone()).unwrap_or_default()
 }
 
 /// Threads that the network runs on.

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use commonweal_adapter::{Adapter, disk::AdapterKind};
 use commonweal_package::Package;
-use commonweal_runtime::{Cancel, Library, LibraryError, Model, OpenOptions};
+use commonweal_runtime::{Cancel, DeviceError, Devices, Library, LibraryError, Model, OpenOptions};
 use commonweal_safety::{
     ConfigError, Constitution, ConstitutionError, Guard, GuardConfig, Reviser, calibrate::Target,
 };
@@ -37,7 +37,7 @@ const EXAMPLES: &str = "Examples:
   train-reference evaluate --package P --config guard.toml --guard guard.safetensors --rows guard.test.jsonl
   train-reference reviser --package P --rows reviser.train.jsonl --out reviser.safetensors
 
-Exit codes: 0 done, 2 usage, 3 bad input, 5 runtime library missing, 1 anything else.";
+Exit codes: 0 done, 2 usage, 3 bad input, 5 runtime library or device missing, 1 anything else.";
 
 /// Trains, calibrates and evaluates the adapters of the bundled guard and reviser.
 #[derive(Parser)]
@@ -54,6 +54,12 @@ struct Cli {
     /// The ONNX Runtime library
     #[arg(long, global = true, value_name = "FILE")]
     library: Option<PathBuf>,
+    /// What the network runs on: auto, cpu, cuda:N, … or a list such as cuda:0,cpu
+    #[arg(long, global = true, value_name = "DEVICE", default_value_t)]
+    device: Devices,
+    /// Provider of such devices that comes as a file of its own
+    #[arg(long, global = true, value_name = "FILE")]
+    provider: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
@@ -175,7 +181,9 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             || cause.is::<ConstitutionError>()
             || cause.is::<commonweal_package::OpenError>()
     };
-    if error.chain().any(<dyn std::error::Error>::is::<LibraryError>) {
+    let unavailable =
+        |cause: &(dyn std::error::Error + 'static)| cause.is::<LibraryError>() || cause.is::<DeviceError>();
+    if error.chain().any(unavailable) {
         5
     } else if error.chain().any(bad_input) {
         3
@@ -188,7 +196,12 @@ fn run(cli: Cli) -> Result<()> {
     let progress = Progress::new(cli.json);
     let open = |package: &PathBuf| -> Result<Model> {
         let library = Library::load_with(cli.library.as_deref(), cli.threads)?;
+        if let Some(provider) = &cli.provider {
+            library.add_provider(provider)?;
+        }
         let package = Package::open_base(package)?;
+        let (library, choice) = library.choose(&cli.device, &package)?;
+        eprintln!("{choice}");
         Ok(Model::open(&library, &package, OpenOptions::default())?)
     };
     match cli.command {

@@ -9,6 +9,7 @@ use ort::{
     memory::DeviceType,
     session::{Session, builder::SessionBuilder},
 };
+use serde::{Deserialize, Serialize};
 
 use crate::library::Library;
 
@@ -47,7 +48,8 @@ pub enum Unit {
 }
 
 /// What a person wants the network to run on.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum Devices {
     /// The first device that is there and gives the processor's results, else the processor.
     #[default]
@@ -306,10 +308,11 @@ impl Library {
 
 /// Where a library's sessions run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Placement {
-    pub(crate) device: Device,
+pub struct Placement {
+    /// The device.
+    pub device: Device,
     /// Whether nodes that the device does not know may run on the processor.
-    pub(crate) may_leave_nodes: bool,
+    pub may_leave_nodes: bool,
 }
 
 impl Placement {

@@ -1,6 +1,6 @@
 //! Runs packages through ONNX Runtime: generates, scores and trains adapters on a frozen base, on one device.
 //!
-//! In the order of the flow: a [`library`] is loaded and a [`device`] chosen, a package is opened as a [`model`], an adapter is prepared for it
+//! In the order of the flow: a [`library`] is loaded and a [`device`] chosen ([`choose`]), a package is opened as a [`model`], an adapter is prepared for it
 //! ([`adapt`]), text becomes tokens ([`template`], [`conversation`], [`tokenize`]), which are run ([`generate`],
 //! [`score`], with a shared [`prefix`]) or learned from ([`train`], [`preference`], [`train_state`]). Every long call takes a [`cancel`] handle.
 //!
@@ -9,6 +9,7 @@
 
 pub mod library;
 pub mod device;
+pub mod choose;
 pub mod cancel;
 pub mod tokenize;
 pub mod template;
@@ -31,6 +32,7 @@ pub mod measure;
 
 pub use adapt::{AdaptError, PreparedAdapter};
 pub use cancel::Cancel;
+pub use choose::{Choice, DeviceError, Offer};
 pub use conversation::{Chat, ConversationError, Prompt, TrainingRow};
 pub use device::{Device, Devices, ParseDeviceError};
 pub use generate::{GenerateOptions, Generated, StopReason};
