@@ -32,7 +32,7 @@ Examples:
   edge-client filter chats.jsonl --json  what the guard says, without training
   edge-client chat                       talk to the installed model
 
-Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 4 refused by the aggregator, 5 unavailable (network, library).";
+Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 4 refused by the aggregator, 5 unavailable (network, library, device, memory).";
 
 /// Numbers of which none makes no sense.
 fn at_least_one() -> RangedU64ValueParser<usize> {
@@ -79,6 +79,9 @@ pub struct Shared {
     /// Threads that the network runs on [default: all cores]
     #[arg(long, global = true, env = "COMMONWEAL_THREADS", value_name = "N", value_parser = at_least_one())]
     pub threads: Option<usize>,
+    /// Longest conversation in tokens, for answers and for training; fewer need less memory [default: the package's]
+    #[arg(long, global = true, env = "COMMONWEAL_CONTEXT", value_name = "N", value_parser = at_least_one())]
+    pub context: Option<usize>,
     /// One JSON object a line on stdout
     #[arg(long, global = true)]
     pub json: bool,

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 /// A person's file of settings, policy or principles has a few pages; more is a wrong file.
 const FILE_BYTES_MAX: u64 = 256 * 1024;
 
-/// `device.toml`; the first five have a flag and an environment variable too.
+/// `device.toml`; the first six have a flag and an environment variable too.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SettingsFile {
@@ -34,6 +34,9 @@ pub struct SettingsFile {
     /// Threads that the network runs on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<NonZeroUsize>,
+    /// Longest conversation in tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub context: Option<NonZeroUsize>,
     /// Longest wait between two polls, whatever the aggregator asks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub poll_seconds_max: Option<NonZeroU64>,

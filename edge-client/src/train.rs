@@ -5,8 +5,9 @@
 
 use commonweal_adapter::{Adapter, AdapterDelta, AdapterError, Trainable};
 use commonweal_runtime::{
-    AdamW, Cancel, ConversationError, Message, Model, Preference, ReferredPreference, Schedule, TrainError,
-    TrainOptions, Trainer, TrainingRow,
+    AdamW, Cancel, ConversationError, MemoryError, Message, Model, Preference, ReferredPreference, Schedule,
+    TrainError, TrainOptions, Trainer, TrainingRow,
+    memory::{self, Available, Shape},
 };
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
@@ -89,6 +90,9 @@ pub enum TrainingError {
     /// A conversation could not be encoded.
     #[error("training pair cannot be encoded")]
     Conversation(#[from] ConversationError),
+    /// A step does not fit in memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// A step failed.
     #[error("training failed")]
     Train(#[from] TrainError),
@@ -221,6 +225,16 @@ fn options(task: &TrainTask, policy: &TrainPolicy) -> TrainOptions {
     }
 }
 
+/// Refuses to begin a step that runs so many tokens at once and has no room for them.
+fn check_memory(model: &Model, tokens: usize, available: Option<Available>) -> Result<(), MemoryError> {
+    // A package that was opened has its weights; if they went away since, the gradient graph says so.
+    let weights_bytes = std::fs::metadata(model.package().weights()).map_or(0, |file| file.len());
+    let shape = Shape { model: &model.manifest().model, weights_bytes };
+    let lower =
+        "a smaller batch_rows or sample_tokens_max in the policy's [train], or --context N, needs less";
+    memory::check("a training step", shape.train_bytes(tokens), available, lower)
+}
+
 /// Says on the log how many pairs taught nothing.
 pub(crate) fn tell_too_long(too_long: u32) {
     if too_long > 0 {
@@ -276,6 +290,11 @@ impl Lessons {
         if rows.is_empty() && preferences.is_empty() {
             return Err(TrainingError::NoPairs { too_long, row_tokens_max });
         }
+        let longest = rows.iter().chain(preferences.iter().flat_map(|pair| [&pair.chosen, &pair.rejected]));
+        let longest = longest.map(|row| row.ids.len()).max().unwrap_or(0);
+        // A run has the rows of a batch, or the two replies of one preference.
+        let run_rows = policy.batch_rows.min(task.step_rows).max(if preferences.is_empty() { 1 } else { 2 });
+        check_memory(model, run_rows * longest, memory::available())?;
         let tokens = |pair: &Preference| pair.chosen.targets() + pair.rejected.targets();
         let tokens: Vec<usize> = preferences.iter().map(tokens).collect();
         let preferences = trainer.refer(preferences, cancel)?.into_iter().zip(tokens).collect();

@@ -111,6 +111,9 @@ fn measure_apart(shared: &Shared, request: &Request, kind: Work) -> Result<Figur
             command.arg(flag).arg(path);
         }
     }
+    if let Some(context) = shared.context {
+        command.args(["--context", &context.to_string()]);
+    }
     if let Some(device) = &shared.device {
         command.args(["--device", &device.to_string()]);
     }

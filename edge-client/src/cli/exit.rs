@@ -1,7 +1,7 @@
 //! Which exit code an error means: 1 failed, 3 bad input, 4 refused by the aggregator, 5 unavailable. Clap gives 2.
 
 use commonweal_protocol::InvitationError;
-use commonweal_runtime::{DeviceError, LibraryError};
+use commonweal_runtime::{DeviceError, LibraryError, MemoryError};
 use commonweal_transport::LinkError;
 
 use crate::{
@@ -23,7 +23,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(link) = cause.downcast_ref::<LinkError>() {
         return Some(if link.is_unavailable() { 5 } else { 4 });
     }
-    if cause.is::<LibraryError>() || cause.is::<DeviceError>() {
+    if cause.is::<LibraryError>() || cause.is::<DeviceError>() || cause.is::<MemoryError>() {
         return Some(5);
     }
     let wrong_base = matches!(cause.downcast_ref(), Some(PipelineError::Base { .. }));

@@ -12,7 +12,10 @@ use anyhow::{Context, Result};
 use commonweal_adapter::{AdapterLayout, disk};
 use commonweal_package::Package;
 use commonweal_protocol::BaseHash;
-use commonweal_runtime::{Cancel, Devices, Library, Model, OpenOptions};
+use commonweal_runtime::{
+    Cancel, Devices, Library, Model, OpenOptions,
+    memory::{self, Available, Shape},
+};
 use commonweal_safety::{Constitution, Guard, Reviser};
 
 use super::{Shared, exit::BadInput};
@@ -104,7 +107,27 @@ pub(super) fn open_model(shared: &Shared, place: &Place) -> Result<Model> {
     let library = load_library(shared, place)?;
     let (library, choice) = library.choose(&devices(shared, place), &package)?;
     tracing::info!("{choice}");
-    Ok(Model::open(&library, &package, OpenOptions::default())?)
+    let context_max = shared.context.or(place.settings.context.map(NonZeroUsize::get));
+    Ok(Model::open(&library, &package, fitting(&package, context_max, memory::available())?)?)
+}
+
+/// Options with which the package fits in the memory that is available: the base, the reading of a prompt and one cache
+/// of a whole conversation must; the caches of more rows side by side get the half of what is left.
+fn fitting(
+    package: &Package,
+    context_max: Option<usize>,
+    available: Option<Available>,
+) -> Result<OpenOptions> {
+    let options = OpenOptions { context_max, ..OpenOptions::default() };
+    let weights_bytes = std::fs::metadata(package.weights())?.len();
+    let shape = Shape { model: &package.manifest().model, weights_bytes };
+    let context = shape.model.context.min(context_max.unwrap_or(usize::MAX));
+    let needed = shape.open_bytes() + shape.answer_bytes(1, context, options.prefill_tokens_max.min(context));
+    let lower = "--context N with fewer tokens needs less, and so does a package of fewer bits";
+    memory::check("opening the package", needed, available, lower)?;
+    let left = available.map_or(u64::MAX, |available| available.bytes - needed) / 2;
+    let cache_bytes_max = options.cache_bytes_max.min(usize::try_from(left).unwrap_or(usize::MAX));
+    Ok(OpenOptions { cache_bytes_max, ..options })
 }
 
 /// The runtime library, with the provider that was named.

@@ -9,6 +9,7 @@ use crate::{
     adapt::PreparedAdapter,
     cache::Cache,
     cancel::{Run, RunError},
+    device::Device,
     model::Model,
     tokenize::TokenizeError,
 };
@@ -257,6 +258,14 @@ impl Lane {
         let ids = ids.iter().map(|&id| i64::from(id)).collect::<Vec<_>>();
         let lasts = lasts.iter().map(|&last| last as i32).collect::<Vec<_>>();
         let binding = &mut self.binding;
+        if self.model.device() != Device::Cpu {
+            // A device with memory of its own got a copy of the cache when it was bound; what the last run added came
+            // back to the buffer, not to that copy.
+            for (layer, (key, value)) in self.cache.layers.iter().enumerate() {
+                binding.bind_input(format!("past.{layer}.key"), key)?;
+                binding.bind_input(format!("past.{layer}.value"), value)?;
+            }
+        }
         binding.bind_input("input_ids", &Tensor::from_array(([batch, ids.len() / batch.max(1)], ids))?)?;
         binding.bind_input("seqlens_k", &Tensor::from_array(([batch], lasts))?)?;
         binding.bind_input("total_seq", &Tensor::from_array(([1], vec![total as i32]))?)?;

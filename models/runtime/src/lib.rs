@@ -28,6 +28,7 @@ mod gradient;
 pub mod train;
 pub mod preference;
 pub mod train_state;
+pub mod memory;
 pub mod measure;
 
 pub use adapt::{AdaptError, PreparedAdapter};
@@ -39,6 +40,7 @@ pub use generate::{GenerateOptions, Generated, StopReason};
 pub use infer::InferError;
 pub use library::{Library, LibraryError};
 pub use measure::{Memory, memory};
+pub use memory::MemoryError;
 pub use model::{Model, OpenError, OpenOptions};
 pub use optimizer::AdamW;
 pub use preference::{Preference, PreferenceReport, ReferredPreference};

@@ -17,6 +17,7 @@ use ort::session::{Session, builder::GraphOptimizationLevel};
 use crate::{
     adapt::{AdaptError, PreparedAdapter},
     conversation::Chat,
+    device::Device,
     library::Library,
     template::{ChatTemplate, SpecialTokens, TemplateError},
     tokenize::{TokenizeError, Tokenizer},
@@ -163,6 +164,11 @@ impl Model {
     /// Turns conversations into tokens.
     pub fn chat(&self) -> &Chat {
         &self.inner.chat
+    }
+
+    /// What its sessions run on.
+    pub fn device(&self) -> Device {
+        self.inner.library.device()
     }
 
     /// The tokenizer.

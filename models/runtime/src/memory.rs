@@ -1,0 +1,301 @@
+//! Memory that work needs, told from a package's shape before anything is allocated, and memory that there is. Whoever
+//! opens a model or trains it asks [`check`] first; `measure.rs` tells what was taken in the end.
+//!
+//! The constants below are fitted to the peaks that `edge-client bench` measures (docs/performance.md); the test holds
+//! them within a factor of 1.3 of those. Change them with the graphs, in this file alone.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use commonweal_package::ModelConfig;
+
+/// The program, the runtime library and its threads.
+const PROCESS_BYTES: f64 = 38e6;
+/// Bytes in memory for a byte of weights in an inference session: the bytes themselves and the kernels' packed copies.
+const OPEN_COPIES: f64 = 1.7;
+/// Of a block's widest values of a token, how many are alive at once while a prompt is read: the runtime's arena
+/// grows in powers of two.
+const READ_WIDTHS: f64 = 6.3;
+/// Of each block's values of a token, how many the gradient graph keeps for its way back.
+const TRAIN_WIDTHS: f64 = 1.4;
+/// Bytes in memory for a byte of weights in the gradient session.
+const TRAIN_COPIES: f64 = 1.0;
+/// What a gradient session takes at any size.
+const TRAIN_SESSION_BYTES: f64 = 20e6;
+
+const FLOAT: f64 = size_of::<f32>() as f64;
+
+/// A package's part in the memory that work needs.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape<'m> {
+    /// Dimensions.
+    pub model: &'m ModelConfig,
+    /// Bytes of `weights.bin`.
+    pub weights_bytes: u64,
+}
+
+impl Shape<'_> {
+    /// Bytes of the whole process with the inference session open.
+    pub fn open_bytes(&self) -> u64 {
+        (PROCESS_BYTES + OPEN_COPIES * self.weights_bytes as f64) as u64
+    }
+
+    /// Bytes on top of that to read prompts `chunk` tokens at a time with `rows` caches of `tokens` each.
+    pub fn answer_bytes(&self, rows: usize, tokens: usize, chunk: usize) -> u64 {
+        let cache = self.model.layers as f64 * 2.0 * self.model.kv_size() as f64 * FLOAT;
+        let reading = READ_WIDTHS * self.width() * FLOAT;
+        (rows as f64 * tokens as f64 * cache + chunk as f64 * reading) as u64
+    }
+
+    /// Bytes on top of an open model for a training step that runs `tokens` tokens at once, all rows of a run together,
+    /// padding included.
+    pub fn train_bytes(&self, tokens: usize) -> u64 {
+        let head = self.model.vocab_size as f64 * self.model.hidden_size as f64 * FLOAT;
+        let kept = self.model.layers as f64 * TRAIN_WIDTHS * self.width() * FLOAT;
+        let weights = TRAIN_COPIES * self.weights_bytes as f64;
+        (TRAIN_SESSION_BYTES + weights + head + tokens as f64 * kept) as u64
+    }
+
+    /// Values of a token in a block: gate, up and their product, queries, keys and values, and the residual stream thrice.
+    fn width(&self) -> f64 {
+        (3 * self.model.intermediate_size + self.model.qkv_size() + 3 * self.model.hidden_size) as f64
+    }
+}
+
+/// Memory that the process could still get.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Available {
+    /// How much.
+    pub bytes: u64,
+    /// What sets the bound.
+    pub bound: Bound,
+}
+
+/// What bounds a process's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bound {
+    /// What the kernel calls available.
+    Machine,
+    /// The limit of the process's control group (a container, a service).
+    ControlGroup,
+}
+
+impl Bound {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Machine => "the machine",
+            Self::ControlGroup => "the control group of this process",
+        }
+    }
+}
+
+/// There is not enough memory to begin.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{what} needs about {} MB of memory, {} has {} MB left; {lower}",
+    megabytes(*needed),
+    available.bound.name(),
+    megabytes(available.bytes)
+)]
+pub struct MemoryError {
+    /// The work.
+    pub what: &'static str,
+    /// Bytes that it needs.
+    pub needed: u64,
+    /// Bytes that there are.
+    pub available: Available,
+    /// The setting that lowers what it needs.
+    pub lower: &'static str,
+}
+
+fn megabytes(bytes: u64) -> u64 {
+    bytes.div_ceil(1_000_000)
+}
+
+/// Refuses work that does not fit in what is available. Where the system does not say (others than Linux), nothing is
+/// refused.
+pub fn check(
+    what: &'static str,
+    needed: u64,
+    available: Option<Available>,
+    lower: &'static str,
+) -> Result<(), MemoryError> {
+    match available {
+        Some(available) if needed > available.bytes => Err(MemoryError { what, needed, available, lower }),
+        _ => Ok(()),
+    }
+}
+
+/// What this process could still get: the lesser of the machine's and its control groups' memory.
+pub fn available() -> Option<Available> {
+    available_below(Path::new("/"))
+}
+
+fn available_below(root: &Path) -> Option<Available> {
+    let machine = fs::read_to_string(root.join("proc/meminfo")).ok().and_then(|text| mem_available(&text));
+    let machine = machine.map(|bytes| Available { bytes, bound: Bound::Machine });
+    let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    let group = group_left(root, &groups).map(|bytes| Available { bytes, bound: Bound::ControlGroup });
+    machine.into_iter().chain(group).min_by_key(|available| available.bytes)
+}
+
+/// `MemAvailable` of `/proc/meminfo`, in bytes.
+fn mem_available(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// The least that a control group of this process, or one around it, has left: version 2 (`0::/path`) or the memory
+/// controller of version 1. Inside a container the path may name a folder that is not mounted; the root then counts.
+fn group_left(root: &Path, groups: &str) -> Option<u64> {
+    let files = groups.lines().filter_map(|line| {
+        let mut parts = line.splitn(3, ':');
+        let (_, controllers, path) = (parts.next()?, parts.next()?, parts.next()?);
+        let path = PathBuf::from(path.trim_start_matches('/'));
+        match controllers {
+            "" => Some((root.join("sys/fs/cgroup"), path, "memory.max", "memory.current", "inactive_file")),
+            list if list.split(',').any(|controller| controller == "memory") => {
+                let mount = root.join("sys/fs/cgroup/memory");
+                let (limit, used) = ("memory.limit_in_bytes", "memory.usage_in_bytes");
+                Some((mount, path, limit, used, "total_inactive_file"))
+            }
+            _ => None,
+        }
+    });
+    let left = files.flat_map(|(mount, path, limit, used, reclaimable)| {
+        let levels: Vec<PathBuf> = path.ancestors().map(|level| mount.join(level)).collect();
+        levels.into_iter().filter_map(move |level| {
+            // `max` is no number: no limit.
+            let limit = number(&fs::read_to_string(level.join(limit)).ok()?)?;
+            let used = number(&fs::read_to_string(level.join(used)).ok()?)?;
+            let statistics = fs::read_to_string(level.join("memory.stat")).unwrap_or_default();
+            let cached = statistics.lines().find_map(|line| {
+                let (name, bytes) = line.split_once(' ')?;
+                (name == reclaimable).then(|| number(bytes))?
+            });
+            // Files that were read and are not in use give way.
+            Some(limit.saturating_sub(used.saturating_sub(cached.unwrap_or(0))))
+        })
+    });
+    left.min()
+}
+
+fn number(text: &str) -> Option<u64> {
+    text.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Llama with heads of 64.
+    fn config(
+        hidden: usize,
+        intermediate: usize,
+        layers: usize,
+        heads: (usize, usize),
+        vocab: usize,
+    ) -> ModelConfig {
+        serde_json::from_value(serde_json::json!({
+            "architecture": "llama", "name": "x", "hidden_size": hidden, "intermediate_size": intermediate,
+            "layers": layers, "heads": heads.0, "kv_heads": heads.1, "head_dim": 64, "vocab_size": vocab,
+            "context": 2048, "rope_theta": 10_000.0, "rms_norm_eps": 1e-5, "tied": true,
+        }))
+        .unwrap()
+    }
+
+    /// Peaks that `scripts/bench-device` printed (docs/performance.md), in MB: load, prefill of 512, decode of one and of
+    /// eight rows at 512, a training step on 256 tokens.
+    #[test]
+    fn estimates_are_near_what_was_measured() {
+        let shapes = [
+            (config(576, 1536, 30, (9, 3), 49_152), 85_068_032, [180.0, 294.0, 297.0, 466.0, 733.0]),
+            (config(896, 4864, 24, (14, 2), 151_936), 309_747_200, [562.0, 787.0, 685.0, 786.0, 2013.0]),
+            (config(256, 704, 6, (4, 2), 4096), 3_744_768, [46.0, 93.0, 76.0, 111.0, 105.0]),
+        ];
+        for (model, weights_bytes, measured) in shapes {
+            let shape = Shape { model: &model, weights_bytes };
+            let open = shape.open_bytes();
+            // A prompt of 448 tokens is read, then the rows decode up to 512; the prefix has a cache of its own.
+            let estimated = [
+                open,
+                open + shape.answer_bytes(1, 513, 512),
+                open + shape.answer_bytes(2, 512, 448),
+                open + shape.answer_bytes(9, 512, 448),
+                open + shape.train_bytes(256),
+            ];
+            for (estimated, measured) in estimated.into_iter().zip(measured) {
+                let factor = estimated as f64 / 1e6 / measured;
+                assert!((1.0 / 1.3..1.3).contains(&factor), "{measured} MB, estimated {estimated}: {factor}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_with_both_figures_and_the_remedy() {
+        let available = |bytes| Some(Available { bytes, bound: Bound::ControlGroup });
+        check("training", 100, available(100), "use less").unwrap();
+        check("training", u64::MAX, None, "use less").unwrap();
+        let error =
+            check("training", 2_000_000_000, available(900_000_000), "--context N takes less").unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "training needs about 2000 MB of memory, the control group of this process has 900 MB left; \
+             --context N takes less"
+        );
+    }
+
+    /// A root directory with the kernel's files.
+    fn root(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            let path = root.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn the_tightest_bound_counts() {
+        let meminfo = ("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n");
+        let machine = Available { bytes: 8000 << 10, bound: Bound::Machine };
+        let group = |bytes| Some(Available { bytes, bound: Bound::ControlGroup });
+        assert_eq!(available_below(root(&[meminfo]).path()), Some(machine));
+        assert_eq!(available_below(root(&[]).path()), None);
+        let second = |limit, used, stat| {
+            available_below(
+                root(&[
+                    meminfo,
+                    ("proc/self/cgroup", "0::/a.slice/b.service\n"),
+                    ("sys/fs/cgroup/a.slice/memory.max", limit),
+                    ("sys/fs/cgroup/a.slice/memory.current", used),
+                    ("sys/fs/cgroup/a.slice/memory.stat", stat),
+                    ("sys/fs/cgroup/a.slice/b.service/memory.max", "max\n"),
+                    ("sys/fs/cgroup/a.slice/b.service/memory.current", "7\n"),
+                ])
+                .path(),
+            )
+        };
+        assert_eq!(second("5000\n", "3000\n", "anon 1\ninactive_file 1000\n"), group(3000));
+        assert_eq!(second("5000\n", "6000\n", ""), group(0));
+        assert_eq!(second("max\n", "3000\n", ""), Some(machine));
+        let first = root(&[
+            meminfo,
+            ("proc/self/cgroup", "12:cpu,cpuacct:/x\n5:memory:/x\n"),
+            ("sys/fs/cgroup/memory/x/memory.limit_in_bytes", "9223372036854771712\n"),
+            ("sys/fs/cgroup/memory/x/memory.usage_in_bytes", "10\n"),
+            ("sys/fs/cgroup/memory/memory.limit_in_bytes", "4096\n"),
+            ("sys/fs/cgroup/memory/memory.usage_in_bytes", "96\n"),
+        ]);
+        assert_eq!(available_below(first.path()), group(4000));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn this_machine_says_what_it_has() {
+        assert!(available().unwrap().bytes > 0);
+    }
+}
