@@ -115,6 +115,9 @@ impl Model {
                 return Err(OpenError::Option { name });
             }
         }
+        // Rows of different lengths side by side: WebGPU's attention (1.27) goes by the longest and spoils the others.
+        let batch_max = if library.device() == Device::Cpu { options.batch_max } else { 1 };
+        let options = OpenOptions { batch_max, ..options };
         let manifest = package.manifest();
         let tokenizer = Tokenizer::open(&package.tokenizer())?;
         if tokenizer.vocab_size() > manifest.model.vocab_size {
