@@ -20,7 +20,7 @@ use crate::{
     events::{Done, Event, Output},
     filter,
     install::{self, Expected},
-    pipeline_error::{PipelineError, damaged},
+    pipeline_error::damaged,
     policy::Policy,
     revise::{self, ReviseCounts, TrainingPair},
     sample,
@@ -29,6 +29,7 @@ use crate::{
     upload::{self, UploadError},
 };
 
+pub use crate::pipeline_error::PipelineError;
 pub use crate::task::{base_of, train_task, trainable};
 
 const BEGUN: &str = "round/task.json";

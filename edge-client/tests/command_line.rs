@@ -138,3 +138,21 @@ fn bench_names_a_missing_package_before_it_measures() {
     assert!(stderr(&output).contains("package.toml is missing"), "{}", stderr(&output));
     assert!(output.stdout.is_empty(), "{}", String::from_utf8_lossy(&output.stdout));
 }
+
+/// A device that is not there, and a package of another version, are told by name before anything runs.
+#[test]
+fn a_missing_device_and_another_versions_package_have_their_exit_codes() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = run(directory.path(), &["devices", "--device", "cuda:0"]);
+    assert_eq!(output.status.code(), Some(5), "{}", stderr(&output));
+    assert!(stderr(&output).contains("has no CUDAExecutionProvider"), "{}", stderr(&output));
+    assert_eq!(run(directory.path(), &["devices", "--device", "gpu"]).status.code(), Some(2));
+    assert_eq!(object(&run(directory.path(), &["devices", "--device", "cuda:0,cpu"]))["device"], "cpu");
+
+    let package = directory.path().join("package");
+    fs::create_dir(&package).unwrap();
+    fs::write(package.join("package.toml"), "format = 2\n").unwrap();
+    let output = run(directory.path(), &["devices", "--package", package.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert!(stderr(&output).contains("has format 2, this program reads format 1"), "{}", stderr(&output));
+}

@@ -24,7 +24,7 @@ use edge_client::{
     events::Output,
     filter,
     install::Expected,
-    pipeline::{self, Device, Outcome},
+    pipeline::{self, Device, Outcome, PipelineError},
     policy::{Method, Policy},
     revise::{self, TrainingPair},
     rows::{self, Form},
@@ -138,9 +138,13 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        Self::over(model())
+    }
+
+    fn over(model: Model) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let runtime = Runtime::new().unwrap();
-        let (model, cancel) = (model(), Cancel::new());
+        let cancel = Cancel::new();
         let key = SigningKey::from_bytes(&[7; 32]);
         let base = pipeline::base_of(&model);
         let start = Adapter::init(Arc::clone(model.layout()), 1);
@@ -541,4 +545,43 @@ fn revisions_pass_the_owners_own_filter() {
     fs::write(file("revised.jsonl"), revised.join("\n")).unwrap();
     let again = edge("filter", &file("revised.jsonl"));
     assert!(again.lines().all(|line| line.contains("\"keep\"") || line.contains("\"filtered\"")), "{again}");
+}
+
+/// A runtime library that fails in the middle of a round: real ones, a run that is stopped in the filter and a gradient
+/// graph that does not open any more when training begins.
+#[test]
+fn a_runtime_that_fails_in_the_middle_costs_no_sample() {
+    let copied = tempfile::tempdir().unwrap();
+    copy_folder(&package().join("adapters"), &copied.path().join("adapters"));
+    for entry in fs::read_dir(package()).unwrap().map(Result::unwrap).filter(|entry| entry.path().is_file()) {
+        fs::copy(entry.path(), copied.path().join(entry.file_name())).unwrap();
+    }
+    let library = Library::load_with(None, NonZeroUsize::new(1)).unwrap();
+    let opened = Package::open(copied.path()).unwrap();
+    let mut world = World::over(Model::open(&library, &opened, OpenOptions::default()).unwrap());
+    let samples = |world: &World| sample::stored(&world.device.store).unwrap().len();
+    let before = samples(&world);
+    assert!(before > 0);
+
+    world.device.cancel.cancel();
+    let error = world.device.visit().unwrap_err();
+    assert!(matches!(error, PipelineError::Filter(_)) && !error.is_transient(), "{error}");
+    assert_eq!(samples(&world), before);
+    assert!(!world.has("round/pairs.json"), "a sample passed unseen");
+
+    world.device.cancel = Cancel::new();
+    let graph = copied.path().join("train.onnx");
+    let whole = fs::read(&graph).unwrap();
+    fs::write(&graph, &whole[..whole.len() / 2]).unwrap();
+    let error = world.device.visit().unwrap_err();
+    assert!(matches!(error, PipelineError::Train(_)) && !error.is_transient(), "{error}");
+    let told = format!("{:#}", anyhow::Error::new(error));
+    assert!(told.contains("train failed") && told.contains("train.onnx"), "{told}");
+    assert_eq!(samples(&world), before);
+    // What was filtered and revised is kept; nothing was sent.
+    assert!(world.has("round/pairs.json") && world.opened().is_empty());
+
+    fs::write(&graph, &whole).unwrap();
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    assert_eq!(samples(&world), before);
 }

@@ -224,3 +224,21 @@ pub(super) fn stop_on_signal(runtime: &tokio::runtime::Handle) -> Cancel {
     });
     cancel
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use commonweal_runtime::memory::Bound;
+
+    #[test]
+    fn a_package_that_does_not_fit_is_refused_and_little_room_makes_small_caches() {
+        let package = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/reference/package");
+        assert!(package.exists(), "{} is missing: run scripts/setup first", package.display());
+        let package = Package::open(package).unwrap();
+        let with = |bytes| fitting(&package, None, Some(Available { bytes, bound: Bound::Machine }));
+        let refused = with(50_000_000).unwrap_err().to_string();
+        assert!(refused.contains("the machine has 50 MB left") && refused.contains("--context"), "{refused}");
+        assert!(with(200_000_000).unwrap().cache_bytes_max < 100_000_000);
+        assert_eq!(with(1 << 40).unwrap().cache_bytes_max, OpenOptions::default().cache_bytes_max);
+    }
+}

@@ -6,6 +6,7 @@
 mod onnx_runtime;
 
 use commonweal_compiler::{Accuracy, Architecture, Attention, Bias, Bits, Window};
+use commonweal_package::TrainGraph;
 use onnx_runtime::case::Case;
 use onnx_runtime::{goldens, read};
 use tempfile::TempDir;
@@ -30,7 +31,7 @@ fn agrees(variant: &str, architecture: Architecture, attention: &Attention) {
     let case = Case::new(variant, checkpoint.path(), kind, golden.clone(), golden);
     let model = &case.package.manifest().model;
     assert_eq!((model.architecture, &model.attention), (architecture, attention));
-    case.graph_agrees(&case.package.train_graph(), "train", TOLERANCE);
+    case.graph_agrees(&case.package.train_graph(TrainGraph::Full).unwrap(), "train", TOLERANCE, 0);
     case.logits_agree(TOLERANCE);
 }
 

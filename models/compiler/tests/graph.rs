@@ -5,7 +5,7 @@ use std::path::Path;
 
 use commonweal_compiler::checkpoint::Checkpoint;
 use commonweal_compiler::graph::{Constant, Graph, GraphError, NodeId, TensorType, ValueId};
-use commonweal_compiler::llama::{TrainGraph, infer, train};
+use commonweal_compiler::llama::{InferForm, TrainGraph, infer, train};
 use commonweal_compiler::lower::lower;
 use commonweal_compiler::op::{Binary, Op, Packing, Unary};
 use commonweal_compiler::plan::plan;
@@ -100,7 +100,7 @@ fn weights_must_be_in_the_table_with_their_size() {
         let weight = graph.weight("w", entry, TensorType::f32(shape)).unwrap();
         let y = graph.unary(Unary::Neg, weight).unwrap();
         graph.output("y", y).unwrap();
-        let table = WeightTable::plan(&model(), &quantization(Bits::Full)).unwrap();
+        let table = WeightTable::plan(&model(), &quantization(Bits::Full));
         lower(&graph, &plan(&graph).order, "test", &table)
     };
     assert!(written("layers.0.o.w", [32, 64]).is_ok());
@@ -133,7 +133,8 @@ fn quantization(bits: Bits) -> Quantization {
 fn training(policy: Recompute) -> Graph {
     let defaults = AdapterDefaults { rank: 4, alpha: 8.0, targets: commonweal_adapter::Target::ALL.to_vec() };
     let layout = layout(&model(), &defaults).unwrap();
-    let TrainGraph { mut graph, head_segment } = train(&model(), &quantization(Bits::Four), &layout).unwrap();
+    let TrainGraph { mut graph, head_segment } =
+        train(&model(), &quantization(Bits::Four), &layout, 0).unwrap();
     recompute(&mut graph, policy, head_segment);
     graph
 }
@@ -150,7 +151,8 @@ fn is_an_order(graph: &Graph, order: &[NodeId]) -> bool {
 
 #[test]
 fn plans_are_orders() {
-    let mut graphs = vec![infer(&model(), &quantization(Bits::Four)).unwrap()];
+    let inference = |form| infer(&model(), &quantization(Bits::Four), form).unwrap();
+    let mut graphs = vec![inference(InferForm::Adapted), inference(InferForm::Base)];
     graphs.extend([Recompute::Nothing, Recompute::Activations, Recompute::Layers].map(training));
     for graph in &graphs {
         let plan = plan(graph);

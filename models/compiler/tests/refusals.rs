@@ -242,7 +242,6 @@ fn tokenizers_and_templates() {
 fn options() {
     let spoilt = Spoilt::new("tied");
     let options = || spoilt.options();
-    spoilt.refused_with(&CompileOptions { block_size: 64, ..options() }, &["block size 64", "embed", "32"]);
     spoilt.refused_with(&CompileOptions { block_size: 48, ..options() }, &["block size", "48"]);
     compile(&CompileOptions {
         block_size: 64,

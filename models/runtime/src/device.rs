@@ -288,9 +288,10 @@ impl Library {
         let builder = Session::builder(self.environment())?;
         let placement = self.placement();
         let device = placement.device;
-        let builder = match placement.may_leave_nodes || device == Device::Cpu {
-            true => builder,
-            false => builder.with_config_entry("session.disable_cpu_ep_fallback", "1")?,
+        let builder = if placement.may_leave_nodes || device == Device::Cpu {
+            builder
+        } else {
+            builder.with_config_entry("session.disable_cpu_ep_fallback", "1")?
         };
         if device != Device::Cpu && device.is_built_in()? {
             return Ok(builder.with_execution_providers(device.built_in())?);

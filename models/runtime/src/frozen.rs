@@ -81,13 +81,12 @@ impl Frozen {
         let mut tensors = self.tensors.lock().unwrap_or_else(PoisonError::into_inner);
         for tensor in external_tensors(path)? {
             let place = tensor.place()?;
-            let value = match tensors.get(&tensor.name) {
-                Some(known) => known.clone(),
-                None => {
-                    let value = Arc::new(self.tensor(&tensor, &place)?);
-                    tensors.insert(tensor.name.clone(), value.clone());
-                    value
-                }
+            let value = if let Some(known) = tensors.get(&tensor.name) {
+                known.clone()
+            } else {
+                let value = Arc::new(self.tensor(&tensor, &place)?);
+                tensors.insert(tensor.name.clone(), value.clone());
+                value
             };
             builder = builder.with_initializer(&tensor.name, value).map_err(ort::Error::from)?;
         }

@@ -131,7 +131,7 @@ pub enum OpenError {
 
 impl Model {
     /// Opens the inference graph of a package whose hashes were verified (`Package::open`).
-    pub fn open(library: &Library, package: &Package, options: OpenOptions) -> Result<Self, OpenError> {
+    pub fn open(library: &Library, package: &Package, mut options: OpenOptions) -> Result<Self, OpenError> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         for (name, value) in [
             ("context_max", options.context_max.unwrap_or(1)),
@@ -141,6 +141,10 @@ impl Model {
             if value == 0 {
                 return Err(OpenError::Option { name });
             }
+        }
+        // Rows of different lengths side by side: WebGPU's attention (1.27) goes by the longest and spoils the others.
+        if library.device() != Device::Cpu {
+            options.batch_max = 1;
         }
         let manifest = package.manifest();
         let tokenizer = Tokenizer::open(&package.tokenizer())?;

@@ -3,7 +3,7 @@
 
 mod support;
 
-use commonweal_package::{OpenError as PackageError, Package};
+use commonweal_package::{OpenError as PackageError, Package, TrainGraph};
 use commonweal_runtime::{Message, Model, OpenError, OpenOptions};
 
 #[test]
@@ -28,7 +28,7 @@ fn refusal(file: &str, bytes: &[u8]) -> OpenError {
 
 #[test]
 fn files_that_do_not_belong_together_are_refused() {
-    let train = std::fs::read(support::package().train_graph()).unwrap();
+    let train = std::fs::read(support::package().train_graph(TrainGraph::Full).unwrap()).unwrap();
     let interface = refusal("infer.onnx", &train);
     assert!(matches!(&interface, OpenError::Interface { name, .. } if name == "seqlens_k"), "{interface}");
     let graph = refusal("infer.onnx", &train[..train.len() / 2]);

@@ -4,6 +4,7 @@
 use crate::differentiate::Tape;
 use crate::graph::{Graph, GraphError, Node, Source, TensorType, ValueId};
 use crate::op::{Op, Packing};
+use crate::shape::Dim;
 
 /// A packed matrix is expanded in pieces of about this many bytes of floats: the vocabulary's would not fit, and a piece
 /// that the caches hold is read back from them.
@@ -53,7 +54,7 @@ pub(super) fn matmul_n_bits(tape: &mut Tape<'_>, node: &Node, packing: Packing) 
     }
     let dy = tape.adjoint_or_zeros(node.outputs[0])?;
     let graph = &mut *tape.graph;
-    let columns = graph.shape(x).0.last().and_then(|dim| dim.as_fixed()).unwrap_or(0);
+    let columns = graph.shape(x).0.last().and_then(Dim::as_fixed).unwrap_or(0);
     let (weights, rows) = rows_of(graph, packed)?;
     // The runtime library would take a second expansion of the same rows for the first, and keep that alive between
     // them. A longer list of rows, whose end nothing reads, tells them apart.
