@@ -3,6 +3,7 @@
 
 mod attention;
 mod model;
+mod rounding;
 mod manifest;
 mod staging;
 mod write;
@@ -17,5 +18,6 @@ pub use model::{
     Quantization, RopeScaling, Tokens,
 };
 pub use open::{OpenError, Package};
+pub use rounding::Rounding;
 pub use staging::{Staging, StagingError};
 pub use write::{Facts, PackageWriter, WriteError, attach};
