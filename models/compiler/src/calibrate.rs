@@ -327,3 +327,197 @@ fn rotary(model: &ModelConfig, time: usize) -> [Given; 2] {
     };
     [table("rope.cos", libm::cos), table("rope.sin", libm::sin)]
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed test may panic")]
+mod tests {
+    use std::path::Path;
+
+    use commonweal_package::{Accuracy, Bits, Package, Quantization};
+    use commonweal_runtime::{Cancel, Library, Model, OpenOptions, TrainingRow, network};
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::compile::{CompileOptions, compile};
+
+    struct Runtime(Library);
+
+    struct Layer(network::Network);
+
+    impl Engine for Runtime {
+        fn open(&mut self, graph: &[u8]) -> Result<Box<dyn Network>, EngineError> {
+            Ok(Box::new(Layer(network::Network::open(&self.0, graph)?)))
+        }
+    }
+
+    impl Network for Layer {
+        fn run(&mut self, inputs: &[Input<'_>]) -> Result<Vec<Vec<f32>>, EngineError> {
+            let inputs: Vec<network::NamedTensor<'_>> =
+                inputs.iter().map(|input| (input.name, input.shape, input.values)).collect();
+            Ok(self.0.run(&inputs)?)
+        }
+    }
+
+    fn runtime() -> Runtime {
+        Runtime(Library::load(None).expect("run scripts/setup"))
+    }
+
+    /// A golden checkpoint; those of the architectures share a tokenizer and a template.
+    fn goldens(variant: &str) -> TempDir {
+        let goldens = Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens");
+        let folder = TempDir::new().unwrap();
+        let own = std::fs::read_dir(goldens.join(variant)).unwrap().map(|entry| entry.unwrap().path());
+        let text = ["tokenizer.json", "chat_template.jinja"].map(|name| goldens.join("tied").join(name));
+        for file in own.chain(text) {
+            std::fs::copy(&file, folder.path().join(file.file_name().unwrap())).unwrap();
+        }
+        folder
+    }
+
+    /// Both golden checkpoints and one of each architecture: biases, windows, norms of heads, unrotated layers.
+    const VARIANTS: [&str; 8] = [
+        "tied",
+        "untied",
+        "architectures/llama-bias",
+        "architectures/mistral",
+        "architectures/qwen2",
+        "architectures/qwen2-window",
+        "architectures/qwen3",
+        "architectures/smollm3",
+    ];
+
+    fn four_bits() -> BlockFormat {
+        let quantization = Quantization { bits: Bits::Four, block_size: 32, accuracy: Accuracy::Exact };
+        BlockFormat::of(&quantization).expect("quantized")
+    }
+
+    fn tokens(count: usize) -> Vec<u32> {
+        (0..count as u32).map(|at| at * at % 127).collect()
+    }
+
+    /// What the head makes of a state, as log-probabilities; in 64 bits.
+    fn logprobs(checkpoint: &Checkpoint, state: &[f32]) -> Vec<f64> {
+        let Checkpoint { model, tensors, .. } = checkpoint;
+        let norm = tensors.rows("model.norm.weight", 0..model.hidden_size).unwrap();
+        let head = if model.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        let head = tensors.rows(head, 0..model.vocab_size).unwrap();
+        let square: f64 = state.iter().map(|x| f64::from(*x).powi(2)).sum();
+        let root = (square / state.len() as f64 + model.rms_norm_eps).sqrt();
+        let normed: Vec<f64> =
+            state.iter().zip(&norm).map(|(x, w)| f64::from(*x) / root * f64::from(*w)).collect();
+        let logits: Vec<f64> = head
+            .chunks(model.hidden_size)
+            .map(|row| row.iter().zip(&normed).map(|(w, x)| f64::from(*w) * x).sum())
+            .collect();
+        let total = logits.iter().map(|logit| logit.exp()).sum::<f64>().ln();
+        logits.into_iter().map(|logit| logit - total).collect()
+    }
+
+    #[test]
+    fn block_by_block_is_the_model() {
+        let mut engine = runtime();
+        let ids = tokens(24);
+        for variant in VARIANTS {
+            let folder = TempDir::new().unwrap();
+            let out = folder.path().join("package");
+            let source = goldens(variant);
+            compile(&CompileOptions { bits: Bits::Full, ..CompileOptions::new(source.path(), &out) })
+                .unwrap();
+            let whole =
+                Model::open(&engine.0, &Package::open(&out).unwrap(), OpenOptions::default()).unwrap();
+            let row = TrainingRow { weights: vec![1.0; ids.len()], ids: ids.clone() };
+            let scores = whole.score_rows(&whole.prepare(None).unwrap(), &[row], &Cancel::new()).unwrap();
+
+            let checkpoint = Checkpoint::open(source.path(), None).unwrap();
+            let (model, tensors) = (&checkpoint.model, &checkpoint.tensors);
+            let row =
+                |&id: &u32| tensors.rows("model.embed_tokens.weight", id as usize..id as usize + 1).unwrap();
+            let mut blocks = Calibrator {
+                model,
+                format: four_bits(),
+                tensors,
+                engine: &mut engine,
+                time: ids.len(),
+                states: vec![ids.iter().flat_map(row).collect()],
+                networks: BTreeMap::new(),
+                rotary: rotary(model, ids.len()),
+                next: 0,
+                ready: BTreeMap::new(),
+            };
+            for layer in 0..model.layers {
+                let given = blocks.read(layer).unwrap();
+                blocks.advance(layer, &given).unwrap();
+            }
+            let states = blocks.states[0].chunks(model.hidden_size);
+            for ((state, next), want) in states.zip(&ids[1..]).zip(&scores[0].token_logprobs) {
+                let got = logprobs(&checkpoint, state)[*next as usize];
+                assert!((got - f64::from(*want)).abs() < 1e-4, "{variant}: {got}, whole {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn grams_are_those_of_the_inputs() {
+        let checkpoint = Checkpoint::open(goldens("tied").path(), None).unwrap();
+        let (tokens, mut engine) = (tokens(128), runtime());
+        let calibration = Calibration { tokens: &tokens, engine: &mut engine };
+        let mut calibrator =
+            Calibrator::new(&checkpoint.model, four_bits(), &checkpoint.tensors, calibration).unwrap();
+        let given = calibrator.read(0).unwrap();
+        let hessians = calibrator.observe(0, &given).unwrap();
+        // The first linear reads the normed embedding, which is easily had without a graph.
+        let norm = &given.iter().find(|tensor| tensor.name == "attn_norm").unwrap().values;
+        let hidden = norm.len();
+        let mut wanted = vec![0.0_f64; hidden * hidden];
+        for state in calibrator.states.iter().flat_map(|states| states.chunks(hidden)) {
+            let square: f64 = state.iter().map(|x| f64::from(*x).powi(2)).sum();
+            let root = (square / hidden as f64 + checkpoint.model.rms_norm_eps).sqrt();
+            let normed: Vec<f64> =
+                state.iter().zip(norm).map(|(x, w)| f64::from(*x) / root * f64::from(*w)).collect();
+            for (at, sum) in wanted.iter_mut().enumerate() {
+                *sum += normed[at / hidden] * normed[at % hidden];
+            }
+        }
+        assert_eq!(hessians.iter().map(Hessian::inputs).collect::<Vec<_>>(), [32, 64, 32, 64]);
+        for (got, want) in hessians[0].values().zip(wanted) {
+            assert!((got - want).abs() < 1e-3 * want.abs().max(1.0), "{got}, by hand {want}");
+        }
+    }
+
+    #[test]
+    fn every_architecture_is_calibrated() {
+        for variant in VARIANTS {
+            let checkpoint = Checkpoint::open(goldens(variant).path(), None).unwrap();
+            let (tokens, mut engine) = (tokens(256), runtime());
+            let calibration = Calibration { tokens: &tokens, engine: &mut engine };
+            let model = &checkpoint.model;
+            let mut calibrator =
+                Calibrator::new(model, four_bits(), &checkpoint.tensors, calibration).unwrap();
+            assert!(calibrator.matrix("embed").unwrap().is_none(), "the embedding stays");
+            for layer in 0..model.layers {
+                for linear in LINEARS {
+                    let quantized = calibrator.matrix(&format!("layers.{layer}.{linear}")).unwrap().unwrap();
+                    assert!(
+                        quantized.scales.iter().all(|scale| scale.is_finite()),
+                        "{variant} {layer} {linear}"
+                    );
+                }
+            }
+            assert!(calibrator.matrix("head").unwrap().is_none() && calibrator.ready.is_empty());
+        }
+    }
+
+    #[test]
+    fn too_little_text_and_foreign_tokens_are_refused() {
+        let checkpoint = Checkpoint::open(goldens("tied").path(), None).unwrap();
+        let mut engine = runtime();
+        let mut refuse = |tokens: &[u32]| {
+            let calibration = Calibration { tokens, engine: &mut engine };
+            let refused = Calibrator::new(&checkpoint.model, four_bits(), &checkpoint.tensors, calibration);
+            refused.err().unwrap().to_string()
+        };
+        assert!(refuse(&tokens(63)).contains("at least 64 tokens"));
+        assert!(refuse(&[4000; 64]).contains("below 128, got 4000"));
+    }
+}

@@ -86,6 +86,11 @@ impl Hessian {
         }
     }
 
+    /// Its values, row-major.
+    pub fn values(&self) -> impl Iterator<Item = f64> {
+        self.sum.iter().copied()
+    }
+
     /// Factors `H + damping · mean(diagonal)`.
     pub fn factor(self, damping: f64) -> Result<Feedback, HessianError> {
         let mut upper = self.sum;

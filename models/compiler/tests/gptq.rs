@@ -52,7 +52,8 @@ fn codes_and_scales_are_the_papers() {
     let feedback = goldens.hessian().factor(DAMPING).unwrap();
     for (bits, block_size) in [(4, 32), (4, 64), (4, 128), (8, 32)] {
         let name = format!("{bits}.{block_size}");
-        let Quantized { codes, scales } = feedback.round(format(bits, block_size), &goldens.floats("weights"));
+        let Quantized { codes, scales } =
+            feedback.round(format(bits, block_size), &goldens.floats("weights"));
         let wanted = goldens.floats(&format!("scales.{name}"));
         let off = scales.iter().zip(&wanted).map(|(got, wanted)| (got / wanted - 1.0).abs());
         assert!(off.fold(0.0, f32::max) < 1e-4, "scales of {name}");
@@ -112,7 +113,10 @@ fn impossible_hessians_are_refused() {
         hessian.add(&gram);
         hessian.factor(damping).map(|_| ())
     };
-    assert!(matches!(factor([1.0, 0.0, 0.0, f32::NAN], 0.01), Err(HessianError::NotFinite { column: 1, .. })));
+    assert!(matches!(
+        factor([1.0, 0.0, 0.0, f32::NAN], 0.01),
+        Err(HessianError::NotFinite { column: 1, .. })
+    ));
     assert!(matches!(
         factor([1.0, 2.0, 2.0, 1.0], 0.01),
         Err(HessianError::NotDefinite { column: 0, got }) if got < 0.0
