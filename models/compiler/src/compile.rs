@@ -6,18 +6,34 @@ use std::path::{Path, PathBuf};
 
 use commonweal_adapter::{LayoutError, Target};
 use commonweal_package::{
-    Accuracy, AdapterDefaults, Bits, Facts, Manifest, ModelError, PackageWriter, Quantization, StagingError,
-    WriteError, layout,
+    Accuracy, AdapterDefaults, Bits, Facts, Hash, Manifest, ModelConfig, ModelError, PackageWriter,
+    Quantization, Rounding, StagingError, WriteError, layout,
 };
 
+use crate::calibrate::{CalibrateError, Calibration, Calibrator};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::config::read_bounded;
 use crate::graph::GraphError;
 use crate::graphs::graphs;
-use crate::weights::{self, WeightTable, WeightsError};
+use crate::quantize::{BlockFormat, Scale};
+use crate::tensors::Tensors;
+use crate::weights::{self, Codes, WeightTable, WeightsError};
 
 /// Longest licence or notice copied.
 const NOTICE_BYTES_MAX: u64 = 16 << 20;
+
+/// How the codes of quantized weights are chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Method {
+    /// Each weight to the nearest code; the block's extreme weight sets the scale.
+    Rtn,
+    /// Each weight to the nearest code; the scale with the least squared error of the weights.
+    #[default]
+    Mse,
+    /// By what the layers see over a calibration text (`gptq.rs`). The embedding and the head as with `Mse`: one matrix
+    /// may be both, and an embedding's input is one row.
+    Gptq,
+}
 
 /// What to compile, and how.
 #[derive(Clone, Debug)]
@@ -30,6 +46,8 @@ pub struct CompileOptions {
     pub bits: Bits,
     /// Weights that share one scale: 32, 64 or 128.
     pub block_size: usize,
+    /// How the codes are chosen; without meaning at 32 bits.
+    pub method: Method,
     /// How exactly the inference kernels multiply.
     pub accuracy: Accuracy,
     /// Default rank of a trained adapter.
@@ -56,6 +74,7 @@ impl CompileOptions {
             out: out.into(),
             bits: Bits::Four,
             block_size: 32,
+            method: Method::default(),
             accuracy: Accuracy::Fast,
             rank: 8,
             alpha: 16.0,
@@ -86,6 +105,21 @@ pub enum CompileError {
     /// The quantization is impossible.
     #[error("the quantization is impossible")]
     Quantization(#[from] ModelError),
+    /// The method and the calibration do not go together.
+    #[error("method {method:?} at {bits} bits must have {expected} calibration text, got {got}")]
+    Method {
+        /// The method.
+        method: Method,
+        /// Bits of one weight.
+        bits: usize,
+        /// What it needs.
+        expected: &'static str,
+        /// What there is.
+        got: &'static str,
+    },
+    /// The calibration text cannot be used.
+    #[error(transparent)]
+    Calibrate(#[from] CalibrateError),
     /// The adapter is impossible.
     #[error("the adapter is impossible")]
     Adapter(#[from] LayoutError),
@@ -125,6 +159,10 @@ impl CompileError {
     pub fn is_bad_input(&self) -> bool {
         match self {
             Self::Weights(WeightsError::Write(_)) | Self::Graph(_) => false,
+            Self::Weights(WeightsError::Calibrate(error)) | Self::Calibrate(error) => !matches!(
+                error,
+                CalibrateError::Engine { .. } | CalibrateError::Output { .. } | CalibrateError::Graph(_)
+            ),
             Self::Write(error) => matches!(error, WriteError::Staging(StagingError::Occupied { .. })),
             Self::Staging(error) => matches!(error, StagingError::Occupied { .. }),
             _ => true,
@@ -134,12 +172,14 @@ impl CompileError {
 
 /// Compiles a checkpoint into a package.
 pub fn compile(options: &CompileOptions) -> Result<Summary, CompileError> {
-    compile_with_progress(options, &mut |_, _| ())
+    compile_with(options, None, &mut |_, _| ())
 }
 
-/// Compiles a checkpoint into a package; `progress` is told bytes of weights written and bytes in all.
-pub fn compile_with_progress(
+/// Compiles a checkpoint into a package, by a calibration text where the method needs one. `progress` is told bytes of
+/// weights written and bytes in all.
+pub fn compile_with(
     options: &CompileOptions,
+    calibration: Option<Calibration<'_>>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Summary, CompileError> {
     let &CompileOptions { bits, block_size, accuracy, rank, alpha, .. } = options;
@@ -158,6 +198,9 @@ pub fn compile_with_progress(
     let adapter = AdapterDefaults { rank, alpha, targets: options.targets.clone() };
     let layout = layout(&model, &adapter)?;
     let table = WeightTable::plan(&model, &quantization);
+    // Ties the engine to this function, where what it runs over lives.
+    let calibration = calibration.map(|Calibration { tokens, engine }| Calibration { tokens, engine });
+    let (rounding, mut codes) = codes(options, &model, &quantization, &tensors, calibration)?;
     let graphs = graphs(&model, &quantization, &layout, &table)?;
 
     let mut package = PackageWriter::create(&options.out)?;
@@ -170,10 +213,11 @@ pub fn compile_with_progress(
     let weights_bytes = table.length();
     package.write("weights.bin", |file, _| {
         let told = &mut |written| progress(written, weights_bytes);
-        weights::write(file, &model, &quantization, &tensors, told).map_err(CompileError::from)
+        weights::write(file, &model, &quantization, &tensors, &mut codes, told).map_err(CompileError::from)
     })?;
+    drop(codes);
     let licence = options.licence.clone();
-    let manifest = package.finish(Facts { licence, model, quantization, adapter, tokens })?;
+    let manifest = package.finish(Facts { licence, model, quantization, rounding, adapter, tokens })?;
     Ok(Summary { manifest, weights_bytes })
 }
 
@@ -188,4 +232,30 @@ pub(crate) fn copy_notices(checkpoint: &Path, package: &mut PackageWriter) -> Re
         }
     }
     Ok(())
+}
+
+/// How the codes will be chosen, as the manifest says it and as `weights.rs` does it.
+fn codes<'a>(
+    options: &CompileOptions,
+    model: &'a ModelConfig,
+    quantization: &Quantization,
+    tensors: &'a Tensors,
+    calibration: Option<Calibration<'a>>,
+) -> Result<(Rounding, Codes<'a>), CompileError> {
+    let refused = |expected, got| {
+        let (method, bits) = (options.method, options.bits.count());
+        Err(CompileError::Method { method, bits, expected, got })
+    };
+    match (options.method, BlockFormat::of(quantization), calibration) {
+        (Method::Gptq, Some(format), Some(calibration)) => {
+            let bytes: Vec<u8> = calibration.tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+            let (tokens, text) = (calibration.tokens.len(), Hash::of(&bytes));
+            let calibrator = Calibrator::new(model, format, tensors, calibration)?;
+            Ok((Rounding::Gptq { tokens, text }, Codes::Calibrated(calibrator)))
+        }
+        (Method::Gptq, Some(_), None) => refused("a", "none"),
+        (_, _, Some(_)) => refused("no", "one"),
+        (Method::Rtn, Some(_), None) => Ok((Rounding::Rtn, Codes::Nearest(Scale::Extreme))),
+        (_, _, None) => Ok((Rounding::Mse, Codes::Nearest(Scale::Search))),
+    }
 }

@@ -1,6 +1,7 @@
 //! The Llama family (`architecture.rs`) as graphs: what both forms share. `llama/infer.rs` decodes with a cache, `llama/train.rs` computes
 //! losses and, through `differentiate.rs`, gradients. The blocks read the weights that `weights.rs` lays out.
 
+pub(crate) mod block;
 mod infer;
 mod train;
 

@@ -1,4 +1,7 @@
-//! The `model-compiler` command: arguments in, one library call, a summary or an error out.
+//! The `model-compiler` command: arguments in, one library call, a summary or an error out. `calibration.rs` is the
+//! part of it that runs layers.
+
+mod calibration;
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,24 +10,27 @@ use std::process::ExitCode;
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use commonweal_adapter::Target;
-use commonweal_compiler::compile::{CompileError, CompileOptions, compile_with_progress};
+use commonweal_compiler::calibrate::Calibration;
+use commonweal_compiler::compile::{CompileError, CompileOptions, Method, compile_with};
 use commonweal_compiler::encoder::{self, EncoderOptions};
 use commonweal_compiler::random::{RandomError, RandomOptions, random};
 use commonweal_compiler::{Accuracy, Bits, Quantization};
 use commonweal_package::{
-    EncoderManifest, EncoderPackage, Manifest, OpenError, Package, PackageKind, StagingError, WriteError,
-    attach, package_kind,
+    EncoderManifest, EncoderPackage, Manifest, OpenError, Package, PackageKind, Rounding, StagingError,
+    WriteError, attach, package_kind,
 };
+use commonweal_runtime::{Library, LibraryError};
 use indicatif::{ProgressBar, ProgressStyle};
 
 const EXAMPLES: &str = "Examples:
   model-compiler compile --checkpoint SmolLM2-135M-Instruct --out smol.package
   model-compiler compile --checkpoint my-model --out my.package --bits 8 --rank 16 --targets q,v
+  model-compiler compile --checkpoint my-model --out my.package --calibrate chats.jsonl
   model-compiler random --config config.json --tokenizer tokenizer.json --out random-checkpoint
   model-compiler inspect smol.package --json
   model-compiler attach smol.package --file guard.toml=guard.toml --file NOTICE=NOTICE.txt
 
-Exit codes: 0 done, 2 usage, 3 bad input, 1 anything else.";
+Exit codes: 0 done, 2 usage, 3 bad input, 5 runtime library missing, 1 anything else.";
 
 /// Compiles a Hugging Face checkpoint into a package that devices run and train.
 #[derive(Parser)]
@@ -74,6 +80,18 @@ struct CompileArgs {
     /// Weights that share one scale: 32, 64 or 128
     #[arg(long = "block", env = "COMMONWEAL_BLOCK", default_value_t = 32)]
     block_size: usize,
+    /// How 4-bit and 8-bit codes are chosen [default: gptq with --calibrate, else mse]
+    #[arg(long, env = "COMMONWEAL_METHOD")]
+    method: Option<MethodArg>,
+    /// A text like those that the model will see: chat JSONL ({"messages":[…]}), JSONL with "text", or plain lines
+    #[arg(long, env = "COMMONWEAL_CALIBRATE", value_name = "FILE")]
+    calibrate: Option<PathBuf>,
+    /// Tokens of that text to read; at least as many as the widest layer has inputs
+    #[arg(long, env = "COMMONWEAL_CALIBRATION_TOKENS", value_name = "N", default_value_t = 16_384)]
+    calibration_tokens: usize,
+    /// ONNX Runtime library, for --calibrate [default: what scripts/setup fetched]
+    #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
+    library: Option<PathBuf>,
     /// Fast kernels round activations to 8 bits; exact ones do not
     #[arg(long, env = "COMMONWEAL_ACCURACY", default_value = "fast")]
     accuracy: AccuracyArg,
@@ -134,6 +152,26 @@ impl From<AccuracyArg> for Accuracy {
     }
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum MethodArg {
+    /// Round to nearest, the scale by the block's extreme weight
+    Rtn,
+    /// Round to nearest, the scale with the least squared error
+    Mse,
+    /// Least squared error of the layers' outputs over the calibration text
+    Gptq,
+}
+
+impl From<MethodArg> for Method {
+    fn from(method: MethodArg) -> Self {
+        match method {
+            MethodArg::Rtn => Self::Rtn,
+            MethodArg::Mse => Self::Mse,
+            MethodArg::Gptq => Self::Gptq,
+        }
+    }
+}
+
 fn bits(text: &str) -> Result<Bits, String> {
     let bits: u8 = text.parse().map_err(|_| "must be 4, 8 or 32".to_owned())?;
     Bits::try_from(bits).map_err(|error| error.to_string())
@@ -155,7 +193,13 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::from(if is_bad_input(&error) { 3 } else { 1 })
+            ExitCode::from(if error.is::<LibraryError>() {
+                5
+            } else if is_bad_input(&error) {
+                3
+            } else {
+                1
+            })
         }
     }
 }
@@ -174,7 +218,10 @@ fn is_bad_input(error: &anyhow::Error) -> bool {
     } else if let Some(error) = error.downcast_ref::<WriteError>() {
         matches!(error, WriteError::Name { .. } | WriteError::Manifest(_))
     } else {
-        error.is::<OpenError>() || error.is::<OnlyForDecoders>() || error.is::<std::io::Error>()
+        error.is::<OpenError>()
+            || error.is::<OnlyForDecoders>()
+            || error.is::<calibration::TextError>()
+            || error.is::<std::io::Error>()
     }
 }
 
@@ -187,9 +234,11 @@ fn run_compile(args: CompileArgs) -> Result<()> {
         return run_compile_encoder(args);
     }
     let rank = args.rank.unwrap_or(8);
+    let default = if args.calibrate.is_some() { Method::Gptq } else { Method::Mse };
     let options = CompileOptions {
         bits: args.bits,
         block_size: args.block_size,
+        method: args.method.map_or(default, Method::from),
         accuracy: args.accuracy.into(),
         rank,
         alpha: args.alpha.unwrap_or(2.0 * rank as f32),
@@ -200,8 +249,17 @@ fn run_compile(args: CompileArgs) -> Result<()> {
         name: args.name,
         ..CompileOptions::new(args.checkpoint, args.out)
     };
+    let mut text = match &args.calibrate {
+        None => None,
+        Some(file) => {
+            let (checkpoint, template) = (&options.checkpoint, options.chat_template.as_deref());
+            let tokens = calibration::read_tokens(file, args.calibration_tokens, checkpoint, template)?;
+            Some((tokens, calibration::Runtime(Library::load(args.library.as_deref())?)))
+        }
+    };
+    let calibration = text.as_mut().map(|(tokens, engine)| Calibration { tokens, engine });
     let bar = progress_bar("quantize");
-    let summary = compile_with_progress(&options, &mut |written, total| show(&bar, written, total))?;
+    let summary = compile_with(&options, calibration, &mut |written, total| show(&bar, written, total))?;
     bar.finish_and_clear();
     println!("{}", options.out.display());
     describe(&summary.manifest, summary.weights_bytes);
@@ -326,7 +384,7 @@ fn describe_encoder(manifest: &EncoderManifest, weights_bytes: u64) {
 }
 
 fn describe(manifest: &Manifest, weights_bytes: u64) {
-    let Manifest { model, quantization, adapter, tokens, .. } = manifest;
+    let Manifest { model, quantization, rounding, adapter, tokens, .. } = manifest;
     line("name", model.name.clone());
     line("licence", manifest.licence.clone().unwrap_or("not stated".into()));
     line(
@@ -349,6 +407,14 @@ fn describe(manifest: &Manifest, weights_bytes: u64) {
     line("context", format!("{} tokens", model.context));
     line("parameters", format!("{:.1} million", parameters(manifest) as f64 / 1e6));
     describe_weights(quantization, weights_bytes);
+    line(
+        "rounding",
+        match rounding {
+            Rounding::Rtn => "rtn: to nearest, scales by the extreme weight".into(),
+            Rounding::Mse => "mse: to nearest, scales by squared error".into(),
+            Rounding::Gptq { tokens, .. } => format!("gptq: calibrated on {tokens} tokens"),
+        },
+    );
     let targets: Vec<&str> = adapter.targets.iter().map(|target| target.name()).collect();
     let values = manifest.layout().map_or(0, |layout| layout.parameters());
     line(

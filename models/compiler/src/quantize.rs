@@ -1,12 +1,13 @@
 //! Blockwise symmetric quantization to 4 and 8 bits, in the layout that ONNX Runtime's `MatMulNBits` and
-//! `GatherBlockQuantized` share. `weights.rs` sends rows through here on their way to `weights.bin`.
+//! `GatherBlockQuantized` share. `weights.rs` sends rows through here on their way to `weights.bin`, or through
+//! `gptq.rs`, which chooses other codes on the same grid.
 //!
 //! A row of `k` weights is cut into blocks; a block has one f32 scale `s` and one code `c` per weight, and stands for
 //! the weights `s · (c - zero)`, where `zero` is 8 or 128, the operators' default zero point. Codes are packed in
 //! order, at 4 bits two to a byte, the first in the low half. A row whose length is not a multiple of the block is filled
 //! up with zeros.
 //!
-//! The scale is chosen by a small search, after `make_qx_quants` of llama.cpp's k-quants: the extreme weight is put at
+//! The scale is the extreme weight's, or chosen by a small search, after `make_qx_quants` of llama.cpp's k-quants: the extreme weight is put at
 //! a few places around the end of the codes' range, every weight is rounded to the nearest code, and the scale is
 //! refitted to those codes by least squares; the try with the smallest squared error wins.
 
@@ -27,6 +28,16 @@ pub struct BlockFormat {
     block_size: usize,
 }
 
+/// How a block's scale is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scale {
+    /// The extreme weight gets the lowest code: plain rounding to nearest, as llama.cpp's `q4_0` and ONNX Runtime's own
+    /// quantizer have it.
+    Extreme,
+    /// The least squared error among a few tries.
+    Search,
+}
+
 /// Quantized rows.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Quantized {
@@ -34,6 +45,18 @@ pub struct Quantized {
     pub codes: Vec<u8>,
     /// One scale per block.
     pub scales: Vec<f32>,
+}
+
+impl Quantized {
+    /// Rows one below the other.
+    pub(crate) fn joined(parts: Vec<Self>) -> Self {
+        let mut whole = Self { codes: Vec::new(), scales: Vec::new() };
+        for part in parts {
+            whole.codes.extend(part.codes);
+            whole.scales.extend(part.scales);
+        }
+        whole
+    }
 }
 
 impl BlockFormat {
@@ -71,21 +94,29 @@ impl BlockFormat {
         Cow::Owned(filled)
     }
 
+    /// Weights that share a scale.
+    pub fn block_size(self) -> usize {
+        self.block_size
+    }
+
     /// Quantizes whole blocks of finite weights.
-    pub fn quantize(self, weights: &[f32]) -> Quantized {
+    pub fn quantize(self, weights: &[f32], scale: Scale) -> Quantized {
         let blocks = weights.chunks_exact(self.block_size);
         let mut codes = Vec::with_capacity(blocks.len() * self.block_bytes());
         let mut scales = Vec::with_capacity(blocks.len());
         let mut offsets = vec![0; self.block_size];
         for block in blocks {
-            scales.push(self.fit(block, &mut offsets));
+            scales.push(match scale {
+                Scale::Extreme => self.nearest(block, &mut offsets),
+                Scale::Search => self.fit(block, &mut offsets),
+            });
             self.pack(&offsets, &mut codes);
         }
         Quantized { codes, scales }
     }
 
-    /// The weights that codes and scales stand for, exactly as the graphs compute them.
-    pub fn dequantize(self, quantized: &Quantized) -> Vec<f32> {
+    /// The rows of `columns` weights that codes and scales stand for, exactly as the graphs compute them.
+    pub fn dequantize(self, quantized: &Quantized, columns: usize) -> Vec<f32> {
         let blocks = quantized.codes.chunks_exact(self.block_bytes()).zip(&quantized.scales);
         let mut weights = Vec::with_capacity(quantized.scales.len() * self.block_size);
         for (codes, scale) in blocks {
@@ -98,13 +129,35 @@ impl BlockFormat {
                 }
             }
         }
+        let width = columns.next_multiple_of(self.block_size);
+        if width > columns {
+            weights = weights.chunks_exact(width).flat_map(|row| &row[..columns]).copied().collect();
+        }
         weights
     }
 
+    /// The code, less the zero point, that is nearest to `weight · inverse`.
+    pub(crate) fn offset(self, weight: f32, inverse: f32) -> i32 {
+        ((weight * inverse).round_ties_even() as i32).clamp(-self.zero(), self.zero() - 1)
+    }
+
+    /// The scale by the extreme weight, and each weight's code less the zero point.
+    fn nearest(self, block: &[f32], offsets: &mut [i32]) -> f32 {
+        offsets.fill(0);
+        let inverse = -(self.zero() as f32) / extreme(block);
+        if !inverse.is_finite() {
+            return 0.0;
+        }
+        for (offset, &weight) in offsets.iter_mut().zip(block) {
+            *offset = self.offset(weight, inverse);
+        }
+        inverse.recip()
+    }
+
     /// Finds a block's scale, and leaves its codes less the zero point in `best`.
-    fn fit(self, block: &[f32], best: &mut [i32]) -> f32 {
+    pub(crate) fn fit(self, block: &[f32], best: &mut [i32]) -> f32 {
         best.fill(0);
-        let extreme = block.iter().copied().fold(0.0_f32, |a, b| if b.abs() > a.abs() { b } else { a });
+        let extreme = extreme(block);
         let mut best_scale = 0.0;
         let mut best_gain = 0.0;
         let mut offsets = vec![0; block.len()];
@@ -117,8 +170,7 @@ impl BlockFormat {
             }
             let (mut product, mut square) = (0.0_f64, 0.0_f64);
             for (offset, &weight) in offsets.iter_mut().zip(block) {
-                let code = (weight * inverse).round_ties_even();
-                *offset = (code as i32).clamp(-self.zero(), self.zero() - 1);
+                *offset = self.offset(weight, inverse);
                 product += f64::from(weight) * f64::from(*offset);
                 square += f64::from(*offset) * f64::from(*offset);
             }
@@ -133,7 +185,8 @@ impl BlockFormat {
         best_scale
     }
 
-    fn pack(self, offsets: &[i32], codes: &mut Vec<u8>) {
+    /// Appends a block's codes.
+    pub(crate) fn pack(self, offsets: &[i32], codes: &mut Vec<u8>) {
         let code = |offset: i32| (offset + self.zero()) as u8;
         if self.bits == 4 {
             codes.extend(offsets.as_chunks().0.iter().map(|&[low, high]| code(low) | code(high) << 4));
@@ -141,6 +194,11 @@ impl BlockFormat {
             codes.extend(offsets.iter().map(|&offset| code(offset)));
         }
     }
+}
+
+/// The weight farthest from zero; zero for none.
+fn extreme(block: &[f32]) -> f32 {
+    block.iter().copied().fold(0.0, |a: f32, b| if b.abs() > a.abs() { b } else { a })
 }
 
 #[cfg(test)]
@@ -165,13 +223,13 @@ mod tests {
         weights[0] = -8.0;
         weights[1] = 7.0;
         weights[3] = 1.0;
-        let four = format(Bits::Four, 32).quantize(&weights);
+        let four = format(Bits::Four, 32).quantize(&weights, Scale::Search);
         assert_eq!(four.scales, [1.0]);
         assert_eq!(four.codes[..3], [0xf0, 0x98, 0x88]);
         let mut weights = vec![0.0; 32];
         weights[0] = -128.0;
         weights[1] = 127.0;
-        let eight = format(Bits::Eight, 32).quantize(&weights);
+        let eight = format(Bits::Eight, 32).quantize(&weights, Scale::Search);
         assert_eq!((eight.scales[0], &eight.codes[..3]), (1.0, &[0, 255, 128][..]));
     }
 
@@ -179,8 +237,8 @@ mod tests {
     fn zero_and_tiny_blocks_become_zero() {
         for weight in [0.0, 1e-44] {
             let four = format(Bits::Four, 32);
-            let quantized = four.quantize(&[weight; 32]);
-            assert!(four.dequantize(&quantized).iter().all(|value| value.abs() <= weight));
+            let quantized = four.quantize(&[weight; 32], Scale::Search);
+            assert!(four.dequantize(&quantized, 32).iter().all(|value| value.abs() <= weight));
         }
     }
 
@@ -188,14 +246,8 @@ mod tests {
     fn search_beats_the_plain_scale() {
         let weights: Vec<f32> = (0..1024).map(|i| ((i * i) as f32 * 0.37).sin().powi(3)).collect();
         let four = format(Bits::Four, 32);
-        let searched = error(&weights, &four.dequantize(&four.quantize(&weights)));
-        let plain: f64 = weights
-            .chunks(32)
-            .map(|block| {
-                let scale = block.iter().fold(0.0_f32, |a, b| a.max(b.abs())) / 7.0;
-                error(block, &block.iter().map(|w| (w / scale).round() * scale).collect::<Vec<_>>())
-            })
-            .sum();
+        let searched = error(&weights, &four.dequantize(&four.quantize(&weights, Scale::Search), 1024));
+        let plain = error(&weights, &four.dequantize(&four.quantize(&weights, Scale::Extreme), 1024));
         assert!(searched < 0.9 * plain, "searched {searched}, plain {plain}");
     }
 
@@ -206,7 +258,7 @@ mod tests {
             (bits, block_size) in prop_oneof![Just((Bits::Four, 32)), Just((Bits::Four, 128)), Just((Bits::Eight, 64))],
         ) {
             let format = format(bits, block_size);
-            let back = format.dequantize(&format.quantize(&weights));
+            let back = format.dequantize(&format.quantize(&weights, Scale::Search), 128);
             for (block, back) in weights.chunks(block_size).zip(back.chunks(block_size)) {
                 let extreme = block.iter().fold(0.0_f64, |a, b| a.max(f64::from(b.abs())));
                 // Half a step everywhere would cost at most this; the search may only do better in the sum.
@@ -218,8 +270,8 @@ mod tests {
         #[test]
         fn quantizing_again_changes_nothing(weights in prop::collection::vec(-1.0_f32..1.0, 64)) {
             let format = format(Bits::Eight, 32);
-            let once = format.dequantize(&format.quantize(&weights));
-            let twice = format.dequantize(&format.quantize(&once));
+            let once = format.dequantize(&format.quantize(&weights, Scale::Search), 64);
+            let twice = format.dequantize(&format.quantize(&once, Scale::Search), 64);
             prop_assert!(error(&once, &twice) < 1e-9);
         }
     }

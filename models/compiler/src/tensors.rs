@@ -123,6 +123,16 @@ pub enum TensorError {
         /// The tensor.
         name: String,
     },
+    /// The tensor is stored in the packed form of GPTQ or AWQ.
+    #[error(
+        "tensor {name} must be of floats, got {packed}: a GPTQ or AWQ checkpoint; compile the one it was made from"
+    )]
+    Packed {
+        /// The tensor.
+        name: String,
+        /// What there is instead.
+        packed: String,
+    },
     /// The tensor's shape is not the configuration's.
     #[error("tensor {name} must have the shape {expected:?}, got {got:?}")]
     Shape {
@@ -177,6 +187,10 @@ impl Tensors {
 
     /// Checks that a tensor is there, of floats, and has the shape that the configuration gives.
     pub fn check(&self, name: &str, expected: &[usize]) -> Result<(), TensorError> {
+        let packed = name.strip_suffix(".weight").map(|stem| format!("{stem}.qweight"));
+        if let Some(packed) = packed.filter(|packed| !self.contains(name) && self.contains(packed)) {
+            return Err(TensorError::Packed { name: name.into(), packed });
+        }
         let place = self.place(name)?;
         if place.shape != expected {
             let (expected, got) = (expected.to_vec(), place.shape.clone());

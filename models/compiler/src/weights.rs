@@ -25,7 +25,8 @@ use std::thread;
 use commonweal_package::{Bits, ModelConfig, Quantization};
 
 use crate::architecture::{self, Source};
-use crate::quantize::{BlockFormat, Quantized};
+use crate::calibrate::{CalibrateError, Calibrator};
+use crate::quantize::{BlockFormat, Quantized, Scale};
 use crate::tensors::{TensorError, Tensors};
 
 /// Entries begin at multiples of this, so that they can be memory-mapped one by one.
@@ -67,9 +68,20 @@ pub enum WeightsError {
     /// A tensor of the checkpoint cannot be read.
     #[error(transparent)]
     Tensor(#[from] TensorError),
+    /// A matrix cannot be calibrated.
+    #[error(transparent)]
+    Calibrate(#[from] CalibrateError),
     /// The disk, or its space.
     #[error("weights.bin cannot be written")]
     Write(#[from] io::Error),
+}
+
+/// How the codes of quantized matrices are chosen.
+pub(crate) enum Codes<'a> {
+    /// Each weight by itself.
+    Nearest(Scale),
+    /// By what the layers see; the embedding and the head with [`Scale::Search`].
+    Calibrated(Calibrator<'a>),
 }
 
 /// Values quantized at a time: 16 MB of floats.
@@ -144,14 +156,15 @@ impl WeightTable {
 
 /// Writes `weights.bin` as [`WeightTable::plan`] lays it out, a chunk of rows at a time. `progress` is told the number
 /// of bytes written so far.
-pub fn write(
+pub(crate) fn write(
     file: &mut impl Write,
     model: &ModelConfig,
     quantization: &Quantization,
     tensors: &Tensors,
+    codes: &mut Codes<'_>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), WeightsError> {
-    write_list(file, architecture::tensors(model), quantization, tensors, progress)
+    write_list(file, architecture::tensors(model), quantization, tensors, codes, progress)
 }
 
 /// Writes these entries, as [`WeightTable::plan_list`] lays them out.
@@ -160,11 +173,12 @@ pub(crate) fn write_list(
     list: Vec<(String, Source)>,
     quantization: &Quantization,
     tensors: &Tensors,
+    codes: &mut Codes<'_>,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), WeightsError> {
     let format = BlockFormat::of(quantization);
     let mut out = Output { file: BufWriter::with_capacity(1 << 20, file), written: 0, progress };
-    for (_, source) in list {
+    for (name, source) in list {
         out.align()?;
         match source {
             Source::Vector(parts) => {
@@ -186,6 +200,18 @@ pub(crate) fn write_list(
                 }
             }
             Source::Matrix(parts, columns) => {
+                if let Codes::Calibrated(calibrator) = codes
+                    && let Some(quantized) = calibrator.matrix(&name)?
+                {
+                    out.bytes(&quantized.codes)?;
+                    out.align()?;
+                    out.floats(&quantized.scales)?;
+                    continue;
+                }
+                let scale = match codes {
+                    Codes::Nearest(scale) => *scale,
+                    Codes::Calibrated(_) => Scale::Search,
+                };
                 let mut scales = Vec::new();
                 for (name, rows) in parts {
                     let step = (CHUNK_VALUES / columns).max(1);
@@ -194,7 +220,7 @@ pub(crate) fn write_list(
                         match format {
                             None => out.floats(&values)?,
                             Some(format) => {
-                                let quantized = quantize_in_parallel(format, &values, columns);
+                                let quantized = quantize_in_parallel(format, scale, &values, columns);
                                 out.bytes(&quantized.codes)?;
                                 scales.extend(quantized.scales);
                             }
@@ -213,25 +239,20 @@ pub(crate) fn write_list(
 }
 
 /// Quantizes rows on every core. Blocks do not depend on each other, so the result does not depend on the cores.
-fn quantize_in_parallel(format: BlockFormat, values: &[f32], columns: usize) -> Quantized {
+fn quantize_in_parallel(format: BlockFormat, scale: Scale, values: &[f32], columns: usize) -> Quantized {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let rows = (values.len() / columns).div_ceil(cores).max(1);
     let parts: Vec<Quantized> = thread::scope(|scope| {
         let chunks = values.chunks(rows * columns);
         let workers: Vec<_> = chunks
-            .map(|chunk| scope.spawn(move || format.quantize(&format.filled(chunk, columns))))
+            .map(|chunk| scope.spawn(move || format.quantize(&format.filled(chunk, columns), scale)))
             .collect();
         workers
             .into_iter()
             .map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
             .collect()
     });
-    let mut whole = Quantized { codes: Vec::new(), scales: Vec::new() };
-    for part in parts {
-        whole.codes.extend(part.codes);
-        whole.scales.extend(part.scales);
-    }
-    whole
+    Quantized::joined(parts)
 }
 
 struct Output<'a, W: Write> {

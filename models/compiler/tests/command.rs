@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use commonweal_package::Package;
+use commonweal_package::{Package, Rounding};
 use tempfile::TempDir;
 
 fn goldens(variant: &str) -> PathBuf {
@@ -44,6 +44,42 @@ fn compiles_inspects_and_attaches() {
     assert!(manifest["files"]["NOTICE"].is_string());
     let file = format!("weights.bin={}", text(&notice));
     assert_eq!(model_compiler(&["attach", text(&package), "--file", &file]).status.code(), Some(3));
+}
+
+#[test]
+fn compiles_by_a_calibration_text() {
+    let directory = TempDir::new().unwrap();
+    let (package, texts) = (directory.path().join("package"), directory.path().join("texts"));
+    fs::write(&texts, "a line of text to calibrate by\n".repeat(20)).unwrap();
+    let checkpoint = goldens("tied");
+    let compile = |more: &[&str]| {
+        let arguments = ["compile", "--checkpoint", text(&checkpoint), "--out", text(&package)];
+        model_compiler(&[&arguments[..], more].concat())
+    };
+    let calibrate = ["--calibrate", text(&texts), "--calibration-tokens"];
+    let refused = |more: &[&str], words: &[&str]| {
+        let output = compile(more);
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(3), "{message}");
+        assert!(words.iter().all(|word| message.contains(word)), "{message}");
+        assert!(!package.exists());
+    };
+    refused(&[&calibrate[..], &["10000"]].concat(), &["needs 10000 tokens", "--calibration-tokens"]);
+    refused(&[&calibrate[..], &["40"]].concat(), &["at least 64 tokens", "got 40"]);
+    refused(
+        &[&calibrate[..], &["128", "--method", "rtn"]].concat(),
+        &["Rtn", "no calibration text, got one"],
+    );
+    refused(&["--calibrate", "/nowhere"], &["/nowhere cannot be read"]);
+    refused(&["--method", "gptq"], &["a calibration text, got none"]);
+    let missing = compile(&[&calibrate[..], &["128", "--library", "/nowhere.so"]].concat());
+    assert_eq!(missing.status.code(), Some(5));
+
+    let output = compile(&[&calibrate[..], &["128"]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8(output.stdout).unwrap().contains("gptq: calibrated on 128 tokens"));
+    let rounding = Package::open(&package).unwrap().manifest().rounding;
+    assert!(matches!(rounding, Rounding::Gptq { tokens: 128, .. }));
 }
 
 #[test]

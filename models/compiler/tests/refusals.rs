@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use commonweal_adapter::Target;
 use commonweal_compiler::Bits;
-use commonweal_compiler::compile::{CompileError, CompileOptions, compile};
+use commonweal_compiler::compile::{CompileError, CompileOptions, Method, compile};
 use commonweal_compiler::tensors::Tensors;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -283,4 +283,21 @@ proptest! {
             let _ = tensors.rows(NORM, 0..32);
         }
     }
+}
+
+#[test]
+fn packed_checkpoints_are_refused_by_name() {
+    let name = "model.layers.0.self_attn.q_proj.weight";
+    let packed = |header: &mut Value| {
+        let tensor = header.as_object_mut().unwrap().remove(name).unwrap();
+        header["model.layers.0.self_attn.q_proj.qweight"] = tensor;
+    };
+    Spoilt::new("tied").header(packed).refused(&[name, "qweight", "GPTQ or AWQ"]);
+}
+
+#[test]
+fn a_method_without_its_text_is_refused() {
+    let spoilt = Spoilt::new("tied");
+    let options = CompileOptions { method: Method::Gptq, ..spoilt.options() };
+    spoilt.refused_with(&options, &["Gptq", "calibration text, got none"]);
 }

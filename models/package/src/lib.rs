@@ -4,6 +4,7 @@
 
 mod attention;
 mod model;
+mod rounding;
 mod manifest;
 mod encoder;
 mod staging;
@@ -24,5 +25,6 @@ pub use model::{
     Quantization, RopeScaling, Tokens,
 };
 pub use open::{OpenError, Package, TrainGraph, package_kind};
+pub use rounding::Rounding;
 pub use staging::{Staging, StagingError};
 pub use write::{EncoderFacts, Facts, PackageWriter, WriteError, attach};

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::attention::Attention;
 use crate::encoder::EncoderError;
 use crate::model::{ModelConfig, ModelError, Quantization, Tokens};
+use crate::rounding::Rounding;
 
 /// The one version of the manifest that this crate reads and writes.
 pub const FORMAT: u32 = 1;
@@ -72,6 +73,9 @@ pub struct Manifest {
     pub model: ModelConfig,
     /// How the frozen weights are stored.
     pub quantization: Quantization,
+    /// How the codes of the weights were chosen; not part of the base's identity, which the weights' hash is.
+    #[serde(default, skip_serializing_if = "Rounding::is_default")]
+    pub rounding: Rounding,
     /// The adapter that training starts with by default.
     pub adapter: AdapterDefaults,
     /// Special tokens.
@@ -96,6 +100,13 @@ pub struct AdapterDefaults {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, std::hash::Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Hash(pub [u8; 32]);
+
+impl Hash {
+    /// The BLAKE3 of some bytes.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self(*blake3::hash(bytes).as_bytes())
+    }
+}
 
 impl fmt::Display for Hash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -11,6 +11,7 @@ use crate::manifest::{
 };
 use crate::model::{ModelConfig, Quantization, Tokens};
 use crate::open::{OpenError, Package, hash_file};
+use crate::rounding::Rounding;
 use crate::staging::{Staging, StagingError, replace};
 
 /// What the manifest says beyond hashes.
@@ -22,6 +23,8 @@ pub struct Facts {
     pub model: ModelConfig,
     /// How the frozen weights are stored.
     pub quantization: Quantization,
+    /// How the codes of the weights were chosen.
+    pub rounding: Rounding,
     /// The adapter that training starts with by default.
     pub adapter: AdapterDefaults,
     /// Special tokens.
@@ -110,10 +113,11 @@ impl PackageWriter {
     /// Hashes the files, writes a decoder's manifest and gives the directory its name.
     pub fn finish(self, facts: Facts) -> Result<Manifest, WriteError> {
         let files = self.hashes()?;
-        let Facts { licence, model, quantization, adapter, tokens } = facts;
+        let Facts { licence, model, quantization, rounding, adapter, tokens } = facts;
         let base = Hash([0; 32]);
+        let format = FORMAT;
         let mut manifest =
-            Manifest { format: FORMAT, licence, base, model, quantization, adapter, tokens, files };
+            Manifest { format, licence, base, model, quantization, rounding, adapter, tokens, files };
         manifest.base = manifest.identify();
         manifest.check()?;
         self.staging.write_bytes(MANIFEST, toml::to_string(&manifest)?.as_bytes())?;

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use commonweal_adapter::Target;
 use commonweal_package::{
     Accuracy, AdapterDefaults, Architecture, Attention, Bits, Facts, Manifest, ModelConfig, Package,
-    PackageWriter, Quantization, REQUIRED, RopeScaling, Tokens, WriteError, attach,
+    PackageWriter, Quantization, REQUIRED, RopeScaling, Rounding, Tokens, WriteError, attach,
 };
 use tempfile::TempDir;
 
@@ -33,7 +33,14 @@ fn facts() -> Facts {
     let quantization = Quantization { bits: Bits::Four, block_size: 32, accuracy: Accuracy::Fast };
     let adapter = AdapterDefaults { rank: 8, alpha: 16.0, targets: Target::ALL.to_vec() };
     let tokens = Tokens { bos: Some(0), eos: vec![4], pad: 5 };
-    Facts { licence: Some("Apache-2.0".into()), model, quantization, adapter, tokens }
+    Facts {
+        licence: Some("Apache-2.0".into()),
+        model,
+        quantization,
+        rounding: Rounding::default(),
+        adapter,
+        tokens,
+    }
 }
 
 fn write(facts: Facts, graph: &str) -> (TempDir, PathBuf, Manifest) {
@@ -176,4 +183,16 @@ fn attached_files_are_vouched_for() {
     assert!(matches!(attach(&package, &[("weights.bin", b"1")]), Err(WriteError::Name { .. })));
     fs::write(out.join("guard.toml"), "changed").unwrap();
     assert!(refusal(&out).contains("guard.toml must have the hash"));
+}
+
+#[test]
+fn the_method_is_recorded_and_no_part_of_the_identity() {
+    let (_plain, out, plain) = write(facts(), "graph");
+    assert!(!fs::read_to_string(out.join("package.toml")).unwrap().contains("rounding"));
+    for rounding in [Rounding::Rtn, Rounding::Gptq { tokens: 16_384, text: plain.base }] {
+        let (_directory, out, manifest) = write(Facts { rounding, ..facts() }, "graph");
+        assert_eq!((Package::open(&out).unwrap().manifest().rounding, manifest.base), (rounding, plain.base));
+    }
+    let text = fs::read_to_string(out.join("package.toml")).unwrap();
+    assert!(Manifest::parse(&format!("{text}\n[rounding]\nmethod = \"awq\"\n")).is_err());
 }

@@ -27,6 +27,7 @@ mod batches;
 mod learn;
 mod calibrate;
 mod evaluate;
+mod loss;
 mod adapter_file;
 #[cfg(test)]
 mod test_model;
@@ -37,6 +38,7 @@ const EXAMPLES: &str = "Examples:
   train-reference guard --package P --config guard.toml --rows guard.train.jsonl --out guard.safetensors
   train-reference calibrate --package P --config guard.toml --guard guard.safetensors --rows guard.dev.jsonl
   train-reference evaluate --package P --config guard.toml --guard guard.safetensors --rows guard.test.jsonl
+  train-reference loss --package P --rows heldout.jsonl
   train-reference reviser --package P --rows reviser.train.jsonl --out reviser.safetensors
 
 Exit codes: 0 done, 2 usage, 3 bad input, 5 runtime library or device missing, 1 anything else.";
@@ -105,6 +107,21 @@ enum Command {
         /// Where to write the configuration [default: in place]
         #[arg(long)]
         out: Option<PathBuf>,
+    },
+    /// Measure the base's loss on texts: chat JSONL (the assistant's tokens), JSONL with "text", or plain lines
+    Loss {
+        /// The compiled package
+        #[arg(long)]
+        package: PathBuf,
+        /// The texts
+        #[arg(long)]
+        rows: PathBuf,
+        /// Longest piece, in tokens; texts that are no chats are joined and cut
+        #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..))]
+        length: u32,
+        /// Tokens after which no more is read
+        #[arg(long, default_value_t = usize::MAX, hide_default_value = true)]
+        tokens: usize,
     },
     /// Measure guard, and reviser, on labelled rows
     Evaluate {
@@ -179,6 +196,7 @@ fn main() -> ExitCode {
 fn exit_code(error: &anyhow::Error) -> u8 {
     let bad_input = |cause: &(dyn std::error::Error + 'static)| {
         cause.is::<rows::RowsError>()
+            || cause.is::<commonweal_runtime::TextsError>()
             || cause.is::<ConfigError>()
             || cause.is::<ConstitutionError>()
             || cause.is::<commonweal_package::OpenError>()
@@ -241,6 +259,17 @@ fn run(cli: Cli) -> Result<()> {
             let out = out.unwrap_or(guard.config);
             learn::write_whole(&out, (heading(&text) + &calibrated.to_toml()?).as_bytes())?;
             progress.event(&json!({"event": "calibrated", "out": out, "measured": measured}));
+            Ok(())
+        }
+        Command::Loss { package, rows, length, tokens } => {
+            let model = open(&package)?;
+            let loss = loss::loss(&model, &rows, length as usize, tokens, progress)?;
+            let name = rows.file_name().unwrap_or_default().to_string_lossy();
+            if progress.is_json() {
+                println!("{}", loss.json(&name));
+            } else {
+                loss.print(&name);
+            }
             Ok(())
         }
         Command::Evaluate { guard, rows, reviser, reviser_rows, constitution } => {

@@ -1,6 +1,9 @@
 //! Conversations as token ids: prompts for `generate.rs` and `score.rs`, rows with an assistant mask for `train.rs`.
 
+use commonweal_package::Tokens;
+
 use crate::{
+    model::special_tokens,
     template::{ChatTemplate, Message, Role, TemplateError},
     tokenize::{TokenizeError, Tokenizer},
 };
@@ -74,6 +77,19 @@ impl Chat {
     /// Joins a tokenizer and a template.
     pub fn new(tokenizer: Tokenizer, template: ChatTemplate) -> Self {
         Self { tokenizer, template }
+    }
+
+    /// The text side of a checkpoint that is no package yet: the bytes of `tokenizer.json`, the template and the special
+    /// tokens.
+    pub fn of_checkpoint(
+        tokenizer: &[u8],
+        template: &str,
+        tokens: &Tokens,
+    ) -> Result<Self, ConversationError> {
+        let failed = |source| TokenizeError::Open { path: "tokenizer.json".into(), source };
+        let tokenizer = Tokenizer::from_json(tokenizer).map_err(failed)?;
+        let template = ChatTemplate::parse(template, special_tokens(tokens, &tokenizer))?;
+        Ok(Self::new(tokenizer, template))
     }
 
     /// The tokenizer.

@@ -1,9 +1,9 @@
 //! Runs packages through ONNX Runtime: generates, scores and trains adapters on a frozen base, on one device.
 //!
 //! In the order of the flow: a [`library`] is loaded and a [`device`] chosen ([`choose`]), a package is opened as a [`model`], an adapter is prepared for it
-//! ([`adapt`]), text becomes tokens ([`template`], [`conversation`], [`tokenize`]), which are run ([`generate`],
+//! ([`adapt`]), text becomes tokens ([`template`], [`conversation`], [`texts`], [`tokenize`]), which are run ([`generate`],
 //! [`score`], with a shared [`prefix`]) or learned from ([`train`], [`preference`], [`train_state`]). Every long call takes a [`cancel`] handle.
-//! An encoder's package is opened and run by [`classify`] alone.
+//! [`network`] runs a graph that belongs to no package. An encoder's package is opened and run by [`classify`] alone.
 //!
 //! It opens no socket and writes no file. It never logs a person's text.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp, reason = "a failed test may panic"))]
@@ -17,6 +17,7 @@ pub mod cancel;
 pub mod tokenize;
 pub mod template;
 pub mod conversation;
+pub mod texts;
 pub mod adapt;
 pub mod model;
 mod cache;
@@ -32,6 +33,7 @@ pub mod train;
 pub mod preference;
 pub mod train_state;
 pub mod memory;
+pub mod network;
 pub mod measure;
 pub mod classify;
 
@@ -47,11 +49,13 @@ pub use library::{Library, LibraryError};
 pub use measure::{Memory, memory};
 pub use memory::MemoryError;
 pub use model::{Model, OpenError, OpenOptions};
+pub use network::{Network, NetworkError};
 pub use optimizer::AdamW;
 pub use preference::{Preference, PreferenceReport, ReferredPreference};
 pub use prefix::{SharedPrefix, common_prefix};
 pub use schedule::Schedule;
 pub use score::{RowScore, mean_loss};
 pub use template::{ChatTemplate, Message, Role, SpecialTokens, TemplateError};
+pub use texts::{Texts, TextsError};
 pub use tokenize::{TokenizeError, Tokenizer};
 pub use train::{StepReport, TrainError, TrainOptions, Trainer};

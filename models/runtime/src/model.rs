@@ -11,7 +11,7 @@ use std::{
 };
 
 use commonweal_adapter::{Adapter, AdapterLayout};
-use commonweal_package::{Manifest, Package, TrainGraph};
+use commonweal_package::{Manifest, Package, Tokens, TrainGraph};
 use ort::session::{Session, builder::GraphOptimizationLevel};
 
 use crate::{
@@ -152,7 +152,8 @@ impl Model {
             let (expected, got) = (manifest.model.vocab_size, tokenizer.vocab_size());
             return Err(OpenError::Vocabulary { expected, got });
         }
-        let template = ChatTemplate::open(&package.chat_template(), special_tokens(manifest, &tokenizer))?;
+        let template =
+            ChatTemplate::open(&package.chat_template(), special_tokens(&manifest.tokens, &tokenizer))?;
         let context = manifest.model.context.min(options.context_max.unwrap_or(usize::MAX));
         let layout = Arc::new(package.layout().clone());
         let frozen = Frozen::map(&package.weights())
@@ -285,9 +286,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn special_tokens(manifest: &Manifest, tokenizer: &Tokenizer) -> SpecialTokens {
+pub(crate) fn special_tokens(tokens: &Tokens, tokenizer: &Tokenizer) -> SpecialTokens {
     let spell = |token: Option<u32>| token.and_then(|token| tokenizer.spelling(token)).unwrap_or_default();
-    let tokens = &manifest.tokens;
     SpecialTokens {
         bos_token: spell(tokens.bos),
         eos_token: spell(tokens.eos.first().copied()),

@@ -62,7 +62,7 @@ impl Tokenizer {
         Self::from_json(&bytes).map_err(failed)
     }
 
-    fn from_json(bytes: &[u8]) -> Result<Self, tokenizers::Error> {
+    pub(crate) fn from_json(bytes: &[u8]) -> Result<Self, tokenizers::Error> {
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
         inner.with_padding(None);
         inner.with_truncation(None)?;

@@ -11,9 +11,10 @@ use crate::checkpoint::CheckpointError;
 use crate::compile::{CompileError, copy_notices};
 use crate::lower::lower;
 use crate::plan::plan;
+use crate::quantize::Scale;
 use crate::tensors::Tensors;
 use crate::tokenizer;
-use crate::weights::{self, WeightTable};
+use crate::weights::{self, Codes, WeightTable};
 
 /// What to compile, and how.
 #[derive(Clone, Debug)]
@@ -101,7 +102,9 @@ pub fn compile_with_progress(
     let weights_bytes = table.length();
     package.write("weights.bin", |file, _| {
         let told = &mut |written| progress(written, weights_bytes);
-        weights::write_list(file, tensors(&config), &quantization, &weights, told).map_err(CompileError::from)
+        let codes = &mut Codes::Nearest(Scale::Search);
+        weights::write_list(file, tensors(&config), &quantization, &weights, codes, told)
+            .map_err(CompileError::from)
     })?;
     let facts = EncoderFacts { licence: options.licence.clone(), encoder: config.encoder, quantization };
     Ok(EncoderSummary { manifest: package.finish_encoder(facts)?, weights_bytes })

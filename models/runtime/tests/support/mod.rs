@@ -57,8 +57,8 @@ pub(crate) fn altered(folder: &Path, change: impl FnOnce(&mut Facts), file: &str
         let own = std::fs::read(whole.directory().join(name)).unwrap();
         writer.write_bytes(name, if name == file { bytes } else { &own }).unwrap();
     }
-    let Manifest { licence, model, quantization, adapter, tokens, .. } = whole.manifest().clone();
-    let mut facts = Facts { licence, model, quantization, adapter, tokens };
+    let Manifest { licence, model, quantization, rounding, adapter, tokens, .. } = whole.manifest().clone();
+    let mut facts = Facts { licence, model, quantization, rounding, adapter, tokens };
     change(&mut facts);
     writer.finish(facts).unwrap();
     Package::open(out).unwrap()
