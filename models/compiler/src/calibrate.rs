@@ -8,6 +8,7 @@
 //! the widest of Qwen2.5-0.5B) beside the layer's four Hessians.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::error::Error;
 use std::fmt;
 
@@ -138,6 +139,12 @@ struct Given {
     values: Vec<f32>,
 }
 
+/// A layer's graph, open, and the names of its inputs.
+struct Opened {
+    names: Vec<String>,
+    network: Box<dyn Network>,
+}
+
 /// The way through the layers.
 pub(crate) struct Calibrator<'a> {
     model: &'a ModelConfig,
@@ -148,7 +155,7 @@ pub(crate) struct Calibrator<'a> {
     /// What goes into the next layer, `[time, hidden]` for each sequence.
     states: Vec<Vec<f32>>,
     /// Open graphs by what tells layers apart: rotation and window, and what the graph gives.
-    networks: BTreeMap<(bool, Option<usize>, bool), (Vec<String>, Box<dyn Network>)>,
+    networks: BTreeMap<(bool, Option<usize>, bool), Opened>,
     rotary: [Given; 2],
     next: usize,
     ready: BTreeMap<String, Quantized>,
@@ -264,11 +271,12 @@ impl<'a> Calibrator<'a> {
         let attention = &self.model.attention;
         let key = (attention.rotates(layer), attention.window_of(layer), gives == Gives::Grams);
         let failed = |source| CalibrateError::Engine { layer, source };
-        let (names, network) = match self.networks.entry(key) {
-            std::collections::btree_map::Entry::Occupied(open) => open.into_mut(),
-            std::collections::btree_map::Entry::Vacant(place) => {
+        let Opened { names, network } = match self.networks.entry(key) {
+            Entry::Occupied(open) => open.into_mut(),
+            Entry::Vacant(place) => {
                 let (names, bytes) = graph(self.model, layer, self.time, gives)?;
-                place.insert((names, self.engine.open(&bytes).map_err(failed)?))
+                let network = self.engine.open(&bytes).map_err(failed)?;
+                place.insert(Opened { names, network })
             }
         };
         let shape = [1, self.time, self.model.hidden_size];

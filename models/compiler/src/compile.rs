@@ -251,7 +251,7 @@ fn codes<'a>(
             let bytes: Vec<u8> = calibration.tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
             let (tokens, text) = (calibration.tokens.len(), Hash::of(&bytes));
             let calibrator = Calibrator::new(model, format, tensors, calibration)?;
-            Ok((Rounding::Gptq { tokens, text }, Codes::Calibrated(calibrator)))
+            Ok((Rounding::Gptq { tokens, text }, Codes::Calibrated(Box::new(calibrator))))
         }
         (Method::Gptq, Some(_), None) => refused("a", "none"),
         (_, _, Some(_)) => refused("no", "one"),

@@ -17,7 +17,7 @@
 use std::thread;
 
 use ndarray::linalg::general_mat_mul;
-use ndarray::{Array2, ArrayView2, s};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, Axis, s};
 
 use crate::quantize::{BlockFormat, Quantized};
 
@@ -138,9 +138,9 @@ fn factor_panel(matrix: &mut Array2<f64>, start: usize, end: usize) -> Result<()
         }
     }
     // Above the panel: U D of it, solved from the last column on, then U.
-    let (above, panel) = matrix.view_mut().split_at(ndarray::Axis(0), start);
+    let (above, panel) = matrix.view_mut().split_at(Axis(0), start);
     let diagonal = panel.slice(s![.., start..end]);
-    let (mut rest, mut scaled) = above.split_at(ndarray::Axis(1), start);
+    let (mut rest, mut scaled) = above.split_at(Axis(1), start);
     let mut scaled = scaled.slice_mut(s![.., ..end - start]);
     for mut row in scaled.rows_mut() {
         for column in (0..end - start).rev() {
@@ -225,7 +225,7 @@ impl Feedback {
                     (weights.slice(s![row, columns.clone()]), errors.slice_mut(s![row, columns.clone()]));
                 let places = &mut offsets[row * width + columns.start..row * width + columns.end];
                 let taken = taken.row_mut(row);
-                scales[row * blocks + block] = round_block(format, corner, weights, taken, errors, places);
+                scales[row * blocks + block] = round_block(format, &corner, &weights, taken, errors, places);
             }
         }
         let mut codes = Vec::with_capacity(rows * blocks * format.block_bytes());
@@ -240,10 +240,10 @@ impl Feedback {
 /// the block takes over from earlier ones.
 fn round_block(
     format: BlockFormat,
-    upper: ArrayView2<'_, f64>,
-    weights: ndarray::ArrayView1<'_, f64>,
-    mut taken: ndarray::ArrayViewMut1<'_, f64>,
-    mut errors: ndarray::ArrayViewMut1<'_, f64>,
+    upper: &ArrayView2<'_, f64>,
+    weights: &ArrayView1<'_, f64>,
+    mut taken: ArrayViewMut1<'_, f64>,
+    mut errors: ArrayViewMut1<'_, f64>,
     offsets: &mut [i32],
 ) -> f32 {
     let size = weights.len();

@@ -81,7 +81,7 @@ pub(crate) enum Codes<'a> {
     /// Each weight by itself.
     Nearest(Scale),
     /// By what the layers see; the embedding and the head with [`Scale::Search`].
-    Calibrated(Calibrator<'a>),
+    Calibrated(Box<Calibrator<'a>>),
 }
 
 /// Values quantized at a time: 16 MB of floats.
