@@ -249,8 +249,9 @@ fn an_update_is_below_2_6_bits_a_parameter_whatever_it_holds() {
         ("nearly even", change(&|_, value| value.tanh()), 0.22),
         ("one in ten", change(&|place, value| if place % 10 == 0 { value } else { 0.0 }), 0.22),
         ("tensors of other sizes", change(&sizes), 0.22),
-        // All errors alike, half a step at most.
-        ("signs", change(&|_, value| value.signum()), 0.37),
+        // All errors alike: half a step of what is owed at most, which is the delta and what was lost before it;
+        // 0.363 · (1 + 0.57) = 0.57.
+        ("signs", change(&|_, value| value.signum()), 0.57),
     ] {
         let delta = delta(&layout, values);
         let mut residual = Residual::zeros(Arc::clone(&layout), Trainable::Both);
