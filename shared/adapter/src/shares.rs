@@ -169,7 +169,9 @@ mod tests {
         let mut draw = || (0..6).map(|_| random.random_range(-1.0..1.0_f64)).sum::<f64>();
         let levels: Vec<i8> = (0..1 << 18).map(|_| draw().round() as i8).collect();
         let mut counts = [0_u32; 256];
-        levels.iter().for_each(|level| counts[(i16::from(*level) + 128) as usize] += 1);
+        for level in &levels {
+            counts[(i16::from(*level) + 128) as usize] += 1;
+        }
         let share = |count: u32| f64::from(count) / levels.len() as f64;
         let entropy: f64 = counts
             .into_iter()
