@@ -6,7 +6,7 @@
 //! else. Scales are rounded up, so that the largest value of a block still fits.
 //!
 //! At 8, 4 and 2 bits a block's largest value sets its scale. At 3 bits its root mean square does, and levels have no
-//! bound: what counts is not how many there are but their entropy, which [`crate::shares`] comes down to. A uniform
+//! bound: what counts is not how many there are but their entropy, which `shares` comes down to. A uniform
 //! step with an entropy coder behind it is within 0.25 bits of the best that any code of such values can do (Gish and
 //! Pierce 1968), and of all values with one mean square normal ones have the highest entropy, so the step bounds the
 //! size of an update whatever it holds.
