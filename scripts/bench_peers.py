@@ -240,7 +240,7 @@ def main():
     if not a.no_write:
         document = DOCUMENT.read_text()
         before, rest = document.split(BEGIN)
-        _, after = rest.split(END)
+        _, after = rest.split(END, 1)
         said = f"Medians of {a.repeats} on {machine()}.\n\n{text}"
         DOCUMENT.write_text(f"{before}{BEGIN}\n{said}\n{END}{after}")
 

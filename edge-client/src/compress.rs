@@ -51,7 +51,7 @@ pub struct PackSummary {
 #[derive(Debug, thiserror::Error)]
 pub enum PackError {
     /// The round asks for a width that does not exist.
-    #[error("compression: expected 8, 4 or 2 bits, got {got}")]
+    #[error("compression: expected 8, 4, 3 or 2 bits, got {got}")]
     Bits {
         /// What it asks.
         got: u8,
@@ -63,12 +63,7 @@ pub enum PackError {
 
 /// The settings of a round as options of the codec.
 pub fn options(settings: &CompressSettings) -> Result<CompressOptions, PackError> {
-    let bits = match settings.bits {
-        8 => Bits::Eight,
-        4 => Bits::Four,
-        2 => Bits::Two,
-        got => return Err(PackError::Bits { got }),
-    };
+    let bits = Bits::try_from(settings.bits).map_err(|_| PackError::Bits { got: settings.bits })?;
     Ok(CompressOptions {
         bits,
         block: usize::from(settings.block),

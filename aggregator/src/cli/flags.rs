@@ -63,7 +63,7 @@ pub(super) struct Flags {
     /// Pull of devices towards the release (FedProx).
     #[arg(long, env = "COMMONWEAL_PROXIMAL_MU", value_name = "MU")]
     proximal_mu: Option<f32>,
-    /// Bits of an update's values: 8, 4 or 2.
+    /// Bits of an update's values: 8, 4, 3 or 2.
     #[arg(long, env = "COMMONWEAL_BITS")]
     bits: Option<u8>,
     /// How updates are merged.

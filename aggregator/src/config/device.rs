@@ -75,7 +75,8 @@ pub struct Compress {
 
 impl Default for Compress {
     fn default() -> Self {
-        Self { bits: 4, block: 64, top_k: None, rotate: false, stochastic: true, level: 1 }
+        // As the codec's own default, which says why.
+        Self { bits: 3, block: 256, top_k: None, rotate: false, stochastic: false, level: 1 }
     }
 }
 

@@ -16,7 +16,8 @@ use aggregator::receive::{Parts, Receiver};
 use aggregator::round::Policy;
 use aggregator::store::{Access, Disk, FileBlob, LocalWatch, RealDisk, SqliteStore, Storage};
 use commonweal_adapter::{
-    Adapter, AdapterDelta, AdapterLayout, CompressOptions, Module, Residual, Target, Trainable, compress,
+    Adapter, AdapterDelta, AdapterLayout, Bits, CompressOptions, Module, Residual, Target, Trainable,
+    compress,
 };
 use commonweal_protocol::{
     BaseHash, Chunk, DeviceId, DeviceReport, Digest, Open, Poll, ReportCard, RoundId, SigningKey,
@@ -43,7 +44,9 @@ pub fn update(value: f32) -> Vec<u8> {
     let delta = AdapterDelta::from_values(layout(), Trainable::Both, values).unwrap();
     let mut residual = Residual::zeros(layout(), Trainable::Both);
     let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(1);
-    compress(&delta, &mut residual, &CompressOptions::default(), &mut random).unwrap().into_bytes()
+    let options =
+        CompressOptions { bits: Bits::Four, block: 64, stochastic: true, ..CompressOptions::default() };
+    compress(&delta, &mut residual, &options, &mut random).unwrap().into_bytes()
 }
 
 pub fn open(round: u64, bytes: &[u8]) -> Open {

@@ -16,6 +16,7 @@ mod select;
 mod rotate;
 pub mod quantize;
 mod entropy;
+mod shares;
 pub mod compress;
 pub mod packed;
 pub mod clip;

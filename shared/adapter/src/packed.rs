@@ -1,10 +1,12 @@
 //! The form of a delta on the wire: written by [`compress`](fn@crate::compress) on a device, read here by the aggregator.
 //!
 //! ```text
-//! u8 version = 1 │ postcard: layout digest (first 16 bytes) · trainable · bits · block · rotation seed? ·
+//! u8 version     │ postcard: layout digest (first 16 bytes) · trainable · bits · block · rotation seed? ·
 //!                 number of kept values · places of kept values (gaps, zstd; empty when all are kept) ·
 //!                 scales (all high bytes, then all low bytes, of bf16; zstd) · levels (see `entropy`)
 //! ```
+//!
+//! Version 2 has 3-bit levels, version 1 all other widths, so that an aggregator of before reads what it asks for.
 //!
 //! Bytes come from a stranger. The receiver's layout alone decides how much is allocated; whatever does not fit
 //! it exactly is refused.
@@ -23,8 +25,13 @@ use crate::quantize::{Bits, Quantized, dequantize};
 use crate::rotate::unrotate;
 use crate::select;
 
-/// Version of the form, its first byte.
-pub const VERSION: u8 = 1;
+/// Version of the form, its first byte, of a width.
+pub const fn version(bits: Bits) -> u8 {
+    match bits {
+        Bits::Eight | Bits::Four | Bits::Two => 1,
+        Bits::Three => 2,
+    }
+}
 
 /// Largest magnitude that [`compress`](fn@crate::compress) packs. LoRA's changes are below 1.
 pub const COMPRESSED_VALUE_MAX: f32 = 1e3;
@@ -87,15 +94,25 @@ pub enum DecodeError {
         /// The length.
         got: usize,
     },
-    /// Not this version.
-    #[error("packed delta: expected version {VERSION}, got {}", got.map_or_else(|| "nothing".into(), |v| v.to_string()))]
+    /// Not a version that there is.
+    #[error("packed delta: expected version 1 or 2, got {}", got.map_or_else(|| "nothing".into(), |v| v.to_string()))]
     Version {
         /// The first byte, if there is one.
         got: Option<u8>,
     },
     /// Cut off, or not of this form.
-    #[error("packed delta: expected a frame of version {VERSION}, got bytes that are cut off or malformed")]
+    #[error("packed delta: expected a frame of version 1 or 2, got bytes that are cut off or malformed")]
     Frame(#[source] postcard::Error),
+    /// A width that belongs to another version.
+    #[error("packed delta: expected {bits}-bit levels in version {expected}, got version {got}")]
+    Width {
+        /// The width.
+        bits: u8,
+        /// Its version.
+        expected: u8,
+        /// The first byte.
+        got: u8,
+    },
     /// Bytes after the end.
     #[error("packed delta: expected its end, got {got} more bytes")]
     Trailing {
@@ -182,7 +199,7 @@ impl PackedDelta {
 
     /// Serializes a frame of `parameters` trainable values.
     pub(crate) fn write(frame: &Frame, parameters: usize) -> Result<Self, postcard::Error> {
-        let bytes = postcard::to_extend(frame, vec![VERSION])?;
+        let bytes = postcard::to_extend(frame, vec![version(frame.bits)])?;
         Ok(Self { bytes, parameters })
     }
 
@@ -257,11 +274,15 @@ pub(crate) fn scale_planes(scales: &[bf16]) -> Vec<u8> {
 }
 
 fn read_frame(bytes: &[u8]) -> Result<Frame, DecodeError> {
-    let body = match bytes.split_first() {
-        Some((&VERSION, body)) => body,
+    let (got, body) = match bytes.split_first() {
+        Some((&got @ 1..=2, body)) => (got, body),
         other => return Err(DecodeError::Version { got: other.map(|(version, _)| *version) }),
     };
     let (frame, rest): (Frame, &[u8]) = postcard::take_from_bytes(body).map_err(DecodeError::Frame)?;
+    let expected = version(frame.bits);
+    if got != expected {
+        return Err(DecodeError::Width { bits: frame.bits.into(), expected, got });
+    }
     if rest.is_empty() { Ok(frame) } else { Err(DecodeError::Trailing { got: rest.len() }) }
 }
 
@@ -298,6 +319,7 @@ fn read_scales(bytes: &[u8], blocks: usize) -> Result<Vec<bf16>, DecodeError> {
 mod tests {
     use super::*;
     use crate::layout::{Module, Target};
+    use crate::shares;
 
     /// 28 values.
     fn layout() -> Arc<AdapterLayout> {
@@ -356,6 +378,56 @@ mod tests {
                 frame.rotation = rotation;
             });
             assert!(matches!(error, Err(DecodeError::Magnitude { .. })), "{error:?}");
+        }
+    }
+
+    /// The same 28 values at 3 bits: level 3 of scale 0.5.
+    fn three_bits(frame: &mut Frame) {
+        frame.bits = Bits::Three;
+        frame.levels = Coded::Shared(shares::encode(&[3; 28]));
+    }
+
+    #[test]
+    fn frames_of_three_bits_are_checked_like_others() {
+        assert_eq!(decoded(three_bits).unwrap(), [1.5; 28]);
+        for scale in [bf16::NAN, bf16::INFINITY, bf16::NEG_ZERO, bf16::from_f32(-0.5), bf16::MAX] {
+            let error = decoded(|frame| {
+                three_bits(frame);
+                frame.scales = zstd(&scale_planes(&[scale; 4]));
+            });
+            let refused = matches!(error, Err(DecodeError::Scale { .. } | DecodeError::Magnitude { .. }));
+            assert!(refused, "{scale}: {error:?}");
+        }
+        // One level more than the header says, levels of another width, and a header of another width.
+        for levels in [
+            Coded::Shared(shares::encode(&[3; 29])),
+            Coded::Packed(zstd(&[3; 28])),
+            Coded::Ternary { negative: 1, zero: 1, words: Vec::new() },
+        ] {
+            let error = decoded(|frame| (frame.bits, frame.levels) = (Bits::Three, levels));
+            assert!(matches!(error, Err(DecodeError::Part { what: "levels", expected: 28 })), "{error:?}");
+        }
+        for bits in [Bits::Eight, Bits::Four, Bits::Two] {
+            let error = decoded(|frame| {
+                three_bits(frame);
+                frame.bits = bits;
+            });
+            assert!(matches!(error, Err(DecodeError::Part { what: "levels", .. })), "{error:?}");
+        }
+    }
+
+    #[test]
+    fn a_width_of_another_version_is_refused() {
+        for (width, other) in [(Bits::Eight, 2), (Bits::Three, 1)] {
+            let mut frame = honest();
+            if width == Bits::Three {
+                three_bits(&mut frame);
+            }
+            let mut bytes = PackedDelta::write(&frame, 28).unwrap().into_bytes();
+            bytes[0] = other;
+            let limits = DecodeLimits { bytes_max: 1 << 20, trainable: None };
+            let error = PackedDelta::decode(&bytes, &layout(), &limits).unwrap_err();
+            assert!(matches!(error, DecodeError::Width { got, .. } if got == other), "{error}");
         }
     }
 

@@ -31,6 +31,7 @@ struct Golden {
     multi_krum_2_excluded: BTreeSet<usize>,
     quantized_8: Vec<f32>,
     quantized_4: Vec<f32>,
+    quantized_3: Vec<f32>,
     quantized_2: Vec<f32>,
     quantized_4_top_half: Vec<f32>,
 }
@@ -110,10 +111,11 @@ fn decoded(bytes: &[u8]) -> Vec<f32> {
 #[test]
 fn quantization_to_nearest_matches_numpy() {
     let golden = golden();
-    let nearest = CompressOptions { block: 8, stochastic: false, ..CompressOptions::default() };
+    let nearest = CompressOptions { bits: Bits::Four, block: 8, ..CompressOptions::default() };
     for (bits, expected) in [
         (Bits::Eight, &golden.quantized_8),
         (Bits::Four, &golden.quantized_4),
+        (Bits::Three, &golden.quantized_3),
         (Bits::Two, &golden.quantized_2),
     ] {
         assert_eq!(&decoded(packed(CompressOptions { bits, ..nearest }).as_bytes()), expected, "{bits:?}");
@@ -126,7 +128,7 @@ fn quantization_to_nearest_matches_numpy() {
 /// (a new zstd), replace the bytes and keep the values.
 #[test]
 fn packed_bytes_are_those_of_version_1() {
-    let four = CompressOptions { block: 8, stochastic: false, ..CompressOptions::default() };
+    let four = CompressOptions { bits: Bits::Four, block: 8, ..CompressOptions::default() };
     let two = CompressOptions { bits: Bits::Two, top_k: Some(0.5), rotate: true, stochastic: true, ..four };
     for (options, file) in [
         (four, &include_bytes!("golden/four_bits.packed")[..]),
@@ -135,4 +137,14 @@ fn packed_bytes_are_those_of_version_1() {
         assert_eq!(packed(options).as_bytes(), file);
     }
     assert_eq!(decoded(include_bytes!("golden/four_bits.packed")), golden().quantized_4);
+}
+
+/// Every byte of version 2 as `make.py` puts it together from the definition, and what an independent decoder would
+/// make of it.
+#[test]
+fn packed_bytes_are_those_of_version_2() {
+    let three = CompressOptions { block: 8, ..CompressOptions::default() };
+    let file = include_bytes!("golden/three_bits.packed");
+    assert_eq!(packed(three).as_bytes(), file);
+    assert_eq!(decoded(file), golden().quantized_3);
 }

@@ -90,7 +90,7 @@ pub struct TrainSettings {
 /// How a device packs its delta. Same names as `commonweal-adapter`'s compress options.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct CompressSettings {
-    /// Bits of a value: 8, 4 or 2.
+    /// Bits of a value: 8, 4, 3 or 2.
     pub bits: u8,
     /// Values that share a scale.
     pub block: u16,
@@ -149,7 +149,7 @@ impl TrainSettings {
 
 impl CompressSettings {
     pub(crate) fn check(&self) -> Result<(), Invalid> {
-        if !matches!(self.bits, 2 | 4 | 8) {
+        if !matches!(self.bits, 2 | 3 | 4 | 8) {
             return Err(Invalid::NotAllowed { field: "compress bits", got: self.bits.into() });
         }
         Invalid::unless_at_least("compress block", self.block, bounds::COMPRESS_BLOCK.0)?;

@@ -108,7 +108,7 @@ fn values_out_of_bounds_are_refused_both_ways() {
     assert!(task(&|task| task.train.weight_decay = 2.0));
     assert!(task(&|task| task.train.clip_norm = 0.0));
     assert!(task(&|task| task.train.proximal_mu = f32::INFINITY));
-    assert!(task(&|task| task.compress.bits = 3));
+    assert!(task(&|task| task.compress.bits = 5));
     assert!(task(&|task| task.compress.block = 7));
     assert!(task(&|task| task.compress.block = 4097));
     assert!(task(&|task| task.compress.top_k = Some(0.0)));
