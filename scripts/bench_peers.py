@@ -52,9 +52,9 @@ WORK = [
 ]
 # Longest that a round of 20 MB and four devices is to take, whoever the peer.
 ROUND_TARGET, ROUND_TARGET_SECONDS = (20, 4), 1.0
-# Packed at 8 bits, an update takes 1.03 bytes a value where the adapter takes 4: so an adapter of this many times the
-# payload's size has an update of no less than the payload's.
-ADAPTER_FOR_UPDATE = 3.9
+# An update packed at 8 bits takes one byte a value and its share of a scale, an adapter four: of an adapter of so many
+# times the payload's size, the update alone is as large as the payload.
+ADAPTER_FOR_UPDATE = 4
 
 
 def python(peer):
@@ -150,7 +150,7 @@ def measure_rounds(peers, payloads, repeats, rounds_each):
     for repetition in range(repeats if peers else 0):
         for megabytes, devices in payloads:
             target = ROUND_TARGET_SECONDS if (megabytes, devices) == ROUND_TARGET else None
-            adapters = {"adapter": megabytes, "each way": round(ADAPTER_FOR_UPDATE * megabytes)}
+            adapters = {"adapter": megabytes, "each way": ADAPTER_FOR_UPDATE * megabytes}
             mine = {what: measure("ours", rounds.ours, adapter, devices) for what, adapter in adapters.items()}
             for peer in peers:
                 figures = measure(peer, getattr(rounds, peer), TARGET / PEERS[peer][0], megabytes, devices)

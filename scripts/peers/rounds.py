@@ -17,6 +17,7 @@ import socket
 import subprocess
 import tempfile
 import time
+import uuid
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = pathlib.Path(__file__).resolve().parent
@@ -88,10 +89,12 @@ def nvflare(venv, megabytes, devices, rounds):
         command = [venv / "bin/python", HERE / "nvflare/job.py", megabytes, devices, WARM_UP_ROUNDS + rounds, home]
         log = pathlib.Path(home) / "log"
         with open(log, "wb") as output, running([str(part) for part in command], stdout=output, stderr=output) as job:
-            try:
-                job.wait(SECONDS_MAX)
-            except subprocess.TimeoutExpired:
-                raise Failed(f"FLARE's rounds took more than {SECONDS_MAX} s") from None
+            peak, end = 0.0, time.monotonic() + SECONDS_MAX
+            while job.poll() is None:
+                if time.monotonic() > end:
+                    raise Failed(f"FLARE's rounds took more than {SECONDS_MAX} s")
+                peak = max([peak, *(peak_mb(one) for one in marked(job.mark) if is_server(one))])
+                time.sleep(0.5)
         server = pathlib.Path(home) / "rounds/server/log.json"
         if job.returncode != 0 or not server.exists():
             raise Failed(f"FLARE's job ended with {job.returncode}:\n{tail(log)}")
@@ -103,21 +106,46 @@ def nvflare(venv, megabytes, devices, rounds):
         seconds = [after - before for before, after in zip(marks, marks[1:])]
         if len(seconds) != WARM_UP_ROUNDS + rounds:
             raise Failed(f"FLARE's log has {len(seconds)} rounds, expected {WARM_UP_ROUNDS + rounds}")
-        return {"seconds": seconds[WARM_UP_ROUNDS:], "peak_mb": None}
+        return {"seconds": seconds[WARM_UP_ROUNDS:], "peak_mb": peak}
+
+
+def is_server(process):
+    """Of the simulator's processes, the devices' are called workers and the rest is the server."""
+    with contextlib.suppress(OSError):
+        return b"simulator_worker" not in pathlib.Path(f"/proc/{process}/cmdline").read_bytes()
+    return False
 
 
 @contextlib.contextmanager
-def running(command, **options):
-    """A process and whatever it starts; all of it is ended at the end."""
-    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, **options)
+def running(command, env=None, **options):
+    """A process; it and whatever it started are ended at the end. They are known by a mark in their environment, since
+    the peers' programs put each other into sessions of their own."""
+    mark = uuid.uuid4().hex
+    environment = dict(env or os.environ, COMMONWEAL_BENCH_MARK=mark)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, **options)
+    process.mark = mark
     try:
         yield process
     finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+        for number, patience_seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+            end = time.monotonic() + patience_seconds
+            for one in marked(mark):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(one, number)
+            while process.poll() is None or marked(mark):
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.1)
+
+
+def marked(mark):
+    """The processes with this mark that still run."""
+    found = []
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"COMMONWEAL_BENCH_MARK={mark}".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
 
 
 def free_ports(count):
@@ -139,9 +167,11 @@ def wait_for(port, process):
 
 
 def peak_mb(process):
-    """The most memory that a process held so far."""
-    status = pathlib.Path(f"/proc/{process}/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024 / 1e6
+    """The most memory that a process held so far; 0 of one that has ended."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+)", pathlib.Path(f"/proc/{process}/status").read_text())
+        return int(found[1]) * 1024 / 1e6 if found else 0.0
+    return 0.0
 
 
 def tail(path):
