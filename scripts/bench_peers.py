@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -278,6 +279,8 @@ def arguments():
 
 def main():
     a = arguments()
+    # What was started is ended on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     there = [peer for peer in a.only if install(peer)]
     missing = [peer for peer in a.only if peer not in there]
     for peer in missing:
