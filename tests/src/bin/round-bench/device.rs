@@ -1,7 +1,15 @@
 //! The devices of the benchmark: what `edge_client::pipeline` does in a visit, with the same functions, but for the work
 //! of a model. Each has a directory, an identity and a link of its own.
 
-use std::{path::Path, sync::Arc, thread, time::Duration};
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, anyhow};
 use commonweal_adapter::{AdapterDelta, AdapterLayout, Bits, CompressOptions, Residual, Trainable};
@@ -81,9 +89,14 @@ impl Fleet {
     /// Takes part in all rounds, each device on a thread of its own.
     pub(super) fn run(self) -> Result<()> {
         let Self { devices, runtime } = self;
+        // One that failed ends the others: their round has no quorum any more.
+        let failed = AtomicBool::new(false);
         thread::scope(|scope| {
+            let run = |device: Device| {
+                device.run(&runtime, &failed).inspect_err(|_| failed.store(true, Ordering::SeqCst))
+            };
             let threads: Vec<_> =
-                devices.into_iter().map(|device| scope.spawn(|| device.run(&runtime))).collect();
+                devices.into_iter().map(|device| scope.spawn(move || run(device))).collect();
             threads
                 .into_iter()
                 .try_for_each(|thread| thread.join().map_err(|_| anyhow!("a device ended with a panic"))?)
@@ -92,8 +105,8 @@ impl Fleet {
 }
 
 impl Device {
-    fn run(mut self, runtime: &Runtime) -> Result<()> {
-        while !self.updates.is_empty() {
+    fn run(mut self, runtime: &Runtime, failed: &AtomicBool) -> Result<()> {
+        while !self.updates.is_empty() && !failed.load(Ordering::SeqCst) {
             let installed =
                 install::installed(&self.store, &self.expected)?.map(|installed| installed.version);
             let reply = runtime.block_on(self.link.poll(Poll { base: BASE, installed }))?;

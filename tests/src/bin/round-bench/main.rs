@@ -19,7 +19,7 @@ use std::{
     thread,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::Parser;
 use commonweal_adapter::{AdapterLayout, Module, Target};
 use commonweal_protocol::BaseHash;
@@ -139,20 +139,22 @@ fn measure(arguments: &Arguments) -> Result<()> {
     };
     let devices = device::Fleet::enroll(arguments, directory, &invitations)?;
     let (down_bytes, up_bytes) = (devices.down_bytes()?, devices.up_bytes());
-    let fleet = thread::spawn(move || devices.run());
+    // Devices that failed would never finish their round: the aggregator ends with its standard input, and with it the
+    // wait below.
+    let stdin = aggregator.child.stdin.take();
+    let fleet = thread::spawn(move || devices.run().map(|()| stdin));
     let mut rounds = Vec::new();
-    let aggregator_peak_mb = loop {
+    let peak_mb = loop {
         match aggregator.next() {
             Ok(Told::Round(times)) => rounds.push(times),
-            Ok(Told::Peak(peak_mb)) => break peak_mb,
-            Ok(Told::Invitations(_)) => bail!("the aggregator invited twice"),
-            Err(error) => return Err(error),
+            Ok(Told::Peak(peak_mb)) => break Ok(peak_mb),
+            Ok(Told::Invitations(_)) => break Err(anyhow!("the aggregator invited twice")),
+            Err(error) => break Err(error),
         }
     };
-    match fleet.join() {
-        Ok(outcome) => outcome?,
-        Err(_) => bail!("the devices ended with a panic"),
-    }
+    // The devices' error says more than the aggregator's end.
+    let _stdin = fleet.join().map_err(|_| anyhow!("the devices ended with a panic"))??;
+    let aggregator_peak_mb = peak_mb?;
     rounds.drain(..WARM_UP_ROUNDS as usize);
     ensure!(
         rounds.len() as u64 == arguments.rounds,
@@ -242,7 +244,9 @@ impl Aggregator {
 impl Drop for Aggregator {
     fn drop(&mut self) {
         drop(self.child.stdin.take());
-        drop(self.child.wait());
+        if let Err(error) = self.child.wait() {
+            tracing::warn!("the aggregator's end: {error}");
+        }
     }
 }
 
