@@ -1,249 +1,303 @@
-"""Times the work of a device in llama.cpp and in PyTorch with PEFT, beside ours. Called by scripts/bench-peers.
+"""Times the work of a device and of a round in other programs, beside ours. Called by scripts/bench-peers.
 
 Every measurement is a process of its own, so that its peak memory is its own. The programs take turns within each
-repetition; the median over the repetitions counts. Weights are random: time does not depend on them. All use as many
-threads as the machine has cores, and 4-bit weights in blocks of 32, but PyTorch, which trains in 32 bits.
+repetition; the median over the repetitions counts. A pair of figures (ours and a peer's) is always of one session, and
+pairs are kept in docs/performance.json, so that a part of the table can be measured again.
 """
 
 import argparse
-import ctypes
 import json
 import os
 import pathlib
-import resource
+import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+from peers import plot, rounds  # noqa: E402
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BENCH = ROOT / "target" / "bench"
-EDGE_CLIENT = ROOT / "target" / "release" / "edge-client"
-DOCUMENT = ROOT / "docs" / "performance.md"
+TARGET = ROOT / "target"
+EDGE_CLIENT = TARGET / "release" / "edge-client"
+RESULTS, DOCUMENT, PLOT = (ROOT / "docs" / f"performance.{suffix}" for suffix in ("json", "md", "svg"))
 BEGIN, END = "<!-- scripts/bench-peers writes from here -->", "<!-- to here -->"
-# As `edge-client bench` has them.
-PREFILL, BEHIND, DECODE, POLICY, SAMPLE, SAMPLES, TRAIN, RANK = 512, 448, 64, 300, 60, 32, 256, 8
-THREADS = os.cpu_count() or 1
-# work → (our kind, the peer's kinds, unit)
-WORK = {
-    "prefill 512": ("prefill", ["llama.cpp prefill"], "tokens/s"),
-    "decode at 512": ("decode", ["llama.cpp decode"], "tokens/s"),
-    "screening": ("screen", ["llama.cpp screen-whole", "llama.cpp screen-cached"], "samples/s"),
-    "LoRA step, 256 tokens": ("train", ["PyTorch train"], "tokens/s"),
+FAILED, UNAVAILABLE = 1, 5
+
+# peer → (environment, what must be importable there, pip calls)
+PEERS = {
+    "llama.cpp": (
+        "venv-peers", "gguf, llama_cpp",
+        # Built here, for this processor.
+        [["gguf==0.19.0"], ["--no-binary", "llama-cpp-python", "llama-cpp-python==0.3.36"]],
+    ),
+    "pytorch": ("venv-peers", "peft, torch, transformers", [["torch==2.6.0", "peft==0.15.2", "transformers==4.51.3"]]),
+    "flower": ("venv-flower", "flwr, numpy", [["flwr==1.41.0", "numpy==2.4.6"]]),
+    "nvflare": ("venv-nvflare", "nvflare, numpy", [["nvflare==2.9.0", "numpy==2.4.6"]]),
 }
-PEER_NAMES = {
-    "llama.cpp prefill": "llama.cpp", "llama.cpp decode": "llama.cpp", "llama.cpp screen-whole": "llama.cpp, whole prompts",
-    "llama.cpp screen-cached": "llama.cpp, prompt cache", "PyTorch train": "PyTorch eager + PEFT",
-}
+ROUND_PEERS = {"flower": "Flower 1.41", "nvflare": "NVIDIA FLARE 2.9, simulator"}
+# (work, our kind, the peer, its kind, how it is named, unit, how many times as fast we mean to be)
+WORK = [
+    ("prefill 512", "prefill", "llama.cpp", "llama.cpp prefill", "llama.cpp", "tokens/s", 1.2),
+    ("decode at 512", "decode", "llama.cpp", "llama.cpp decode", "llama.cpp", "tokens/s", 1.3),
+    ("screening", "screen", "llama.cpp", "llama.cpp screen-whole", "llama.cpp, whole prompts", "samples/s", 5.0),
+    ("screening", "screen", "llama.cpp", "llama.cpp screen-cached", "llama.cpp, prompt cache", "samples/s", 1.5),
+    ("revision", "revise", "llama.cpp", "llama.cpp decode", "llama.cpp decode", "tokens/s", 2.5),
+    ("LoRA step, 256 tokens", "train", "pytorch", "PyTorch train", "PyTorch eager + PEFT", "tokens/s", 1.6),
+    (
+        "LoRA step, upper half of the layers", "train-upper", "pytorch", "PyTorch train",
+        "PyTorch eager + PEFT, all layers", "tokens/s", 3.0,
+    ),
+]
+# Longest that a round of 20 MB and four devices is to take, whoever the peer.
+ROUND_TARGET, ROUND_TARGET_SECONDS = (20, 4), 1.0
+# An update packed at 8 bits takes one byte a value and its share of a scale, an adapter four: of an adapter of so many
+# times the payload's size, the update alone is as large as the payload.
+ADAPTER_FOR_UPDATE = 4
 
 
-def config(shape):
-    return json.loads((ROOT / "scripts" / "shapes" / f"{shape}.json").read_text())
+def python(peer):
+    return TARGET / PEERS[peer][0] / "bin" / "python"
 
 
-def write_gguf(shape):
-    """A model of the shape for llama.cpp, Q4_0, made once."""
-    import gguf
-    import numpy as np
-
-    path = BENCH / f"{shape}.gguf"
-    if path.exists():
-        return path
-    c = config(shape)
-    qwen = c["model_type"] == "qwen2"
-    hidden, inner, heads, kv = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"], c["num_key_value_heads"]
-    head = hidden // heads
-    part = path.with_suffix(".part")
-    writer = gguf.GGUFWriter(part, c["model_type"])
-    writer.add_vocab_size(c["vocab_size"])
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_context_length(c["max_position_embeddings"])
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(c["num_hidden_layers"])
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv)
-    writer.add_layer_norm_rms_eps(c["rms_norm_eps"])
-    writer.add_rope_freq_base(c["rope_theta"])
-    writer.add_rope_dimension_count(head)
-    random = np.random.default_rng(0)
-
-    def matrix(name, rows, columns):
-        values = random.standard_normal((rows, columns), dtype=np.float32) / columns**0.5
-        kind = gguf.GGMLQuantizationType.Q4_0
-        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-
-    matrix("token_embd.weight", c["vocab_size"], hidden)
-    writer.add_tensor("output_norm.weight", np.ones(hidden, np.float32))
-    for i in range(c["num_hidden_layers"]):
-        for name, rows in (("attn_q", heads * head), ("attn_k", kv * head), ("attn_v", kv * head)):
-            matrix(f"blk.{i}.{name}.weight", rows, hidden)
-            if qwen:
-                writer.add_tensor(f"blk.{i}.{name}.bias", np.zeros(rows, np.float32))
-        matrix(f"blk.{i}.attn_output.weight", hidden, heads * head)
-        matrix(f"blk.{i}.ffn_gate.weight", inner, hidden)
-        matrix(f"blk.{i}.ffn_up.weight", inner, hidden)
-        matrix(f"blk.{i}.ffn_down.weight", hidden, inner)
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{i}.{name}.weight", np.ones(hidden, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    part.rename(path)
-    return path
+def install(peer):
+    """Makes a peer's environment if it is not there yet; whether it is there now."""
+    environment, modules, calls = PEERS[peer]
+    there = lambda: subprocess.run([python(peer), "-c", f"import {modules}"], capture_output=True).returncode == 0
+    if python(peer).exists() and there():
+        return True
+    print(f"installing {peer} into target/{environment}", file=sys.stderr)
+    steps = [[sys.executable, "-m", "venv", TARGET / environment]]
+    steps += [[python(peer), "-m", "pip", "install", "--quiet", *call] for call in calls]
+    return all(subprocess.run(step, stdout=sys.stderr).returncode == 0 for step in steps) and there()
 
 
-def llama(shape, work):
-    """A rate of llama.cpp, after one run that is not counted."""
-    import llama_cpp as api
+class Session:
+    """The pairs to measure, and what came of each."""
 
-    vocabulary = config(shape)["vocab_size"]
-    api.llama_backend_init()
-    silent = api.llama_log_callback(lambda *_: None)
-    api.llama_log_set(silent, ctypes.c_void_p(0))
-    model = api.llama_model_load_from_file(str(write_gguf(shape)).encode(), api.llama_model_default_params())
-    options = api.llama_context_default_params()
-    options.n_ctx, options.n_batch, options.n_ubatch = 1024, 512, 512
-    options.n_threads = options.n_threads_batch = THREADS
-    context = api.llama_init_from_model(model, options)
-    memory = api.llama_get_memory(context)
+    def __init__(self, total):
+        self.done, self.total, self.begun = 0, total, time.monotonic()
+        self.pairs, self.failed = {}, set()
 
-    def read(count, seed=1):
-        tokens = (api.llama_token * count)(*((7919 * seed + 31 * i) % vocabulary for i in range(count)))
-        if api.llama_decode(context, api.llama_batch_get_one(tokens, count)) != 0:
-            raise SystemExit("llama_decode failed")
+    def progress(self, name, told):
+        self.done += 1
+        left = (time.monotonic() - self.begun) / self.done * (self.total - self.done)
+        print(f"{self.done}/{self.total}  {name}: {told}  ({left:.0f} s left)", file=sys.stderr)
 
-    def clear(start=0):
-        if start == 0:
-            api.llama_memory_clear(memory, True)
-        else:
-            api.llama_memory_seq_rm(memory, 0, start, -1)
-
-    def prefill():
-        clear()
-        begun = time.perf_counter()
-        read(PREFILL)
-        return PREFILL / (time.perf_counter() - begun)
-
-    def decode():
-        clear()
-        read(BEHIND)
-        begun = time.perf_counter()
-        for i in range(DECODE):
-            read(1, i)
-        return DECODE / (time.perf_counter() - begun)
-
-    def screen(cached):
-        clear()
-        begun = time.perf_counter()
-        if cached:
-            read(POLICY)
-        for i in range(SAMPLES):
-            clear(POLICY if cached else 0)
-            read(SAMPLE if cached else POLICY + SAMPLE, i)
-        return SAMPLES / (time.perf_counter() - begun)
-
-    run = {
-        "prefill": prefill, "decode": decode, "screen-whole": lambda: screen(False), "screen-cached": lambda: screen(True),
-    }[work]
-    if work != "screen-whole":  # long enough to be warm by itself
-        run()
-    return run()
+    def keep(self, work, shape, peer, **facts):
+        """The pair of that name, made when first asked for."""
+        pair = dict(facts, work=work, shape=shape, peer=peer, ours=[], theirs=[])
+        return self.pairs.setdefault(f"{work} | {shape} | {peer}", pair)
 
 
-def pytorch(shape):
-    """Tokens a second of a LoRA step, AdamW included: PEFT on every linear, 32 bits, eager."""
-    import peft
-    import torch
-    import transformers
+def measure_models(peers, shapes, repeats):
+    told = subprocess.run([EDGE_CLIENT, "bench", "--help"], capture_output=True, text=True, check=True).stdout
+    is_known = lambda kind: re.search(rf"^\s+- {re.escape(kind)}:", told, re.MULTILINE)
+    work = [row for row in WORK if row[2] in peers and is_known(row[1])]
+    for row in WORK:
+        if row[2] in peers and row not in work:
+            print(f"left out: {row[0]}, since edge-client bench has no kind {row[1]}", file=sys.stderr)
+    kinds = list(dict.fromkeys(kind for row in work for kind in (f"ours {row[1]}", row[3])))
+    session = Session(repeats * len(shapes) * len(kinds))
+    packages = {}
+    for shape in shapes if work else []:
+        command = [ROOT / "scripts" / "shape-package", shape]
+        packages[shape] = ROOT / subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+        if "llama.cpp" in peers:
+            subprocess.run([python("llama.cpp"), ROOT / "scripts/peers/models.py", "llama.cpp gguf", shape], check=True)
+    for repetition in range(repeats):
+        for shape in shapes:
+            figures = {}
+            for kind in kinds:
+                figures[kind] = measure_model(kind, shape, packages[shape])
+                session.progress(f"{shape}  {kind}", f"{figures[kind]['rate']:.1f}")
+            for name, ours, _, theirs, peer, unit, target in work:
+                pair = session.keep(name, shape, peer, unit=unit, target=target)
+                for side, kind in (("ours", f"ours {ours}"), ("theirs", theirs)):
+                    pair[side].append({"figure": figures[kind]["rate"], "peak_mb": figures[kind]["peak_mb"]})
+    return session
 
-    torch.set_num_threads(THREADS)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config(shape)))
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = peft.get_peft_model(model, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    ids = torch.randint(0, config(shape)["vocab_size"], (1, TRAIN))
 
-    def step():
-        begun = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return TRAIN / (time.perf_counter() - begun)
-
-    step()
-    return step()
-
-
-def measure_here(kind, shape):
+def measure_model(kind, shape, package):
     program, work = kind.split(" ", 1)
-    rate = llama(shape, work) if program == "llama.cpp" else pytorch(shape)
-    print(json.dumps({"rate": rate, "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6}))
-
-
-def measure_apart(kind, shape, package):
-    if kind.startswith("ours "):
-        command = [EDGE_CLIENT, "bench", "--here", "--json", "--repeats", "1", "--only", kind.split(" ")[1], "--package", package]
+    if program == "ours":
+        command = [EDGE_CLIENT, "bench", "--here", "--json", "--repeats", "1", "--only", work, "--package", package]
     else:
-        command = [sys.executable, __file__, "--here", kind, "--shapes", shape]
+        peer = "llama.cpp" if program == "llama.cpp" else "pytorch"
+        command = [python(peer), ROOT / "scripts/peers/models.py", kind, shape]
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.decode().strip().splitlines()[-1])
 
 
-def table(results):
-    lines = ["| work | shape | ours | peer | times | peak MB, ours | peer's |", "|---|---|---|---|---|---|---|"]
-    middle = lambda runs, key: statistics.median(run[key] for run in runs)
-    for shape, figures in results.items():
-        for work, (kind, peers, unit) in WORK.items():
-            ours = figures[f"ours {kind}"]
+def measure_rounds(peers, payloads, repeats, rounds_each):
+    """Each repetition is a session of every program, with a round of its own to warm up; all rounds count alike."""
+    peers = [peer for peer in ROUND_PEERS if peer in peers]
+    session = Session(repeats * len(payloads) * (2 + len(peers)) if peers else 0)
+
+    def measure(name, call, *arguments):
+        if name in session.failed:
+            return None
+        try:
+            figures = call(*arguments, rounds_each)
+        except (rounds.Failed, OSError, subprocess.SubprocessError) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            session.failed.add(name)
+            return None
+        session.progress(f"{name}  {arguments[-2]} MB × {arguments[-1]}", f"{statistics.median(figures['seconds']):.2f} s")
+        return figures
+
+    for repetition in range(repeats if peers else 0):
+        for megabytes, devices in payloads:
+            target = ROUND_TARGET_SECONDS if (megabytes, devices) == ROUND_TARGET else None
+            adapters = {"adapter": megabytes, "each way": ADAPTER_FOR_UPDATE * megabytes}
+            mine = {what: measure("ours", rounds.ours, adapter, devices) for what, adapter in adapters.items()}
             for peer in peers:
-                mine, theirs = middle(ours, "rate"), middle(figures[peer], "rate")
-                lines.append(
-                    f"| {work} | {shape} | {mine:.1f} {unit} | {theirs:.1f} ({PEER_NAMES[peer]}) | {mine / theirs:.2f} | "
-                    f"{middle(ours, 'peak_mb'):.0f} | {middle(figures[peer], 'peak_mb'):.0f} |"
-                )
+                figures = measure(peer, getattr(rounds, peer), TARGET / PEERS[peer][0], megabytes, devices)
+                for what in adapters:
+                    if not (mine[what] and figures):
+                        continue
+                    facts = dict(unit="s a round", target_seconds=target, megabytes=megabytes, devices=devices, what=what)
+                    work = f"a round, {megabytes} MB {what} × {devices}"
+                    shape = f"{mine[what]['down_mb']:.0f} MB down, {mine[what]['up_mb']:.1f} up"
+                    pair = session.keep(work, shape, ROUND_PEERS[peer], **facts)
+                    for runs, found in ((pair["ours"], mine[what]), (pair["theirs"], figures)):
+                        runs += [{"figure": seconds, "peak_mb": found["peak_mb"]} for seconds in found["seconds"]]
+    return session
+
+
+def medians(pair):
+    """A pair with the median of its runs in the place of the runs."""
+    def median(runs, key):
+        values = [run[key] for run in runs if run[key] is not None]
+        return statistics.median(values) if values else None
+
+    sides = {side: {key: median(pair[side], key) for key in ("figure", "peak_mb")} for side in ("ours", "theirs")}
+    return dict(pair, **sides, runs=min(len(pair["ours"]), len(pair["theirs"])), machine=machine())
+
+
+def is_round(pair):
+    return "megabytes" in pair
+
+
+def speed(pair):
+    """How many times as fast as the peer, and how many we mean to be, if a number was set."""
+    mine, theirs = pair["ours"]["figure"], pair["theirs"]["figure"]
+    if is_round(pair):
+        seconds = pair["target_seconds"]
+        return theirs / mine, theirs / seconds if seconds else None
+    return mine / theirs, pair["target"]
+
+
+def table(pairs):
+    lines = ["| work | shape | ours | peer | times | peak MB, ours | peer's |", "|---|---|---|---|---|---|---|"]
+    for pair in pairs:
+        digits = 2 if is_round(pair) else 1
+        mine, theirs = (f"{pair[side]['figure']:.{digits}f}" for side in ("ours", "theirs"))
+        peaks = [pair[side]["peak_mb"] for side in ("ours", "theirs")]
+        peaks = ["–" if peak is None else f"{peak:.0f}" for peak in peaks]
+        cells = [pair["work"], pair["shape"], f"{mine} {pair['unit']}", f"{theirs} ({pair['peer']})", f"{speed(pair)[0]:.2f}", *peaks]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def slopes(pairs):
+    """What a round costs before its first byte, and a MB, from the smallest and the largest payload of one kind."""
+    points = {}
+    for pair in filter(is_round, pairs):
+        for name, side in ((f"ours, {pair['what']}", "ours"), (pair["peer"], "theirs")):
+            points.setdefault((name, pair["devices"]), {})[pair["megabytes"]] = pair[side]["figure"]
+    lines = []
+    for (name, devices), found in points.items():
+        (small, fast), (large, slow) = min(found.items()), max(found.items())
+        if small < large:
+            slope = (slow - fast) / (large - small)
+            lines.append(f"- {name}: {fast - slope * small:.2f} s and {slope:.3f} s a MB, {devices} devices")
+    head = "What a round costs whatever its size, and for each MB of payload (the line through the smallest and the largest):"
+    return "\n".join(["", head, "", *lines]) if lines else ""
 
 
 def machine():
     name = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), "unknown processor")
-    return f"{THREADS} cores, {name}"
+    return f"{os.cpu_count() or 1} cores, {name}"
+
+
+def in_order(results):
+    """Pairs as the table has them: the models shape by shape, then the rounds from the smallest."""
+    works = {(row[0], row[4]): place for place, row in enumerate(WORK)}
+
+    def place(pair):
+        if is_round(pair):
+            return (1, pair["devices"], pair["megabytes"], pair["what"], pair["peer"])
+        return (0, "qwen" in pair["shape"], pair["shape"], works.get((pair["work"], pair["peer"]), 0))
+
+    return sorted(results.values(), key=place)
+
+
+def write(results):
+    """The figures, the table and the plot into docs/."""
+    pairs = in_order(results)
+    runs = sorted({pair["runs"] for pair in pairs})
+    counts = f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
+    said = f"Medians of {counts} on {'; '.join(sorted({pair['machine'] for pair in pairs}))}."
+    text = f"{said}\n\n{table(pairs)}\n{slopes(pairs)}".rstrip()
+    before, rest = DOCUMENT.read_text().split(BEGIN)
+    _, after = rest.split(END, 1)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n\n![Times as fast as others]({PLOT.name})\n{END}{after}")
+    PLOT.write_text(plot.draw([(f"{pair['work']}, {pair['shape']}", pair["peer"], *speed(pair)) for pair in pairs]))
+    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def payloads(text):
+    found = [re.fullmatch(r"(\d+)x(\d+)", part) for part in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"expected MBxDEVICES with commas between, such as 1x4,20x4, got {text}")
+    return [(int(match[1]), int(match[2])) for match in found]
+
+
+def chosen(text):
+    groups = {"rounds": list(ROUND_PEERS), "models": ["llama.cpp", "pytorch"]}
+    names = [name for part in text.split(",") for name in groups.get(part, [part])]
+    wrong = [name for name in names if name not in PEERS]
+    if wrong:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join([*PEERS, *groups])}, got {wrong[0]}")
+    return names
+
+
+def arguments():
+    parser = argparse.ArgumentParser(prog="scripts/bench-peers", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", type=chosen, default=list(PEERS), metavar="PEER,…", help="llama.cpp, pytorch, flower, nvflare, models, rounds")
+    parser.add_argument("--shapes", default="smollm2-135m,qwen2.5-0.5b", help="of the models")
+    parser.add_argument("--repeats", type=int, default=5, help="of each kind of work of a model")
+    parser.add_argument("--payloads", type=payloads, default=payloads("1x4,20x4"), metavar="MBxDEVICES,…", help="of the rounds")
+    parser.add_argument("--sessions", type=int, default=2, help="of rounds, each started anew")
+    parser.add_argument("--rounds", type=int, default=3, help="of each session, after one that does not count")
+    parser.add_argument("--no-write", action="store_true", help="leave docs/ alone")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="smollm2-135m,qwen2.5-0.5b")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no-write", action="store_true", help="leave docs/performance.md alone")
-    parser.add_argument("--here", help=argparse.SUPPRESS)
-    a = parser.parse_args()
-    if a.here:
-        return measure_here(a.here, a.shapes)
-    kinds = [kind for ours, peers, _ in WORK.values() for kind in (f"ours {ours}", *peers)]
-    shapes = a.shapes.split(",")
-    packages = {}
-    for shape in shapes:
-        packages[shape] = subprocess.run([ROOT / "scripts" / "shape-package", shape], stdout=subprocess.PIPE, check=True).stdout.decode().strip()
-        write_gguf(shape)
-    results = {shape: {kind: [] for kind in kinds} for shape in shapes}
-    done, total, begun = 0, a.repeats * len(shapes) * len(kinds), time.monotonic()
-    for repetition in range(1, a.repeats + 1):
-        for shape in shapes:
-            for kind in kinds:
-                results[shape][kind].append(measure_apart(kind, shape, ROOT / packages[shape]))
-                done += 1
-                left = (time.monotonic() - begun) / done * (total - done)
-                print(f"{done}/{total}  {shape}  {kind}: {results[shape][kind][-1]['rate']:.1f}  ({left:.0f} s left)", file=sys.stderr)
-    text = table(results)
-    print(text)
-    if not a.no_write:
-        document = DOCUMENT.read_text()
-        before, rest = document.split(BEGIN)
-        _, after = rest.split(END, 1)
-        said = f"Medians of {a.repeats} on {machine()}.\n\n{text}"
-        DOCUMENT.write_text(f"{before}{BEGIN}\n{said}\n{END}{after}")
+    a = arguments()
+    # What was started is ended on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    there = [peer for peer in a.only if install(peer)]
+    missing = [peer for peer in a.only if peer not in there]
+    for peer in missing:
+        print(f"left out: {peer} cannot be installed", file=sys.stderr)
+    sessions = [
+        measure_models(there, a.shapes.split(","), a.repeats),
+        measure_rounds(there, a.payloads, a.sessions, a.rounds),
+    ]
+    fresh = {name: medians(pair) for session in sessions for name, pair in session.pairs.items()}
+    print(table(in_order(fresh)), slopes(in_order(fresh)), sep="\n")
+    if fresh and not a.no_write:
+        write({**(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}), **fresh})
+    failed = set().union(*(session.failed for session in sessions))
+    for name in sorted(failed):
+        print(f"failed: {name}", file=sys.stderr)
+    return FAILED if failed else UNAVAILABLE if missing else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -230,8 +230,13 @@ impl Receiver {
         }
         // What nobody published costs a look at the head, however often it is asked for.
         let head = self.parts.publisher.head()?.map(|signed| signed.release.version);
-        if self.live().published.head == head {
-            return Ok(false);
+        {
+            // Another request may have looked meanwhile: what it found is asked again, or this one would miss it.
+            let live = self.live();
+            let published = &live.published;
+            if published.head == head {
+                return Ok(published.digests.contains(digest));
+            }
         }
         let digests = self.parts.publisher.kept(self.parts.config.receive.releases_kept)?;
         let is_published = digests.contains(digest);

@@ -16,7 +16,7 @@ use commonweal_transport::{Authority, Clock, IdentityError, QuicServer, ServeLim
 use crate::config::Config;
 use crate::desk::{self, Desk, DeskError};
 use crate::directory::{Directory, DirectoryError};
-use crate::drive::{Driver, ModelStages, Step};
+use crate::drive::{Driver, ModelStages, Stages, Step};
 use crate::events::{Event, Events};
 use crate::laboratory::{LaboratoryError, has_guard, open_package};
 use crate::pause::PausePoint;
@@ -272,7 +272,8 @@ async fn join(thread: std::thread::JoinHandle<()>) -> Result<(), ServeError> {
     }
 }
 
-fn drive(mut driver: Driver<ModelStages>, watch: &dyn Watch, clock: &Clock, stop: &AtomicBool) {
+/// Carries out stages until the last wanted round is over or somebody says stop and wakes the watch.
+pub fn drive<S: Stages>(mut driver: Driver<S>, watch: &dyn Watch, clock: &Clock, stop: &AtomicBool) {
     while !stop.load(Ordering::SeqCst) {
         let mark = watch.mark();
         match driver.step() {

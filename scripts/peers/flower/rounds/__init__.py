@@ -1,0 +1,1 @@
+"""A Flower app that only carries a payload to each device and back."""
