@@ -6,6 +6,7 @@
 use std::time::Instant;
 
 use commonweal_adapter::{Adapter, Residual};
+use commonweal_package::TrainGraph;
 use commonweal_protocol::{
     Content, DeviceId, DeviceReport, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
 };
@@ -312,6 +313,9 @@ impl<L: Link> Device<L> {
         let begun = Instant::now();
         let checkpoint = self.store.read(CHECKPOINT)?;
         let mut watch = Watching { store: &self.store, output: self.output, round: task.round.0 };
+        if self.policy.train.graph == TrainGraph::Frugal {
+            self.model.close_inference();
+        }
         let trained = train::train(
             &self.model,
             start,

@@ -24,7 +24,12 @@ pub fn graphs(
         Ok::<_, GraphError>((name, write(&llama::infer(model, quantization, form)?, name)?))
     };
     let train = |name: &'static str, policy, first_layer| {
-        let TrainGraph { mut graph, head_segment } = llama::train(model, quantization, layout, first_layer)?;
+        let chunk_bytes = match policy {
+            Recompute::Layers => llama::CHUNK_BYTES / 4,
+            _ => llama::CHUNK_BYTES,
+        };
+        let TrainGraph { mut graph, head_segment } =
+            llama::train(model, quantization, layout, first_layer, chunk_bytes)?;
         recompute(&mut graph, policy, head_segment);
         Ok::<_, GraphError>((name, write(&graph, name)?))
     };

@@ -335,6 +335,10 @@ fn gather_block_quantized(inputs: &Inputs<'_>, packing: Packing) -> Result<Tenso
     inputs.rank(0, "weights", 2)?;
     let rows = inputs.fixed("rows", inputs.axis(0, 0)?)?;
     let columns = inputs.fixed("bytes", inputs.axis(0, 1)?)? * 8 / packing.bits.max(1);
+    if !columns.is_multiple_of(packing.block_size.max(1)) {
+        let got = format!("{} bits, blocks of {}", packing.bits, packing.block_size);
+        return Err(inputs.error("packing", format!("4 or 8 bits in blocks that divide {columns}"), got));
+    }
     let (blocks, _) = packed_width(inputs, packing, columns)?;
     inputs.equal("scales", &Shape::from([rows, blocks]), inputs.shape(2))?;
     let dims = inputs.shape(1).0.iter().cloned().chain([Dim::fixed(columns)]);

@@ -6,7 +6,7 @@ mod infer;
 mod train;
 
 pub use infer::{InferForm, infer};
-pub use train::{TrainGraph, train};
+pub use train::{CHUNK_BYTES, TrainGraph, train};
 
 use commonweal_adapter::Target;
 

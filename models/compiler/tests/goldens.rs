@@ -5,7 +5,7 @@
 #[path = "onnx_runtime/mod.rs"]
 mod onnx_runtime;
 
-use commonweal_compiler::llama::{TrainGraph, train};
+use commonweal_compiler::llama::{CHUNK_BYTES, TrainGraph, train};
 use commonweal_compiler::lower::lower;
 use commonweal_compiler::plan::plan;
 use commonweal_compiler::recompute::{Recompute, recompute};
@@ -96,7 +96,7 @@ fn gradients_under_every_policy_of_recomputation() {
     let table = WeightTable::plan(&manifest.model, &manifest.quantization);
     for policy in [Recompute::Nothing, Recompute::Activations, Recompute::Layers] {
         let TrainGraph { mut graph, head_segment } =
-            train(&manifest.model, &manifest.quantization, case.package.layout(), 0).unwrap();
+            train(&manifest.model, &manifest.quantization, case.package.layout(), 0, CHUNK_BYTES).unwrap();
         recompute(&mut graph, policy, head_segment);
         // Beside the weights, which it refers to.
         let path = case.package.directory().join("policy.onnx");

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use commonweal_compiler::checkpoint::Checkpoint;
 use commonweal_compiler::graph::{Constant, Graph, GraphError, NodeId, TensorType, ValueId};
-use commonweal_compiler::llama::{InferForm, TrainGraph, infer, train};
+use commonweal_compiler::llama::{CHUNK_BYTES, InferForm, TrainGraph, infer, train};
 use commonweal_compiler::lower::lower;
 use commonweal_compiler::op::{Binary, Op, Packing, Unary};
 use commonweal_compiler::plan::plan;
@@ -134,7 +134,7 @@ fn training(policy: Recompute) -> Graph {
     let defaults = AdapterDefaults { rank: 4, alpha: 8.0, targets: commonweal_adapter::Target::ALL.to_vec() };
     let layout = layout(&model(), &defaults).unwrap();
     let TrainGraph { mut graph, head_segment } =
-        train(&model(), &quantization(Bits::Four), &layout, 0).unwrap();
+        train(&model(), &quantization(Bits::Four), &layout, 0, CHUNK_BYTES).unwrap();
     recompute(&mut graph, policy, head_segment);
     graph
 }

@@ -21,7 +21,7 @@ use tokenizers::Encoding;
 use crate::{
     cancel::{Cancel, Run, RunError},
     library::Library,
-    model::{OpenError, open_session, require},
+    model::{OpenError, Use, open_session, require},
     tokenize::{TokenizeError, Tokenizer},
 };
 use windows::{cut, share, window_count};
@@ -172,7 +172,7 @@ impl Classifier {
             return Err(OpenError::Frame { context, got: frame });
         }
         let path = package.graph();
-        let session = open_session(library, None, &path, false)?;
+        let session = open_session(library, None, &path, Use::Training)?;
         let mut inputs = vec!["input_ids".to_owned(), "lengths".to_owned()];
         inputs.extend((encoder.token_types > 1).then(|| "token_type_ids".to_owned()));
         require(&session, &path, inputs, &["logits"])?;

@@ -14,12 +14,17 @@ const MATCHED: std::ops::RangeInclusive<usize> = 2..=4;
 #[derive(Debug)]
 pub(crate) struct Copying {
     text: Vec<u32>,
+    /// Tokens of the next guess, at most.
     length: usize,
+    /// Where the last guess was taken from.
+    taken: Option<usize>,
+    /// Where the text goes on if the token that was guessed wrong only replaces another.
+    resume: Option<usize>,
 }
 
 impl Copying {
     pub(crate) fn new(prompt: &[u32]) -> Self {
-        Self { text: prompt.to_vec(), length: GUESS_MAX / 2 }
+        Self { text: prompt.to_vec(), length: GUESS_MAX / 2, taken: None, resume: None }
     }
 
     /// The answer goes on with this token.
@@ -27,27 +32,27 @@ impl Copying {
         self.text.push(token);
     }
 
-    /// At most `most` tokens: what followed the last time that the text had its present end.
-    pub(crate) fn guess(&self, most: usize) -> &[u32] {
+    /// At most `most` tokens: what followed the last time that the text had its present end, or else what follows the
+    /// token that was replaced.
+    pub(crate) fn guess(&mut self, most: usize) -> &[u32] {
         let text = self.text.as_slice();
-        let most = most.min(self.length);
-        for matched in MATCHED.rev().filter(|&matched| matched < text.len()) {
-            let end = &text[text.len() - matched..];
-            let earlier = text[..text.len() - 1].windows(matched).rposition(|window| window == end);
-            if let Some(at) = earlier {
-                let follows = &text[at + matched..];
-                return &follows[..most.min(follows.len())];
-            }
-        }
-        &[]
+        let earlier = |matched: usize| {
+            let end = &text[text.len().checked_sub(matched)?..];
+            let at = text[..text.len() - 1].windows(matched).rposition(|window| window == end)?;
+            Some(at + matched)
+        };
+        self.taken = MATCHED.rev().find_map(earlier).or(self.resume);
+        let follows = self.taken.and_then(|from| text.get(from..)).unwrap_or_default();
+        &follows[..most.min(self.length).min(follows.len())]
     }
 
     /// Of a guess of so many tokens, so many were right: the next one is twice as long, or little longer than what was
-    /// right.
+    /// right. A guess that was wrong from the first token on is not resumed.
     pub(crate) fn learn(&mut self, guessed: usize, right: usize) {
         if guessed > 0 {
             let length = if right == guessed { self.length * 2 } else { right + 2 };
             self.length = length.clamp(GUESS_MIN, GUESS_MAX);
+            self.resume = self.taken.filter(|_| right > 0).map(|from| from + right + 1);
         }
     }
 }
@@ -66,7 +71,7 @@ mod tests {
         assert_eq!(copying.guess(3), [5, 6, 7]);
         assert_eq!(copying.guess(8), [5, 6, 7, 1, 2]);
         // The longer match wins: 4 1 2 stands only at the beginning of the second.
-        let copying = Copying::new(&[3, 1, 2, 9, 4, 1, 2, 8, 0, 1, 2, 7, 4, 1, 2]);
+        let mut copying = Copying::new(&[3, 1, 2, 9, 4, 1, 2, 8, 0, 1, 2, 7, 4, 1, 2]);
         assert_eq!(copying.guess(2), [8, 0]);
         assert_eq!(copying.guess(0), [0_u32; 0]);
     }
@@ -80,5 +85,19 @@ mod tests {
             copying.learn(guessed, right);
             assert_eq!(copying.length, next);
         }
+    }
+
+    #[test]
+    fn a_guess_goes_on_behind_a_token_that_was_replaced() {
+        let mut copying = Copying::new(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]);
+        assert_eq!(copying.guess(4), [3, 4, 5, 6]);
+        // The answer takes 3 and 4, then 50 in the place of 5.
+        [3, 4, 50].into_iter().for_each(|token| copying.push(token));
+        copying.learn(4, 2);
+        assert_eq!(copying.guess(3), [6, 7, 8]);
+        // Wrong at once: the answer no longer follows.
+        copying.push(60);
+        copying.learn(3, 0);
+        assert_eq!(copying.guess(3), [0_u32; 0]);
     }
 }

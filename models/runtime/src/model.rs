@@ -24,6 +24,9 @@ use crate::{
     tokenize::{TokenizeError, Tokenizer},
 };
 
+/// ONNX Runtime's key for optimizers that a session goes without.
+const DISABLED_OPTIMIZERS: &str = "optimization.disable_specified_optimizers";
+
 /// How a model is opened.
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
@@ -111,7 +114,7 @@ pub enum OpenError {
         file: &'static str,
     },
     /// The frozen weights cannot be given to a session.
-    #[error("weights of graph {graph} cannot be used")]
+    #[error("graph {graph} does not open with the package's weights")]
     Frozen {
         /// The file.
         graph: String,
@@ -218,6 +221,13 @@ impl Model {
         self.inner.context
     }
 
+    /// Gives back the memory of the inference sessions, but for the weights' prepared form where a gradient session
+    /// shares it. The next call opens them again.
+    pub fn close_inference(&self) {
+        drop(lock(&self.inner.base).take());
+        drop(lock(&self.inner.adapted).take());
+    }
+
     /// Gives back the memory of the gradient session (weights' working set and activations). The next training step
     /// opens it again.
     pub fn close_training(&self) {
@@ -302,7 +312,7 @@ fn open_infer(
     path: &Path,
     adapted: bool,
 ) -> Result<Session, OpenError> {
-    let session = open_session(library, Some(frozen), path, true)?;
+    let session = open_session(library, Some(frozen), path, Use::Inference)?;
     let wanted = ["input_ids", "seqlens_k", "total_seq", "logit_rows"].map(String::from);
     let layers = 0..package.manifest().model.layers;
     let cached = layers.clone().map(|layer| format!("past.{layer}.key"));
@@ -318,20 +328,29 @@ fn open_train(
     graph: TrainGraph,
 ) -> Result<Session, OpenError> {
     let path = package.train_graph(graph).ok_or(OpenError::Absent { file: graph.file() })?;
-    let session = open_session(library, Some(frozen), &path, false)?;
+    let session = open_session(library, Some(frozen), &path, Use::Training)?;
     let wanted = ["input_ids", "targets", "weights", "lora_scale"].map(String::from);
     let adapter = package.layout().tensors().into_iter().map(|spec| spec.name());
     require(&session, &path, wanted.into_iter().chain(adapter), &["loss", "token_logprob"])?;
     Ok(session)
 }
 
-/// `memory_pattern` plans memory once for a shape that repeats: decoding has one, training does not, and pays with
-/// twice the memory. Devices with memory of their own load the weights themselves.
+/// What a session is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Use {
+    /// Shapes that repeat: memory is planned once.
+    Inference,
+    /// Shapes that do not, for which a plan would take twice the memory. Equal computations stay apart: those of the
+    /// backward are there so that the forward's results need not be kept.
+    Training,
+}
+
+/// Devices with memory of their own load the weights themselves.
 pub(crate) fn open_session(
     library: &Library,
     frozen: Option<&Frozen>,
     path: &Path,
-    memory_pattern: bool,
+    purpose: Use,
 ) -> Result<Session, OpenError> {
     let graph = || path.display().to_string();
     let failed = |source| OpenError::Graph { graph: graph(), source };
@@ -339,8 +358,13 @@ pub(crate) fn open_session(
         let builder = library
             .session()?
             .with_optimization_level(GraphOptimizationLevel::All)?
-            .with_memory_pattern(memory_pattern)?;
-        Ok::<_, ort::Error>(builder)
+            .with_memory_pattern(purpose == Use::Inference)?;
+        Ok::<_, ort::Error>(match purpose {
+            Use::Inference => builder,
+            Use::Training => {
+                builder.with_config_entry(DISABLED_OPTIMIZERS, "CommonSubexpressionElimination")?
+            }
+        })
     };
     let mut builder = builder().map_err(failed)?;
     if let (Some(frozen), Device::Cpu) = (frozen, library.device()) {

@@ -105,7 +105,7 @@ impl Trainer {
             let chosen = beta * (part.logprobs[0] - pair.chosen_logprob);
             let rejected = beta * (part.logprobs[1] - pair.rejected_logprob);
             let outcome = Outcome::of(chosen - rejected);
-            add(&mut total, &part.values, share * beta * outcome.pull);
+            add(&mut total, part.values, share * beta * outcome.pull);
             sums.loss += share * outcome.loss;
             sums.chosen += share * chosen;
             sums.rejected += share * rejected;

@@ -224,12 +224,12 @@ impl Trainer {
             return Err(TrainError::NothingToLearn { rows: rows.len() });
         }
         let run = Run::new(cancel)?;
-        let (mut loss, mut total) = (0.0, vec![0.0; self.adapter.values().len()]);
+        let (mut loss, mut total) = (0.0, Vec::new());
         for rows in self.passes(rows) {
             let part =
                 gradient(&self.model, &self.adapter, &rows, &vec![1.0; rows.len()], &self.options, &run)?;
             loss += part.loss / weight;
-            add(&mut total, &part.values, 1.0 / weight);
+            add(&mut total, part.values, 1.0 / weight);
         }
         let (grad_norm, learning_rate) = self.update(loss, total)?;
         let tokens = rows.iter().map(TrainingRow::targets).sum();
@@ -326,9 +326,14 @@ impl Trainer {
     }
 }
 
-/// `total += factor · part`.
-pub(crate) fn add(total: &mut [f32], part: &[f32], factor: f64) {
-    total.iter_mut().zip(part).for_each(|(total, part)| *total += factor as f32 * part);
+/// `total += factor · part`, in the place of `part` where there is no total yet.
+pub(crate) fn add(total: &mut Vec<f32>, mut part: Vec<f32>, factor: f64) {
+    if total.is_empty() {
+        part.iter_mut().for_each(|part| *part *= factor as f32);
+        *total = part;
+    } else {
+        total.iter_mut().zip(part).for_each(|(total, part)| *total += factor as f32 * part);
+    }
 }
 
 impl TrainOptions {

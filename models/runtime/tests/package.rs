@@ -32,9 +32,9 @@ fn files_that_do_not_belong_together_are_refused() {
     let interface = refusal("infer.onnx", &train);
     assert!(matches!(&interface, OpenError::Interface { name, .. } if name == "seqlens_k"), "{interface}");
     let graph = refusal("infer.onnx", &train[..train.len() / 2]);
-    assert!(matches!(graph, OpenError::Graph { .. }) && graph.to_string().contains("infer.onnx"), "{graph}");
+    assert!(matches!(graph, OpenError::Frozen { .. }) && graph.to_string().contains("infer.onnx"), "{graph}");
     let short = refusal("weights.bin", &[0; 4096]);
-    assert!(matches!(short, OpenError::Graph { .. }), "{short}");
+    assert!(matches!(short, OpenError::Frozen { .. }), "{short}");
     let template = refusal("chat_template.jinja", b"{% for %}");
     assert!(matches!(template, OpenError::Template(_)), "{template}");
     let tokenizer = refusal("tokenizer.json", b"{}");

@@ -1,7 +1,7 @@
 //! The guard and the reviser on a tiny random package, compiled here: what must hold whatever the weights are.
 #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
 
-use std::fs;
+use std::{fs, ops::Deref};
 
 use commonweal_adapter::Adapter;
 use commonweal_compiler::compile::{CompileOptions, compile};
@@ -11,6 +11,7 @@ use commonweal_runtime::{Cancel, Library, Model, OpenOptions, Prompt};
 use commonweal_safety::{
     Constitution, Flagged, Guard, GuardConfig, Pair, Questions, ReviseError, ReviseOptions, Reviser, Revision,
 };
+use tempfile::TempDir;
 
 const SHAPE: &str = r#"{"architectures":["LlamaForCausalLM"],"model_type":"llama","hidden_size":64,
     "intermediate_size":96,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":16,
@@ -20,12 +21,12 @@ const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' +
     {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 const TOKENIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../runtime/tests/data/bytes.tokenizer.json");
 
-fn model() -> Model {
+fn model() -> Made {
     model_of(SHAPE, CHATML)
 }
 
 /// A model whose answers are one token long: every token of text ends them.
-fn terse_model() -> Model {
+fn terse_model() -> Made {
     let ends: Vec<String> = (3..320).map(|token| token.to_string()).collect();
     let shape = SHAPE.replace(r#""eos_token_id":2"#, &format!(r#""eos_token_id":[{}]"#, ends.join(",")));
     assert_ne!(shape, SHAPE);
@@ -33,7 +34,21 @@ fn terse_model() -> Model {
     model_of(&shape, &CHATML.replace("assistant\n", "assistant>"))
 }
 
-fn model_of(shape: &str, template: &str) -> Model {
+/// A model with the folder of its package, whose graphs are opened when they are first used.
+struct Made {
+    model: Model,
+    _folder: TempDir,
+}
+
+impl Deref for Made {
+    type Target = Model;
+
+    fn deref(&self) -> &Model {
+        &self.model
+    }
+}
+
+fn model_of(shape: &str, template: &str) -> Made {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     fs::write(path("config.json"), shape).unwrap();
@@ -49,7 +64,8 @@ fn model_of(shape: &str, template: &str) -> Model {
     compile(&CompileOptions::new(path("checkpoint"), path("package"))).unwrap();
     let library = Library::load(None).unwrap();
     let package = Package::open(path("package")).unwrap();
-    Model::open(&library, &package, OpenOptions::default()).unwrap()
+    let model = Model::open(&library, &package, OpenOptions::default()).unwrap();
+    Made { model, _folder: folder }
 }
 
 fn config(policy: &str) -> GuardConfig {

@@ -290,6 +290,7 @@ impl Bench {
         self.model.score_next(&self.base, Some(&prefix), &samples, &[1, 2], &cancel)?;
         drop(prefix);
         self.answer(None, &samples[..REWRITES], SAMPLE_TOKENS)?;
+        self.model.close_inference();
         let (mut trainer, row) = self.trainer(TrainGraph::Frugal)?;
         for _ in 0..2 {
             trainer.step(std::slice::from_ref(&row), &cancel)?;

@@ -17,9 +17,9 @@ use crate::{ModelConfig, Quantization};
 /// and finite, so that no difference of two is undefined.
 const MASKED: f32 = -1e9;
 
-/// Logits of one chunk of the sequence take about this much for a batch of [`CHUNKED_ROWS`] tokens. The backward of
-/// each chunk expands the head once more, so more chunks cost time.
-const CHUNK_BYTES: usize = 64 << 20;
+/// Logits of one chunk of the sequence take about this much for a batch of [`CHUNKED_ROWS`] tokens, unless memory is
+/// short. The backward of each chunk expands the head once more, so more chunks cost time.
+pub const CHUNK_BYTES: usize = 64 << 20;
 
 /// The batch, in tokens, for which the number of chunks is chosen; larger ones have larger chunks.
 const CHUNKED_ROWS: usize = 256;
@@ -34,7 +34,7 @@ pub struct TrainGraph {
 }
 
 /// Builds `train.onnx`'s graph for the modules of `layout`, at any rank. Of the layers before `first_layer` the adapter
-/// is used and not trained: the backward ends there.
+/// is used and not trained: the backward ends there. The logits are computed for about `chunk_bytes` of them at a time.
 ///
 /// Inputs: `input_ids`, `targets` `[batch, time] i64`; `weights [batch, time] f32`, signed, 0 for positions without a
 /// loss; `lora_scale [] f32`; and each tensor of the adapter by its canonical name, `rank` not fixed.
@@ -45,8 +45,9 @@ pub fn train(
     quantization: &Quantization,
     layout: &AdapterLayout,
     first_layer: usize,
+    chunk_bytes: usize,
 ) -> Result<TrainGraph, GraphError> {
-    let mut trainer = Trainer::new(model, quantization, layout)?;
+    let mut trainer = Trainer { chunk_bytes, ..Trainer::new(model, quantization, layout)? };
     let (loss, token_logprob) = trainer.forward()?;
     let trained: Vec<(String, ValueId)> = layout
         .tensors()
@@ -70,6 +71,7 @@ pub fn train(
 struct Trainer<'m> {
     model: &'m ModelConfig,
     quantization: &'m Quantization,
+    chunk_bytes: usize,
     block: Block,
     graph: Graph,
     adapters: BTreeMap<(usize, Target, Part), ValueId>,
@@ -112,7 +114,18 @@ impl<'m> Trainer<'m> {
             adapters.insert((tensor.layer, tensor.target, tensor.part), value);
         }
         let block = Block::of(model);
-        Ok(Self { model, quantization, block, graph, adapters, tokens, targets, weights, scale })
+        Ok(Self {
+            model,
+            quantization,
+            chunk_bytes: CHUNK_BYTES,
+            block,
+            graph,
+            adapters,
+            tokens,
+            targets,
+            weights,
+            scale,
+        })
     }
 
     fn rows() -> Dim {
@@ -302,7 +315,7 @@ impl<'m> Trainer<'m> {
     fn cross_entropy(&mut self, normed: ValueId) -> Result<(ValueId, ValueId), GraphError> {
         let ModelConfig { hidden_size, vocab_size, .. } = *self.model;
         let rows = Self::rows();
-        let chunks = rows.chunks(chunk_count(vocab_size));
+        let chunks = rows.chunks(chunk_count(vocab_size, self.chunk_bytes));
         let column = shape([&rows, &Dim::fixed(1)]);
         let targets = self.graph.reshape(self.targets, column.clone())?;
         let weights = self.graph.reshape(self.weights, column)?;
@@ -336,6 +349,6 @@ impl<'m> Trainer<'m> {
 }
 
 /// Pieces of the sequence for a vocabulary; at least two, so that none holds all logits.
-fn chunk_count(vocab_size: usize) -> usize {
-    (vocab_size * CHUNKED_ROWS * size_of::<f32>()).div_ceil(CHUNK_BYTES).clamp(2, 32)
+fn chunk_count(vocab_size: usize, chunk_bytes: usize) -> usize {
+    (vocab_size * CHUNKED_ROWS * size_of::<f32>()).div_ceil(chunk_bytes.max(1)).clamp(2, 32)
 }

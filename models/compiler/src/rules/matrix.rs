@@ -70,11 +70,11 @@ pub(super) fn matmul_n_bits(tape: &mut Tape<'_>, node: &Node, packing: Packing) 
         let piece = graph.sliced(dy, last, start, length)?;
         let which = graph.sliced(all, 0, start, length)?;
         let expanded = graph.add(Op::GatherBlockQuantized { packing }, &[weights, which, scales])?;
-        let part = graph.product((piece, false), (expanded, false), 1.0)?;
-        dx = Some(match dx {
-            None => part,
-            Some(sum) => graph.plus(sum, part)?,
-        });
+        // The sum so far is the product's addend: as an operator of its own the runtime library would put it there
+        // too, and then run the node in another order than the planned one.
+        let product = Op::MatMul { transpose_a: false, transpose_b: false, alpha: 1.0 };
+        let inputs = [piece, expanded].into_iter().chain(dx).collect::<Vec<_>>();
+        dx = Some(graph.add(product, &inputs)?);
     }
     let Some(dx) = dx else { return Ok(()) };
     let dx = graph.narrowed(dx, columns)?;
