@@ -122,7 +122,7 @@ fn fitting(
     let weights_bytes = std::fs::metadata(package.weights())?.len();
     let shape = Shape { model: &package.manifest().model, weights_bytes };
     let context = shape.model.context.min(context_max.unwrap_or(usize::MAX));
-    let needed = shape.open_bytes() + shape.answer_bytes(1, context, options.prefill_tokens_max.min(context));
+    let needed = shape.device_bytes(1, context, options.prefill_tokens_max.min(context));
     let lower = "--context N with fewer tokens needs less, and so does a package of fewer bits";
     memory::check("opening the package", needed, available, lower)?;
     let left = available.map_or(u64::MAX, |available| available.bytes - needed) / 2;

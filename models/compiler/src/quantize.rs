@@ -234,6 +234,21 @@ mod tests {
     }
 
     #[test]
+    fn a_row_is_filled_up_to_whole_blocks() {
+        let weights: Vec<f32> = (0..2 * 96).map(|i| (i as f32 * 0.7).sin()).collect();
+        let (long, short) = (format(Bits::Four, 64), format(Bits::Four, 32));
+        let filled = long.quantize(&long.filled(&weights, 96), Scale::Search);
+        assert_eq!((filled.scales.len(), filled.codes.len()), (4, 2 * 64));
+        // The second block of a row holds 32 weights and as many zeros: what a block of those 32 alone would be.
+        let alone = short.quantize(&weights[64..96], Scale::Search);
+        assert_eq!((filled.scales[1], &filled.codes[32..48]), (alone.scales[0], &alone.codes[..]));
+        assert!(filled.codes[48..64].iter().all(|&codes| codes == 0x88));
+        let back = long.dequantize(&filled, 96);
+        assert_eq!(back.len(), weights.len());
+        assert!(error(&weights, &back) < 0.01 * weights.iter().map(|w| f64::from(w * w)).sum::<f64>());
+    }
+
+    #[test]
     fn zero_and_tiny_blocks_become_zero() {
         for weight in [0.0, 1e-44] {
             let four = format(Bits::Four, 32);

@@ -92,7 +92,9 @@ mod tests {
         let mut copying = Copying::new(&[1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]);
         assert_eq!(copying.guess(4), [3, 4, 5, 6]);
         // The answer takes 3 and 4, then 50 in the place of 5.
-        [3, 4, 50].into_iter().for_each(|token| copying.push(token));
+        for token in [3, 4, 50] {
+            copying.push(token);
+        }
         copying.learn(4, 2);
         assert_eq!(copying.guess(3), [6, 7, 8]);
         // Wrong at once: the answer no longer follows.

@@ -9,21 +9,25 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use commonweal_package::ModelConfig;
+use commonweal_package::{ModelConfig, TrainGraph};
 
 /// The program, the runtime library and its threads.
 const PROCESS_BYTES: f64 = 38e6;
-/// Bytes in memory for a byte of weights in an inference session: the bytes themselves and the kernels' packed copies.
-const OPEN_COPIES: f64 = 1.7;
+/// Bytes in memory for a byte of weights while a session is opened: the bytes themselves and the kernels' packed copies.
+const OPEN_COPIES: f64 = 2.05;
+/// The same once it is open: pages of the file that the kernels no longer need are given back.
+const SETTLED_COPIES: f64 = 1.1;
 /// Of a block's widest values of a token, how many are alive at once while a prompt is read: the runtime's arena
 /// grows in powers of two.
 const READ_WIDTHS: f64 = 6.3;
 /// Of each block's values of a token, how many the gradient graph keeps for its way back.
-const TRAIN_WIDTHS: f64 = 1.4;
-/// Bytes in memory for a byte of weights in the gradient session.
-const TRAIN_COPIES: f64 = 1.0;
+const TRAIN_WIDTHS: f64 = 1.1;
+/// Of the vocabulary's values of a token, how many are alive at once: the logits of a chunk, and what is made of them.
+const TRAIN_LOGITS: f64 = 1.3;
+/// Copies of the adapter: values, start, two moments, gradients twice.
+const TRAIN_ADAPTERS: f64 = 7.0;
 /// What a gradient session takes at any size.
-const TRAIN_SESSION_BYTES: f64 = 20e6;
+const TRAIN_SESSION_BYTES: f64 = 40e6;
 
 const FLOAT: f64 = size_of::<f32>() as f64;
 
@@ -42,7 +46,17 @@ impl Shape<'_> {
         (PROCESS_BYTES + OPEN_COPIES * self.weights_bytes as f64) as u64
     }
 
-    /// Bytes on top of that to read prompts `chunk` tokens at a time with `rows` caches of `tokens` each.
+    /// Bytes of the whole process once the session is open.
+    pub fn settled_bytes(&self) -> u64 {
+        (PROCESS_BYTES + SETTLED_COPIES * self.weights_bytes as f64) as u64
+    }
+
+    /// Bytes of the whole process that opens the session and then answers.
+    pub fn device_bytes(&self, rows: usize, tokens: usize, chunk: usize) -> u64 {
+        self.open_bytes().max(self.settled_bytes() + self.answer_bytes(rows, tokens, chunk))
+    }
+
+    /// Bytes on top of an open session to read prompts `chunk` tokens at a time with `rows` caches of `tokens` each.
     pub fn answer_bytes(&self, rows: usize, tokens: usize, chunk: usize) -> u64 {
         let cache = self.model.layers as f64 * 2.0 * self.model.kv_size() as f64 * FLOAT;
         let reading = READ_WIDTHS * self.width() * FLOAT;
@@ -50,12 +64,20 @@ impl Shape<'_> {
     }
 
     /// Bytes on top of an open model for a training step that runs `tokens` tokens at once, all rows of a run together,
-    /// padding included.
-    pub fn train_bytes(&self, tokens: usize) -> u64 {
-        let head = self.model.vocab_size as f64 * self.model.hidden_size as f64 * FLOAT;
-        let kept = self.model.layers as f64 * TRAIN_WIDTHS * self.width() * FLOAT;
-        let weights = TRAIN_COPIES * self.weights_bytes as f64;
-        (TRAIN_SESSION_BYTES + weights + head + tokens as f64 * kept) as u64
+    /// padding included, for an adapter of so many values.
+    pub fn train_bytes(&self, tokens: usize, graph: TrainGraph, adapter_values: usize) -> u64 {
+        let (layers, hidden) = (self.model.layers as f64, self.model.hidden_size as f64);
+        let whole = TRAIN_WIDTHS * self.width();
+        // The chunks of the frugal graph are a quarter as large; between layers it keeps the residual stream alone.
+        let (kept, logits) = match graph {
+            TrainGraph::Full => (layers * whole, TRAIN_LOGITS),
+            TrainGraph::Upper => (layers / 2.0 * (whole + hidden), TRAIN_LOGITS),
+            TrainGraph::Frugal => (layers * hidden + 3.0 * whole, TRAIN_LOGITS / 3.0),
+        };
+        let token = (kept + logits * self.model.vocab_size as f64) * FLOAT;
+        let adapters = TRAIN_ADAPTERS * adapter_values as f64 * FLOAT;
+        // The backward reads the weights in the file again.
+        (TRAIN_SESSION_BYTES + self.weights_bytes as f64 + adapters + tokens as f64 * token) as u64
     }
 
     /// Values of a token in a block: gate, up and their product, queries, keys and values, and the residual stream thrice.
@@ -207,24 +229,33 @@ mod tests {
     }
 
     /// Peaks that `scripts/bench-device` printed (docs/performance.md), in MB: load, prefill of 512, decode of one and of
-    /// eight rows at 512, a training step on 256 tokens.
+    /// eight rows at 512, a training step on 256 tokens in each graph.
     #[test]
     fn estimates_are_near_what_was_measured() {
         let shapes = [
-            (config(576, 1536, 30, (9, 3), 49_152), 85_068_032, [180.0, 294.0, 297.0, 466.0, 733.0]),
-            (config(896, 4864, 24, (14, 2), 151_936), 309_747_200, [562.0, 787.0, 685.0, 786.0, 2013.0]),
-            (config(256, 704, 6, (4, 2), 4096), 3_744_768, [46.0, 93.0, 76.0, 111.0, 105.0]),
+            (
+                config(576, 1536, 30, (9, 3), 49_152),
+                (78_678_272, 2_442_240),
+                [205.0, 239.0, 262.0, 431.0, 568.0, 400.0, 461.0],
+            ),
+            (
+                config(896, 4864, 24, (14, 2), 151_936),
+                (263_560_704, 4_399_104),
+                [589.0, 587.0, 587.0, 587.0, 1336.0, 893.0, 998.0],
+            ),
         ];
-        for (model, weights_bytes, measured) in shapes {
+        for (model, (weights_bytes, adapter), measured) in shapes {
             let shape = Shape { model: &model, weights_bytes };
-            let open = shape.open_bytes();
             // A prompt of 448 tokens is read, then the rows decode up to 512; the prefix has a cache of its own.
+            let trained = |graph| shape.settled_bytes() + shape.train_bytes(256, graph, adapter);
             let estimated = [
-                open,
-                open + shape.answer_bytes(1, 513, 512),
-                open + shape.answer_bytes(2, 512, 448),
-                open + shape.answer_bytes(9, 512, 448),
-                open + shape.train_bytes(256),
+                shape.open_bytes(),
+                shape.device_bytes(1, 513, 512),
+                shape.device_bytes(2, 512, 448),
+                shape.device_bytes(9, 512, 448),
+                trained(TrainGraph::Full),
+                trained(TrainGraph::Frugal),
+                trained(TrainGraph::Upper),
             ];
             for (estimated, measured) in estimated.into_iter().zip(measured) {
                 let factor = estimated as f64 / 1e6 / measured;

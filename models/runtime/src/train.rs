@@ -329,7 +329,9 @@ impl Trainer {
 /// `total += factor · part`, in the place of `part` where there is no total yet.
 pub(crate) fn add(total: &mut Vec<f32>, mut part: Vec<f32>, factor: f64) {
     if total.is_empty() {
-        part.iter_mut().for_each(|part| *part *= factor as f32);
+        for value in &mut part {
+            *value *= factor as f32;
+        }
         *total = part;
     } else {
         total.iter_mut().zip(part).for_each(|(total, part)| *total += factor as f32 * part);

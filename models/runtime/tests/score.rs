@@ -3,6 +3,7 @@
 
 mod support;
 
+use commonweal_adapter::Adapter;
 use commonweal_runtime::{
     Cancel, InferError, OpenOptions, Prompt, RowScore, TrainingRow, common_prefix, mean_loss,
 };
@@ -39,6 +40,22 @@ fn scoring_equals_the_logprob_that_generation_reports() {
         );
         let (next, first) = (next.unwrap()[0][0], scores[row].token_logprobs[0]);
         assert!((next - first).abs() < 1e-4, "{next} {first}");
+    }
+}
+
+#[test]
+fn the_graph_of_the_base_is_that_of_an_adapter_of_zeros() {
+    let model = model();
+    assert!(model.package().infer_base_graph().is_some());
+    let mut zeros = adapter(&model, 1);
+    zeros.values_mut().fill(0.0);
+    let rows = [row(&model, "colour of the sky? ", "blue"), row(&model, "hi ", "hello")];
+    let scores = |adapter: Option<&Adapter>| {
+        let prepared = model.prepare(adapter).unwrap();
+        model.score_rows(&prepared, &rows, &Cancel::new()).unwrap()
+    };
+    for (base, zeros) in scores(None).iter().zip(&scores(Some(&zeros))) {
+        assert!((base.logprob - zeros.logprob).abs() < 1e-4, "{} {}", base.logprob, zeros.logprob);
     }
 }
 

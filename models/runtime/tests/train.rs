@@ -6,6 +6,7 @@ mod support;
 use std::{collections::BTreeSet, sync::Arc};
 
 use commonweal_adapter::{Adapter, AdapterLayout, Module, Part, Target, Trainable};
+use commonweal_package::TrainGraph;
 use commonweal_runtime::{
     AdamW, AdaptError, Cancel, Model, Schedule, TrainError, TrainOptions, Trainer, TrainingRow, mean_loss,
 };
@@ -58,6 +59,38 @@ fn training_reduces_the_loss_and_inference_agrees() {
     let prepared = model.prepare(Some(&now)).unwrap();
     let loss = mean_loss(&model.score_rows(&prepared, &rows, &Cancel::new()).unwrap()).unwrap();
     assert!((loss - last.loss).abs() < 2e-3, "{loss} {}", last.loss);
+}
+
+#[test]
+fn the_frugal_graph_gives_the_same_step_and_the_upper_one_leaves_the_lower_half() {
+    let model = model();
+    let rows = rows(&model);
+    let start = adapter(&model, 1);
+    let after = |graph| {
+        let options = TrainOptions { graph, ..options() };
+        let mut trainer = Trainer::new(&model, start.clone(), options).unwrap();
+        let report = trainer.step(&rows, &Cancel::new()).unwrap();
+        (report.loss, saved(&trainer, "first_moment"), trainer.finish())
+    };
+    let (full, frugal, upper) =
+        (after(TrainGraph::Full), after(TrainGraph::Frugal), after(TrainGraph::Upper));
+    for other in [&frugal, &upper] {
+        assert!((full.0 - other.0).abs() < 1e-5, "{} {}", full.0, other.0);
+    }
+    let layers = model.layout().layers();
+    for tensor in model.layout().tensors() {
+        let near = |other: &[f32]| {
+            let pairs = full.1[tensor.range.clone()].iter().zip(&other[tensor.range.clone()]);
+            pairs.map(|(a, b)| (a - b).abs() / (1.0 + a.abs())).fold(0.0_f32, f32::max) < 1e-5
+        };
+        assert!(near(&frugal.1), "{} of the frugal graph", tensor.name());
+        if tensor.layer >= layers / 2 {
+            assert!(near(&upper.1), "{} of the upper graph", tensor.name());
+        } else {
+            let values = |adapter: &Adapter| adapter.values()[tensor.range.clone()].to_vec();
+            assert_eq!(values(&upper.2), values(&start), "{} is not trained", tensor.name());
+        }
+    }
 }
 
 #[test]
