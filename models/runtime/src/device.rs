@@ -1,6 +1,6 @@
 //! What the network can run on: the names that a person writes, and how a session is placed there. `choose.rs` decides
 //! which of them it is, `library.rs` loads what offers them, `model.rs` opens its sessions through
-//! [`Library::session`].
+//! `Library::session`.
 
 use std::{fmt, str::FromStr};
 

@@ -17,7 +17,7 @@ use crate::{ModelConfig, Quantization};
 /// and finite, so that no difference of two is undefined.
 const MASKED: f32 = -1e9;
 
-/// Logits of one chunk of the sequence take about this much for a batch of [`CHUNKED_ROWS`] tokens, unless memory is
+/// Logits of one chunk of the sequence take about this much for a batch of `CHUNKED_ROWS` tokens, unless memory is
 /// short. The backward of each chunk expands the head once more, so more chunks cost time.
 pub const CHUNK_BYTES: usize = 64 << 20;
 
