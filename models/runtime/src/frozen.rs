@@ -11,7 +11,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::Mmap;
 use ort::{
     AsPointer,
     memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType},
@@ -94,14 +94,19 @@ impl Frozen {
     }
 
     /// The pages that opening a session read are not needed again soon: its kernels have their own form of most.
+    #[cfg(unix)]
     pub(crate) fn rest(&self) {
         #[expect(unsafe_code, reason = "the advice is unsafe for maps that are written to")]
         // SAFETY: the map is of a file and read-only, so pages that are dropped are read from the file again.
-        let advised = unsafe { self.map.unchecked_advise(UncheckedAdvice::DontNeed) };
+        let advised = unsafe { self.map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
         if let Err(error) = advised {
             tracing::debug!(%error, "pages of the weights stay in memory");
         }
     }
+
+    /// Other systems take back what they need by themselves.
+    #[cfg(not(unix))]
+    pub(crate) fn rest(&self) {}
 
     fn tensor(&self, tensor: &TensorProto, place: &Place) -> Result<DynValue, LendError> {
         let end = place.offset.checked_add(place.bytes);

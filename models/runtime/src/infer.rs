@@ -3,7 +3,11 @@
 
 use std::fmt;
 
-use ort::{memory::Allocator, session::IoBinding, value::Tensor};
+use ort::{
+    memory::Allocator,
+    session::{IoBinding, Session},
+    value::Tensor,
+};
 
 use crate::{
     adapt::PreparedAdapter,
@@ -105,12 +109,42 @@ impl From<RunError> for InferError {
 
 /// Rows that run side by side under one adapter: their cache, bound to the graph.
 pub(crate) struct Lane {
-    model: Model,
-    adapter: PreparedAdapter,
-    binding: IoBinding,
+    /// Holds its session open, so it is dropped before the model, whose weights the session reads.
+    bound: Option<Bound>,
     pub(crate) cache: Cache,
     logits: Tensor<f32>,
-    logit_rows: usize,
+    adapter: PreparedAdapter,
+    model: Model,
+}
+
+/// A lane's tensors, bound to one opening of a session.
+struct Bound {
+    opening: u64,
+    binding: IoBinding,
+}
+
+impl Bound {
+    fn new(
+        session: &Session,
+        opening: u64,
+        adapter: &PreparedAdapter,
+        cache: &mut Cache,
+        logits: &mut Tensor<f32>,
+    ) -> Result<Self, ort::Error> {
+        let mut binding = session.create_binding()?;
+        for (name, tensor) in adapter.inputs() {
+            binding.bind_input(name, tensor)?;
+        }
+        for (layer, (key, value)) in cache.layers.iter_mut().enumerate() {
+            // The same buffer in and out: the graph extends it in place.
+            binding.bind_input(format!("past.{layer}.key"), key)?;
+            binding.bind_input(format!("past.{layer}.value"), value)?;
+            binding.bind_output(format!("present.{layer}.key"), key)?;
+            binding.bind_output(format!("present.{layer}.value"), value)?;
+        }
+        binding.bind_output("logits", logits)?;
+        Ok(Self { opening, binding })
+    }
 }
 
 impl Lane {
@@ -124,24 +158,14 @@ impl Lane {
             return Err(InferError::Foreign { what: "adapter", owner: "model" });
         }
         let config = &model.manifest().model;
-        let mut cache = Cache::new(config, batch, capacity)?;
-        let mut binding = model.with_infer_session(adapter.is_adapted(), |session| {
-            session.create_binding().map_err(InferError::from)
-        })?;
-        for (name, tensor) in adapter.inputs() {
-            binding.bind_input(name, tensor)?;
-        }
-        for (layer, (key, value)) in cache.layers.iter_mut().enumerate() {
-            // The same buffer in and out: the graph extends it in place.
-            binding.bind_input(format!("past.{layer}.key"), key)?;
-            binding.bind_input(format!("past.{layer}.value"), value)?;
-            binding.bind_output(format!("present.{layer}.key"), key)?;
-            binding.bind_output(format!("present.{layer}.value"), value)?;
-        }
-        let mut logits = Tensor::new(&Allocator::default(), [batch, config.vocab_size])?;
-        binding.bind_output("logits", &mut logits)?;
-        let (model, adapter) = (model.clone(), adapter.clone());
-        Ok(Self { model, adapter, binding, cache, logits, logit_rows: batch })
+        let cache = Cache::new(config, batch, capacity)?;
+        let logits = Tensor::new(&Allocator::default(), [batch, config.vocab_size])?;
+        Ok(Self { bound: None, cache, logits, adapter: adapter.clone(), model: model.clone() })
+    }
+
+    /// Lets go of the session; the cache stays, and the next run binds it anew.
+    pub(crate) fn unbind(&mut self) {
+        self.bound = None;
     }
 
     fn vocab_size(&self) -> usize {
@@ -268,25 +292,31 @@ impl Lane {
         let (batch, picked, vocab_size) = (self.cache.batch, logit_rows.len(), self.vocab_size());
         let ids = ids.iter().map(|&id| i64::from(id)).collect::<Vec<_>>();
         let lasts = lasts.iter().map(|&last| last as i32).collect::<Vec<_>>();
-        let binding = &mut self.binding;
-        if self.model.device() != Device::Cpu {
-            // A device with memory of its own got a copy of the cache when it was bound; what the last run added came
-            // back to the buffer, not to that copy.
-            for (layer, (key, value)) in self.cache.layers.iter().enumerate() {
-                binding.bind_input(format!("past.{layer}.key"), key)?;
-                binding.bind_input(format!("past.{layer}.value"), value)?;
+        let Self { bound, cache, logits, adapter, model } = self;
+        model.with_infer_session(adapter.is_adapted(), |session, opening| {
+            // A session that was closed since has another successor, which knows nothing of the old one's tensors.
+            bound.take_if(|bound| bound.opening != opening);
+            let Bound { binding, .. } = match bound {
+                Some(bound) => bound,
+                empty => empty.insert(Bound::new(session, opening, adapter, cache, logits)?),
+            };
+            if model.device() != Device::Cpu {
+                // A device with memory of its own got a copy of the cache when it was bound; what the last run added
+                // came back to the buffer, not to that copy.
+                for (layer, (key, value)) in cache.layers.iter().enumerate() {
+                    binding.bind_input(format!("past.{layer}.key"), key)?;
+                    binding.bind_input(format!("past.{layer}.value"), value)?;
+                }
             }
-        }
-        binding.bind_input("input_ids", &Tensor::from_array(([batch, ids.len() / batch.max(1)], ids))?)?;
-        binding.bind_input("seqlens_k", &Tensor::from_array(([batch], lasts))?)?;
-        binding.bind_input("total_seq", &Tensor::from_array(([1], vec![total as i32]))?)?;
-        binding.bind_input("logit_rows", &Tensor::from_array(([picked], logit_rows))?)?;
-        if picked != self.logit_rows {
-            self.logits = Tensor::new(&Allocator::default(), [picked, vocab_size])?;
-            binding.bind_output("logits", &mut self.logits)?;
-            self.logit_rows = picked;
-        }
-        self.model.with_infer_session(self.adapter.is_adapted(), |session| {
+            binding
+                .bind_input("input_ids", &Tensor::from_array(([batch, ids.len() / batch.max(1)], ids))?)?;
+            binding.bind_input("seqlens_k", &Tensor::from_array(([batch], lasts))?)?;
+            binding.bind_input("total_seq", &Tensor::from_array(([1], vec![total as i32]))?)?;
+            binding.bind_input("logit_rows", &Tensor::from_array(([picked], logit_rows))?)?;
+            if logits.shape()[0] != picked as i64 {
+                *logits = Tensor::new(&Allocator::default(), [picked, vocab_size])?;
+                binding.bind_output("logits", logits)?;
+            }
             run.explain(session.run_binding_with_options(binding, run.options())).map(drop)?;
             Ok::<_, InferError>(())
         })?;

@@ -61,10 +61,16 @@ struct Inner {
     options: OpenOptions,
     context: usize,
     // Sessions are dropped before the weights that they read.
-    base: Mutex<Option<Session>>,
-    adapted: Mutex<Option<Session>>,
+    base: Mutex<Option<Opened>>,
+    adapted: Mutex<Option<Opened>>,
     train: Mutex<Option<(TrainGraph, Session)>>,
     frozen: Frozen,
+}
+
+/// An inference session, and which opening it is: closed and opened again, it is another one.
+struct Opened {
+    opening: u64,
+    session: Session,
 }
 
 /// Why a package could not be opened for running.
@@ -176,7 +182,7 @@ impl Model {
                 frozen,
             }),
         };
-        model.with_infer_session(false, |_| Ok::<_, OpenError>(()))?;
+        model.with_infer_session(false, |_, _| Ok::<_, OpenError>(()))?;
         Ok(model)
     }
 
@@ -221,8 +227,8 @@ impl Model {
         self.inner.context
     }
 
-    /// Gives back the memory of the inference sessions, but for the weights' prepared form where a gradient session
-    /// shares it. The next call opens them again.
+    /// Gives back the memory of the inference sessions, but for the weights' prepared form, which a gradient session
+    /// shares. The next call opens them again; a [`SharedPrefix`](crate::SharedPrefix) goes on as it was.
     pub fn close_inference(&self) {
         drop(lock(&self.inner.base).take());
         drop(lock(&self.inner.adapted).take());
@@ -247,19 +253,22 @@ impl Model {
     pub(crate) fn with_infer_session<T, E: From<OpenError>>(
         &self,
         adapted: bool,
-        run: impl FnOnce(&mut Session) -> Result<T, E>,
+        run: impl FnOnce(&mut Session, u64) -> Result<T, E>,
     ) -> Result<T, E> {
+        static OPENINGS: AtomicU64 = AtomicU64::new(0);
         let Inner { library, package, frozen, .. } = &*self.inner;
         let base_graph = package.infer_base_graph().filter(|_| !adapted);
         let mut slot = lock(if base_graph.is_some() { &self.inner.base } else { &self.inner.adapted });
-        let session = match (&mut *slot, base_graph) {
-            (Some(session), _) => session,
-            (empty, Some(path)) => empty.insert(open_infer(library, package, frozen, &path, false)?),
-            (empty, None) => {
-                empty.insert(open_infer(library, package, frozen, &package.infer_graph(), true)?)
+        let opened = match &mut *slot {
+            Some(opened) => opened,
+            empty => {
+                let adapted = base_graph.is_none();
+                let path = base_graph.unwrap_or_else(|| package.infer_graph());
+                let session = open_infer(library, package, frozen, &path, adapted)?;
+                empty.insert(Opened { opening: OPENINGS.fetch_add(1, Ordering::Relaxed), session })
             }
         };
-        run(session)
+        run(&mut opened.session, opened.opening)
     }
 
     /// Whether the base alone has a graph of its own.

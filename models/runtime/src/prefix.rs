@@ -1,7 +1,10 @@
 //! A prefix that many prompts share, read once: the guard's policy, a system message. `generate.rs` and `score.rs`
 //! start the prompts that begin with it behind it.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    ops::{Deref, DerefMut},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use crate::{
     adapt::PreparedAdapter,
@@ -37,6 +40,7 @@ impl Model {
         let capacity = self.context().min(ids.len() + ROOM_TOKENS);
         let mut lane = Lane::new(self, adapter, 1, capacity)?;
         lane.read(&run, ids, 0, &[], |_, _| Ok(()))?;
+        lane.unbind();
         Ok(SharedPrefix { ids: ids.to_vec(), adapter: adapter.identity(), lane: Mutex::new(lane) })
     }
 }
@@ -56,7 +60,7 @@ impl SharedPrefix {
     }
 
     /// The row with room for a prompt that begins with the prefix and goes on.
-    pub(crate) fn lane_for(&self, prompt: &[u32]) -> Result<Option<MutexGuard<'_, Lane>>, InferError> {
+    pub(crate) fn lane_for(&self, prompt: &[u32]) -> Result<Option<Borrowed<'_>>, InferError> {
         if prompt.len() <= self.ids.len() || !prompt.starts_with(&self.ids) {
             return Ok(None);
         }
@@ -64,7 +68,32 @@ impl SharedPrefix {
         if lane.cache.capacity < prompt.len() {
             *lane = lane.grown(prompt.len().next_multiple_of(ROOM_TOKENS), self.ids.len())?;
         }
-        Ok(Some(lane))
+        Ok(Some(Borrowed { lane }))
+    }
+}
+
+/// The row of a prefix while a call uses it. Between calls it holds no session open.
+pub(crate) struct Borrowed<'p> {
+    lane: MutexGuard<'p, Lane>,
+}
+
+impl Deref for Borrowed<'_> {
+    type Target = Lane;
+
+    fn deref(&self) -> &Lane {
+        &self.lane
+    }
+}
+
+impl DerefMut for Borrowed<'_> {
+    fn deref_mut(&mut self) -> &mut Lane {
+        &mut self.lane
+    }
+}
+
+impl Drop for Borrowed<'_> {
+    fn drop(&mut self) {
+        self.lane.unbind();
     }
 }
 

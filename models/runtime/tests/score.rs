@@ -60,6 +60,21 @@ fn the_graph_of_the_base_is_that_of_an_adapter_of_zeros() {
 }
 
 #[test]
+fn a_prefix_goes_on_after_the_sessions_were_closed() {
+    let model = model();
+    for adapter in [None, Some(adapter(&model, 2))] {
+        let prepared = model.prepare(adapter.as_ref()).unwrap();
+        let prompts = prompts(&model, &["Judge the text: good", "Judge the text: a longer one"]);
+        let prefix = model.share_prefix(&prepared, common_prefix(&prompts), &Cancel::new()).unwrap();
+        let score =
+            || model.score_next(&prepared, Some(&prefix), &prompts, &[70, 71], &Cancel::new()).unwrap();
+        let before = score();
+        model.close_inference();
+        assert_eq!(score(), before);
+    }
+}
+
+#[test]
 fn next_token_scores_do_not_depend_on_chunks_batches_or_prefix() {
     let whole = model();
     let small = model_with(OpenOptions { prefill_tokens_max: 5, ..OpenOptions::default() });

@@ -288,7 +288,6 @@ impl Bench {
         let begun = Instant::now();
         let prefix = self.model.share_prefix(&self.base, &policy, &cancel)?;
         self.model.score_next(&self.base, Some(&prefix), &samples, &[1, 2], &cancel)?;
-        drop(prefix);
         self.answer(None, &samples[..REWRITES], SAMPLE_TOKENS)?;
         self.model.close_inference();
         let (mut trainer, row) = self.trainer(TrainGraph::Frugal)?;
