@@ -9,7 +9,8 @@ use commonweal_package::{Architecture, EncoderError, LAYERS_MAX, ModelConfig, Mo
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::architecture::{Described, LayerTypeError, RawAttention, describe, supported};
+use crate::architecture::{Described, RawAttention, describe, supported};
+use crate::gemma;
 
 /// Longest configuration file read. Real ones are a few kB.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -77,6 +78,13 @@ pub enum ConfigError {
     Model(#[from] ModelError),
 }
 
+/// What is asked before anything else.
+#[derive(Deserialize)]
+struct Named {
+    architectures: Option<Vec<String>>,
+    vision_config: Option<serde_json::Value>,
+}
+
 #[derive(Deserialize)]
 struct RawConfig {
     #[serde(default)]
@@ -104,15 +112,25 @@ struct RawConfig {
     tokens: RawTokens,
 }
 
-#[derive(Deserialize)]
-struct RawRope {
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct RawRope {
     #[serde(alias = "type")]
-    rope_type: Option<String>,
-    rope_theta: Option<f64>,
+    pub(crate) rope_type: Option<String>,
+    pub(crate) rope_theta: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
     original_max_position_embeddings: Option<usize>,
+    /// Newer Gemma 3: one for each kind of layer.
+    full_attention: Option<Box<RawRope>>,
+    sliding_attention: Option<Box<RawRope>>,
+}
+
+impl RawRope {
+    /// The factor of linear scaling.
+    pub(crate) fn linear(&self) -> Option<f64> {
+        self.factor.filter(|_| self.rope_type.as_deref() == Some("linear"))
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -161,6 +179,13 @@ pub fn read(directory: &Path) -> Result<Config, ConfigError> {
 
 /// Reads one `config.json`. The model is named after its directory.
 pub fn read_file(path: &Path) -> Result<Config, ConfigError> {
+    let Named { architectures, vision_config } = read_json(path)?;
+    // Such a file keeps the dimensions elsewhere; that it has none would be no news.
+    if let Some(vision) = vision_config {
+        let class = architectures.unwrap_or_default().join(", ");
+        let got = vision.get("model_type").and_then(|kind| kind.as_str()).unwrap_or("one").to_owned();
+        return Err(ConfigError::Unsupported { feature: "vision_config", got: format!("{got} in {class}") });
+    }
     let raw: RawConfig = read_json(path)?;
     let directory = path.parent().unwrap_or(Path::new(".")).canonicalize().unwrap_or_default();
     let name = directory.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
@@ -184,24 +209,35 @@ fn check(raw: RawConfig, name: String) -> Result<Config, ConfigError> {
         let got = if architectures.is_empty() { "none".into() } else { architectures.join(", ") };
         return Err(ConfigError::Architecture { got });
     };
-    let Described { architecture, tied, attention } =
-        described.map_err(|LayerTypeError(got)| unsupported("layer_types", &got))?;
+    let Described { architecture, tied, rope_theta, attention } = described?;
     if raw.mlp_bias == Some(true) {
         return Err(unsupported("mlp_bias", &true));
     }
-    if let Some(activation) = raw.hidden_act.filter(|name| name != "silu") {
+    // Gemma has a key of its own (`gemma.rs`).
+    let is_gemma = matches!(architecture, Architecture::Gemma2 | Architecture::Gemma3);
+    if let Some(activation) = raw.hidden_act.filter(|name| !is_gemma && name != "silu") {
         return Err(unsupported("hidden_act", &activation));
-    }
-    if let (Architecture::Llama, Some(window)) = (architecture, raw.attention.sliding_window) {
-        return Err(unsupported("sliding_window", &window));
     }
     if let Some(quantized) = raw.quantization_config {
         let method = quantized.get("quant_method").and_then(|method| method.as_str()).unwrap_or("unknown");
         return Err(unsupported("quantization_config", &method));
     }
-    let rope = raw.rope_parameters.or(raw.rope_scaling);
-    let rope_theta = rope.as_ref().and_then(|rope| rope.rope_theta).or(raw.rope_theta).unwrap_or(10_000.0);
-    let rope_scaling = rope.as_ref().map(scaling).transpose()?.flatten();
+    let (rope, local_rope) = match raw.rope_parameters.or(raw.rope_scaling) {
+        Some(RawRope { full_attention, sliding_attention, .. })
+            if full_attention.is_some() || sliding_attention.is_some() =>
+        {
+            if architecture != Architecture::Gemma3 {
+                return Err(unsupported("rope_parameters", &"one for each kind of layer"));
+            }
+            (full_attention.map(|rope| *rope), sliding_attention.map(|rope| *rope))
+        }
+        rope => (rope, None),
+    };
+    let gemma =
+        gemma::describe(architecture, &raw.attention.gemma, raw.hidden_size, [&rope, &local_rope])?;
+    let rope_theta = rope.as_ref().and_then(|rope| rope.rope_theta).or(raw.rope_theta).unwrap_or(rope_theta);
+    let stretches = gemma.as_ref().is_some_and(|gemma| gemma.rope_stretch.is_some());
+    let rope_scaling = rope.as_ref().filter(|_| !stretches).map(scaling).transpose()?.flatten();
     let heads = raw.num_attention_heads;
     let model = ModelConfig {
         architecture,
@@ -219,6 +255,7 @@ fn check(raw: RawConfig, name: String) -> Result<Config, ConfigError> {
         tied: raw.tie_word_embeddings.unwrap_or(tied),
         rope_scaling,
         attention,
+        gemma,
     };
     model.check()?;
     Ok(Config { model, tokens: raw.tokens.into() })

@@ -29,6 +29,7 @@ fn facts() -> Facts {
         tied: true,
         rope_scaling: None,
         attention: Attention::default(),
+        gemma: None,
     };
     let quantization = Quantization { bits: Bits::Four, block_size: 32, accuracy: Accuracy::Fast };
     let adapter = AdapterDefaults { rank: 8, alpha: 16.0, targets: Target::ALL.to_vec() };
