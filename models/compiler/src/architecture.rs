@@ -9,18 +9,19 @@ use crate::config::ConfigError;
 use crate::gemma::{self, RawGemma};
 
 /// An architecture by the name in `config.json`.
-struct Family {
+#[derive(Debug)]
+pub(crate) struct Family {
     class: &'static str,
-    architecture: Architecture,
+    pub(crate) architecture: Architecture,
     /// Whether the head is tied when the file does not say.
-    tied: bool,
+    pub(crate) tied: bool,
     /// The base of the rotary wavelengths when the file does not say.
-    rope_theta: f64,
+    pub(crate) rope_theta: f64,
     attention: fn(&RawAttention, usize) -> Result<Attention, ConfigError>,
 }
 
 /// Every architecture that can be compiled.
-const FAMILIES: [Family; 7] = [
+static FAMILIES: [Family; 7] = [
     Family {
         class: "LlamaForCausalLM",
         architecture: Architecture::Llama,
@@ -86,33 +87,28 @@ pub(crate) struct RawAttention {
     pub(crate) gemma: RawGemma,
 }
 
-/// What a configuration's architecture is.
-#[derive(Debug)]
-pub(crate) struct Described {
-    pub(crate) architecture: Architecture,
-    pub(crate) tied: bool,
-    pub(crate) rope_theta: f64,
-    pub(crate) attention: Attention,
-}
-
 /// The names of all architectures, encoders included, for people.
 pub(crate) fn supported() -> String {
-    format!("{}; {}", FAMILIES.map(|family| family.class).join(", "), crate::encoder::supported())
+    format!("{}; {}", FAMILIES.each_ref().map(|family| family.class).join(", "), crate::encoder::supported())
 }
 
-/// The architecture of that name, `None` if it is not one of ours.
-pub(crate) fn describe(
-    class: &str,
-    raw: &RawAttention,
-    layers: usize,
-) -> Option<Result<Described, ConfigError>> {
-    let family = FAMILIES.iter().find(|family| family.class == class)?;
-    let known = |kind: &&String| matches!(kind.as_str(), "full_attention" | "sliding_attention");
-    if let Some(other) = raw.layer_types.iter().flatten().find(|kind| !known(kind)) {
-        return Some(Err(ConfigError::Unsupported { feature: "layer_types", got: other.clone() }));
+impl Family {
+    /// The architecture of the classes that a file names, which must be one of ours.
+    pub(crate) fn find(classes: &[String]) -> Result<&'static Self, ConfigError> {
+        let family = FAMILIES.iter().find(|family| classes == [family.class]);
+        family.ok_or_else(|| ConfigError::Architecture {
+            got: if classes.is_empty() { "none".into() } else { classes.join(", ") },
+        })
     }
-    let Family { architecture, tied, rope_theta, attention, .. } = *family;
-    Some(attention(raw, layers).map(|attention| Described { architecture, tied, rope_theta, attention }))
+
+    /// How the attention of its layers differs from Llama's.
+    pub(crate) fn attention(&self, raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
+        let known = |kind: &&String| matches!(kind.as_str(), "full_attention" | "sliding_attention");
+        if let Some(other) = raw.layer_types.iter().flatten().find(|kind| !known(kind)) {
+            return Err(ConfigError::Unsupported { feature: "layer_types", got: other.clone() });
+        }
+        (self.attention)(raw, layers)
+    }
 }
 
 fn llama(raw: &RawAttention, _: usize) -> Result<Attention, ConfigError> {

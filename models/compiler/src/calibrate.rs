@@ -431,7 +431,9 @@ mod tests {
         let logits: Vec<f64> = head
             .chunks(model.hidden_size)
             .map(|row| row.iter().zip(&normed).map(|(w, x)| f64::from(*w) * x).sum())
-            .map(|logit: f64| model.logit_cap().map_or(logit, |cap| f64::from(cap) * (logit / f64::from(cap)).tanh()))
+            .map(|logit: f64| {
+                model.logit_cap().map_or(logit, |cap| f64::from(cap) * (logit / f64::from(cap)).tanh())
+            })
             .collect();
         let total = logits.iter().map(|logit| logit.exp()).sum::<f64>().ln();
         logits.into_iter().map(|logit| logit - total).collect()

@@ -9,7 +9,7 @@ use commonweal_package::{Architecture, EncoderError, LAYERS_MAX, ModelConfig, Mo
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::architecture::{Described, RawAttention, describe, supported};
+use crate::architecture::{Family, RawAttention, supported};
 use crate::gemma;
 
 /// Longest configuration file read. Real ones are a few kB.
@@ -82,13 +82,10 @@ pub enum ConfigError {
 #[derive(Deserialize)]
 struct Named {
     architectures: Option<Vec<String>>,
-    vision_config: Option<serde_json::Value>,
 }
 
 #[derive(Deserialize)]
 struct RawConfig {
-    #[serde(default)]
-    architectures: Option<Vec<String>>,
     hidden_size: usize,
     intermediate_size: usize,
     num_hidden_layers: usize,
@@ -108,6 +105,7 @@ struct RawConfig {
     /// Newer name of `rope_scaling` and `rope_theta` together.
     rope_parameters: Option<RawRope>,
     quantization_config: Option<serde_json::Value>,
+    vision_config: Option<serde_json::Value>,
     #[serde(flatten)]
     tokens: RawTokens,
 }
@@ -128,8 +126,14 @@ pub(crate) struct RawRope {
 
 impl RawRope {
     /// The factor of linear scaling.
-    pub(crate) fn linear(&self) -> Option<f64> {
-        self.factor.filter(|_| self.rope_type.as_deref() == Some("linear"))
+    pub(crate) fn linear(&self) -> Result<Option<f64>, ConfigError> {
+        match (self.rope_type.as_deref(), self.factor) {
+            (Some("linear"), None) => {
+                Err(ConfigError::Unsupported { feature: "rope_scaling.factor", got: "none".into() })
+            }
+            (Some("linear"), factor) => Ok(factor),
+            _ => Ok(None),
+        }
     }
 }
 
@@ -179,20 +183,16 @@ pub fn read(directory: &Path) -> Result<Config, ConfigError> {
 
 /// Reads one `config.json`. The model is named after its directory.
 pub fn read_file(path: &Path) -> Result<Config, ConfigError> {
-    let Named { architectures, vision_config } = read_json(path)?;
-    // Such a file keeps the dimensions elsewhere; that it has none would be no news.
-    if let Some(vision) = vision_config {
-        let class = architectures.unwrap_or_default().join(", ");
-        let got = vision.get("model_type").and_then(|kind| kind.as_str()).unwrap_or("one").to_owned();
-        return Err(ConfigError::Unsupported { feature: "vision_config", got: format!("{got} in {class}") });
-    }
+    // First: other architectures may keep their dimensions elsewhere, and that would be no news.
+    let Named { architectures } = read_json(path)?;
+    let family = Family::find(&architectures.unwrap_or_default())?;
     let raw: RawConfig = read_json(path)?;
     let directory = path.parent().unwrap_or(Path::new(".")).canonicalize().unwrap_or_default();
     let name = directory.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
-    check(raw, name)
+    check(raw, family, name)
 }
 
-fn check(raw: RawConfig, name: String) -> Result<Config, ConfigError> {
+fn check(raw: RawConfig, family: &Family, name: String) -> Result<Config, ConfigError> {
     let unsupported =
         |feature, got: &dyn ToString| ConfigError::Unsupported { feature, got: got.to_string() };
     // Lists of layers are made next.
@@ -200,16 +200,12 @@ fn check(raw: RawConfig, name: String) -> Result<Config, ConfigError> {
         let (name, max, got) = ("layers", LAYERS_MAX, raw.num_hidden_layers);
         return Err(ModelError::OutOfRange { name, max, got }.into());
     }
-    let architectures = raw.architectures.unwrap_or_default();
-    let described = match architectures.as_slice() {
-        [class] => describe(class, &raw.attention, raw.num_hidden_layers),
-        _ => None,
-    };
-    let Some(described) = described else {
-        let got = if architectures.is_empty() { "none".into() } else { architectures.join(", ") };
-        return Err(ConfigError::Architecture { got });
-    };
-    let Described { architecture, tied, rope_theta, attention } = described?;
+    let Family { architecture, tied, rope_theta, .. } = *family;
+    let attention = family.attention(&raw.attention, raw.num_hidden_layers)?;
+    if let Some(vision) = raw.vision_config {
+        let got = vision.get("model_type").and_then(|kind| kind.as_str()).unwrap_or("one");
+        return Err(unsupported("vision_config", &got));
+    }
     if raw.mlp_bias == Some(true) {
         return Err(unsupported("mlp_bias", &true));
     }
@@ -233,8 +229,7 @@ fn check(raw: RawConfig, name: String) -> Result<Config, ConfigError> {
         }
         rope => (rope, None),
     };
-    let gemma =
-        gemma::describe(architecture, &raw.attention.gemma, raw.hidden_size, [&rope, &local_rope])?;
+    let gemma = gemma::describe(architecture, &raw.attention.gemma, raw.hidden_size, [&rope, &local_rope])?;
     let rope_theta = rope.as_ref().and_then(|rope| rope.rope_theta).or(raw.rope_theta).unwrap_or(rope_theta);
     let stretches = gemma.as_ref().is_some_and(|gemma| gemma.rope_stretch.is_some());
     let rope_scaling = rope.as_ref().filter(|_| !stretches).map(scaling).transpose()?.flatten();

@@ -41,7 +41,11 @@ fn unsupported(feature: &'static str, got: impl ToString) -> ConfigError {
 /// Gemma 2: every second layer has a window, beginning with the first.
 pub(crate) fn attention2(raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
     let local = (0..layers).step_by(2);
-    Ok(Attention { bias: declared_bias(raw), window: Some(local_layers(raw, local)?), ..Attention::default() })
+    Ok(Attention {
+        bias: declared_bias(raw),
+        window: Some(local_layers(raw, local)?),
+        ..Attention::default()
+    })
 }
 
 /// Gemma 3: all layers have a window but every sixth, or as `sliding_window_pattern` says; heads are normalized.
@@ -101,7 +105,7 @@ pub(crate) fn describe(
         score_cap,
         logit_cap,
         local_theta: is_third.then(|| local_theta(raw, local_rope.as_ref())).transpose()?,
-        rope_stretch: rope.as_ref().and_then(RawRope::linear),
+        rope_stretch: rope.as_ref().map(RawRope::linear).transpose()?.flatten(),
     }))
 }
 
@@ -118,7 +122,8 @@ fn embedding_scale(hidden_size: usize, floats: Option<&str>) -> Result<f64, Conf
 
 /// The rotary base of layers with a window.
 fn local_theta(raw: &RawGemma, local: Option<&RawRope>) -> Result<f64, ConfigError> {
-    if let Some(other) = local.and_then(|local| local.rope_type.as_deref()).filter(|&kind| kind != "default") {
+    if let Some(other) = local.and_then(|local| local.rope_type.as_deref()).filter(|&kind| kind != "default")
+    {
         return Err(unsupported("rope_parameters.sliding_attention", other));
     }
     Ok(local.and_then(|local| local.rope_theta).or(raw.rope_local_base_freq).unwrap_or(10_000.0))

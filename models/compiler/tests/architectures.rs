@@ -5,10 +5,12 @@
 #[path = "onnx_runtime/mod.rs"]
 mod onnx_runtime;
 
+use commonweal_compiler::config::read_file;
 use commonweal_compiler::{Accuracy, Architecture, Attention, Bias, Bits, Gemma, Window};
 use commonweal_package::TrainGraph;
 use onnx_runtime::case::Case;
 use onnx_runtime::{goldens, read};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// The reference's rotary tables are 32-bit floats; measured errors are about 1e-6.
@@ -36,12 +38,13 @@ fn agrees(variant: &str, architecture: Architecture, attention: &Attention) -> C
     case
 }
 
-/// The graphs that recompute more, or train less, agree too.
-fn other_graphs_agree(case: &Case) {
+/// The graphs that recompute more, train less or have no adapter agree too.
+fn other_graphs_agree(mut case: Case) {
     let upper = case.package.manifest().model.layers / 2;
     for (graph, first_layer) in [(TrainGraph::Frugal, 0), (TrainGraph::Upper, upper)] {
         case.graph_agrees(&case.package.train_graph(graph).unwrap(), graph.file(), TOLERANCE, first_layer);
     }
+    case.base_agrees(TOLERANCE);
 }
 
 #[test]
@@ -87,7 +90,7 @@ fn gemma2_with_caps_and_windows() {
         rope_stretch: None,
     };
     assert_eq!(case.package.manifest().model.gemma, Some(gemma));
-    other_graphs_agree(&case);
+    other_graphs_agree(case);
 }
 
 /// Rotary wavelengths of two bases, one of them stretched, norms of heads, and the embedding's scale in bfloat16.
@@ -105,5 +108,29 @@ fn gemma3_with_two_kinds_of_layers() {
         rope_stretch: Some(8.0),
     };
     assert_eq!(case.package.manifest().model.gemma, Some(gemma));
-    other_graphs_agree(&case);
+    other_graphs_agree(case);
+}
+
+/// The keys that `transformers` 5 writes say the same as those of the published files.
+#[test]
+fn gemma3_by_its_newer_keys() {
+    let published = goldens().join("architectures/gemma3/config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&published).unwrap()).unwrap();
+    let keys = config.as_object_mut().unwrap();
+    let old = ["sliding_window_pattern", "rope_theta", "rope_local_base_freq", "rope_scaling", "torch_dtype"];
+    assert!(old.into_iter().all(|key| keys.remove(key).is_some()));
+    let layer = |layer| if layer == 2 { "full_attention" } else { "sliding_attention" };
+    keys.insert("layer_types".into(), json!([0, 1, 2, 3].map(layer)));
+    keys.insert("dtype".into(), json!("bfloat16"));
+    let ropes = json!({
+        "full_attention": { "rope_type": "linear", "factor": 8.0, "rope_theta": 1e6 },
+        "sliding_attention": { "rope_type": "default", "rope_theta": 1e4 },
+    });
+    keys.insert("rope_parameters".into(), ropes);
+    let folder = TempDir::new().unwrap();
+    let mut newer = folder.path().join("gemma3");
+    std::fs::create_dir(&newer).unwrap();
+    newer.push("config.json");
+    std::fs::write(&newer, config.to_string()).unwrap();
+    assert_eq!(read_file(&newer).unwrap(), read_file(&published).unwrap());
 }

@@ -2,7 +2,8 @@
 //! Runtime. The caller writes the cache in place: one buffer is bound as `past` and as `present`.
 
 use super::{
-    Block, Linear, activation, capped, embed, has_bias, head_name, multiply, post_norm, rotary_tables, shape, vector,
+    Block, Linear, activation, capped, embed, has_bias, head_name, multiply, post_norm, rotary_tables, shape,
+    vector,
 };
 use crate::graph::{Graph, GraphError, TensorType, ValueId};
 use crate::op::{GroupedAttention, Op};
@@ -65,18 +66,7 @@ impl<'m> Decoder<'m> {
         let total = graph.input("total_seq", TensorType::i32([1]))?;
         let logit_rows = graph.input("logit_rows", TensorType::i64([Dim::named("rows")]))?;
         let (block, present) = (Block::of(model), Vec::new());
-        Ok(Self {
-            model,
-            quantization,
-            form,
-            block,
-            graph,
-            tokens,
-            lengths,
-            total,
-            logit_rows,
-            present,
-        })
+        Ok(Self { model, quantization, form, block, graph, tokens, lengths, total, logit_rows, present })
     }
 
     fn run(&mut self) -> Result<ValueId, GraphError> {

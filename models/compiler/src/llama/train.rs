@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use commonweal_adapter::{AdapterLayout, Part, Target};
 
 use super::{
-    Block, Linear, activation, capped, embed, has_bias, head_name, multiply, post_norm, rotary_tables, shape, vector,
+    Block, Linear, activation, capped, embed, has_bias, head_name, multiply, post_norm, rotary_tables, shape,
+    vector,
 };
 use crate::differentiate::differentiate;
 use crate::graph::{Constant, ElementType, Graph, GraphError, Keep, TensorType, ValueId};
