@@ -1,11 +1,13 @@
 //! The text side of a checkpoint: its tokenizer, its special tokens and its chat template. Third stage of
-//! `checkpoint.rs`. The bytes go into the package as they are; here they are only proved usable.
+//! `checkpoint.rs`. The bytes go into the package as they are, but for one token of Gemma 3; here they are only proved
+//! usable.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use commonweal_package::{ModelError, Tokens};
 use serde::Deserialize;
+use serde_json::Value;
 use tokenizers::{PostProcessor, Tokenizer};
 
 use crate::config::{ConfigError, DeclaredTokens, read_bounded, read_json};
@@ -15,6 +17,9 @@ const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
 
 /// Longest chat template read; the longest published ones are about 20 kB.
 pub(crate) const TEMPLATE_BYTES_MAX: u64 = 1 << 20;
+
+/// Gemma 3's text checkpoints have the tokenizer of those that see, and so this token for which they have no row.
+const IMAGE_TOKEN: &str = "<image_soft_token>";
 
 /// What a package needs to turn conversations into tokens.
 #[derive(Clone, Debug)]
@@ -145,20 +150,49 @@ pub fn read(
     Ok(Text { tokenizer: bytes, chat_template, tokens })
 }
 
-/// Loads a tokenizer and checks that the model has a row for each of its tokens.
+/// Loads a tokenizer and checks that the model has a row for each of its tokens. One that stands for an image is dropped
+/// where there is none.
 pub fn load(path: &Path, vocab_size: usize) -> Result<(Vec<u8>, Tokenizer), TextError> {
     let bytes = read_bounded(path, TOKENIZER_BYTES_MAX)
         .map_err(|source| TextError::Read { path: path.into(), source })?;
-    let tokenizer = Tokenizer::from_bytes(&bytes)
-        .map_err(|error| TextError::Tokenizer { path: path.into(), reason: error.to_string() })?;
+    let tokenizer = parse(path, &bytes)?;
+    match check(path, &tokenizer, vocab_size) {
+        Ok(()) => Ok((bytes, tokenizer)),
+        Err(TextError::WrongTokenizer { token, .. }) if token == IMAGE_TOKEN => {
+            let bytes = without_image_token(path, &bytes)?;
+            let tokenizer = parse(path, &bytes)?;
+            check(path, &tokenizer, vocab_size)?;
+            Ok((bytes, tokenizer))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+fn parse(path: &Path, bytes: &[u8]) -> Result<Tokenizer, TextError> {
+    Tokenizer::from_bytes(bytes)
+        .map_err(|error| TextError::Tokenizer { path: path.into(), reason: error.to_string() })
+}
+
+fn check(path: &Path, tokenizer: &Tokenizer, vocab_size: usize) -> Result<(), TextError> {
     let last = tokenizer.get_vocab(true).into_iter().max_by_key(|(_, number)| *number);
     match last {
         None => Err(TextError::Tokenizer { path: path.into(), reason: "no tokens".into() }),
         Some((token, got)) if got as usize >= vocab_size => {
             Err(TextError::WrongTokenizer { path: path.into(), token, got, vocab_size })
         }
-        Some(_) => Ok((bytes, tokenizer)),
+        Some(_) => Ok(()),
     }
+}
+
+/// The tokenizer without [`IMAGE_TOKEN`]: written out in a text it is text.
+fn without_image_token(path: &Path, bytes: &[u8]) -> Result<Vec<u8>, TextError> {
+    let damaged =
+        |error: serde_json::Error| TextError::Tokenizer { path: path.into(), reason: error.to_string() };
+    let mut tokenizer: Value = serde_json::from_slice(bytes).map_err(damaged)?;
+    if let Some(added) = tokenizer.get_mut("added_tokens").and_then(Value::as_array_mut) {
+        added.retain(|token| token.get("content").and_then(Value::as_str) != Some(IMAGE_TOKEN));
+    }
+    serde_json::to_vec(&tokenizer).map_err(damaged)
 }
 
 /// Checks that a classifier's tokenizer frames texts with special tokens: without them its first token is no summary.

@@ -268,6 +268,30 @@ fn shards() {
     twice.refused(&["more than one file"]);
 }
 
+/// Gemma 3 1B's tokenizer has a token more than its embedding rows, which stands for an image.
+#[test]
+fn a_token_for_images_without_a_row_is_dropped() {
+    let mut tokenizer: Value =
+        serde_json::from_slice(&fs::read(goldens().join("tied/tokenizer.json")).unwrap()).unwrap();
+    let vocabulary = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    for number in vocabulary.len()..128 {
+        vocabulary.insert(format!("<unused{number}>"), number.into());
+    }
+    let added = |content: &str| {
+        let mut tokenizer = tokenizer.clone();
+        tokenizer["added_tokens"].as_array_mut().unwrap().push(json!({
+            "id": 128, "content": content, "special": true,
+            "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        }));
+        Spoilt::new("tied").file("tokenizer.json", tokenizer.to_string())
+    };
+    added("<another>").refused(&["wrong tokenizer", "<another>", "128"]);
+    let sees = added("<image_soft_token>");
+    compile(&sees.options()).unwrap();
+    let written = fs::read(sees.directory.path().join("package/tokenizer.json")).unwrap();
+    assert_eq!(serde_json::from_slice::<Value>(&written).unwrap(), tokenizer);
+}
+
 #[test]
 fn tokenizers_and_templates() {
     let tied = || Spoilt::new("tied");

@@ -140,8 +140,8 @@ fn shieldgemma_asks_a_gemma() {
     let named = Guard::from_package(&model, &Cancel::new()).unwrap();
     let expected = Guard::open(&gemma, config("shieldgemma"), None, &Cancel::new()).unwrap();
     assert_eq!(
-        named.judge(contract::PAIRS, &Cancel::new()).unwrap(),
-        expected.judge(contract::PAIRS, &Cancel::new()).unwrap()
+        named.judge(&contract::PAIRS[..2], &Cancel::new()).unwrap(),
+        expected.judge(&contract::PAIRS[..2], &Cancel::new()).unwrap()
     );
 }
 
