@@ -17,7 +17,7 @@ pub(crate) struct Family {
     pub(crate) tied: bool,
     /// The base of the rotary wavelengths when the file does not say.
     pub(crate) rope_theta: f64,
-    attention: fn(&RawAttention, usize) -> Result<Attention, ConfigError>,
+    attention: fn(&RawAttention, usize) -> Attention,
 }
 
 /// Every architecture that can be compiled.
@@ -107,31 +107,28 @@ impl Family {
         if let Some(other) = raw.layer_types.iter().flatten().find(|kind| !known(kind)) {
             return Err(ConfigError::Unsupported { feature: "layer_types", got: other.clone() });
         }
-        (self.attention)(raw, layers)
+        Ok((self.attention)(raw, layers))
     }
 }
 
-fn llama(raw: &RawAttention, _: usize) -> Result<Attention, ConfigError> {
-    if let Some(window) = raw.sliding_window {
-        return Err(ConfigError::Unsupported { feature: "sliding_window", got: window.to_string() });
-    }
-    Ok(Attention { bias: declared_bias(raw), ..Attention::default() })
+fn llama(raw: &RawAttention, _: usize) -> Attention {
+    Attention { bias: declared_bias(raw), ..Attention::default() }
 }
 
-fn mistral(raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
-    Ok(Attention { window: window(raw, 0..layers), ..Attention::default() })
+fn mistral(raw: &RawAttention, layers: usize) -> Attention {
+    Attention { window: window(raw, 0..layers), ..Attention::default() }
 }
 
-fn qwen2(raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
-    Ok(Attention { bias: Bias::Qkv, window: switched_window(raw, layers), ..Attention::default() })
+fn qwen2(raw: &RawAttention, layers: usize) -> Attention {
+    Attention { bias: Bias::Qkv, window: switched_window(raw, layers), ..Attention::default() }
 }
 
-fn qwen3(raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
+fn qwen3(raw: &RawAttention, layers: usize) -> Attention {
     let window = switched_window(raw, layers);
-    Ok(Attention { bias: declared_bias(raw), head_norm: true, window, ..Attention::default() })
+    Attention { bias: declared_bias(raw), head_norm: true, window, ..Attention::default() }
 }
 
-fn smollm3(raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
+fn smollm3(raw: &RawAttention, layers: usize) -> Attention {
     let interval = raw.no_rope_layer_interval.unwrap_or(4).max(1);
     let unrotated = match &raw.no_rope_layers {
         // One means that the layer is rotated, whatever the key is called.
@@ -139,7 +136,7 @@ fn smollm3(raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> 
         None => (0..layers).filter(|layer| (layer + 1).is_multiple_of(interval)).collect(),
     };
     let window = switched_window(raw, layers);
-    Ok(Attention { bias: declared_bias(raw), window, unrotated, ..Attention::default() })
+    Attention { bias: declared_bias(raw), window, unrotated, ..Attention::default() }
 }
 
 pub(crate) fn declared_bias(raw: &RawAttention) -> Bias {
@@ -227,10 +224,13 @@ pub(crate) fn tensors(model: &ModelConfig) -> Vec<(String, Source)> {
     list
 }
 
-/// The rotary tables: name, function of the angle, and angle per position of each pair.
-pub(crate) fn rotary_tables(model: &ModelConfig) -> Vec<(&'static str, fn(f64) -> f64, Vec<f64>)> {
+/// A rotary table: name, function of the angle, and angle per position of each pair.
+pub(crate) type RotaryTable = (&'static str, fn(f64) -> f64, Vec<f64>);
+
+/// The rotary tables of all layers.
+pub(crate) fn rotary_tables(model: &ModelConfig) -> Vec<RotaryTable> {
     let global = model.rotary_frequencies();
-    let mut tables: Vec<(_, fn(f64) -> f64, _)> =
+    let mut tables: Vec<RotaryTable> =
         vec![("rope.cos", libm::cos, global.clone()), ("rope.sin", libm::sin, global)];
     if let Some(local) = model.local_rotary_frequencies() {
         tables.push(("rope.local.cos", libm::cos, local.clone()));

@@ -14,7 +14,7 @@ use std::fmt;
 
 use commonweal_package::ModelConfig;
 
-use crate::architecture::{Source, rotary_tables};
+use crate::architecture::{RotaryTable, Source, rotary_tables};
 use crate::gptq::{DAMPING, Hessian, HessianError};
 use crate::graph::{GraphError, Source as From};
 use crate::llama::block::{Gives, LINEARS, block, tensors};
@@ -330,13 +330,15 @@ fn embed(
         states.extend(format.dequantize(&quantized, columns));
     }
     if let Some(gemma) = &model.gemma {
-        states.iter_mut().for_each(|value| *value *= gemma.embedding_scale as f32);
+        for value in &mut states {
+            *value *= gemma.embedding_scale as f32;
+        }
     }
     Ok(states)
 }
 
 fn rotary(model: &ModelConfig, time: usize) -> Vec<Given> {
-    let table = |(name, function, frequencies): (&str, fn(f64) -> f64, Vec<f64>)| {
+    let table = |(name, function, frequencies): RotaryTable| {
         let positions = (0..time).flat_map(|position| {
             frequencies.iter().map(move |frequency| function(position as f64 * frequency) as f32)
         });

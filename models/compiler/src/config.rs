@@ -209,6 +209,9 @@ fn check(raw: RawConfig, family: &Family, name: String) -> Result<Config, Config
     if raw.mlp_bias == Some(true) {
         return Err(unsupported("mlp_bias", &true));
     }
+    if let (Architecture::Llama, Some(window)) = (architecture, raw.attention.sliding_window) {
+        return Err(unsupported("sliding_window", &window));
+    }
     // Gemma has a key of its own (`gemma.rs`).
     let is_gemma = matches!(architecture, Architecture::Gemma2 | Architecture::Gemma3);
     if let Some(activation) = raw.hidden_act.filter(|name| !is_gemma && name != "silu") {
@@ -229,7 +232,7 @@ fn check(raw: RawConfig, family: &Family, name: String) -> Result<Config, Config
         }
         rope => (rope, None),
     };
-    let gemma = gemma::describe(architecture, &raw.attention.gemma, raw.hidden_size, [&rope, &local_rope])?;
+    let gemma = gemma::describe(architecture, &raw.attention, raw.hidden_size, [&rope, &local_rope])?;
     let rope_theta = rope.as_ref().and_then(|rope| rope.rope_theta).or(raw.rope_theta).unwrap_or(rope_theta);
     let stretches = gemma.as_ref().is_some_and(|gemma| gemma.rope_stretch.is_some());
     let rope_scaling = rope.as_ref().filter(|_| !stretches).map(scaling).transpose()?.flatten();

@@ -1,9 +1,9 @@
 //! What the configurations of Gemma 2 and 3 say beyond Llama's (`architecture.rs`), read as `transformers` reads it,
 //! defaults included. `config.rs` has the rest, `llama.rs` builds the graphs.
 
-use commonweal_package::{Architecture, Attention, Gemma, Window};
+use commonweal_package::{Architecture, Attention, Gemma};
 use half::{bf16, f16};
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
 
 use crate::architecture::{RawAttention, declared_bias, window};
 use crate::config::{ConfigError, RawRope};
@@ -16,11 +16,10 @@ const ACTIVATION: &str = "gelu_pytorch_tanh";
 pub(crate) struct RawGemma {
     hidden_activation: Option<String>,
     query_pre_attn_scalar: Option<f64>,
-    /// Absent is the default, null is none.
-    #[serde(default, deserialize_with = "given")]
-    pub(crate) attn_logit_softcapping: Option<Option<f64>>,
-    #[serde(default, deserialize_with = "given")]
-    pub(crate) final_logit_softcapping: Option<Option<f64>>,
+    #[serde(default)]
+    attn_logit_softcapping: Cap,
+    #[serde(default)]
+    final_logit_softcapping: Cap,
     rope_local_base_freq: Option<f64>,
     sliding_window_pattern: Option<usize>,
     use_bidirectional_attention: Option<bool>,
@@ -29,56 +28,63 @@ pub(crate) struct RawGemma {
     dtype: Option<String>,
 }
 
-/// Tells a key that is null from one that is not there.
-fn given<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Option<f64>>, D::Error> {
-    Option::deserialize(value).map(Some)
+/// What a file says of a cap: nothing is the default, null is none.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(from = "Option<f64>")]
+enum Cap {
+    #[default]
+    Unsaid,
+    None,
+    At(f64),
 }
 
-fn unsupported(feature: &'static str, got: impl ToString) -> ConfigError {
+impl From<Option<f64>> for Cap {
+    fn from(said: Option<f64>) -> Self {
+        said.map_or(Self::None, Self::At)
+    }
+}
+
+impl Cap {
+    fn or(self, default: Option<f64>) -> Option<f64> {
+        match self {
+            Self::Unsaid => default,
+            Self::None => None,
+            Self::At(cap) => Some(cap),
+        }
+    }
+}
+
+fn unsupported(feature: &'static str, got: &dyn ToString) -> ConfigError {
     ConfigError::Unsupported { feature, got: got.to_string() }
 }
 
 /// Gemma 2: every second layer has a window, beginning with the first.
-pub(crate) fn attention2(raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
-    let local = (0..layers).step_by(2);
-    Ok(Attention {
-        bias: declared_bias(raw),
-        window: Some(local_layers(raw, local)?),
-        ..Attention::default()
-    })
+pub(crate) fn attention2(raw: &RawAttention, layers: usize) -> Attention {
+    let window = window(raw, (0..layers).step_by(2));
+    Attention { bias: declared_bias(raw), window, ..Attention::default() }
 }
 
 /// Gemma 3: all layers have a window but every sixth, or as `sliding_window_pattern` says; heads are normalized.
-pub(crate) fn attention3(raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
+pub(crate) fn attention3(raw: &RawAttention, layers: usize) -> Attention {
     let pattern = raw.gemma.sliding_window_pattern.unwrap_or(6);
-    if pattern == 0 {
-        return Err(unsupported("sliding_window_pattern", pattern));
-    }
-    let local = (0..layers).filter(|layer| !(layer + 1).is_multiple_of(pattern));
-    let window = Some(local_layers(raw, local)?);
-    Ok(Attention { bias: declared_bias(raw), head_norm: true, window, ..Attention::default() })
-}
-
-/// The layers with a window, `usual` unless `layer_types` says otherwise.
-fn local_layers(raw: &RawAttention, usual: impl Iterator<Item = usize>) -> Result<Window, ConfigError> {
-    let tokens = raw.sliding_window.ok_or_else(|| unsupported("sliding_window", "none"))?;
-    Ok(window(raw, usual).unwrap_or(Window { tokens, layers: Vec::new() }))
+    let window = window(raw, (0..layers).filter(|layer| !(layer + 1).is_multiple_of(pattern)));
+    Attention { bias: declared_bias(raw), head_norm: true, window, ..Attention::default() }
 }
 
 /// What the rest of a Gemma is; nothing for other architectures. `ropes` are the rotary positions of global and of local
 /// layers, where the file has them.
 pub(crate) fn describe(
     architecture: Architecture,
-    raw: &RawGemma,
+    attention: &RawAttention,
     hidden_size: usize,
     [rope, local_rope]: [&Option<RawRope>; 2],
 ) -> Result<Option<Gemma>, ConfigError> {
+    let raw = &attention.gemma;
     let (score_cap, logit_cap, is_third) = match architecture {
         // Gemma 3's attention does not read the key, whatever it says.
-        Architecture::Gemma3 => (None, raw.final_logit_softcapping.flatten(), true),
+        Architecture::Gemma3 => (None, raw.final_logit_softcapping.or(None), true),
         Architecture::Gemma2 => {
-            let cap = |key: Option<Option<f64>>, default| key.unwrap_or(Some(default));
-            (cap(raw.attn_logit_softcapping, 50.0), cap(raw.final_logit_softcapping, 30.0), false)
+            (raw.attn_logit_softcapping.or(Some(50.0)), raw.final_logit_softcapping.or(Some(30.0)), false)
         }
         _ => (None, None, false),
     };
@@ -86,18 +92,24 @@ pub(crate) fn describe(
         ("attn_logit_softcapping", raw.attn_logit_softcapping, score_cap),
         ("final_logit_softcapping", raw.final_logit_softcapping, logit_cap),
     ] {
-        if let (Some(cap), None) = (asked.flatten(), done) {
-            return Err(unsupported(feature, cap));
+        if let (Cap::At(cap), None) = (asked, done) {
+            return Err(unsupported(feature, &cap));
         }
     }
     if !matches!(architecture, Architecture::Gemma2 | Architecture::Gemma3) {
         return Ok(None);
     }
+    if attention.sliding_window.is_none() {
+        return Err(unsupported("sliding_window", &"none"));
+    }
+    if raw.sliding_window_pattern == Some(0) {
+        return Err(unsupported("sliding_window_pattern", &0));
+    }
     if let Some(other) = raw.hidden_activation.as_deref().filter(|&name| name != ACTIVATION) {
-        return Err(unsupported("hidden_activation", other));
+        return Err(unsupported("hidden_activation", &other));
     }
     if raw.use_bidirectional_attention == Some(true) {
-        return Err(unsupported("use_bidirectional_attention", true));
+        return Err(unsupported("use_bidirectional_attention", &true));
     }
     Ok(Some(Gemma {
         embedding_scale: embedding_scale(hidden_size, raw.dtype.as_deref().or(raw.torch_dtype.as_deref()))?,
@@ -116,7 +128,7 @@ fn embedding_scale(hidden_size: usize, floats: Option<&str>) -> Result<f64, Conf
         None | Some("float32") => Ok(f64::from(exact as f32)),
         Some("bfloat16") => Ok(bf16::from_f64(exact).to_f64()),
         Some("float16") => Ok(f16::from_f64(exact).to_f64()),
-        Some(other) => Err(unsupported("torch_dtype", other)),
+        Some(other) => Err(unsupported("torch_dtype", &other)),
     }
 }
 
@@ -124,7 +136,7 @@ fn embedding_scale(hidden_size: usize, floats: Option<&str>) -> Result<f64, Conf
 fn local_theta(raw: &RawGemma, local: Option<&RawRope>) -> Result<f64, ConfigError> {
     if let Some(other) = local.and_then(|local| local.rope_type.as_deref()).filter(|&kind| kind != "default")
     {
-        return Err(unsupported("rope_parameters.sliding_attention", other));
+        return Err(unsupported("rope_parameters.sliding_attention", &other));
     }
     Ok(local.and_then(|local| local.rope_theta).or(raw.rope_local_base_freq).unwrap_or(10_000.0))
 }

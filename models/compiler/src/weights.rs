@@ -245,7 +245,9 @@ pub(crate) fn write_list(
 
 /// The values of a [`Source::OnePlus`].
 pub(crate) fn one_plus(mut values: Vec<f32>) -> Vec<f32> {
-    values.iter_mut().for_each(|value| *value += 1.0);
+    for value in &mut values {
+        *value += 1.0;
+    }
     values
 }
 
