@@ -284,6 +284,41 @@ mod tests {
     }
 
     #[test]
+    fn an_update_is_read_once_if_its_norm_is_known_and_the_candidate_is_the_same() {
+        let values = [0.1, 0.2, -0.4, 0.3, 0.25];
+        let options = Options::new(&config::Merge::default(), Trainable::Both, false);
+        let start = Adapter::zeros(layout());
+        let limits = DecodeLimits::of(&layout(), Trainable::Both);
+        let member = |number: usize, is_known: bool| {
+            let norm = PackedDelta::decode(&packed(values[number]), &layout(), &limits).unwrap().norm();
+            Member {
+                device: DeviceId([number as u8; 16]),
+                samples: number as u32 + 1,
+                length: 10,
+                report: DeviceReport::default(),
+                norm: is_known.then_some(norm),
+            }
+        };
+        let run = |known: std::ops::Range<usize>| {
+            let members: Vec<_> =
+                (0..values.len()).map(|number| member(number, known.contains(&number))).collect();
+            let mut reads = 0;
+            let read = |device: &DeviceId| {
+                reads += 1;
+                Ok::<_, Infallible>(packed(values[usize::from(device.0[0])]))
+            };
+            (merge(&start, &members, &options, read).unwrap(), reads)
+        };
+        let ((known, figures), reads) = run(0..values.len());
+        assert_eq!((reads, figures.clipped.len()), (values.len(), 2));
+        // One that came in under an earlier version of the program, and all of them.
+        for kept in [1..values.len(), 0..0] {
+            let ((other, other_figures), reads) = run(kept);
+            assert_eq!((other, other_figures, reads), (known.clone(), figures.clone(), 2 * values.len()));
+        }
+    }
+
+    #[test]
     fn robust_rules_leave_a_stray_out() {
         let values = [(0.1, 1), (0.11, 1), (0.09, 1), (0.1, 1), (-3.0, 1)];
         let merge = |rule| config::Merge { rule, clip_median_factor: 0.0, ..config::Merge::default() };

@@ -2,7 +2,9 @@
 //!
 //! `partial` keeps the bytes that are not yet whole; `desk` takes the update into the round.
 
+use std::panic::resume_unwind;
 use std::sync::{PoisonError, RwLockReadGuard};
+use std::thread;
 
 use commonweal_adapter::PackedDelta;
 use commonweal_protocol::{
@@ -15,6 +17,12 @@ use crate::desk::{self, DeskError, Taken};
 
 /// A smaller chunk, unless it is the last, counts as a request: each chunk costs an fsync, whatever its length.
 const CHUNK_FREE_BYTES_MIN: usize = 64 << 10;
+
+/// Does what needs much memory on a thread that ends with it. Allocators keep a part of what a thread gave back for that
+/// thread: with an update's worth for each of those that answer requests, memory would grow with the devices after all.
+fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| scope.spawn(work).join().unwrap_or_else(|panicked| resume_unwind(panicked)))
+}
 
 impl Receiver {
     /// Opens or resumes an upload.
@@ -163,10 +171,13 @@ impl Receiver {
     fn keep(&self, device: DeviceId, open: &Open) -> Result<(RwLockReadGuard<'_, ()>, f64), Refused> {
         const REQUEST: &str = "finish";
         let _whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = self.read_whole(device, open)?;
-        let norm = self.check_update(&bytes).map_err(|detail| {
-            self.forget(device, &open.key());
-            self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail)
+        let (bytes, norm) = apart(|| -> Result<_, Refused> {
+            let bytes = self.read_whole(device, open)?;
+            let norm = self.check_update(&bytes).map_err(|detail| {
+                self.forget(device, &open.key());
+                self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail)
+            })?;
+            Ok((bytes, norm))
         })?;
         let blobs = self.parts.desk.keep_blobs();
         let blob = &self.parts.storage.blob;

@@ -184,7 +184,7 @@ impl<'c> Bench<'c> {
         let (package, base) = open_package(&cli.package)?;
         let mut config = Config { package: cli.package.clone(), threads: cli.threads, ..Config::default() };
         config.evaluate.held_out = Some(cli.data.join("heldout.jsonl"));
-        let laboratory = Laboratory::open(&package, &base, &config, &Cancel::new())?;
+        let laboratory = Laboratory::open(&package, &config, &Cancel::new())?;
         let (Some(guard), Some(reviser)) = (&laboratory.guard, &laboratory.reviser) else {
             bail!("{}: expected a package with a guard", cli.package.display());
         };
