@@ -190,8 +190,7 @@ fn laboratory_code(error: &LaboratoryError) -> u8 {
         | LaboratoryError::Set(_)
         | LaboratoryError::Adapter { .. }
         | LaboratoryError::Facts { .. }
-        | LaboratoryError::GuardConfig(_)
-        | LaboratoryError::Constitution(_)
+        | LaboratoryError::Safety(_)
         | LaboratoryError::NoGuard => 3,
         LaboratoryError::Library(_) | LaboratoryError::Device(_) => 5,
         _ => 1,

@@ -13,10 +13,7 @@ use commonweal_runtime::{
     AdaptError, Cancel, ConversationError, DeviceError, GenerateOptions, InferError, Library, LibraryError,
     Message, Model, OpenError, OpenOptions, PreparedAdapter, Prompt, TrainError,
 };
-use commonweal_safety::{
-    ConfigError, Constitution, ConstitutionError, Guard, GuardConfig, GuardError, Judgement, Pair,
-    ReviseError, Reviser,
-};
+use commonweal_safety::{Guard, GuardError, Judgement, Pair, ReviseError, Reviser};
 
 use crate::config::Config;
 use crate::evaluate::sets::{SetError, Sets};
@@ -45,12 +42,9 @@ pub enum LaboratoryError {
         #[source]
         source: std::io::Error,
     },
-    /// The package's guard.
-    #[error("guard.toml of the package cannot be used")]
-    GuardConfig(#[from] ConfigError),
-    /// The package's constitution.
-    #[error("constitution.toml of the package cannot be used")]
-    Constitution(#[from] ConstitutionError),
+    /// The package's guard or reviser, or the package that the guard has to itself.
+    #[error("the package's guard and reviser cannot be used")]
+    Safety(#[source] Box<commonweal_safety::OpenError>),
     /// An adapter file.
     #[error("{name}: expected an adapter for this base")]
     Adapter {
@@ -102,10 +96,22 @@ pub enum LaboratoryError {
 impl LaboratoryError {
     /// Whether the candidate is innocent: the machine or the process is why, and another try may work.
     pub fn is_unavailable(&self) -> bool {
+        // The guard is opened before the candidate is looked at.
         matches!(
             self,
-            Self::Library(_) | Self::Package(_) | Self::Open(_) | Self::File { .. } | Self::Cancelled
+            Self::Library(_)
+                | Self::Package(_)
+                | Self::Open(_)
+                | Self::Safety(_)
+                | Self::File { .. }
+                | Self::Cancelled
         )
+    }
+}
+
+impl From<commonweal_safety::OpenError> for LaboratoryError {
+    fn from(error: commonweal_safety::OpenError) -> Self {
+        Self::Safety(Box::new(error))
     }
 }
 
@@ -156,11 +162,6 @@ impl Base {
     }
 }
 
-fn text_of(package: &Package, name: &str) -> Result<Option<String>, LaboratoryError> {
-    let Some(path) = package.file(name) else { return Ok(None) };
-    std::fs::read_to_string(&path).map(Some).map_err(|source| LaboratoryError::File { path, source })
-}
-
 /// See the module.
 #[derive(Debug)]
 pub struct Laboratory {
@@ -178,12 +179,7 @@ pub struct Laboratory {
 
 impl Laboratory {
     /// Loads everything.
-    pub fn open(
-        package: &Package,
-        base: &Base,
-        config: &Config,
-        cancel: &Cancel,
-    ) -> Result<Self, LaboratoryError> {
+    pub fn open(package: &Package, config: &Config, cancel: &Cancel) -> Result<Self, LaboratoryError> {
         let sets = Sets::read(config)?;
         let threads = config.threads.and_then(NonZeroUsize::new);
         let library = Library::load_with(config.runtime_library.as_deref(), threads)?;
@@ -193,22 +189,11 @@ impl Laboratory {
         let (library, choice) = library.choose(&config.device, package)?;
         tracing::info!("{choice}");
         let model = Model::open(&library, package, OpenOptions::default())?;
-        let optional = |name: &str, kind| -> Result<Option<Adapter>, LaboratoryError> {
-            let Some(path) = package.file(name) else { return Ok(None) };
-            let bytes = std::fs::read(&path).map_err(|source| LaboratoryError::File { path, source })?;
-            base.read(name, &bytes, kind).map(Some)
-        };
-        let (guard, reviser) = match text_of(package, "guard.toml")? {
-            None => (None, None),
-            Some(text) => {
-                let adapter = optional("adapters/guard.safetensors", AdapterKind::Guard)?;
-                let guard = Guard::open(&model, GuardConfig::from_toml(&text)?, adapter.as_ref(), cancel)?;
-                let text = text_of(package, "constitution.toml")?;
-                let text = text.as_deref().unwrap_or_else(|| Constitution::default_text());
-                let adapter = optional("adapters/reviser.safetensors", AdapterKind::Reviser)?;
-                let reviser = Reviser::open(&model, Constitution::from_toml(text)?, adapter.as_ref())?;
-                (Some(guard), Some(reviser))
-            }
+        // As a device opens them: a guard in a package of its own is a guard here too.
+        let (guard, reviser) = if has_guard(package) {
+            (Some(Guard::from_package(&model, cancel)?), Some(Reviser::from_package(&model)?))
+        } else {
+            (None, None)
         };
         Ok(Self { model, guard, reviser, sets, cancel: cancel.clone() })
     }

@@ -9,8 +9,8 @@
 mod support;
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use aggregator::publish::{Candidate, Publisher};
 use aggregator::receive::handler::{Service, Threads};
@@ -80,6 +80,10 @@ fn an_upload_goes_on_after_a_restart_where_the_durable_bytes_end() {
     let world = World::open(world.dir, Arc::new(RealDisk), |_| {});
     assert_eq!(world.receiver.finish(device(1), announced.key()).unwrap(), accepted);
     assert_eq!(world.parts.desk.admits(announced.round, &device(1)), Ok(true));
+    // And the norm, which the merge asks for.
+    let norm = world.parts.desk.taken(announced.round, &device(1)).unwrap().unwrap().norm.unwrap();
+    let expected = 0.1 * (layout().trainable_parameters(Trainable::Both) as f64).sqrt();
+    assert!((norm / expected - 1.0).abs() < 0.01, "expected {expected}, got {norm}");
 }
 
 #[test]
@@ -432,6 +436,68 @@ fn content_that_nobody_published_is_looked_for_once() {
     let candidate = Candidate { round: Some(RoundId(1)), parent, digest, card: ReportCard::default() };
     publisher.publish(candidate, NOW_MS).unwrap();
     assert_eq!(read(digest).unwrap().length, bytes.len() as u64);
+}
+
+/// Runs something the first time that the releases' head is looked at: what another request does meanwhile.
+struct Interrupted<F>(Arc<dyn Coord>, Mutex<Option<F>>);
+
+impl<F: FnOnce() + Send> Coord for Interrupted<F> {
+    fn head(&self, log: &str) -> Result<Option<Entry>, StoreError> {
+        let meanwhile = self.1.lock().unwrap().take();
+        if let Some(meanwhile) = meanwhile {
+            meanwhile();
+        }
+        self.0.head(log)
+    }
+    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
+        self.0.compare_and_set(log, expected, value)
+    }
+    fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
+        self.0.scan(log, from, limit)
+    }
+    fn logs(&self, prefix: &str, after: &str, limit: usize) -> Result<Vec<String>, StoreError> {
+        self.0.logs(prefix, after, limit)
+    }
+    fn truncate(&self, log: &str, below: u64) -> Result<(), StoreError> {
+        self.0.truncate(log, below)
+    }
+}
+
+/// Two devices fetch a release that is new. The second one's request begins and ends while the first one's is between
+/// finding the release absent from what it knows and looking at the head.
+#[test]
+fn a_fetch_beside_another_that_has_just_looked_at_a_new_head_is_answered() {
+    let world = world();
+    let (blob, key) = (world.parts.storage.blob.clone(), world.parts.key.clone());
+    let receiver: Arc<OnceLock<Receiver>> = Arc::default();
+    let digest = Arc::new(OnceLock::new());
+    let fetch = |number| {
+        let (receiver, digest) = (receiver.clone(), digest.clone());
+        move || {
+            let fetch = Fetch { digest: *digest.get().unwrap(), offset: 0 };
+            receiver.get().unwrap().read(device(number), fetch, 64).map(|part| part.length)
+        }
+    };
+    let (first, second, answered) = (fetch(1), fetch(2), Arc::new(Mutex::new(None)));
+    let meanwhile = {
+        let answered = answered.clone();
+        move || *answered.lock().unwrap() = Some(second())
+    };
+    let coord = Arc::new(Interrupted(world.parts.storage.coord.clone(), Mutex::new(Some(meanwhile))));
+    let publisher = Publisher::new(coord, blob, key, BASE);
+    let made = Receiver::new(Parts { publisher, ..world.parts.clone() });
+    assert!(receiver.set(made).is_ok());
+
+    let bytes = world.base.write(&Adapter::init(layout(), 7)).unwrap();
+    digest.set(Digest::of(&bytes)).unwrap();
+    let new = *digest.get().unwrap();
+    world.parts.storage.blob.put_if_absent(&new, bytes.len() as u64, &mut bytes.as_slice()).unwrap();
+    let (round, parent) = (Some(RoundId(1)), Some(Version(0)));
+    let candidate = Candidate { round, parent, digest: new, card: ReportCard::default() };
+    world.parts.publisher.publish(candidate, NOW_MS).unwrap();
+
+    assert_eq!(first().unwrap(), bytes.len() as u64);
+    assert_eq!(answered.lock().unwrap().take().unwrap().unwrap(), bytes.len() as u64);
 }
 
 /// Whoever is refused over and over fills neither the operator's log nor, with a certificate, the registry's time.

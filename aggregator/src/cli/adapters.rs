@@ -111,7 +111,7 @@ pub(super) fn evaluate(mut opened: Opened, verb: &EvaluateVerb, json: bool) -> R
         (format!("release {version}"), adapter)
     };
     let (publisher, _) = opened.publisher()?;
-    let laboratory = Laboratory::open(&package, &base, &opened.config, &Cancel::new())?;
+    let laboratory = Laboratory::open(&package, &opened.config, &Cancel::new())?;
     let mut figures = measure(&laboratory, &opened.config.evaluate, &adapter, &progress::measuring())?;
     let head = publisher.head()?.map(|signed| signed.release.report_card);
     figures.report_card.gates = judge(&figures.report_card, head.as_ref(), &opened.config.evaluate.gates);

@@ -40,7 +40,7 @@ pub(super) fn init(dir: &Path, init: &Init, json: bool) -> Result<(), CliError> 
     let card = if init.no_evaluate {
         ReportCard::default()
     } else {
-        let laboratory = Laboratory::open(&package, &base, &config, &Cancel::new())?;
+        let laboratory = Laboratory::open(&package, &config, &Cancel::new())?;
         crate::evaluate::measure(&laboratory, &config.evaluate, &adapter, &progress::measuring())?.report_card
     };
     // Whatever can be wrong with the input was found above: nothing is left behind by then.

@@ -41,6 +41,8 @@ pub struct Accepted {
     pub open: Open,
     /// What it was answered, to be repeated word for word.
     pub receipt: SignedReceipt,
+    /// Euclidean norm of the update, so that the merge need not decode it for that; none in an item of version 0.1.
+    pub norm: Option<f64>,
 }
 
 /// Why the desk could not do something.
@@ -94,5 +96,44 @@ pub fn peek(coord: &dyn Coord) -> Result<(Rounds, Progress), DeskError> {
 }
 
 pub(crate) fn decode_accepted(bytes: &[u8]) -> Result<Accepted, DeskError> {
-    postcard::from_bytes(bytes).map_err(|error| DeskError::damaged("update's receipt", error))
+    let damaged = |error| DeskError::damaged("update's receipt", error);
+    let (before, rest): ((Open, SignedReceipt), &[u8]) = postcard::take_from_bytes(bytes).map_err(damaged)?;
+    // A round that was begun by an earlier version goes on: its items end here.
+    let norm = if rest.is_empty() { None } else { postcard::from_bytes(rest).map_err(damaged)? };
+    Ok(Accepted { open: before.0, receipt: before.1, norm })
+}
+
+#[cfg(test)]
+mod tests {
+    use commonweal_protocol::{BaseHash, DeviceId, DeviceReport, Digest, Receipt, SigningKey};
+
+    use super::*;
+
+    fn accepted(norm: Option<f64>) -> Accepted {
+        let (round, device, digest) = (RoundId(3), DeviceId([1; 16]), Digest([2; 32]));
+        let open = Open {
+            round,
+            base: BaseHash([9; 32]),
+            digest,
+            length: 5,
+            samples: 7,
+            report: DeviceReport::default(),
+        };
+        let receipt = Receipt { round, device, digest, length: 5, received_ms: 11 };
+        let receipt = SignedReceipt::sign(&SigningKey::from_bytes(&[3; 32]), receipt).unwrap();
+        Accepted { open, receipt, norm }
+    }
+
+    #[test]
+    fn items_are_read_back_also_those_of_a_version_that_kept_no_norm() {
+        for norm in [None, Some(0.0), Some(12.5)] {
+            let bytes = postcard::to_allocvec(&accepted(norm)).unwrap();
+            assert_eq!(decode_accepted(&bytes).unwrap(), accepted(norm));
+        }
+        let Accepted { open, receipt, .. } = accepted(None);
+        let before = postcard::to_allocvec(&(open, receipt)).unwrap();
+        assert_eq!(decode_accepted(&before).unwrap(), accepted(None));
+        assert!(decode_accepted(&before[..before.len() - 1]).is_err());
+        assert!(decode_accepted(&[before, vec![1, 0]].concat()).is_err(), "half a norm");
+    }
 }

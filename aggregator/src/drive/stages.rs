@@ -44,7 +44,7 @@ impl ModelStages {
     /// The open model.
     pub fn laboratory(&mut self) -> Result<&Laboratory, LaboratoryError> {
         if self.laboratory.is_none() {
-            self.laboratory = Some(Laboratory::open(&self.package, &self.base, &self.config, &self.cancel)?);
+            self.laboratory = Some(Laboratory::open(&self.package, &self.config, &self.cancel)?);
         }
         self.laboratory.as_ref().ok_or(LaboratoryError::Cancelled)
     }

@@ -2,7 +2,9 @@
 //!
 //! `partial` keeps the bytes that are not yet whole; `desk` takes the update into the round.
 
+use std::panic::resume_unwind;
 use std::sync::{PoisonError, RwLockReadGuard};
+use std::thread;
 
 use commonweal_adapter::PackedDelta;
 use commonweal_protocol::{
@@ -15,6 +17,12 @@ use crate::desk::{self, DeskError, Taken};
 
 /// A smaller chunk, unless it is the last, counts as a request: each chunk costs an fsync, whatever its length.
 const CHUNK_FREE_BYTES_MIN: usize = 64 << 10;
+
+/// Does what needs much memory on a thread that ends with it. Allocators keep a part of what a thread gave back for that
+/// thread: with an update's worth for each of those that answer requests, memory would grow with the devices after all.
+fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| scope.spawn(work).join().unwrap_or_else(|panicked| resume_unwind(panicked)))
+}
 
 impl Receiver {
     /// Opens or resumes an upload.
@@ -134,13 +142,13 @@ impl Receiver {
             self.forget(device, &key);
             return Err(self.not_admitted(device, REQUEST, error));
         }
-        let blobs = self.keep(device, &open)?;
+        let (blobs, norm) = self.keep(device, &open)?;
         let received_ms = self.now_ms();
         let receipt =
             Receipt { round: open.round, device, digest: open.digest, length: open.length, received_ms };
         let receipt = SignedReceipt::sign(&self.parts.key, receipt)
             .map_err(|error| self.failed(device, REQUEST, &error))?;
-        let accepted = desk::Accepted { open, receipt };
+        let accepted = desk::Accepted { open, receipt, norm: Some(norm) };
         let taken = self.parts.desk.take(received_ms, &accepted);
         drop(blobs);
         match taken {
@@ -159,20 +167,23 @@ impl Receiver {
         }
     }
 
-    /// Checks the whole and stores it; no sweep takes it away while the guard is held.
-    fn keep(&self, device: DeviceId, open: &Open) -> Result<RwLockReadGuard<'_, ()>, Refused> {
+    /// Checks the whole and stores it; no sweep takes it away while the guard is held. With it, the update's norm.
+    fn keep(&self, device: DeviceId, open: &Open) -> Result<(RwLockReadGuard<'_, ()>, f64), Refused> {
         const REQUEST: &str = "finish";
         let _whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = self.read_whole(device, open)?;
-        if let Err(detail) = self.check_update(&bytes) {
-            self.forget(device, &open.key());
-            return Err(self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail));
-        }
+        let (bytes, norm) = apart(|| -> Result<_, Refused> {
+            let bytes = self.read_whole(device, open)?;
+            let norm = self.check_update(&bytes).map_err(|detail| {
+                self.forget(device, &open.key());
+                self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail)
+            })?;
+            Ok((bytes, norm))
+        })?;
         let blobs = self.parts.desk.keep_blobs();
         let blob = &self.parts.storage.blob;
         blob.put_if_absent(&open.digest, open.length, &mut bytes.as_slice())
             .map_err(|error| self.failed(device, REQUEST, &error))?;
-        Ok(blobs)
+        Ok((blobs, norm))
     }
 
     /// The same answer as before for the same update; another one is refused.
@@ -226,14 +237,14 @@ impl Receiver {
         Ok(bytes)
     }
 
-    /// Whether the bytes are an update that the round can merge.
-    fn check_update(&self, bytes: &[u8]) -> Result<(), String> {
+    /// The norm of the update that the bytes are, if the round can merge it.
+    fn check_update(&self, bytes: &[u8]) -> Result<f64, String> {
         let delta =
             PackedDelta::decode(bytes, &self.parts.layout, &self.limits).map_err(|error| chain(&error))?;
         let norm = delta.norm();
         let norm_max = self.parts.config.receive.norm_max;
         if norm.is_finite() && norm <= norm_max {
-            Ok(())
+            Ok(norm)
         } else {
             Err(format!("expected a norm of at most {norm_max}, got {norm}"))
         }

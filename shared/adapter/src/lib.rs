@@ -20,6 +20,7 @@ mod shares;
 pub mod compress;
 pub mod packed;
 pub mod clip;
+mod sums;
 pub mod mean;
 mod robust;
 pub mod merge;

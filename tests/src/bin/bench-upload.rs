@@ -184,7 +184,7 @@ impl<'c> Bench<'c> {
         let (package, base) = open_package(&cli.package)?;
         let mut config = Config { package: cli.package.clone(), threads: cli.threads, ..Config::default() };
         config.evaluate.held_out = Some(cli.data.join("heldout.jsonl"));
-        let laboratory = Laboratory::open(&package, &base, &config, &Cancel::new())?;
+        let laboratory = Laboratory::open(&package, &config, &Cancel::new())?;
         let (Some(guard), Some(reviser)) = (&laboratory.guard, &laboratory.reviser) else {
             bail!("{}: expected a package with a guard", cli.package.display());
         };
@@ -257,6 +257,7 @@ impl<'c> Bench<'c> {
             samples: self.devices[device].len() as u32,
             length: packed.as_bytes().len() as u64,
             report: DeviceReport::default(),
+            norm: None,
         };
         let members: Vec<Member> = packed.iter().enumerate().map(member).collect();
         let options = merge::Options::new(&config::Merge::default(), Trainable::Both, false);
