@@ -187,7 +187,7 @@ impl<S: Stages> Driver<S> {
         let digests: std::collections::BTreeMap<_, _> =
             updates.iter().map(|update| (update.receipt.receipt.device, update.open.digest)).collect();
         let config = &self.parts.config;
-        let options = merge::Options::new(&config.merge, config.train.trainable(), config.plain);
+        let options = merge::Options::new(&config.merge, config.train.trainable(round), config.plain);
         let blob = &self.parts.storage.blob;
         let merged = merge::merge(&start, &members, &options, |device| {
             let missing = || StoreError::Missing { subject: format!("update of {device}") };

@@ -14,10 +14,10 @@ mod limit;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use commonweal_adapter::{AdapterLayout, DecodeLimits};
+use commonweal_adapter::{AdapterLayout, DecodeLimits, PackedDelta, Trainable};
 use commonweal_protocol::{
-    BaseHash, DeviceId, Digest, Fetch, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, RoundTask,
-    SigningKey, Start, Version,
+    BaseHash, DeviceId, Digest, Fetch, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, RoundId,
+    RoundTask, Scaffold, SigningKey, Start, Version,
 };
 use commonweal_transport::{Clock, ContentPart};
 
@@ -70,7 +70,6 @@ const LANES: usize = 64;
 /// See the module. All calls block on the disk.
 pub struct Receiver {
     parts: Parts,
-    limits: DecodeLimits,
     live: Mutex<Live>,
     /// Held by each step of an upload: a stream that a cut left behind may still be in the midst of the same one.
     lanes: [Mutex<()>; LANES],
@@ -103,12 +102,17 @@ impl std::fmt::Debug for Receiver {
 impl Receiver {
     /// Ready to answer.
     pub fn new(parts: Parts) -> Self {
-        let limits = DecodeLimits::of(&parts.layout, parts.config.train.trainable());
-        let rates = Limits::new(&parts.config.receive, limits.bytes_max as u64);
+        let bytes_max = PackedDelta::bytes_max(&parts.layout, Trainable::Both);
+        let rates = Limits::new(&parts.config.receive, bytes_max as u64);
         let (opens, installed) = (BTreeMap::new(), BTreeMap::new());
         let live = Live { opens, rates, published: Published::default(), installed };
         let lanes = std::array::from_fn(|_| Mutex::default());
-        Self { parts, limits, live: Mutex::new(live), lanes, whole: Mutex::default() }
+        Self { parts, live: Mutex::new(live), lanes, whole: Mutex::default() }
+    }
+
+    /// What an update of a round may be.
+    fn limits(&self, round: RoundId) -> DecodeLimits {
+        DecodeLimits::of(&self.parts.layout, self.parts.config.train.trainable(round))
     }
 
     /// One step of a device's upload at a time.
@@ -195,6 +199,7 @@ impl Receiver {
             start,
             mode: config.train.mode,
             train: config.train.settings(),
+            scaffold: Scaffold::Off,
             compress: config.compress.settings(),
             seed: round_seed(self.parts.base, round.0),
             deadline_ms,

@@ -241,7 +241,8 @@ impl<L: Link> Device<L> {
             Err(error) if error.is_transient() => return Err(error),
             start => start.ok(),
         };
-        let read = |start: Adapter| Packed::from_disk(bytes, start.layout(), trainable(task.mode)).ok();
+        let read =
+            |start: Adapter| Packed::from_disk(bytes, start.layout(), trainable(task.mode, task.round)).ok();
         Ok(start.and_then(read).map(|packed| (packed, report)))
     }
 
@@ -340,7 +341,7 @@ impl<L: Link> Device<L> {
         task: &RoundTask,
         trained: &Trained,
     ) -> Result<(Packed, Residual, compress::PackSummary), PipelineError> {
-        let (layout, trainable) = (trained.delta().layout().clone(), trainable(task.mode));
+        let (layout, trainable) = (trained.delta().layout().clone(), trainable(task.mode, task.round));
         // A residual of another layout or mode is of another federation: begin with none.
         let mut residual = self
             .store

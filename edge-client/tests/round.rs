@@ -14,8 +14,8 @@ use commonweal_adapter::{Adapter, AdapterFacts, AdapterKind, Trainable, disk};
 use commonweal_package::Package;
 use commonweal_protocol::{
     AggregatorKey, CertificateChain, CompressSettings, Content, Csr, DeviceId, Digest, Mode, Open, Poll,
-    PollReply, Receipt, ReconnectWindow, Refusal, RoundId, RoundTask, SignedReceipt, SigningKey, Start,
-    TrainSettings, Version,
+    PollReply, Receipt, ReconnectWindow, Refusal, RoundId, RoundTask, Scaffold, SignedReceipt, SigningKey,
+    Start, TrainSettings, Version,
 };
 use commonweal_runtime::{Cancel, Library, Model, OpenOptions};
 use commonweal_safety::{Guard, Reviser};
@@ -181,6 +181,7 @@ impl World {
             base: self.device.expected.base,
             start: Start { version: Version(1), digest, length },
             mode: Mode::Ffa,
+            scaffold: Scaffold::Off,
             train: TrainSettings {
                 steps_max: 2,
                 warmup_steps: 0,

@@ -5,10 +5,11 @@ use std::path::Path;
 use commonweal_adapter::layout::RANK_MAX;
 use commonweal_adapter::merge::ROBUST_DEVICES_MAX;
 use commonweal_protocol::{
-    BaseHash, Digest, PollReply, ReconnectWindow, Reply, RoundId, RoundTask, Start, Version, encode,
+    BaseHash, Digest, Mode, PollReply, ReconnectWindow, Reply, RoundId, RoundTask, Scaffold, Start, Version,
+    encode,
 };
 
-use super::{Config, ConfigError, Rule};
+use super::{Config, ConfigError, Optimizer, Rule};
 use crate::evaluate::sets;
 
 impl Config {
@@ -69,6 +70,13 @@ impl Config {
                 value.is_finite() && value >= 0.0,
                 format!("merge.{name}: expected 0 or more, got {value}"),
             );
+        }
+        for (holds, setting) in [
+            (matches!(self.train.mode, Mode::Fedit | Mode::Ffa), "train.mode"),
+            (!self.train.scaffold, "train.scaffold"),
+            (merge.optimizer == Optimizer::Fedavg, "merge.optimizer"),
+        ] {
+            require(holds, format!("{setting}: this build knows the name and cannot do it yet"));
         }
         let robust = merge.rule != Rule::Mean && !self.plain;
         require(
@@ -135,6 +143,7 @@ impl Config {
             start: Start { version: Version(0), digest: Digest([0; 32]), length: 1 },
             mode: self.train.mode,
             train: self.train.settings(),
+            scaffold: Scaffold::Off,
             compress: self.compress.settings(),
             seed: 0,
             deadline_ms: self.round.deadline_ms,

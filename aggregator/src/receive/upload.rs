@@ -6,7 +6,7 @@ use std::sync::{PoisonError, RwLockReadGuard};
 
 use commonweal_adapter::PackedDelta;
 use commonweal_protocol::{
-    Accepted, Chunk, DeviceId, Digest, Open, Receipt, Refusal, Refused, SignedReceipt, UploadKey,
+    Accepted, Chunk, DeviceId, Digest, Open, Receipt, Refusal, Refused, RoundId, SignedReceipt, UploadKey,
 };
 use commonweal_transport::Opened;
 
@@ -32,8 +32,9 @@ impl Receiver {
         if let Err(error) = self.parts.desk.admits(open.round, &device) {
             return Err(self.not_admitted(device, REQUEST, error));
         }
-        if open.length > self.limits.bytes_max as u64 {
-            let detail = format!("expected at most {} bytes, got {}", self.limits.bytes_max, open.length);
+        let bytes_max = self.limits(open.round).bytes_max;
+        if open.length > bytes_max as u64 {
+            let detail = format!("expected at most {bytes_max} bytes, got {}", open.length);
             return refuse(Refusal::TooLarge, detail);
         }
         let key = open.key();
@@ -164,7 +165,7 @@ impl Receiver {
         const REQUEST: &str = "finish";
         let _whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = self.read_whole(device, open)?;
-        if let Err(detail) = self.check_update(&bytes) {
+        if let Err(detail) = self.check_update(open.round, &bytes) {
             self.forget(device, &open.key());
             return Err(self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail));
         }
@@ -227,9 +228,9 @@ impl Receiver {
     }
 
     /// Whether the bytes are an update that the round can merge.
-    fn check_update(&self, bytes: &[u8]) -> Result<(), String> {
-        let delta =
-            PackedDelta::decode(bytes, &self.parts.layout, &self.limits).map_err(|error| chain(&error))?;
+    fn check_update(&self, round: RoundId, bytes: &[u8]) -> Result<(), String> {
+        let delta = PackedDelta::decode(bytes, &self.parts.layout, &self.limits(round))
+            .map_err(|error| chain(&error))?;
         let norm = delta.norm();
         let norm_max = self.parts.config.receive.norm_max;
         if norm.is_finite() && norm <= norm_max {
