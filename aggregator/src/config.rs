@@ -191,6 +191,27 @@ pub enum Optimizer {
     Fedyogi,
 }
 
+impl Config {
+    /// How rounds are merged, by the names of docs/merging.md, as report cards have it.
+    pub fn method(&self) -> String {
+        let rule = if self.plain { Rule::Mean } else { self.merge.rule };
+        let scaffold = if self.train.scaffold { ", scaffold" } else { "" };
+        format!("{}, {}, {}{scaffold}", self.train.mode.name(), rule.name(), self.merge.optimizer.name())
+    }
+}
+
+impl Rule {
+    /// Its name in configurations and report cards.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Mean => "mean",
+            Self::Median => "median",
+            Self::TrimmedMean => "trimmed-mean",
+            Self::MultiKrum => "multi-krum",
+        }
+    }
+}
+
 impl Merge {
     /// The rule with its parameters.
     pub fn rule(&self) -> MergeRule {

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundCounts, RoundId, Version};
 use serde::{Deserialize, Serialize};
 
+use crate::optimize::OptimizerState;
+
 /// Something that happened.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -161,6 +163,10 @@ pub struct MergeFigures {
     pub excluded: Vec<DeviceId>,
     /// Norm of the merged delta.
     pub merged_norm: f64,
+    /// How they were merged; see [`ReportCard::merge`].
+    pub method: String,
+    /// What the server's optimizer remembers if the candidate is published.
+    pub state: OptimizerState,
 }
 
 /// Figures of an alignment.

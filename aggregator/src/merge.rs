@@ -1,14 +1,14 @@
-//! Merges a round's updates into a candidate: decode, limit each device's weight, clip, combine, step.
+//! Merges a round's updates into one delta: decode, limit each device's weight, clip, combine.
 //!
-//! After `receive`, before `align`. Pure: bytes in, adapter and figures out. The mean streams, one update in
+//! After `receive`; the server's optimizer steps along the delta. Pure: bytes in, delta and figures out. The mean streams, one update in
 //! memory at a time; the robust rules hold a bounded set.
 
 use std::sync::Arc;
 
 use commonweal_adapter::merge::{ROBUST_DEVICES_MAX, ROBUST_VALUES_MAX, WEIGHT_MAX};
 use commonweal_adapter::{
-    Adapter, AdapterDelta, AdapterError, AdapterLayout, Clip, DecodeError, DecodeLimits, MergeError,
-    MergeReport, MergeRule, Merger, PackedDelta, Trainable, Update,
+    AdapterDelta, AdapterLayout, Clip, DecodeError, DecodeLimits, MergeError, MergeReport, MergeRule, Merger,
+    PackedDelta, Trainable, Update,
 };
 use commonweal_protocol::{DeviceId, DeviceReport, RoundCounts};
 
@@ -39,9 +39,6 @@ pub enum CandidateError<E> {
     /// The updates do not combine.
     #[error("the updates do not merge")]
     Merge(#[from] MergeError),
-    /// The step leaves the numbers.
-    #[error("the merged adapter is not usable")]
-    Step(#[from] AdapterError),
 }
 
 /// One accepted update, not yet read.
@@ -63,7 +60,6 @@ pub struct Options {
     rule: MergeRule,
     clip: Clip,
     weight_median_factor: f64,
-    server_learning_rate: f32,
     trainable: Trainable,
 }
 
@@ -74,22 +70,20 @@ impl Options {
             rule: if plain { MergeRule::Mean } else { merge.rule() },
             clip: if plain { Clip::Off } else { merge.clip() },
             weight_median_factor: if plain { 0.0 } else { merge.weight_median_factor },
-            server_learning_rate: merge.server_learning_rate,
             trainable,
         }
     }
 }
 
-/// Merges the updates of `members`, read with `read`, into `start`.
+/// Merges the updates of `members`, read with `read`, into one delta.
 pub fn merge<E>(
-    start: &Adapter,
+    layout: &Arc<AdapterLayout>,
     members: &[Member],
     options: &Options,
     mut read: impl FnMut(&DeviceId) -> Result<Vec<u8>, E>,
-) -> Result<(Adapter, MergeFigures), CandidateError<E>> {
+) -> Result<(AdapterDelta, MergeFigures), CandidateError<E>> {
     let mut members = members.to_vec();
     members.sort_by_key(|member| member.device);
-    let layout = start.layout();
     let limits = DecodeLimits::of(layout, options.trainable);
     let mut decode = |member: &Member| -> Result<AdapterDelta, CandidateError<E>> {
         let device = member.device;
@@ -109,8 +103,8 @@ pub fn merge<E>(
             commonweal_adapter::merge(updates, rule, options.clip)?
         }
     };
-    let candidate = start.plus(&delta, options.server_learning_rate)?;
-    Ok((candidate, figures(&members, report, delta.norm())))
+    let norm = delta.norm();
+    Ok((delta, figures(&members, report, norm)))
 }
 
 /// The mean with one update in memory. A bound that depends on the median norm needs a pass of its own.
@@ -189,6 +183,7 @@ fn figures(members: &[Member], report: MergeReport<DeviceId>, merged_norm: f64) 
         clipped: report.clipped.into_iter().collect(),
         excluded: report.excluded.into_iter().collect(),
         merged_norm,
+        ..MergeFigures::default()
     }
 }
 
@@ -233,10 +228,9 @@ mod tests {
             .collect();
         let stored: BTreeMap<_, _> =
             values.iter().enumerate().map(|(index, (value, _))| (device(index), packed(*value))).collect();
-        let start = Adapter::zeros(layout());
         let read = |device: &DeviceId| Ok::<_, Infallible>(stored[device].clone());
-        let (candidate, figures) = merge(&start, &members, &options, read).unwrap();
-        (candidate.values()[0], figures)
+        let (delta, figures) = merge(&layout(), &members, &options, read).unwrap();
+        (delta.values()[0], figures)
     }
 
     fn near(got: f32, expected: f32) {
@@ -275,11 +269,10 @@ mod tests {
 
     #[test]
     fn an_update_that_no_longer_decodes_names_its_device() {
-        let start = Adapter::zeros(layout());
         let member =
             Member { device: DeviceId([3; 16]), samples: 1, length: 1, report: DeviceReport::default() };
         let options = Options::new(&config::Merge::default(), Trainable::Both, false);
-        let error = merge(&start, &[member], &options, |_| Ok::<_, Infallible>(vec![9, 9])).unwrap_err();
+        let error = merge(&layout(), &[member], &options, |_| Ok::<_, Infallible>(vec![9, 9])).unwrap_err();
         assert!(error.to_string().contains(&"03".repeat(16)), "{error}");
     }
 }

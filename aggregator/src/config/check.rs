@@ -9,7 +9,7 @@ use commonweal_protocol::{
     encode,
 };
 
-use super::{Config, ConfigError, Optimizer, Rule};
+use super::{Config, ConfigError, Rule};
 use crate::evaluate::sets;
 
 impl Config {
@@ -61,6 +61,13 @@ impl Config {
             merge.server_learning_rate > 0.0 && merge.server_learning_rate <= 10.0,
             format!("merge.server_learning_rate: expected 0 to 10, got {}", merge.server_learning_rate),
         );
+        for (name, value) in [("beta1", merge.beta1), ("beta2", merge.beta2)] {
+            require((0.0..1.0).contains(&value), format!("merge.{name}: expected 0 to below 1, got {value}"));
+        }
+        require(
+            merge.tau > 0.0 && merge.tau <= 1.0,
+            format!("merge.tau: expected above 0 and at most 1, got {}", merge.tau),
+        );
         for (name, value) in [
             ("clip_median_factor", merge.clip_median_factor),
             ("clip_norm", merge.clip_norm),
@@ -74,7 +81,6 @@ impl Config {
         for (holds, setting) in [
             (matches!(self.train.mode, Mode::Fedit | Mode::Ffa), "train.mode"),
             (!self.train.scaffold, "train.scaffold"),
-            (merge.optimizer == Optimizer::Fedavg, "merge.optimizer"),
         ] {
             require(holds, format!("{setting}: this build knows the name and cannot do it yet"));
         }

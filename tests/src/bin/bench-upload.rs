@@ -264,7 +264,7 @@ impl<'c> Bench<'c> {
             let found = packed.get(usize::from(device.0[0])).ok_or(io::ErrorKind::NotFound);
             Ok::<_, io::Error>(found?.as_bytes().to_vec())
         };
-        Ok(merge::merge(start, &members, &options, read)?.0)
+        Ok(start.plus(&merge::merge(start.layout(), &members, &options, read)?.0, 1.0)?)
     }
 
     /// A round's training, device by device.
