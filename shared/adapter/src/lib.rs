@@ -20,11 +20,13 @@ mod entropy;
 mod shares;
 pub mod compress;
 pub mod packed;
+pub mod pair;
 pub mod clip;
 pub mod mean;
 mod robust;
 pub mod merge;
 pub mod optimize;
+pub mod scaffold;
 
 pub use adapter::{Adapter, AdapterError};
 pub use clip::{Clip, clip_norm, median_norm};
