@@ -168,6 +168,7 @@ impl<S: Stages> Driver<S> {
                 samples: update.open.samples,
                 length: update.open.length,
                 report: update.open.report,
+                norm: update.norm,
             })
             .collect();
         let digests: std::collections::BTreeMap<_, _> =

@@ -141,7 +141,7 @@ impl<L: Link> Device<L> {
 
     /// Asks for work and news, and installs what was published.
     pub fn poll(&self) -> Result<PollReply, PipelineError> {
-        let installed = install::installed(&self.store, &self.expected)?.map(|installed| installed.version);
+        let installed = install::installed_version(&self.store, &self.expected)?;
         let poll = Poll { base: self.expected.base, installed };
         let reply = self.runtime.block_on(self.link.poll(poll))?;
         if let Some(release) =

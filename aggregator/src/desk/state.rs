@@ -41,6 +41,8 @@ pub struct Accepted {
     pub open: Open,
     /// What it was answered, to be repeated word for word.
     pub receipt: SignedReceipt,
+    /// Euclidean norm of the update, so that the merge need not decode it for that; none in an item of version 0.1.
+    pub norm: Option<f64>,
 }
 
 /// Why the desk could not do something.
@@ -94,5 +96,9 @@ pub fn peek(coord: &dyn Coord) -> Result<(Rounds, Progress), DeskError> {
 }
 
 pub(crate) fn decode_accepted(bytes: &[u8]) -> Result<Accepted, DeskError> {
-    postcard::from_bytes(bytes).map_err(|error| DeskError::damaged("update's receipt", error))
+    let damaged = |error| DeskError::damaged("update's receipt", error);
+    let (before, rest): ((Open, SignedReceipt), &[u8]) = postcard::take_from_bytes(bytes).map_err(damaged)?;
+    // A round that was begun by an earlier version goes on: its items end here.
+    let norm = if rest.is_empty() { None } else { postcard::from_bytes(rest).map_err(damaged)? };
+    Ok(Accepted { open: before.0, receipt: before.1, norm })
 }

@@ -135,13 +135,13 @@ impl Receiver {
             self.forget(device, &key);
             return Err(self.not_admitted(device, REQUEST, error));
         }
-        let blobs = self.keep(device, &open)?;
+        let (blobs, norm) = self.keep(device, &open)?;
         let received_ms = self.now_ms();
         let receipt =
             Receipt { round: open.round, device, digest: open.digest, length: open.length, received_ms };
         let receipt = SignedReceipt::sign(&self.parts.key, receipt)
             .map_err(|error| self.failed(device, REQUEST, &error))?;
-        let accepted = desk::Accepted { open, receipt };
+        let accepted = desk::Accepted { open, receipt, norm: Some(norm) };
         let taken = self.parts.desk.take(received_ms, &accepted);
         drop(blobs);
         match taken {
@@ -160,20 +160,20 @@ impl Receiver {
         }
     }
 
-    /// Checks the whole and stores it; no sweep takes it away while the guard is held.
-    fn keep(&self, device: DeviceId, open: &Open) -> Result<RwLockReadGuard<'_, ()>, Refused> {
+    /// Checks the whole and stores it; no sweep takes it away while the guard is held. With it, the update's norm.
+    fn keep(&self, device: DeviceId, open: &Open) -> Result<(RwLockReadGuard<'_, ()>, f64), Refused> {
         const REQUEST: &str = "finish";
         let _whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = self.read_whole(device, open)?;
-        if let Err(detail) = self.check_update(open.round, &bytes) {
+        let norm = self.check_update(open.round, &bytes).map_err(|detail| {
             self.forget(device, &open.key());
-            return Err(self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail));
-        }
+            self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail)
+        })?;
         let blobs = self.parts.desk.keep_blobs();
         let blob = &self.parts.storage.blob;
         blob.put_if_absent(&open.digest, open.length, &mut bytes.as_slice())
             .map_err(|error| self.failed(device, REQUEST, &error))?;
-        Ok(blobs)
+        Ok((blobs, norm))
     }
 
     /// The same answer as before for the same update; another one is refused.
@@ -227,14 +227,14 @@ impl Receiver {
         Ok(bytes)
     }
 
-    /// Whether the bytes are an update that the round can merge.
-    fn check_update(&self, round: RoundId, bytes: &[u8]) -> Result<(), String> {
+    /// The norm of the update that the bytes are, if the round can merge it.
+    fn check_update(&self, round: RoundId, bytes: &[u8]) -> Result<f64, String> {
         let delta = PackedDelta::decode(bytes, &self.parts.layout, &self.limits(round))
             .map_err(|error| chain(&error))?;
         let norm = delta.norm();
         let norm_max = self.parts.config.receive.norm_max;
         if norm.is_finite() && norm <= norm_max {
-            Ok(())
+            Ok(norm)
         } else {
             Err(format!("expected a norm of at most {norm_max}, got {norm}"))
         }

@@ -97,8 +97,21 @@ impl AdapterDelta {
 
     /// Euclidean norm over all values.
     pub fn norm(&self) -> f64 {
-        self.values.iter().map(|&value| f64::from(value).powi(2)).sum::<f64>().sqrt()
+        sum_of_squares(&self.values).sqrt()
     }
+}
+
+/// Added up in eight sums side by side, which processors do at once: one order on every machine.
+fn sum_of_squares(values: &[f32]) -> f64 {
+    let mut sums = [0.0_f64; 8];
+    let (eights, rest) = values.as_chunks::<8>();
+    for eight in eights {
+        for (sum, value) in sums.iter_mut().zip(eight) {
+            *sum += f64::from(*value) * f64::from(*value);
+        }
+    }
+    let rest = rest.iter().map(|value| f64::from(*value) * f64::from(*value));
+    sums.into_iter().chain(rest).sum()
 }
 
 fn trainable_tensors(

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use thiserror::Error;
 
-use crate::adapter::{Adapter, AdapterError};
+use crate::adapter::{Adapter, AdapterError, first};
 use crate::layout::{AdapterLayout, LayoutError, Module, Target, TensorSpec};
 
 /// Value of the metadata key `format`.
@@ -170,7 +170,10 @@ pub(crate) fn safetensors_bytes(
     let mut bytes = Vec::with_capacity(8 + header.len() + 4 * adapter.values().len());
     bytes.extend((header.len() as u64).to_le_bytes());
     bytes.extend(header.as_bytes());
-    bytes.extend(adapter.values().iter().flat_map(|value| value.to_le_bytes()));
+    let begin = bytes.len();
+    bytes.resize(begin + 4 * adapter.values().len(), 0);
+    let places = bytes.get_mut(begin..).unwrap_or_default().as_chunks_mut::<4>().0;
+    places.iter_mut().zip(adapter.values()).for_each(|(place, value)| *place = value.to_le_bytes());
     bytes
 }
 
@@ -199,12 +202,11 @@ pub fn read(bytes: &[u8]) -> Result<(Adapter, AdapterFacts), ReadError> {
             let got = format!("{:?} {:?}", tensor.dtype(), tensor.shape());
             return Err(ReadError::Tensor { name, expected, got });
         }
-        for chunk in tensor.data().as_chunks::<4>().0 {
-            let value = f32::from_le_bytes(*chunk);
-            if !value.is_finite() {
-                return Err(ReadError::NotFinite { name, got: value });
-            }
-            values.push(value);
+        let begin = values.len();
+        values.extend(tensor.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
+        let read = values.get(begin..).unwrap_or_default();
+        if let Some((_, got)) = first(read, |value| !value.is_finite()) {
+            return Err(ReadError::NotFinite { name, got });
         }
     }
     let adapter = Adapter::from_values(Arc::new(layout), values);

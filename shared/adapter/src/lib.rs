@@ -22,6 +22,7 @@ pub mod compress;
 pub mod packed;
 pub mod pair;
 pub mod clip;
+mod sums;
 pub mod mean;
 mod robust;
 pub mod merge;

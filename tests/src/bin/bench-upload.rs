@@ -257,6 +257,7 @@ impl<'c> Bench<'c> {
             samples: self.devices[device].len() as u32,
             length: packed.as_bytes().len() as u64,
             report: DeviceReport::default(),
+            norm: None,
         };
         let members: Vec<Member> = packed.iter().enumerate().map(member).collect();
         let options = merge::Options::new(&config::Merge::default(), Trainable::Both, false);

@@ -107,8 +107,7 @@ impl Fleet {
 impl Device {
     fn run(mut self, runtime: &Runtime, failed: &AtomicBool) -> Result<()> {
         while !self.updates.is_empty() && !failed.load(Ordering::SeqCst) {
-            let installed =
-                install::installed(&self.store, &self.expected)?.map(|installed| installed.version);
+            let installed = install::installed_version(&self.store, &self.expected)?;
             let reply = runtime.block_on(self.link.poll(Poll { base: BASE, installed }))?;
             if let Some(release) = reply.release.as_ref().filter(|it| Some(it.release.version) != installed) {
                 runtime.block_on(install::install(&self.link, &self.store, &self.expected, release))?;
