@@ -5,11 +5,12 @@
 
 mod stages;
 mod remember;
+mod correct;
 
 use std::time::Instant;
 
 use commonweal_adapter::AdapterKind;
-use commonweal_protocol::{Digest, ReportCard, RoundId, Version, bounds};
+use commonweal_protocol::{Digest, ReportCard, RoundId, Version};
 
 use crate::desk::{self, DeskError, Next, RECEIPTS_KEPT_ROUNDS, decode_accepted, queue};
 use crate::evaluate;
@@ -176,8 +177,7 @@ impl<S: Stages> Driver<S> {
         let options = merge::Options::new(&config.merge, config.train.trainable(round), config.plain);
         let blob = &self.parts.storage.blob;
         let merged = merge::merge(start.layout(), &members, &options, |device| {
-            let missing = || StoreError::Missing { subject: format!("update of {device}") };
-            blob.read_all(digests.get(device).ok_or_else(missing)?, bounds::UPDATE_BYTES_MAX)
+            correct::read_part(blob.as_ref(), &digests, device, |(delta, _)| delta.to_vec())
         });
         let (delta, mut figures) = match merged {
             Ok(merged) => merged,
@@ -194,6 +194,13 @@ impl<S: Stages> Driver<S> {
         };
         figures.counts.devices_selected = self.parts.desk.rounds().selected();
         figures.method = config.method();
+        if config.train.scaffold {
+            let trainable = config.train.trainable(round);
+            figures.control = match self.correct(round, &members, &digests, trainable)? {
+                Ok(control) => Some(control),
+                Err(reason) => return refused(format!("merge: control variate: {reason}")),
+            };
+        }
         figures.state = match self.keep_moments(moments.as_ref(), config.merge.optimizer)? {
             Ok(state) => state,
             Err(reason) => return refused(format!("merge: {reason}")),
@@ -320,6 +327,7 @@ impl<S: Stages> Driver<S> {
                 named.extend(self.parts.publisher.state(start.version)?.digests());
             }
             named.extend(self.parts.desk.progress().merge.unwrap_or_default().state.digests());
+            named.extend(self.parts.desk.control().map(|signed| signed.control.digest));
             if let Phase::Aligning { candidate }
             | Phase::Evaluating { candidate }
             | Phase::Publishing { candidate, .. } = &rounds.phase

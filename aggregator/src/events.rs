@@ -6,7 +6,7 @@
 use std::io::Write;
 use std::sync::Arc;
 
-use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundCounts, RoundId, Version};
+use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundCounts, RoundId, SignedControl, Version};
 use serde::{Deserialize, Serialize};
 
 use crate::optimize::OptimizerState;
@@ -167,6 +167,8 @@ pub struct MergeFigures {
     pub method: String,
     /// What the server's optimizer remembers if the candidate is published.
     pub state: OptimizerState,
+    /// SCAFFOLD's control variate after this round, if it has one.
+    pub control: Option<SignedControl>,
 }
 
 /// Figures of an alignment.

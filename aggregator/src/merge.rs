@@ -68,6 +68,11 @@ pub struct Options {
 }
 
 impl Options {
+    /// The mean of updates that count alike.
+    pub fn unweighted(clip: Clip, trainable: Trainable) -> Self {
+        Self { rule: MergeRule::Mean, clip, weight_median_factor: 0.0, trainable }
+    }
+
     /// The operator's settings; `plain` clips nothing and limits no weight.
     pub fn new(merge: &config::Merge, trainable: Trainable, plain: bool) -> Self {
         Self {

@@ -14,7 +14,7 @@ mod limit;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use commonweal_adapter::{AdapterLayout, DecodeLimits, PackedDelta, Trainable};
+use commonweal_adapter::{AdapterLayout, Trainable, pair};
 use commonweal_protocol::{
     BaseHash, DeviceId, Digest, Fetch, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, RoundId,
     RoundTask, Scaffold, SigningKey, Start, Version,
@@ -102,7 +102,7 @@ impl std::fmt::Debug for Receiver {
 impl Receiver {
     /// Ready to answer.
     pub fn new(parts: Parts) -> Self {
-        let bytes_max = PackedDelta::bytes_max(&parts.layout, Trainable::Both);
+        let bytes_max = pair::bytes_max(&parts.layout, Trainable::Both, parts.config.train.scaffold);
         let rates = Limits::new(&parts.config.receive, bytes_max as u64);
         let (opens, installed) = (BTreeMap::new(), BTreeMap::new());
         let live = Live { opens, rates, published: Published::default(), installed };
@@ -110,9 +110,10 @@ impl Receiver {
         Self { parts, live: Mutex::new(live), lanes, whole: Mutex::default() }
     }
 
-    /// What an update of a round may be.
-    fn limits(&self, round: RoundId) -> DecodeLimits {
-        DecodeLimits::of(&self.parts.layout, self.parts.config.train.trainable(round))
+    /// Most bytes of an update of a round.
+    fn bytes_max(&self, round: RoundId) -> usize {
+        let train = &self.parts.config.train;
+        pair::bytes_max(&self.parts.layout, train.trainable(round), train.scaffold)
     }
 
     /// One step of a device's upload at a time.
@@ -199,7 +200,11 @@ impl Receiver {
             start,
             mode: config.train.mode,
             train: config.train.settings(),
-            scaffold: Scaffold::Off,
+            scaffold: match (config.train.scaffold, self.parts.desk.control()) {
+                (false, _) => Scaffold::Off,
+                (true, None) => Scaffold::Zero,
+                (true, Some(control)) => Scaffold::Control(control),
+            },
             compress: config.compress.settings(),
             seed: round_seed(self.parts.base, round.0),
             deadline_ms,
@@ -230,7 +235,8 @@ impl Receiver {
     }
 
     fn is_published(&self, digest: &Digest) -> Result<bool, crate::publish::PublishError> {
-        if self.live().published.digests.contains(digest) {
+        let control = self.parts.desk.control().map(|signed| signed.control.digest);
+        if control == Some(*digest) || self.live().published.digests.contains(digest) {
             return Ok(true);
         }
         // What nobody published costs a look at the head, however often it is asked for.

@@ -1,5 +1,5 @@
-//! What outlives a round's merge: the server optimizer's moments, through rejections, kills and roll-backs. Real
-//! receiver, desk, merge and publisher on real files; the model's two stages pass candidates on.
+//! What outlives a round's merge: the server optimizer's moments and SCAFFOLD's control variate, through rejections,
+//! kills and roll-backs; and which form of update a round takes. Real receiver, desk, merge and publisher on real files; the model's two stages pass candidates on.
 #![allow(
     clippy::unwrap_used,
     missing_docs,
@@ -17,8 +17,14 @@ use aggregator::drive::{Driver, Stages, Step};
 use aggregator::events::{AlignFigures, EvaluateFigures};
 use aggregator::laboratory::LaboratoryError;
 use aggregator::store::RealDisk;
-use commonweal_adapter::{Adapter, AdapterKind};
-use commonweal_protocol::{ReportCard, RoundId, Version};
+use commonweal_adapter::{
+    Adapter, AdapterDelta, AdapterKind, Bits, CompressOptions, PackedDelta, Residual, Trainable, compress,
+    pair,
+};
+use commonweal_protocol::{
+    AggregatorKey, Fetch, Mode, Poll, Refusal, ReportCard, RoundId, Scaffold, Version,
+};
+use rand::SeedableRng;
 use support::*;
 
 /// Passes every candidate on, with this safe rate.
@@ -177,4 +183,148 @@ fn moments_that_are_lost_on_disk_end_the_round_by_name() {
     round(&world, 2);
     let records = aggregator::desk::records(world.parts.storage.coord.as_ref(), RoundId(2), 1).unwrap();
     assert!(records[0].reason.as_ref().unwrap().contains(&lost.to_string()), "it is named");
+}
+
+/// What a round of SCAFFOLD sends: a value for the delta and one for the control's change.
+fn corrected(delta: f32, control: f32) -> Vec<u8> {
+    pair::join(&packed(Trainable::Both, delta), &packed(Trainable::Both, control))
+}
+
+fn packed(trainable: Trainable, value: f32) -> PackedDelta {
+    let values = vec![value; layout().trainable_parameters(trainable)];
+    let delta = AdapterDelta::from_values(layout(), trainable, values).unwrap();
+    let mut residual = Residual::zeros(layout(), trainable);
+    // Blocks of equal values are exact but for their scale.
+    let options = CompressOptions { bits: Bits::Eight, block: 64, ..CompressOptions::default() };
+    compress(&delta, &mut residual, &options, &mut rand_chacha::ChaCha8Rng::seed_from_u64(1)).unwrap()
+}
+
+fn scaffold(config: &mut Config) {
+    config.train.scaffold = true;
+}
+
+/// Two devices whose controls change by these.
+fn deliver_corrected(world: &World, round: u64, changes: [f32; 2]) {
+    world.assign(&[1, 2]);
+    for (number, change) in [1, 2].into_iter().zip(changes) {
+        let bytes = corrected(0.1, change);
+        world.upload(number, open(round, &bytes), &bytes).unwrap();
+    }
+}
+
+/// The server's control variate as a device gets it: told by a task, verified, fetched.
+fn fetched(world: &World) -> Option<(commonweal_protocol::Control, f32)> {
+    world.assign(&[3]);
+    let reply = world.receiver.poll(device(3), Poll { base: BASE, installed: None }).unwrap();
+    let Scaffold::Control(signed) = reply.task.unwrap().scaffold else { return None };
+    let control = *signed.verify(&AggregatorKey::of(&world.parts.key)).unwrap();
+    let fetch = Fetch { digest: control.digest, offset: 0 };
+    let part = world.receiver.read(device(3), fetch, 1 << 20).unwrap();
+    assert_eq!(part.length, control.length);
+    let adapter = world.base.read("control", &part.bytes, AdapterKind::Control).unwrap();
+    Some((control, adapter.values()[0]))
+}
+
+#[test]
+fn the_control_variate_is_merged_once_through_a_kill_after_any_step() {
+    for steps in 0..6 {
+        let mut world = world(scaffold);
+        deliver_corrected(&world, 1, [0.2, 0.4]);
+        let mut driver = Driver::new(world.parts.clone(), world.base.clone(), Passing(1.0));
+        for _ in 0..steps {
+            driver.step();
+        }
+        drop(driver);
+        world = restart(world, scaffold);
+        finish(&world, 1.0);
+        deliver_corrected(&world, 2, [0.1, 0.1]);
+        finish(&world, 1.0);
+        let (control, value) = fetched(&world).unwrap();
+        assert_near(value, 0.4);
+        assert_eq!((control.round, control.merged), (RoundId(2), 0b11));
+        let blobs = world.parts.storage.blob.list(None, 100).unwrap().len();
+        assert_eq!(blobs, 3 + 1, "three releases and one control variate");
+    }
+}
+
+#[test]
+fn devices_keep_theirs_when_a_candidate_is_rejected_or_rolled_back_and_so_does_the_server() {
+    let world = world(scaffold);
+    deliver_corrected(&world, 1, [0.2, 0.4]);
+    finish(&world, 0.4);
+    assert_eq!(world.parts.publisher.head().unwrap().unwrap().release.version, Version(0));
+    assert_near(fetched(&world).unwrap().1, 0.3);
+    deliver_corrected(&world, 2, [0.1, 0.1]);
+    finish(&world, 1.0);
+    world.parts.publisher.roll_back(Version(0), NOW_MS).unwrap();
+    assert_near(fetched(&world).unwrap().1, 0.4);
+}
+
+#[test]
+fn a_round_that_ends_without_a_merge_is_not_in_the_control_variate() {
+    let world = world(|config| {
+        scaffold(config);
+        config.round.quorum = 2;
+    });
+    deliver_corrected(&world, 1, [0.2, 0.4]);
+    finish(&world, 1.0);
+    world.assign(&[1, 2]);
+    let bytes = corrected(0.1, 0.9);
+    world.upload(1, open(2, &bytes), &bytes).unwrap();
+    world.clock.set(NOW_MS + 60_000);
+    finish(&world, 1.0);
+    deliver_corrected(&world, 3, [0.1, 0.1]);
+    finish(&world, 1.0);
+    let (control, value) = fetched(&world).unwrap();
+    assert_near(value, 0.4);
+    assert!(control.includes(RoundId(1)) && !control.includes(RoundId(2)) && control.includes(RoundId(3)));
+}
+
+#[test]
+fn a_change_far_longer_than_the_others_is_shortened_and_a_round_without_correction_begins_anew() {
+    let mut world = world(|config| {
+        scaffold(config);
+        config.round.goal = 3;
+    });
+    world.receiver.poll(device(103), Poll { base: BASE, installed: None }).unwrap();
+    world.assign(&[1, 2, 3]);
+    for (number, change) in [(1, 0.1), (2, 0.1), (3, 90.0)] {
+        let bytes = corrected(0.1, change);
+        world.upload(number, open(1, &bytes), &bytes).unwrap();
+    }
+    finish(&world, 1.0);
+    let control = world.parts.desk.control().unwrap().control;
+    let bytes = world.parts.storage.blob.read_all(&control.digest, 1 << 20).unwrap();
+    let adapter = world.base.read("control", &bytes, AdapterKind::Control).unwrap();
+    assert_near(adapter.values()[0], (0.1 + 0.1 + 0.4) / 3.0);
+
+    world = restart(world, |_| ());
+    deliver(&world, 2);
+    finish(&world, 1.0);
+    world = restart(world, scaffold);
+    assert!(fetched(&world).is_none(), "devices are told that it is zero");
+}
+
+#[test]
+fn updates_of_another_form_than_the_rounds_are_refused() {
+    let refusal = |world: &World, round: u64, bytes: &[u8]| {
+        world.upload(1, open(round, bytes), bytes).unwrap_err().reason
+    };
+    let with = world(scaffold);
+    with.assign(&[1]);
+    assert_eq!(refusal(&with, 1, &update(0.1)), Refusal::UpdateUnusable);
+    let without = world(|_| ());
+    without.assign(&[1]);
+    assert_eq!(refusal(&without, 1, &corrected(0.1, 0.1)), Refusal::UpdateUnusable);
+    let turns = world(|config| config.train.mode = Mode::Rolora);
+    turns.assign(&[1, 2]);
+    let (a, b) = (packed(Trainable::AOnly, 0.1).into_bytes(), packed(Trainable::BOnly, 0.1).into_bytes());
+    assert_eq!(refusal(&turns, 1, &a), Refusal::UpdateUnusable);
+    for number in [1, 2] {
+        turns.upload(number, open(1, &b), &b).unwrap();
+    }
+    finish(&turns, 1.0);
+    turns.assign(&[1]);
+    assert_eq!(refusal(&turns, 2, &b), Refusal::UpdateUnusable);
+    turns.upload(1, open(2, &a), &a).unwrap();
 }

@@ -17,7 +17,7 @@ pub fn trainable(mode: Mode, round: RoundId) -> Trainable {
     }
 }
 
-/// A round's settings as training takes them.
+/// A round's settings as training takes them; the correction of its gradients is `control.rs`'s.
 pub fn train_task(task: &RoundTask) -> TrainTask {
     let settings = &task.train;
     TrainTask {
@@ -31,6 +31,7 @@ pub fn train_task(task: &RoundTask) -> TrainTask {
         proximal_mu: settings.proximal_mu,
         trainable: trainable(task.mode, task.round),
         seed: task.seed,
+        correction: None,
     }
 }
 

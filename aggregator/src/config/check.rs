@@ -78,16 +78,21 @@ impl Config {
                 format!("merge.{name}: expected 0 or more, got {value}"),
             );
         }
-        for (holds, setting) in [
-            (matches!(self.train.mode, Mode::Fedit | Mode::Ffa), "train.mode"),
-            (!self.train.scaffold, "train.scaffold"),
-        ] {
+        for (holds, setting) in [(self.train.mode != Mode::Exact, "train.mode")] {
             require(holds, format!("{setting}: this build knows the name and cannot do it yet"));
         }
         let robust = merge.rule != Rule::Mean && !self.plain;
         require(
             !robust || self.round.goal as usize <= ROBUST_DEVICES_MAX,
             format!("round.goal: expected at most {ROBUST_DEVICES_MAX} with a robust merge.rule"),
+        );
+        require(
+            !robust || !self.train.scaffold,
+            format!(
+                "train.scaffold: needs merge.rule mean, got {}: what a robust rule leaves out of the control \
+                     variate its device would still count on",
+                merge.rule.name()
+            ),
         );
         let honest_min = merge.byzantine.saturating_mul(2).saturating_add(3);
         require(

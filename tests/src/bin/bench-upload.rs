@@ -282,6 +282,7 @@ impl<'c> Bench<'c> {
             proximal_mu: settings.proximal_mu,
             trainable: Trainable::Both,
             seed,
+            correction: None,
         };
         let Laboratory { model, cancel, .. } = &self.laboratory;
         let policy = &self.policy.train;
