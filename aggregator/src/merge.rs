@@ -1,7 +1,7 @@
-//! Merges a round's updates into a candidate: decode, limit each device's weight, clip, combine, step.
+//! Merges a round's updates into one delta: decode, limit each device's weight, clip, combine.
 //!
-//! After `receive`, before `align`. Pure: bytes in, adapter and figures out. The mean streams (`stream.rs`), an update
-//! for each thread in memory; the robust rules hold a bounded set.
+//! After `receive`; the server's optimizer steps along the delta. Pure: bytes in, delta and figures out. The mean
+//! streams (`stream.rs`), an update for each thread in memory; the robust rules hold a bounded set.
 
 mod stream;
 
@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use commonweal_adapter::merge::{ROBUST_DEVICES_MAX, ROBUST_VALUES_MAX, WEIGHT_MAX};
 use commonweal_adapter::{
-    Adapter, AdapterDelta, AdapterError, AdapterLayout, Clip, DecodeError, DecodeLimits, MergeError,
-    MergeReport, MergeRule, Merger, PackedDelta, Trainable, Update,
+    AdapterDelta, AdapterLayout, Clip, DecodeError, DecodeLimits, MergeError, MergeReport, MergeRule, Merger,
+    PackedDelta, Trainable, Update,
 };
 use commonweal_protocol::{DeviceId, DeviceReport, RoundCounts};
 
@@ -41,9 +41,6 @@ pub enum CandidateError<E> {
     /// The updates do not combine.
     #[error("the updates do not merge")]
     Merge(#[from] MergeError),
-    /// The step leaves the numbers.
-    #[error("the merged adapter is not usable")]
-    Step(#[from] AdapterError),
 }
 
 /// One accepted update, not yet read.
@@ -67,33 +64,35 @@ pub struct Options {
     rule: MergeRule,
     clip: Clip,
     weight_median_factor: f64,
-    server_learning_rate: f32,
     trainable: Trainable,
 }
 
 impl Options {
+    /// The mean of updates that count alike.
+    pub fn unweighted(clip: Clip, trainable: Trainable) -> Self {
+        Self { rule: MergeRule::Mean, clip, weight_median_factor: 0.0, trainable }
+    }
+
     /// The operator's settings; `plain` clips nothing and limits no weight.
     pub fn new(merge: &config::Merge, trainable: Trainable, plain: bool) -> Self {
         Self {
             rule: if plain { MergeRule::Mean } else { merge.rule() },
             clip: if plain { Clip::Off } else { merge.clip() },
             weight_median_factor: if plain { 0.0 } else { merge.weight_median_factor },
-            server_learning_rate: merge.server_learning_rate,
             trainable,
         }
     }
 }
 
-/// Merges the updates of `members`, read with `read`, into `start`.
+/// Merges the updates of `members`, read with `read`, into one delta.
 pub fn merge<E: Send>(
-    start: &Adapter,
+    layout: &Arc<AdapterLayout>,
     members: &[Member],
     options: &Options,
     read: impl FnMut(&DeviceId) -> Result<Vec<u8>, E> + Send,
-) -> Result<(Adapter, MergeFigures), CandidateError<E>> {
+) -> Result<(AdapterDelta, MergeFigures), CandidateError<E>> {
     let mut members = members.to_vec();
     members.sort_by_key(|member| member.device);
-    let layout = start.layout();
     let limits = DecodeLimits::of(layout, options.trainable);
     let decode = |bytes: &[u8]| PackedDelta::decode(bytes, layout, &limits);
     let weights = weights(&members, options.weight_median_factor);
@@ -111,8 +110,8 @@ pub fn merge<E: Send>(
             commonweal_adapter::merge(updates, rule, options.clip)?
         }
     };
-    let candidate = start.plus(&delta, options.server_learning_rate)?;
-    Ok((candidate, figures(&members, report, delta.norm())))
+    let norm = delta.norm();
+    Ok((delta, figures(&members, report, norm)))
 }
 
 /// The mean, with an update for each thread in memory. A bound that depends on the median norm needs all norms first:
@@ -210,6 +209,7 @@ fn figures(members: &[Member], report: MergeReport<DeviceId>, merged_norm: f64) 
         clipped: report.clipped.into_iter().collect(),
         excluded: report.excluded.into_iter().collect(),
         merged_norm,
+        ..MergeFigures::default()
     }
 }
 
@@ -255,10 +255,9 @@ mod tests {
             .collect();
         let stored: BTreeMap<_, _> =
             values.iter().enumerate().map(|(index, (value, _))| (device(index), packed(*value))).collect();
-        let start = Adapter::zeros(layout());
         let read = |device: &DeviceId| Ok::<_, Infallible>(stored[device].clone());
-        let (candidate, figures) = merge(&start, &members, &options, read).unwrap();
-        (candidate.values()[0], figures)
+        let (delta, figures) = merge(&layout(), &members, &options, read).unwrap();
+        (delta.values()[0], figures)
     }
 
     fn near(got: f32, expected: f32) {
@@ -332,7 +331,6 @@ mod tests {
 
     #[test]
     fn an_update_that_no_longer_decodes_names_its_device() {
-        let start = Adapter::zeros(layout());
         let member = Member {
             device: DeviceId([3; 16]),
             samples: 1,
@@ -341,7 +339,7 @@ mod tests {
             norm: None,
         };
         let options = Options::new(&config::Merge::default(), Trainable::Both, false);
-        let error = merge(&start, &[member], &options, |_| Ok::<_, Infallible>(vec![9, 9])).unwrap_err();
+        let error = merge(&layout(), &[member], &options, |_| Ok::<_, Infallible>(vec![9, 9])).unwrap_err();
         assert!(error.to_string().contains(&"03".repeat(16)), "{error}");
     }
 }

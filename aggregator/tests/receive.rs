@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use aggregator::optimize::OptimizerState;
 use aggregator::publish::{Candidate, Publisher};
 use aggregator::receive::handler::{Service, Threads};
 use aggregator::receive::{Parts, Receiver};
@@ -433,7 +434,13 @@ fn content_that_nobody_published_is_looked_for_once() {
     let digest = Digest::of(&bytes);
     world.parts.storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice()).unwrap();
     let parent = Some(Version(0));
-    let candidate = Candidate { round: Some(RoundId(1)), parent, digest, card: ReportCard::default() };
+    let candidate = Candidate {
+        round: Some(RoundId(1)),
+        parent,
+        digest,
+        state: OptimizerState::default(),
+        card: ReportCard::default(),
+    };
     publisher.publish(candidate, NOW_MS).unwrap();
     assert_eq!(read(digest).unwrap().length, bytes.len() as u64);
 }
@@ -493,7 +500,8 @@ fn a_fetch_beside_another_that_has_just_looked_at_a_new_head_is_answered() {
     let new = *digest.get().unwrap();
     world.parts.storage.blob.put_if_absent(&new, bytes.len() as u64, &mut bytes.as_slice()).unwrap();
     let (round, parent) = (Some(RoundId(1)), Some(Version(0)));
-    let candidate = Candidate { round, parent, digest: new, card: ReportCard::default() };
+    let (state, card) = (OptimizerState::default(), ReportCard::default());
+    let candidate = Candidate { round, parent, digest: new, state, card };
     world.parts.publisher.publish(candidate, NOW_MS).unwrap();
 
     assert_eq!(first().unwrap(), bytes.len() as u64);

@@ -11,7 +11,8 @@
 //!   samples/000001.jsonl …            what was added, one file an `add`
 //!   round/                            task, pairs, training checkpoint, packed update of the round in progress,
 //!                                     or why this round was given up
-//!   residual.bin                      error feedback: what compression has not sent yet
+//!   residual.bin residual-a.bin       error feedback: what compression has not sent yet; of rounds of A alone
+//!   control.bin control-pending.bin   SCAFFOLD: the control variate; the next one, until its round is merged
 //!   releases/<digest>.{release,adapter}  signed releases and their adapters
 //!   installed                         which of them is in use
 //!   receipts.jsonl                    one line an accepted update

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use commonweal_protocol::{Open, RoundId, SignedReceipt};
+use commonweal_protocol::{Open, RoundId, SignedControl, SignedReceipt};
 use serde::{Deserialize, Serialize};
 
 use crate::events::{AlignFigures, EvaluateFigures, MergeFigures};
@@ -19,6 +19,8 @@ pub(crate) const RECEIPTS_KEPT_ROUNDS: u64 = 16;
 pub(super) struct Durable {
     pub(super) rounds: Rounds,
     pub(super) progress: Progress,
+    /// Of the last merge; devices know theirs whether or not a release came of it, so it outlives the round.
+    pub(super) control: Option<SignedControl>,
 }
 
 /// What the stages of the current round did so far.

@@ -6,9 +6,9 @@ use std::panic::resume_unwind;
 use std::sync::{PoisonError, RwLockReadGuard};
 use std::thread;
 
-use commonweal_adapter::PackedDelta;
+use commonweal_adapter::pair;
 use commonweal_protocol::{
-    Accepted, Chunk, DeviceId, Digest, Open, Receipt, Refusal, Refused, SignedReceipt, UploadKey,
+    Accepted, Chunk, DeviceId, Digest, Open, Receipt, Refusal, Refused, RoundId, SignedReceipt, UploadKey,
 };
 use commonweal_transport::Opened;
 
@@ -40,8 +40,9 @@ impl Receiver {
         if let Err(error) = self.parts.desk.admits(open.round, &device) {
             return Err(self.not_admitted(device, REQUEST, error));
         }
-        if open.length > self.limits.bytes_max as u64 {
-            let detail = format!("expected at most {} bytes, got {}", self.limits.bytes_max, open.length);
+        let bytes_max = self.bytes_max(open.round);
+        if open.length > bytes_max as u64 {
+            let detail = format!("expected at most {bytes_max} bytes, got {}", open.length);
             return refuse(Refusal::TooLarge, detail);
         }
         let key = open.key();
@@ -173,7 +174,7 @@ impl Receiver {
         let _whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
         let (bytes, norm) = apart(|| -> Result<_, Refused> {
             let bytes = self.read_whole(device, open)?;
-            let norm = self.check_update(&bytes).map_err(|detail| {
+            let norm = self.check_update(open.round, &bytes).map_err(|detail| {
                 self.forget(device, &open.key());
                 self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail)
             })?;
@@ -238,16 +239,20 @@ impl Receiver {
     }
 
     /// The norm of the update that the bytes are, if the round can merge it.
-    fn check_update(&self, bytes: &[u8]) -> Result<f64, String> {
-        let delta =
-            PackedDelta::decode(bytes, &self.parts.layout, &self.limits).map_err(|error| chain(&error))?;
-        let norm = delta.norm();
+    fn check_update(&self, round: RoundId, bytes: &[u8]) -> Result<f64, String> {
+        let train = &self.parts.config.train;
+        let (delta, control) =
+            pair::decode(bytes, &self.parts.layout, train.trainable(round), train.scaffold)
+                .map_err(|error| chain(&error))?;
         let norm_max = self.parts.config.receive.norm_max;
-        if norm.is_finite() && norm <= norm_max {
-            Ok(norm)
-        } else {
-            Err(format!("expected a norm of at most {norm_max}, got {norm}"))
+        let delta_norm = delta.norm();
+        for (what, norm) in [("norm", Some(delta_norm)), ("control's norm", control.map(|c| c.norm()))] {
+            if !norm.is_none_or(|norm| norm.is_finite() && norm <= norm_max) {
+                let got = norm.unwrap_or_default();
+                return Err(format!("expected a {what} of at most {norm_max}, got {got}"));
+            }
         }
+        Ok(delta_norm)
     }
 
     fn discard(&self, device: DeviceId, key: &UploadKey) {

@@ -16,18 +16,25 @@ use crate::layout::{AdapterLayout, Part, TensorSpec};
 pub enum Trainable {
     /// `A` and `B` (round mode `fedit`: their averages are taken apart, which is biased).
     Both,
-    /// `B` alone, `A` frozen and equal everywhere (round mode `ffa`: the average is exact, the upload smaller).
+    /// `B` alone, `A` frozen and equal everywhere (round mode `ffa`, odd rounds of `rolora`: the average is exact, the
+    /// upload smaller).
     BOnly,
+    /// `A` alone, `B` frozen and equal everywhere (even rounds of `rolora`).
+    AOnly,
 }
 
 impl Trainable {
     /// Whether training may change this factor.
     pub fn includes(self, part: Part) -> bool {
-        self == Self::Both || part == Part::B
+        match self {
+            Self::Both => true,
+            Self::BOnly => part == Part::B,
+            Self::AOnly => part == Part::A,
+        }
     }
 }
 
-/// Change of an adapter. All values are finite; with [`Trainable::BOnly`] it has only the values of `B`.
+/// Change of an adapter. All values are finite; with one factor frozen it has only the values of the other.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterDelta {
     layout: Arc<AdapterLayout>,

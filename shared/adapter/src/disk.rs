@@ -36,10 +36,17 @@ pub enum AdapterKind {
     Guard,
     /// Rewrites harmful answers.
     Reviser,
+    /// No adapter but as many values: SCAFFOLD's control variate.
+    Control,
+    /// The same: a server optimizer's first moment.
+    Momentum,
+    /// The same: a server optimizer's second moment.
+    Variance,
 }
 
 impl AdapterKind {
-    const ALL: [Self; 3] = [Self::Assistant, Self::Guard, Self::Reviser];
+    const ALL: [Self; 6] =
+        [Self::Assistant, Self::Guard, Self::Reviser, Self::Control, Self::Momentum, Self::Variance];
 
     /// Name in the metadata.
     pub const fn name(self) -> &'static str {
@@ -47,6 +54,9 @@ impl AdapterKind {
             Self::Assistant => "assistant",
             Self::Guard => "guard",
             Self::Reviser => "reviser",
+            Self::Control => "control",
+            Self::Momentum => "momentum",
+            Self::Variance => "variance",
         }
     }
 }
@@ -237,7 +247,7 @@ fn read_facts(header: &Metadata) -> Result<AdapterFacts, ReadError> {
     let hex = text(header, "base", "64 hexadecimal digits")?;
     let base = HEXLOWER.decode(hex.as_bytes()).ok().and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
     let base = base.ok_or_else(|| wrong("base", "64 hexadecimal digits", hex))?;
-    let kinds = "assistant, guard or reviser";
+    let kinds = "assistant, guard, reviser, control, momentum or variance";
     let name = text(header, "kind", kinds)?;
     let kind = AdapterKind::ALL.into_iter().find(|kind| kind.name() == name);
     Ok(AdapterFacts { base, kind: kind.ok_or_else(|| wrong("kind", kinds, name))? })

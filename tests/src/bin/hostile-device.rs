@@ -263,7 +263,7 @@ impl Attacker {
         let options = compress::options(&task.compress)?;
         let packed = commonweal_adapter::compress(&delta, &mut residual, &options, &mut random)?;
         let bits_per_parameter = packed.bits_per_parameter();
-        let packed = Packed::from_disk(packed.into_bytes(), delta.layout(), delta.trainable())?;
+        let packed = Packed::from_disk(packed.into_bytes(), delta.layout(), delta.trainable(), false)?;
         let summary = trained.summary();
         let honest = DeviceReport {
             steps: summary.steps,

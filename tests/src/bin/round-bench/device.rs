@@ -145,5 +145,5 @@ fn noise(layout: &Arc<AdapterLayout>, random: &mut ChaCha8Rng) -> Result<Packed>
     let mut residual = Residual::zeros(layout.clone(), trainable);
     let options = CompressOptions { bits: Bits::Eight, ..CompressOptions::default() };
     let bytes = commonweal_adapter::compress(&delta, &mut residual, &options, random)?.into_bytes();
-    Ok(Packed::from_disk(bytes, layout, trainable)?)
+    Ok(Packed::from_disk(bytes, layout, trainable, false)?)
 }
