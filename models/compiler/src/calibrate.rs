@@ -72,8 +72,8 @@ impl fmt::Debug for Calibration<'_> {
 pub enum CalibrateError {
     /// The text says too little about the widest layer.
     #[error(
-        "calibration needs at least {needed} tokens, one for each input of the widest layer and {SEQUENCE_TOKENS} \
-         for a sequence, got {got}"
+        "calibration needs at least {needed} tokens, one for each input of the widest layer in whole sequences of up \
+         to {SEQUENCE_TOKENS}, got {got}"
     )]
     TooFew {
         /// The fewest tokens.
@@ -129,7 +129,16 @@ pub enum CalibrateError {
 /// some directions, and the error there goes unseen.
 pub fn tokens_min(model: &ModelConfig) -> usize {
     let widest = model.hidden_size.max(model.query_size()).max(model.intermediate_size);
-    widest.max(SEQUENCE_TOKENS.min(model.context))
+    widest.next_multiple_of(sequence_tokens(model))
+}
+
+/// The tokens that a model is calibrated by: whole sequences, from the first on.
+pub fn used<'t>(model: &ModelConfig, tokens: &'t [u32]) -> &'t [u32] {
+    &tokens[..tokens.len() - tokens.len() % sequence_tokens(model)]
+}
+
+fn sequence_tokens(model: &ModelConfig) -> usize {
+    SEQUENCE_TOKENS.min(model.context).max(1)
 }
 
 /// A layer's tensor as its graph takes it.

@@ -1,6 +1,7 @@
 //! Reads `config.json` and `generation_config.json` of a Hugging Face checkpoint into a [`ModelConfig`] and the special
 //! tokens that they declare. First stage of `checkpoint.rs`. What the compiler cannot build is refused by name.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -110,10 +111,12 @@ struct RawConfig {
     tokens: RawTokens,
 }
 
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 pub(crate) struct RawRope {
-    #[serde(alias = "type")]
     pub(crate) rope_type: Option<String>,
+    /// Older name of `rope_type`. Files written for both have both.
+    #[serde(rename = "type")]
+    older_type: Option<String>,
     pub(crate) rope_theta: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
@@ -122,9 +125,64 @@ pub(crate) struct RawRope {
     /// Newer Gemma 3: one for each kind of layer.
     full_attention: Option<Box<RawRope>>,
     sliding_attention: Option<Box<RawRope>>,
+    partial_rotary_factor: Option<f64>,
+    /// What no graph would obey.
+    #[serde(flatten)]
+    others: BTreeMap<String, serde_json::Value>,
 }
 
 impl RawRope {
+    /// The same with one name for its kind. A scaling without a kind, and keys that would be overlooked, are refused by
+    /// name; an unknown kind is left to those who know the kinds.
+    fn settled(self, feature: &'static str) -> Result<Self, ConfigError> {
+        let refused = |got: String| Err(ConfigError::Unsupported { feature, got });
+        let Self { rope_type, older_type, .. } = &self;
+        if let (Some(kind), Some(older)) = (rope_type, older_type)
+            && kind != older
+        {
+            return refused(format!("rope_type {kind} with type {older}"));
+        }
+        let rope_type = rope_type.clone().or_else(|| older_type.clone());
+        let scales = self.factor.is_some()
+            || self.low_freq_factor.is_some()
+            || self.high_freq_factor.is_some()
+            || self.original_max_position_embeddings.is_some();
+        if rope_type.is_none() && scales {
+            return refused("a scaling without rope_type".into());
+        }
+        if let Some(factor) = self.partial_rotary_factor.filter(|factor| *factor < 1.0 || *factor > 1.0) {
+            return refused(format!("partial_rotary_factor {factor}"));
+        }
+        let is_known = matches!(rope_type.as_deref(), None | Some("default" | "linear" | "llama3"));
+        if let Some((key, _)) = self.others.iter().find(|(_, value)| is_known && !value.is_null()) {
+            return refused(format!("the key {key}"));
+        }
+        let settled = |rope: Option<Box<Self>>| -> Result<Option<Box<Self>>, ConfigError> {
+            rope.map(|rope| rope.settled(feature).map(Box::new)).transpose()
+        };
+        let (full_attention, sliding_attention) =
+            (settled(self.full_attention)?, settled(self.sliding_attention)?);
+        if (full_attention.is_some() || sliding_attention.is_some()) && (rope_type.is_some() || scales) {
+            return refused("one for each kind of layer, and one for all".into());
+        }
+        Ok(Self { rope_type, older_type: None, full_attention, sliding_attention, ..self })
+    }
+
+    /// The one of both names of a file. Where both are there, they must say the same.
+    fn of_file(newer: Option<Self>, older: Option<Self>) -> Result<Option<Self>, ConfigError> {
+        let newer = newer.map(|rope| rope.settled("rope_parameters")).transpose()?;
+        let older = older.map(|rope| rope.settled("rope_scaling")).transpose()?;
+        if let (Some(newer), Some(older)) = (&newer, &older) {
+            // The older one has its base elsewhere.
+            let rope_theta = older.rope_theta.or(newer.rope_theta);
+            if *newer != (Self { rope_theta, ..older.clone() }) {
+                let got = "another than rope_parameters".into();
+                return Err(ConfigError::Unsupported { feature: "rope_scaling", got });
+            }
+        }
+        Ok(newer.or(older))
+    }
+
     /// The factor of linear scaling.
     pub(crate) fn linear(&self) -> Result<Option<f64>, ConfigError> {
         match (self.rope_type.as_deref(), self.factor) {
@@ -221,7 +279,7 @@ fn check(raw: RawConfig, family: &Family, name: String) -> Result<Config, Config
         let method = quantized.get("quant_method").and_then(|method| method.as_str()).unwrap_or("unknown");
         return Err(unsupported("quantization_config", &method));
     }
-    let (rope, local_rope) = match raw.rope_parameters.or(raw.rope_scaling) {
+    let (rope, local_rope) = match RawRope::of_file(raw.rope_parameters, raw.rope_scaling)? {
         Some(RawRope { full_attention, sliding_attention, .. })
             if full_attention.is_some() || sliding_attention.is_some() =>
         {

@@ -192,10 +192,13 @@ impl ModelConfig {
         }
         self.attention.check(self.layers)?;
         self.gemma.as_ref().map_or(Ok(()), Gemma::check)?;
-        match &self.rope_scaling {
-            Some(scaling) => scaling.check(),
-            None => Ok(()),
+        self.rope_scaling.as_ref().map_or(Ok(()), RopeScaling::check)?;
+        let local = self.local_rotary_frequencies().unwrap_or_default();
+        for frequency in self.rotary_frequencies().into_iter().chain(local) {
+            // The graphs have it as a 32-bit float.
+            positive("rotary frequency", f64::from(frequency as f32))?;
         }
+        Ok(())
     }
 
     /// Rows of the query matrix: `heads · head_dim`.
