@@ -19,7 +19,8 @@ use crate::desk::{self, DeskError, Taken};
 const CHUNK_FREE_BYTES_MIN: usize = 64 << 10;
 
 /// Does what needs much memory on a thread that ends with it. Allocators keep a part of what a thread gave back for that
-/// thread: with an update's worth for each of those that answer requests, memory would grow with the devices after all.
+/// thread, and would keep an update's worth for each of those that answer requests. Where there are more threads than
+/// the allocator keeps apart, it does so still: docs/performance.md has the setting.
 fn apart<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| scope.spawn(work).join().unwrap_or_else(|panicked| resume_unwind(panicked)))
 }

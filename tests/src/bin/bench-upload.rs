@@ -181,7 +181,7 @@ struct Bench<'c> {
 impl<'c> Bench<'c> {
     /// Opens the model; screens and revises every device's samples, which no setting changes.
     fn open(cli: &'c Cli) -> Result<Self> {
-        let (package, base) = open_package(&cli.package)?;
+        let (package, _) = open_package(&cli.package)?;
         let mut config = Config { package: cli.package.clone(), threads: cli.threads, ..Config::default() };
         config.evaluate.held_out = Some(cli.data.join("heldout.jsonl"));
         let laboratory = Laboratory::open(&package, &config, &Cancel::new())?;
