@@ -214,12 +214,12 @@ fn deliver_corrected(world: &World, round: u64, changes: [f32; 2]) {
 
 /// The server's control variate as a device gets it: told by a task, verified, fetched.
 fn fetched(world: &World) -> Option<(commonweal_protocol::Control, f32)> {
-    world.assign(&[3]);
-    let reply = world.receiver.poll(device(3), Poll { base: BASE, installed: None }).unwrap();
+    world.assign(&[1]);
+    let reply = world.receiver.poll(device(1), Poll { base: BASE, installed: None }).unwrap();
     let Scaffold::Control(signed) = reply.task.unwrap().scaffold else { return None };
     let control = *signed.verify(&AggregatorKey::of(&world.parts.key)).unwrap();
     let fetch = Fetch { digest: control.digest, offset: 0 };
-    let part = world.receiver.read(device(3), fetch, 1 << 20).unwrap();
+    let part = world.receiver.read(device(1), fetch, 1 << 20).unwrap();
     assert_eq!(part.length, control.length);
     let adapter = world.base.read("control", &part.bytes, AdapterKind::Control).unwrap();
     Some((control, adapter.values()[0]))

@@ -38,7 +38,7 @@ fn update(device: usize, weight: u64, values: Vec<f32>) -> Update<usize> {
 
 /// `B·A` of each module, row by row.
 fn products(adapter: &Adapter) -> Vec<Vec<Vec<f64>>> {
-    let wide = |spec| adapter.matrix(spec).unwrap().mapv(f64::from);
+    let wide = |spec: &commonweal_adapter::TensorSpec| adapter.matrix(spec).unwrap().mapv(f64::from);
     let product = |pair: &[commonweal_adapter::TensorSpec]| wide(&pair[1]).dot(&wide(&pair[0]));
     let rows = |product: ndarray::Array2<f64>| product.outer_iter().map(|row| row.to_vec()).collect();
     adapter.layout().tensors().chunks(2).map(|pair| rows(product(pair))).collect()
