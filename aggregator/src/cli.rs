@@ -166,7 +166,7 @@ impl CliError {
             | Self::Input(_)
             | Self::Publish(PublishError::Unknown { .. } | PublishError::OtherBase { .. })
             | Self::Enroll(EnrollError::DeviceUnknown { .. })
-            | Self::Serve(ServeError::OtherBase { .. } | ServeError::NoRelease) => 3,
+            | Self::Serve(ServeError::OtherBase { .. } | ServeError::NoRelease | ServeError::Exact(_)) => 3,
             Self::Gate(_) => 4,
             Self::Serve(ServeError::Listen { .. }) => 5,
             Self::Directory(error) | Self::Serve(ServeError::Directory(error)) => directory_code(error),

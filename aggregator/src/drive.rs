@@ -10,7 +10,7 @@ mod correct;
 use std::time::Instant;
 
 use commonweal_adapter::AdapterKind;
-use commonweal_protocol::{Digest, ReportCard, RoundId, Version};
+use commonweal_protocol::{DeviceId, Digest, Mode, ReportCard, RoundId, Version};
 
 use crate::desk::{self, DeskError, Next, RECEIPTS_KEPT_ROUNDS, decode_accepted, queue};
 use crate::evaluate;
@@ -176,16 +176,24 @@ impl<S: Stages> Driver<S> {
             updates.iter().map(|update| (update.receipt.receipt.device, update.open.digest)).collect();
         let options = merge::Options::new(&config.merge, config.train.trainable(round), config.plain);
         let blob = &self.parts.storage.blob;
-        let merged = merge::merge(start.layout(), &members, &options, |device| {
+        let read = |device: &DeviceId| {
             correct::read_part(blob.as_ref(), &digests, device, |(delta, _)| delta.to_vec())
-        });
-        let (delta, mut figures) = match merged {
+        };
+        let merged = match config.train.mode {
+            Mode::Exact => merge::merge_products(&start, &members, &options, read)
+                .map(|(candidate, figures)| (Ok((candidate, None)), figures)),
+            Mode::Fedit | Mode::Ffa | Mode::Rolora => merge::merge(start.layout(), &members, &options, read)
+                .map(|(delta, figures)| {
+                    let learning_rate = f64::from(config.merge.server_learning_rate);
+                    let optimizer = config.merge.server_optimizer();
+                    (optimizer.step(&start, &delta, learning_rate, before), figures)
+                }),
+        };
+        let (stepped, mut figures) = match merged {
             Ok(merged) => merged,
             Err(merge::CandidateError::Read { source, .. }) if !is_lost(&source) => return Err(source.into()),
             Err(error) => return refused(format!("merge: {}", chain(&error))),
         };
-        let learning_rate = f64::from(config.merge.server_learning_rate);
-        let stepped = config.merge.server_optimizer().step(&start, &delta, learning_rate, before);
         let (candidate, moments) = match stepped {
             Ok(stepped) => stepped,
             Err(error) => {

@@ -161,8 +161,10 @@ pub struct MergeFigures {
     pub clipped: Vec<DeviceId>,
     /// Devices whose update a robust rule left out.
     pub excluded: Vec<DeviceId>,
-    /// Norm of the merged delta.
+    /// Norm of the merged delta; of an exact merge, of what moved the factors.
     pub merged_norm: f64,
+    /// Of an exact merge: share of the products' norm that lies beyond the adapter's rank, and is lost.
+    pub rank_residual: Option<f64>,
     /// How they were merged; see [`ReportCard::merge`].
     pub method: String,
     /// What the server's optimizer remembers if the candidate is published.

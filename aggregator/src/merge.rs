@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use commonweal_adapter::merge::{ROBUST_DEVICES_MAX, ROBUST_VALUES_MAX, WEIGHT_MAX};
 use commonweal_adapter::{
-    AdapterDelta, AdapterLayout, Clip, DecodeError, DecodeLimits, MergeError, MergeReport, MergeRule, Merger,
-    PackedDelta, Trainable, Update,
+    Adapter, AdapterDelta, AdapterLayout, Clip, DecodeError, DecodeLimits, MergeError, MergeReport,
+    MergeRule, Merger, PackedDelta, Trainable, Update, exact,
 };
 use commonweal_protocol::{DeviceId, DeviceReport, RoundCounts};
 
@@ -100,18 +100,49 @@ pub fn merge<E: Send>(
         MergeRule::Mean => mean(layout, &members, &weights, options, read, decode)?,
         rule => {
             check_robust_size(layout, members.len())?;
-            let updates = Mutex::new(Vec::with_capacity(members.len()));
-            stream::each(&members, 1, read, decode, |place, delta| {
-                let (device, weight) = (members[place].device, weights[place]);
-                updates.lock().unwrap_or_else(PoisonError::into_inner).push(Update { device, weight, delta });
-                Ok(())
-            })?;
-            let updates = updates.into_inner().unwrap_or_else(PoisonError::into_inner);
+            let updates = hold(&members, &weights, read, decode)?;
             commonweal_adapter::merge(updates, rule, options.clip)?
         }
     };
     let norm = delta.norm();
     Ok((delta, figures(&members, report, norm)))
+}
+
+/// Merges what the updates of `members` make of `start`, by their products: see [`exact`]. All are held.
+pub fn merge_products<E: Send>(
+    start: &Adapter,
+    members: &[Member],
+    options: &Options,
+    read: impl FnMut(&DeviceId) -> Result<Vec<u8>, E> + Send,
+) -> Result<(Adapter, MergeFigures), CandidateError<E>> {
+    let mut members = members.to_vec();
+    members.sort_by_key(|member| member.device);
+    let layout = start.layout();
+    exact::check_size(layout, members.len())?;
+    let limits = DecodeLimits::of(layout, options.trainable);
+    let decode = |bytes: &[u8]| PackedDelta::decode(bytes, layout, &limits);
+    let weights = weights(&members, options.weight_median_factor);
+    let updates = hold(&members, &weights, read, decode)?;
+    let (merged, residual, report) = exact::merge_products(start, updates, options.clip)?;
+    let moved = AdapterDelta::between(start, &merged, options.trainable).map_err(MergeError::from)?;
+    let figures = figures(&members, report, moved.norm());
+    Ok((merged, MergeFigures { rank_residual: Some(residual), ..figures }))
+}
+
+/// All updates at once.
+fn hold<E: Send>(
+    members: &[Member],
+    weights: &[u64],
+    read: impl FnMut(&DeviceId) -> Result<Vec<u8>, E> + Send,
+    decode: impl Fn(&[u8]) -> Result<AdapterDelta, DecodeError> + Sync,
+) -> Result<Vec<Update<DeviceId>>, CandidateError<E>> {
+    let updates = Mutex::new(Vec::with_capacity(members.len()));
+    stream::each(members, 1, read, decode, |place, delta| {
+        let (device, weight) = (members[place].device, weights[place]);
+        updates.lock().unwrap_or_else(PoisonError::into_inner).push(Update { device, weight, delta });
+        Ok(())
+    })?;
+    Ok(updates.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// The mean, with an update for each thread in memory. A bound that depends on the median norm needs all norms first:

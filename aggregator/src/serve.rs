@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use commonweal_protocol::{CertificateChain, Csr, DeviceId, RoundId, Version};
+use commonweal_adapter::exact;
+use commonweal_protocol::{CertificateChain, Csr, DeviceId, Mode, RoundId, Version};
 use commonweal_runtime::Cancel;
 use commonweal_transport::{Authority, Clock, IdentityError, QuicServer, ServeLimits};
 
@@ -57,6 +58,9 @@ pub enum ServeError {
     /// There is nothing to start from.
     #[error("the state directory has no release; `aggregator init` was interrupted, run it again")]
     NoRelease,
+    /// More devices than an exact merge can take of this adapter.
+    #[error("round.goal with train.mode exact")]
+    Exact(#[from] commonweal_adapter::MergeError),
     /// The package is not the one of the releases.
     #[error("package: expected base {expected}, got {got}")]
     OtherBase {
@@ -123,6 +127,9 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
     let (package, base) = open_package(&config.package)?;
     if config.align.enabled && !config.plain && !has_guard(&package) {
         return Err(LaboratoryError::NoGuard.into());
+    }
+    if config.train.mode == Mode::Exact {
+        exact::check_size(&base.layout, config.round.goal as usize)?;
     }
     let storage = Storage::open(&dir, Access::Exclusive)?;
     let key = directory.signing_key()?;

@@ -214,12 +214,12 @@ fn deliver_corrected(world: &World, round: u64, changes: [f32; 2]) {
 
 /// The server's control variate as a device gets it: told by a task, verified, fetched.
 fn fetched(world: &World) -> Option<(commonweal_protocol::Control, f32)> {
-    world.assign(&[3]);
-    let reply = world.receiver.poll(device(3), Poll { base: BASE, installed: None }).unwrap();
+    world.assign(&[1]);
+    let reply = world.receiver.poll(device(1), Poll { base: BASE, installed: None }).unwrap();
     let Scaffold::Control(signed) = reply.task.unwrap().scaffold else { return None };
     let control = *signed.verify(&AggregatorKey::of(&world.parts.key)).unwrap();
     let fetch = Fetch { digest: control.digest, offset: 0 };
-    let part = world.receiver.read(device(3), fetch, 1 << 20).unwrap();
+    let part = world.receiver.read(device(1), fetch, 1 << 20).unwrap();
     assert_eq!(part.length, control.length);
     let adapter = world.base.read("control", &part.bytes, AdapterKind::Control).unwrap();
     Some((control, adapter.values()[0]))
@@ -327,4 +327,47 @@ fn updates_of_another_form_than_the_rounds_are_refused() {
     turns.assign(&[1]);
     assert_eq!(refusal(&turns, 2, &b), Refusal::UpdateUnusable);
     turns.upload(1, open(2, &a), &a).unwrap();
+}
+
+#[test]
+fn an_exact_merge_averages_what_adapters_do_and_tells_what_lies_beyond_the_rank() {
+    let world = world(|config| {
+        config.train.mode = Mode::Exact;
+        config.merge.clip_median_factor = 0.0;
+    });
+    let read = |world: &World| {
+        let digest = world.parts.publisher.head().unwrap().unwrap().release.digest;
+        let bytes = world.parts.storage.blob.read_all(&digest, 1 << 20).unwrap();
+        world.base.read("release", &bytes, AdapterKind::Assistant).unwrap()
+    };
+    let start = read(&world);
+    world.assign(&[1, 2]);
+    let devices = [(1, 7_u64), (2, 8)].map(|(number, seed)| {
+        let mut random = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+        let count = layout().trainable_parameters(Trainable::Both);
+        let values = (0..count).map(|_| rand::Rng::random_range(&mut random, -0.3..0.3)).collect();
+        let delta = AdapterDelta::from_values(layout(), Trainable::Both, values).unwrap();
+        let mut residual = Residual::zeros(layout(), Trainable::Both);
+        let options = CompressOptions { bits: Bits::Eight, block: 64, ..CompressOptions::default() };
+        let packed = compress(&delta, &mut residual, &options, &mut random).unwrap();
+        world.upload(number, open(1, packed.as_bytes()), packed.as_bytes()).unwrap();
+        let (received, _) = pair::decode(packed.as_bytes(), &layout(), Trainable::Both, false).unwrap();
+        start.plus(&received, 1.0).unwrap()
+    });
+    finish(&world, 1.0);
+    let merged = read(&world);
+    let (mut left_out, mut whole) = (0.0, 0.0);
+    for specs in layout().tensors().chunks(2) {
+        let product =
+            |adapter: &Adapter| adapter.matrix(&specs[1]).unwrap().dot(&adapter.matrix(&specs[0]).unwrap());
+        let mean = (product(&devices[0]) + product(&devices[1])) / 2.0;
+        let off = &mean - &product(&merged);
+        left_out += f64::from((&off * &off).sum());
+        whole += f64::from((&mean * &mean).sum());
+    }
+    let records = aggregator::desk::records(world.parts.storage.coord.as_ref(), RoundId(1), 1).unwrap();
+    let told = records[0].rank_residual.unwrap();
+    let found = (left_out / whole).sqrt();
+    assert!(told > 0.05 && (told - found).abs() < 1e-4, "told {told}, found {found}");
+    assert_eq!(records[0].candidate.as_ref().unwrap().merge, "exact, mean, fedavg");
 }

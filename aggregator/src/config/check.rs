@@ -9,7 +9,7 @@ use commonweal_protocol::{
     encode,
 };
 
-use super::{Config, ConfigError, Rule};
+use super::{Config, ConfigError, Optimizer, Rule};
 use crate::evaluate::sets;
 
 impl Config {
@@ -78,9 +78,6 @@ impl Config {
                 format!("merge.{name}: expected 0 or more, got {value}"),
             );
         }
-        for (holds, setting) in [(self.train.mode != Mode::Exact, "train.mode")] {
-            require(holds, format!("{setting}: this build knows the name and cannot do it yet"));
-        }
         let robust = merge.rule != Rule::Mean && !self.plain;
         require(
             !robust || self.round.goal as usize <= ROBUST_DEVICES_MAX,
@@ -94,6 +91,30 @@ impl Config {
                 merge.rule.name()
             ),
         );
+        if self.train.mode == Mode::Exact {
+            let why = "train.mode exact factors the adapter anew";
+            require(
+                !robust,
+                format!(
+                    "merge.rule: expected mean, got {}: {why}, by the mean of products",
+                    merge.rule.name()
+                ),
+            );
+            require(
+                merge.optimizer == Optimizer::Fedavg
+                    && (merge.server_learning_rate - 1.0).abs() < f32::EPSILON,
+                format!(
+                    "merge.optimizer: expected fedavg with server_learning_rate 1, got {} with {}: {why}, which moments \
+                     and steps of before do not fit",
+                    merge.optimizer.name(),
+                    merge.server_learning_rate
+                ),
+            );
+            require(
+                !self.train.scaffold,
+                format!("train.scaffold: expected false: {why}, which control variates of before do not fit"),
+            );
+        }
         let honest_min = merge.byzantine.saturating_mul(2).saturating_add(3);
         require(
             !robust || merge.rule != Rule::MultiKrum || self.round.quorum as usize >= honest_min,
@@ -253,6 +274,51 @@ mod tests {
         (config.round.quorum, config.round.goal) = (5, 2_000);
         assert!(config.check().unwrap_err().to_string().contains("round.goal: expected at most 1024"));
         config.round.goal = 8;
+        config.check().unwrap();
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused_by_name() {
+        let refused = |change: fn(&mut Config), names: &[&str]| {
+            let (_dir, mut config) = sound();
+            (config.round.quorum, config.round.goal) = (5, 8);
+            change(&mut config);
+            let text = config.check().unwrap_err().to_string();
+            for name in names {
+                assert!(text.contains(name), "{name} in {text}");
+            }
+        };
+        refused(
+            |config| {
+                config.train.mode = Mode::Exact;
+                config.train.scaffold = true;
+                config.merge.rule = Rule::Median;
+                config.merge.optimizer = Optimizer::Fedadam;
+            },
+            &["merge.rule: expected mean, got median", "got fedadam", "train.scaffold: expected false"],
+        );
+        refused(
+            |config| {
+                config.train.mode = Mode::Exact;
+                config.merge.server_learning_rate = 0.5;
+            },
+            &["got fedavg with 0.5"],
+        );
+        refused(
+            |config| {
+                config.train.scaffold = true;
+                config.merge.rule = Rule::MultiKrum;
+            },
+            &["train.scaffold: needs merge.rule mean, got multi-krum"],
+        );
+        refused(|config| (config.merge.beta1, config.merge.tau) = (1.0, 0.0), &["merge.beta1", "merge.tau"]);
+        let (_dir, mut config) = sound();
+        config.train.mode = Mode::Rolora;
+        config.train.scaffold = true;
+        config.merge.optimizer = Optimizer::Fedyogi;
+        config.check().unwrap();
+        config.train = super::super::Train { mode: Mode::Exact, ..super::super::Train::default() };
+        config.merge = super::super::Merge::default();
         config.check().unwrap();
     }
 

@@ -49,6 +49,8 @@ pub struct Record {
     pub clipped: u32,
     /// Updates left out.
     pub excluded: u32,
+    /// Of an exact merge: share of the products' norm that lies beyond the adapter's rank.
+    pub rank_residual: Option<f64>,
     /// Norm of each update, by device.
     pub norms: Vec<(DeviceId, f64)>,
     /// Samples over all devices: kept, dropped, turned into a refusal, revised.
@@ -89,7 +91,7 @@ impl Record {
         version: Version,
         card: Option<&ReportCard>,
     ) -> Self {
-        let MergeFigures { counts, norms, clipped, excluded, .. } =
+        let MergeFigures { counts, norms, clipped, excluded, rank_residual, .. } =
             progress.merge.clone().unwrap_or_default();
         let (outcome, reason) = match &summary.outcome {
             Outcome::Published { .. } => ("published", None),
@@ -112,6 +114,7 @@ impl Record {
             uploaded_bytes: counts.uploaded_bytes,
             clipped: clipped.len() as u32,
             excluded: excluded.len() as u32,
+            rank_residual,
             norms,
             samples: [
                 ("kept", counts.kept),

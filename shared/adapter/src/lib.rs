@@ -26,6 +26,7 @@ mod sums;
 pub mod mean;
 mod robust;
 pub mod merge;
+pub mod exact;
 pub mod optimize;
 pub mod scaffold;
 

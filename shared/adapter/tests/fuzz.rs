@@ -7,6 +7,7 @@ use std::sync::Arc;
 use commonweal_adapter::disk::{self, AdapterFacts, AdapterKind};
 use commonweal_adapter::{
     Adapter, AdapterDelta, Bits, CompressOptions, DecodeLimits, PackedDelta, Residual, Trainable, compress,
+    pair,
 };
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -47,6 +48,9 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
             let options = CompressOptions { bits, block: 16, top_k, rotate, stochastic: true, level: 1 };
             let mut residual = Residual::zeros(Arc::clone(&layout), trainable);
             let packed = compress(&delta, &mut residual, &options, &mut random).unwrap();
+            if bits == Bits::Three && trainable == Trainable::Both {
+                seeds.push(("packed_delta/pair".into(), pair::join(&packed, &packed)));
+            }
             seeds.push((format!("packed_delta/{name}-{}-bits", u8::from(bits)), packed.into_bytes()));
         }
     }
@@ -66,7 +70,9 @@ fn seeds_are_accepted() {
             std::fs::write(&path, fresh).unwrap();
         }
         let bytes = std::fs::read(&path).unwrap();
-        if name.starts_with("packed") {
+        if name.ends_with("pair") {
+            pair::decode(&bytes, &targets::layout(), Trainable::Both, true).unwrap();
+        } else if name.starts_with("packed") {
             let limits = DecodeLimits { bytes_max: bytes.len(), trainable: None };
             PackedDelta::decode(&bytes, &targets::layout(), &limits).unwrap();
         } else {

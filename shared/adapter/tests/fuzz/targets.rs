@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use commonweal_adapter::{AdapterLayout, DecodeLimits, Module, PackedDelta, Target, Trainable, disk};
+use commonweal_adapter::{AdapterLayout, DecodeLimits, Module, PackedDelta, Target, Trainable, disk, pair};
 
 /// The layout of the seeds: small, so that mutations reach every part.
 pub(crate) fn layout() -> Arc<AdapterLayout> {
@@ -13,8 +13,17 @@ pub(crate) fn layout() -> Arc<AdapterLayout> {
     Arc::new(AdapterLayout::new(2, 3, 6.0, modules).expect("a valid layout"))
 }
 
-/// Bytes are refused, or make a delta of the layout whose values can be merged.
+/// Bytes are refused, or make one or two deltas of the layout whose values can be merged.
 pub(crate) fn packed_delta(bytes: &[u8]) {
+    one_delta(bytes);
+    if let Ok((delta, control)) = pair::split(bytes) {
+        assert_eq!(delta.len() + control.len() + 5, bytes.len());
+        one_delta(delta);
+        one_delta(control);
+    }
+}
+
+fn one_delta(bytes: &[u8]) {
     let limits = DecodeLimits { trainable: None, ..DecodeLimits::of(&layout(), Trainable::Both) };
     // The layout's mark is a hash that mutations would never meet, so it is put right here.
     let mut marked = bytes.to_vec();
