@@ -252,7 +252,9 @@ impl<S: Stages> Driver<S> {
         if !self.parts.config.plain {
             card.gates = evaluate::judge(card, Some(&parent), &self.parts.config.evaluate.gates);
         }
-        let event = match evaluate::refusal(&card.gates) {
+        let config = &self.parts.config;
+        let refusal = if config.plain { None } else { evaluate::refusal(card, &config.evaluate.gates) };
+        let event = match refusal {
             None => Event::Accepted(Box::new(card.clone())),
             Some(reason) => Event::Refused(reason),
         };
