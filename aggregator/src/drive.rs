@@ -293,7 +293,7 @@ impl<S: Stages> Driver<S> {
                 inbox.ack(&queue(round), &item.key, OWNER)?;
             }
             match round.0.checked_sub(RECEIPTS_KEPT_ROUNDS) {
-                Some(old) => inbox.purge(&queue(RoundId(old))),
+                Some(old) => inbox.purge_through(&queue(RoundId(old))),
                 None => Ok(()),
             }
         })();
