@@ -20,6 +20,8 @@ pub mod upload;
 pub mod install;
 mod pipeline_error;
 mod task;
+mod begun;
+mod owed;
 pub mod pipeline;
 pub mod cli;
 
