@@ -86,6 +86,10 @@ class Session:
         left = (time.monotonic() - self.begun) / self.done * (self.total - self.done)
         print(f"{self.done}/{self.total}  {name}: {told}  ({left:.0f} s left)", file=sys.stderr)
 
+    def fail(self, name, shape, why):
+        print(f"{shape}  {name}: {why}", file=sys.stderr)
+        self.failed.add((name, shape))
+
     def keep(self, work, shape, peer, **facts):
         """The pair of that name, made when first asked for."""
         pair = dict(facts, work=work, shape=shape, peer=peer, ours=[], theirs=[])
@@ -106,29 +110,47 @@ def measure_models(peers, shapes, repeats):
         command = [ROOT / "scripts" / "shape-package", shape]
         packages[shape] = ROOT / subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
         if "llama.cpp" in peers:
-            subprocess.run([python("llama.cpp"), ROOT / "scripts/peers/models.py", "llama.cpp gguf", shape], check=True)
+            make = [python("llama.cpp"), ROOT / "scripts/peers/models.py", "llama.cpp gguf", shape]
+            if subprocess.run(make).returncode != 0:
+                session.fail("llama.cpp", shape, "its model cannot be made")
     for repetition in range(repeats):
         for shape in shapes:
-            figures = {}
-            for kind in kinds:
-                figures[kind] = measure_model(kind, shape, packages[shape])
-                session.progress(f"{shape}  {kind}", f"{figures[kind]['rate']:.1f}")
+            figures = {kind: measured for kind in kinds if (measured := attempt(session, kind, shape, packages[shape]))}
             for name, ours, _, theirs, peer, unit, target in work:
+                both = {"ours": figures.get(f"ours {ours}"), "theirs": figures.get(theirs)}
+                if not all(both.values()):
+                    continue
                 pair = session.keep(name, shape, peer, unit=unit, target=target)
-                for side, kind in (("ours", f"ours {ours}"), ("theirs", theirs)):
-                    pair[side].append({"figure": figures[kind]["rate"], "peak_mb": figures[kind]["peak_mb"]})
+                for side, figure in both.items():
+                    pair[side].append({"figure": figure["rate"], "peak_mb": figure["peak_mb"]})
     return session
+
+
+def attempt(session, kind, shape, package):
+    """One kind's figures. What failed once is named, left out from then on, and costs the others nothing."""
+    program = kind.split(" ", 1)[0]
+    if (kind, shape) in session.failed or (program, shape) in session.failed:
+        return None
+    try:
+        figures = measure_model(kind, shape, package)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError, KeyError) as error:
+        session.fail(kind, shape, error)
+        return None
+    session.progress(f"{shape}  {kind}", f"{figures['rate']:.1f}")
+    return figures
 
 
 def measure_model(kind, shape, package):
     program, work = kind.split(" ", 1)
     if program == "ours":
         command = [EDGE_CLIENT, "bench", "--here", "--json", "--repeats", "1", "--only", work, "--package", package]
+        command += ["--threads", cores()]
     else:
         peer = "llama.cpp" if program == "llama.cpp" else "pytorch"
         command = [python(peer), ROOT / "scripts/peers/models.py", kind, shape]
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.decode().strip().splitlines()[-1])
+    figures = json.loads(done.stdout.decode().strip().splitlines()[-1])
+    return {"rate": float(figures["rate"]), "peak_mb": figures["peak_mb"]}
 
 
 def measure_rounds(peers, payloads, repeats, rounds_each):
@@ -137,13 +159,13 @@ def measure_rounds(peers, payloads, repeats, rounds_each):
     session = Session(repeats * len(payloads) * (2 + len(peers)) if peers else 0)
 
     def measure(name, call, *arguments):
-        if name in session.failed:
+        if (name, "rounds") in session.failed:
             return None
         try:
             figures = call(*arguments, rounds_each)
         except (rounds.Failed, OSError, subprocess.SubprocessError) as error:
             print(f"{name}: {error}", file=sys.stderr)
-            session.failed.add(name)
+            session.failed.add((name, "rounds"))
             return None
         session.progress(f"{name}  {arguments[-2]} MB × {arguments[-1]}", f"{statistics.median(figures['seconds']):.2f} s")
         return figures
@@ -218,9 +240,14 @@ def slopes(pairs):
     return "\n".join(["", head, "", *lines]) if lines else ""
 
 
+def cores():
+    """Threads of every program: what this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
 def machine():
     name = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), "unknown processor")
-    return f"{os.cpu_count() or 1} cores, {name}"
+    return f"{cores()} cores, {name}"
 
 
 def in_order(results):
@@ -294,8 +321,8 @@ def main():
     if fresh and not a.no_write:
         write({**(json.loads(RESULTS.read_text()) if RESULTS.exists() else {}), **fresh})
     failed = set().union(*(session.failed for session in sessions))
-    for name in sorted(failed):
-        print(f"failed: {name}", file=sys.stderr)
+    for name, what in sorted(failed):
+        print(f"failed: {name}, {what}", file=sys.stderr)
     return FAILED if failed else UNAVAILABLE if missing else 0
 
 

@@ -15,7 +15,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::config::Align;
 use crate::events::AlignFigures;
-use crate::laboratory::{Answered, Laboratory, LaboratoryError};
+use crate::laboratory::{Answered, Laboratory, LaboratoryError, REDTEAM};
 
 /// Aligns a merged adapter. The same round and candidate give the same result.
 pub fn align(
@@ -32,7 +32,7 @@ pub fn align(
     let prompts: Vec<&[Message]> =
         laboratory.sets.redteam.choose_multiple(&mut random, settings.prompts).map(Vec::as_slice).collect();
     let prepared = laboratory.model.prepare(Some(&candidate))?;
-    let answered = laboratory.answer(&prepared, &prompts, settings.answer_tokens_max)?;
+    let answered = laboratory.answer(&prepared, REDTEAM, &prompts, settings.answer_tokens_max)?;
     let judgements = guard.judge(&pairs(&answered), &laboratory.cancel)?;
     let mut figures = AlignFigures { prompts: answered.len() as u32, ..AlignFigures::default() };
     let mut flagged = Vec::new();

@@ -166,7 +166,12 @@ impl CliError {
             | Self::Input(_)
             | Self::Publish(PublishError::Unknown { .. } | PublishError::OtherBase { .. })
             | Self::Enroll(EnrollError::DeviceUnknown { .. })
-            | Self::Serve(ServeError::OtherBase { .. } | ServeError::NoRelease | ServeError::Exact(_)) => 3,
+            | Self::Serve(
+                ServeError::Config(_)
+                | ServeError::OtherBase { .. }
+                | ServeError::NoRelease
+                | ServeError::Exact(_),
+            ) => 3,
             Self::Gate(_) => 4,
             Self::Serve(ServeError::Listen { .. }) => 5,
             Self::Directory(error) | Self::Serve(ServeError::Directory(error)) => directory_code(error),
@@ -191,6 +196,7 @@ fn laboratory_code(error: &LaboratoryError) -> u8 {
         | LaboratoryError::Adapter { .. }
         | LaboratoryError::Facts { .. }
         | LaboratoryError::Safety(_)
+        | LaboratoryError::PromptTooLong { .. }
         | LaboratoryError::NoGuard => 3,
         LaboratoryError::Library(_) | LaboratoryError::Device(_) => 5,
         _ => 1,

@@ -267,7 +267,9 @@ impl<S: Stages> Driver<S> {
         if !self.parts.config.plain {
             card.gates = evaluate::judge(card, Some(&parent), &self.parts.config.evaluate.gates);
         }
-        let event = match evaluate::refusal(&card.gates) {
+        let config = &self.parts.config;
+        let refusal = if config.plain { None } else { evaluate::refusal(card, &config.evaluate.gates) };
+        let event = match refusal {
             None => Event::Accepted(Box::new(card.clone())),
             Some(reason) => Event::Refused(reason),
         };
@@ -308,7 +310,7 @@ impl<S: Stages> Driver<S> {
                 inbox.ack(&queue(round), &item.key, OWNER)?;
             }
             match round.0.checked_sub(RECEIPTS_KEPT_ROUNDS) {
-                Some(old) => inbox.purge(&queue(RoundId(old))),
+                Some(old) => inbox.purge_through(&queue(RoundId(old))),
                 None => Ok(()),
             }
         })();

@@ -16,7 +16,7 @@ use commonweal_runtime::{
 use commonweal_safety::{Guard, GuardError, Judgement, Pair, ReviseError, Reviser};
 
 use crate::config::Config;
-use crate::evaluate::sets::{SetError, Sets};
+use crate::evaluate::sets::{Conversation, SetError, Sets};
 
 /// Why model work cannot be done.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +85,18 @@ pub enum LaboratoryError {
     /// A conversation does not become tokens.
     #[error("a row of a set does not become tokens")]
     Conversation(#[from] ConversationError),
+    /// A prompt that nobody could answer: leaving it out would leave unmeasured what it asks.
+    #[error(
+        "{set}: expected prompts of at most {room} tokens, which the context leaves beside an answer, got {got}"
+    )]
+    PromptTooLong {
+        /// Where it is from.
+        set: &'static str,
+        /// Tokens that a prompt can have.
+        room: usize,
+        /// The first one's that has more.
+        got: usize,
+    },
     /// Tuning failed.
     #[error("tuning failed")]
     Train(#[from] TrainError),
@@ -208,30 +220,57 @@ impl Laboratory {
         Ok(Self { model, guard, reviser, sets, cancel: cancel.clone() })
     }
 
-    /// Greedy answers to prompts, with their last question.
+    /// Refuses sets with a prompt that has no room, which `answer` would refuse in the middle of a round.
+    pub fn check_prompts(&self, config: &Config) -> Result<(), LaboratoryError> {
+        let (sets, evaluate) = (&self.sets, &config.evaluate);
+        let measured = |set: &'static str, rows: &[Conversation]| {
+            let rows = rows.iter().take(evaluate.rows_max).map(Vec::as_slice);
+            self.prompts(set, rows, evaluate.answer_tokens_max).map(drop)
+        };
+        measured(HARMFUL, &sets.harmful)?;
+        measured(BENIGN, &sets.benign)?;
+        if config.align.enabled && !config.plain {
+            let rows = sets.redteam.iter().map(Vec::as_slice);
+            self.prompts(REDTEAM, rows, config.align.answer_tokens_max)?;
+        }
+        Ok(())
+    }
+
+    /// Each conversation as a prompt that leaves room for an answer.
+    fn prompts<'set>(
+        &self,
+        set: &'static str,
+        conversations: impl Iterator<Item = &'set [Message]>,
+        tokens_max: usize,
+    ) -> Result<Vec<Prompt>, LaboratoryError> {
+        let room = self.model.context().saturating_sub(tokens_max.saturating_add(1));
+        let mut prompts = Vec::new();
+        for conversation in conversations {
+            let prompt = self.model.chat().prompt(conversation)?;
+            if prompt.ids.len() > room {
+                return Err(LaboratoryError::PromptTooLong { set, room, got: prompt.ids.len() });
+            }
+            prompts.push(prompt);
+        }
+        Ok(prompts)
+    }
+
+    /// Greedy answers to the prompts of a set, with their last question. Each is answered, or none.
     pub fn answer<'set>(
         &self,
         adapter: &PreparedAdapter,
+        set: &'static str,
         conversations: &[&'set [Message]],
         tokens_max: usize,
     ) -> Result<Vec<Answered<'set>>, LaboratoryError> {
-        let chat = self.model.chat();
-        let room = self.model.context().saturating_sub(tokens_max + 1).max(1);
-        let mut kept = Vec::with_capacity(conversations.len());
-        let mut prompts: Vec<Prompt> = Vec::with_capacity(conversations.len());
-        for conversation in conversations {
-            let prompt = chat.prompt(conversation)?;
-            if prompt.ids.len() > room {
-                tracing::warn!(tokens = prompt.ids.len(), room, "a prompt is too long for the context");
-                continue;
-            }
-            prompts.push(prompt);
-            kept.push(conversation.last().map_or("", |message| message.content.as_str()));
-        }
+        let prompts = self.prompts(set, conversations.iter().copied(), tokens_max)?;
         let options = GenerateOptions { max_new_tokens: tokens_max, ..GenerateOptions::default() };
         let answers = self.model.generate(adapter, &prompts, &options, &self.cancel)?;
-        Ok(kept
-            .into_iter()
+        let question =
+            |conversation: &&'set [Message]| conversation.last().map_or("", |last| last.content.as_str());
+        Ok(conversations
+            .iter()
+            .map(question)
             .zip(answers)
             .map(|(question, generated)| Answered { question, answer: generated.text })
             .collect())
@@ -247,6 +286,11 @@ impl Laboratory {
         Ok(Some(guard.judge(&pairs, &self.cancel)?))
     }
 }
+
+/// What errors call the sets of prompts.
+pub(crate) const HARMFUL: &str = "the harmful prompts";
+pub(crate) const BENIGN: &str = "the benign prompts";
+pub(crate) const REDTEAM: &str = "the red-team prompts";
 
 /// A question of the operator's and the model's answer.
 #[derive(Clone, Debug)]

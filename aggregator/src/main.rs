@@ -1,5 +1,6 @@
 //! The `aggregator` program: arguments in, exit code out.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -14,7 +15,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let code = error.code();
-            eprintln!("error: {:#}", anyhow::Error::new(error));
+            // A reader that went away is no reason to panic.
+            let _ = writeln!(std::io::stderr(), "error: {:#}", anyhow::Error::new(error));
             ExitCode::from(code)
         }
     }

@@ -317,7 +317,6 @@ mod tests {
     fn an_update_is_read_once_if_its_norm_is_known_and_the_candidate_is_the_same() {
         let values = [0.1, 0.2, -0.4, 0.3, 0.25];
         let options = Options::new(&config::Merge::default(), Trainable::Both, false);
-        let start = Adapter::zeros(layout());
         let limits = DecodeLimits::of(&layout(), Trainable::Both);
         let member = |number: usize, is_known: bool| {
             let norm = PackedDelta::decode(&packed(values[number]), &layout(), &limits).unwrap().norm();
@@ -337,7 +336,7 @@ mod tests {
                 reads += 1;
                 Ok::<_, Infallible>(packed(values[usize::from(device.0[0])]))
             };
-            (merge(&start, &members, &options, read).unwrap(), reads)
+            (merge(&layout(), &members, &options, read).unwrap(), reads)
         };
         let ((known, figures), reads) = run(0..values.len());
         assert_eq!((reads, figures.clipped.len()), (values.len(), 2));

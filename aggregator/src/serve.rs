@@ -14,7 +14,7 @@ use commonweal_protocol::{CertificateChain, Csr, DeviceId, Mode, RoundId, Versio
 use commonweal_runtime::Cancel;
 use commonweal_transport::{Authority, Clock, IdentityError, QuicServer, ServeLimits};
 
-use crate::config::Config;
+use crate::config::{Config, ConfigError};
 use crate::desk::{self, Desk, DeskError};
 use crate::directory::{Directory, DirectoryError};
 use crate::drive::{Driver, ModelStages, Stages, Step};
@@ -37,6 +37,9 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Why the server did not start, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
+    /// The settings, which the package does not bear.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// The state directory.
     #[error(transparent)]
     Directory(#[from] DirectoryError),
@@ -125,6 +128,7 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
     let _lock = directory.lock()?;
     let clock = Clock::system();
     let (package, base) = open_package(&config.package)?;
+    config.check_package(package.manifest().model.context, &base.layout)?;
     if config.align.enabled && !config.plain && !has_guard(&package) {
         return Err(LaboratoryError::NoGuard.into());
     }
@@ -148,8 +152,8 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
         cancel: cancel.clone(),
         laboratory: None,
     };
-    // A library that is missing is better known now than after the first round.
-    stages.laboratory()?;
+    // A library that is missing, or a prompt that has no room, is better known now than after the first round.
+    stages.laboratory()?.check_prompts(&config)?;
     if let Some(rounds) = rounds {
         let current = desk::peek(storage.coord.as_ref())?.0.round.0;
         config.round.last = Some(RoundId(current.saturating_add(rounds).saturating_sub(1)));

@@ -233,8 +233,8 @@ pub trait Inbox: Send + Sync {
     fn extend(&self, queue: &str, key: &str, owner: &str, until_ms: u64) -> Result<(), StoreError>;
     /// Marks an item as done; it can still be found. Repeating is harmless.
     fn ack(&self, queue: &str, key: &str, owner: &str) -> Result<(), StoreError>;
-    /// Forgets a queue with all its items.
-    fn purge(&self, queue: &str) -> Result<(), StoreError>;
+    /// Forgets a queue and every one that sorts before it, with all their items.
+    fn purge_through(&self, queue: &str) -> Result<(), StoreError>;
 }
 
 /// A hint that something changed; a waiter must look for itself, and must also look without one.

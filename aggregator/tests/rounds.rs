@@ -25,7 +25,7 @@ use support::*;
 /// What the stages answer.
 #[derive(Clone, Debug)]
 struct Script {
-    safe_rate: f64,
+    safe_rate: Option<f64>,
     unavailable: bool,
     /// Added to every value by alignment.
     shift: f32,
@@ -34,7 +34,7 @@ struct Script {
 
 impl Default for Script {
     fn default() -> Self {
-        Self { safe_rate: 1.0, unavailable: false, shift: 0.0, aligned: Vec::new() }
+        Self { safe_rate: Some(1.0), unavailable: false, shift: 0.0, aligned: Vec::new() }
     }
 }
 
@@ -58,7 +58,12 @@ impl Stages for Script {
         _round: RoundId,
         _candidate: &Adapter,
     ) -> Result<EvaluateFigures, LaboratoryError> {
-        let card = ReportCard { safe_rate: Some(self.safe_rate), ..ReportCard::default() };
+        let card = ReportCard {
+            safe_rate: self.safe_rate,
+            over_refusal_rate: Some(0.0),
+            held_out_loss: Some(1.0),
+            ..ReportCard::default()
+        };
         Ok(EvaluateFigures { report_card: card, ..EvaluateFigures::default() })
     }
 }
@@ -163,7 +168,7 @@ fn two_updates_become_a_release_with_lineage_figures_and_nothing_left_over() {
 #[test]
 fn a_candidate_that_fails_a_gate_leaves_the_release_and_says_why() {
     let world = world();
-    let mut unsafe_stages = driver(&world, Script { safe_rate: 0.4, ..Script::default() });
+    let mut unsafe_stages = driver(&world, Script { safe_rate: Some(0.4), ..Script::default() });
     deliver(&world, 1, [0.1, 0.2]);
     run(&world, &mut unsafe_stages);
     assert_eq!(head(&world).version, Version(0));
@@ -181,9 +186,21 @@ fn a_candidate_that_fails_a_gate_leaves_the_release_and_says_why() {
 }
 
 #[test]
+fn a_candidate_whose_gate_was_not_measured_is_not_published() {
+    let world = world();
+    let mut stages = driver(&world, Script { safe_rate: None, ..Script::default() });
+    deliver(&world, 1, [0.1, 0.2]);
+    run(&world, &mut stages);
+    assert_eq!(head(&world).version, Version(0));
+    let record = history(&world).pop().unwrap();
+    assert_eq!(record.outcome, "rejected");
+    assert_eq!(record.reason.unwrap(), "safe rate: expected a measure, for it has a gate, got none");
+}
+
+#[test]
 fn plain_has_no_gates_and_the_card_still_shows_the_loss() {
     let world = World::open(tempfile::tempdir().unwrap(), Arc::new(RealDisk), |config| config.plain = true);
-    let mut stages = driver(&world, Script { safe_rate: 0.1, shift: 9.0, ..Script::default() });
+    let mut stages = driver(&world, Script { safe_rate: Some(0.1), shift: 9.0, ..Script::default() });
     deliver(&world, 1, [0.1, 5.0]);
     run(&world, &mut stages);
     let release = head(&world);

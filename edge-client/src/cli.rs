@@ -202,7 +202,7 @@ pub enum Verb {
     )]
     Devices,
     /// Take part in no more rounds until `resume`
-    #[command(after_help = "Examples:\n  edge-client pause")]
+    #[command(after_help = "Examples:\n  edge-client pause\n\nReturns when a visit under way has stopped.")]
     Pause,
     /// Take part again
     #[command(after_help = "Examples:\n  edge-client resume")]

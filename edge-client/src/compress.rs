@@ -69,6 +69,13 @@ pub enum PackError {
     Compress(#[from] CompressError),
 }
 
+impl PackError {
+    /// Whether training led so far away that no update can say where: the same steps would lead there again.
+    pub fn is_divergence(&self) -> bool {
+        matches!(self, Self::Compress(CompressError::Magnitude { .. }))
+    }
+}
+
 /// The settings of a round as options of the codec.
 pub fn options(settings: &CompressSettings) -> Result<CompressOptions, PackError> {
     let bits = Bits::try_from(settings.bits).map_err(|_| PackError::Bits { got: settings.bits })?;

@@ -127,6 +127,12 @@ pub(crate) fn await_merge(store: &Store) -> Result<(), StoreError> {
     store.rename(NEXT, PENDING)
 }
 
+/// Another federation's control variates are none here.
+pub(crate) fn forget(store: &Store) -> Result<(), StoreError> {
+    store.remove(OWN)?;
+    store.remove(PENDING)
+}
+
 /// What awaits a merge counts if its round is in the aggregator's control variate. A round of before this one has ended.
 fn settle_pending(store: &Store, control: &Control) -> Result<(), StoreError> {
     let Some(bytes) = store.read(PENDING)? else { return Ok(()) };

@@ -155,21 +155,45 @@ pub async fn obtain(
         return read(&bytes, digest, expected);
     }
     let partial = format!("releases/{digest}.fetching");
-    let mut bytes = store.read(&partial)?.unwrap_or_default();
-    let fetched = link.fetch(content, &mut bytes).await.and_then(|()| match Digest::of(&bytes) {
-        got if got == digest => Ok(()),
-        got => Err(LinkError::Corrupt { expected: digest, got }),
-    });
+    let mut coming = Coming { store, name: &partial, bytes: store.read(&partial)?.unwrap_or_default() };
+    let fetched =
+        link.fetch(content, &mut coming.bytes).await.and_then(|()| match Digest::of(&coming.bytes) {
+            got if got == digest => Ok(()),
+            got => Err(LinkError::Corrupt { expected: digest, got }),
+        });
     if let Err(source) = fetched {
-        // What came is kept: the next try goes on from there.
-        store.write(&partial, &bytes)?;
+        coming.keep()?;
         return Err(InstallError::Fetch { digest, source });
     }
+    let bytes = std::mem::take(&mut coming.bytes);
     let adapter = read(&bytes, digest, expected)?;
     store.write(&adapter_file(digest), &bytes)?;
     store.remove(&partial)?;
     see(store, expected, digest, store.stamp(&adapter_file(digest))?);
     Ok(adapter)
+}
+
+/// Bytes on their way. What came is kept, also when nobody waits for the rest any more: the next try goes on from there.
+struct Coming<'s> {
+    store: &'s Store,
+    name: &'s str,
+    bytes: Vec<u8>,
+}
+
+impl Coming<'_> {
+    fn keep(&mut self) -> Result<(), StoreError> {
+        self.store.write(self.name, &std::mem::take(&mut self.bytes))
+    }
+}
+
+impl Drop for Coming<'_> {
+    fn drop(&mut self) {
+        if !self.bytes.is_empty() {
+            if let Err(error) = self.keep() {
+                tracing::warn!("what came of an adapter is lost: {error}");
+            }
+        }
+    }
 }
 
 /// What is in use, if anything is.
@@ -317,6 +341,42 @@ mod tests {
         async fn renew(&self, _: Csr) -> Result<CertificateChain, LinkError> {
             Err(LinkError::OutOfPlace { expected: "nothing" })
         }
+    }
+
+    /// Sends these bytes and then nothing more.
+    struct Silent(Vec<u8>);
+
+    impl Link for Silent {
+        async fn fetch(&self, _: Content, partial: &mut Vec<u8>) -> Result<(), LinkError> {
+            partial.clone_from(&self.0);
+            std::future::pending().await
+        }
+
+        async fn poll(&self, _: Poll) -> Result<PollReply, LinkError> {
+            Err(LinkError::OutOfPlace { expected: "nothing" })
+        }
+
+        async fn upload(&self, _: &Open, _: &[u8]) -> Result<Uploaded, LinkError> {
+            Err(LinkError::OutOfPlace { expected: "nothing" })
+        }
+
+        async fn renew(&self, _: Csr) -> Result<CertificateChain, LinkError> {
+            Err(LinkError::OutOfPlace { expected: "nothing" })
+        }
+    }
+
+    #[tokio::test]
+    async fn what_came_is_kept_when_nobody_waits_for_the_rest() {
+        let World { store, expected, _directory } = World::new();
+        let content = Content { digest: Digest([1; 32]), length: 100 };
+        let link = Silent(b"half".to_vec());
+        tokio::select! {
+            biased;
+            _ = obtain(&link, &store, &expected, content) => panic!("there was more to come"),
+            () = tokio::task::yield_now() => {}
+        }
+        let partial = format!("releases/{}.fetching", content.digest);
+        assert_eq!(store.read(&partial).unwrap().unwrap(), b"half");
     }
 
     struct World {

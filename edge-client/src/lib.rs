@@ -21,6 +21,8 @@ pub mod install;
 pub mod control;
 mod pipeline_error;
 mod task;
+mod begun;
+mod owed;
 pub mod pipeline;
 pub mod cli;
 

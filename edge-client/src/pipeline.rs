@@ -3,9 +3,12 @@
 //! This file decides; the stages compute. Each stage leaves its result in `round/`, so that after a kill the round goes
 //! on with the stage that was not finished: pairs, training checkpoint, packed update, receipt.
 
-use std::time::Instant;
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
 
-use commonweal_adapter::{Adapter, Residual, Trainable};
+use commonweal_adapter::{Adapter, Residual};
 use commonweal_package::TrainGraph;
 use commonweal_protocol::{
     Content, DeviceId, DeviceReport, Mode, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
@@ -17,11 +20,13 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::runtime::Handle;
 
 use crate::{
+    begun::{BEGUN, Begun},
     compress::{self, Packed},
     control::{self, Controls},
     events::{Done, Event, Output},
     filter,
     install::{self, Expected},
+    owed::{NEXT_RESIDUAL, residual_of},
     pipeline_error::damaged,
     policy::Policy,
     revise::{self, ReviseCounts, TrainingPair},
@@ -34,16 +39,13 @@ use crate::{
 pub use crate::pipeline_error::PipelineError;
 pub use crate::task::{base_of, train_task, trainable};
 
-const BEGUN: &str = "round/task.json";
 const GIVEN_UP: &str = "round/given-up.json";
 const PAIRS: &str = "round/pairs.json";
 const CHECKPOINT: &str = "round/training.safetensors";
 const PACKED: &str = "round/update.packed";
 const PACKED_REPORT: &str = "round/update.json";
-const NEXT_RESIDUAL: &str = "round/residual.bin";
-const RESIDUAL: &str = "residual.bin";
-/// Of rounds that train `A` alone: what is owed of `A` waits there while `B` is trained.
-const RESIDUAL_A: &str = "residual-a.bin";
+/// How soon a cancelled handle ends what waits for the network.
+const CANCEL_LOOK: Duration = Duration::from_millis(50);
 
 /// A device that is ready to take part.
 #[derive(Debug)]
@@ -98,14 +100,6 @@ pub struct Visit {
     pub reconnect: ReconnectWindow,
 }
 
-/// What the round in progress was begun with. Work under another task or another policy of the owner is not gone on
-/// with.
-#[derive(Serialize, Deserialize)]
-struct Begun {
-    task: RoundTask,
-    policy: Policy,
-}
-
 /// Why this round gets no update, so that the next poll does not do all the work again.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 enum GivenUp {
@@ -146,17 +140,28 @@ impl<L: Link> Device<L> {
     pub fn poll(&self) -> Result<PollReply, PipelineError> {
         let installed = install::installed_version(&self.store, &self.expected)?;
         let poll = Poll { base: self.expected.base, installed };
-        let reply = self.runtime.block_on(self.link.poll(poll))?;
+        let reply = self.ask(self.link.poll(poll))??;
         if let Some(release) =
             reply.release.as_ref().filter(|notice| Some(notice.release.version) != installed)
         {
             let begun = Instant::now();
-            let done =
-                self.runtime.block_on(install::install(&self.link, &self.store, &self.expected, release))?;
+            let done = self.ask(install::install(&self.link, &self.store, &self.expected, release))??;
             let round = release.release.round.map_or(0, |round| round.0);
             self.stage(round, begun, Done::Install { version: done.version.0 });
         }
         Ok(reply)
+    }
+
+    /// Waits for the network's answer, or until the visit is cancelled. What is dropped then loses nothing: bytes that
+    /// came are kept, and bytes that went are where the aggregator's durable ones end.
+    fn ask<T>(&self, asked: impl Future<Output = T>) -> Result<T, PipelineError> {
+        self.runtime.block_on(async {
+            tokio::select! {
+                biased;
+                answer = asked => Ok(answer),
+                () = until_cancelled(&self.cancel) => Err(PipelineError::Cancelled),
+            }
+        })
     }
 
     /// The window is the poll's; if the update is answered, that answer has a later one.
@@ -182,24 +187,29 @@ impl<L: Link> Device<L> {
                 tracing::warn!("round {}: {error}: {:?}", task.round.0, std::error::Error::source(&error));
                 ended(self.give_up(task, GivenUp::Diverged)?)
             }
+            Err(PipelineError::Compress(error)) if error.is_divergence() => {
+                tracing::warn!("round {}: {error}: {:?}", task.round.0, std::error::Error::source(&error));
+                ended(self.give_up(task, GivenUp::Diverged)?)
+            }
             Err(error) => Err(error),
         }
     }
 
     fn is_delivered(&self, round: RoundId) -> Result<bool, StoreError> {
-        Ok(upload::delivered(&self.store)?.iter().any(|known| known.round == round))
+        upload::is_delivered(&self.store, &self.expected.key, round)
     }
 
     /// Ends a round that was worked on to its end. Its update may have been taken though no receipt came: offered again,
     /// it gets the same receipt, even if its round is over and another has begun.
     fn finish_begun(&self) -> Result<Option<Visit>, PipelineError> {
-        let Some(Begun { task, policy }) = self.read_round(BEGUN)? else { return Ok(None) };
+        let Some(Begun { task, .. }) = self.read_round(BEGUN)? else { return Ok(None) };
         if self.is_delivered(task.round)? {
             // A kill came between the receipt and this.
             self.settle(&task)?;
             return Ok(None);
         }
-        if policy != self.policy || task.base != self.expected.base {
+        let is_of_now = self.store.read(BEGUN)? == Some(self.begun_with(&task)?);
+        if !is_of_now || task.base != self.expected.base {
             return Ok(None);
         }
         match self.packed_before(&task)? {
@@ -208,29 +218,26 @@ impl<L: Link> Device<L> {
         }
     }
 
-    /// Keeps what a kill left of this very task under this very policy; clears what is of another.
+    /// Keeps what a kill left of this very task under these very terms; clears what is of others.
     fn begin_or_continue(&self, task: &RoundTask) -> Result<(), PipelineError> {
-        // The time left differs from poll to poll.
-        let begun = Begun { task: RoundTask { deadline_ms: 0, ..*task }, policy: self.policy.clone() };
-        let begun = serde_json::to_vec(&begun).map_err(|error| damaged(&self.store, BEGUN, &error))?;
+        let begun = self.begun_with(task)?;
         if self.store.read(BEGUN)?.as_ref() != Some(&begun) {
-            self.store.clear_round()?;
+            let is_packed = self.store.read(PACKED_REPORT)?.is_some();
+            self.clear_for(task, is_packed)?;
             self.store.write(BEGUN, &begun)?;
         }
         Ok(())
     }
 
-    /// After a receipt: what compression owes now follows from what the aggregator has. Can be done again.
-    fn settle(&self, task: &RoundTask) -> Result<(), StoreError> {
-        self.store.rename(NEXT_RESIDUAL, residual_of(task))?;
-        control::await_merge(&self.store)?;
-        self.store.clear_round()
-    }
-
-    /// Leaves nothing of the round but that it was given up. What compression owed before it is owed still.
+    /// Leaves nothing of the round but that it was given up.
     fn give_up(&self, task: &RoundTask, why: GivenUp) -> Result<Outcome, PipelineError> {
+        let refusal = match why {
+            GivenUp::Refused(refusal) => Some(refusal),
+            GivenUp::NothingToLearn | GivenUp::Diverged => None,
+        };
+        self.owe_still(task, refusal)?;
         self.write_json(GIVEN_UP, &why)?;
-        for name in [PAIRS, CHECKPOINT, PACKED_REPORT, PACKED, NEXT_RESIDUAL, control::NEXT] {
+        for name in [PAIRS, CHECKPOINT, PACKED_REPORT, PACKED, control::NEXT] {
             self.store.remove(name)?;
         }
         Ok(why_not(task.round, why))
@@ -257,7 +264,7 @@ impl<L: Link> Device<L> {
         let start = self.start(task)?;
         let layout = start.layout();
         let controls = control::begin(&self.link, &self.store, &self.expected, &task.scaffold, layout);
-        let controls = self.runtime.block_on(controls)?;
+        let controls = self.ask(controls)??;
         let trained = self.train(task, &start, &prepared, controls.as_ref())?;
         let begun = Instant::now();
         let (packed, residual, summary) = self.pack(task, &trained, controls.as_ref())?;
@@ -311,7 +318,7 @@ impl<L: Link> Device<L> {
 
     fn start(&self, task: &RoundTask) -> Result<Adapter, PipelineError> {
         let content = Content { digest: task.start.digest, length: task.start.length };
-        Ok(self.runtime.block_on(install::obtain(&self.link, &self.store, &self.expected, content))?)
+        Ok(self.ask(install::obtain(&self.link, &self.store, &self.expected, content))??)
     }
 
     fn train(
@@ -326,6 +333,7 @@ impl<L: Link> Device<L> {
         let mut watch = Watching { store: &self.store, output: self.output, round: task.round.0 };
         if self.policy.train.graph == TrainGraph::Frugal {
             self.model.close_inference();
+            self.guard.close_inference();
         }
         let mut how = train_task(task);
         how.correction = controls.map(Controls::correction).transpose().map_err(TrainingError::from)?;
@@ -385,8 +393,7 @@ impl<L: Link> Device<L> {
         let round = task.round;
         let open = upload::announce(round, self.expected.base, packed, report.report, report.samples);
         let key = &self.expected.key;
-        let sent =
-            self.runtime.block_on(upload::upload(&self.link, key, self.id, &self.store, &open, packed));
+        let sent = self.ask(upload::upload(&self.link, key, self.id, &self.store, &open, packed))?;
         match sent {
             Ok(uploaded) => {
                 self.settle(task)?;
@@ -406,24 +413,25 @@ impl<L: Link> Device<L> {
         self.output.show(&Event::Stage { round, seconds: begun.elapsed().as_secs_f64(), done });
     }
 
-    /// A file of the round in progress. A damaged one is as good as none: its stage is done again.
-    fn read_round<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
-        let Some(bytes) = self.store.read(name)? else { return Ok(None) };
-        let read = serde_json::from_slice(&bytes);
-        Ok(read.inspect_err(|error| tracing::warn!("{}", damaged(&self.store, name, error))).ok())
-    }
-
     fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(value).map_err(|error| damaged(&self.store, name, &error))?;
         self.store.write(name, &bytes)
     }
 }
 
-/// Where a round's factors keep what compression owes.
-fn residual_of(task: &RoundTask) -> &'static str {
-    match trainable(task.mode, task.round) {
-        Trainable::AOnly => RESIDUAL_A,
-        Trainable::Both | Trainable::BOnly => RESIDUAL,
+impl<L> Device<L> {
+    /// A file of the round in progress. A damaged one is as good as none: its stage is done again.
+    pub(crate) fn read_round<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
+        let Some(bytes) = self.store.read(name)? else { return Ok(None) };
+        let read = serde_json::from_slice(&bytes);
+        Ok(read.inspect_err(|error| tracing::warn!("{}", damaged(&self.store, name, error))).ok())
+    }
+}
+
+/// Ends when the handle is cancelled.
+pub(crate) async fn until_cancelled(cancel: &Cancel) {
+    while !cancel.is_cancelled() {
+        tokio::time::sleep(CANCEL_LOOK).await;
     }
 }
 

@@ -48,6 +48,9 @@ pub enum PipelineError {
     /// The update was not delivered, and may be later.
     #[error("upload failed")]
     Upload(#[source] Box<UploadError>),
+    /// The visit was ended from outside, by a signal or a pause.
+    #[error("cancelled")]
+    Cancelled,
     /// The disk refused.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -57,6 +60,11 @@ impl PipelineError {
     /// Whether waiting and trying again can help.
     pub fn is_transient(&self) -> bool {
         self.link().is_some_and(LinkError::is_transient)
+    }
+
+    /// Whether memory was short, of which there may be more another time.
+    pub fn is_want_of_memory(&self) -> bool {
+        matches!(self, Self::Train(TrainingError::Memory(_)))
     }
 
     /// The aggregator's no, if that is what it was.

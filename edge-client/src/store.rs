@@ -10,12 +10,14 @@
 //!   identity/                         key, certificate, CA, aggregator's signing key, address
 //!   samples/000001.jsonl …            what was added, one file an `add`
 //!   round/                            task, pairs, training checkpoint, packed update of the round in progress,
-//!                                     or why this round was given up
+//!                                     or why this round was given up; what an update that was let go would leave
 //!   residual.bin residual-a.bin       error feedback: what compression has not sent yet; of rounds of A alone
 //!   control.bin control-pending.bin   SCAFFOLD: the control variate; the next one, until its round is merged
 //!   releases/<digest>.{release,adapter}  signed releases and their adapters
 //!   installed                         which of them is in use
 //!   receipts.jsonl                    one line an accepted update
+//!   paused                            while the owner wants no rounds
+//!   lock visit.lock                   held by the process that works here, and while it visits the aggregator
 //! ```
 
 use std::{
@@ -150,6 +152,12 @@ pub struct Store {
     pub(crate) seen: Mutex<Option<Seen>>,
 }
 
+/// A visit to the aggregator is under way; over when this is dropped, or with the process.
+#[derive(Debug)]
+pub struct Visiting {
+    _file: File,
+}
+
 impl Store {
     /// Opens the directory, made if absent, and locks it.
     pub fn open(directory: &Path) -> Result<Self, StoreError> {
@@ -259,7 +267,11 @@ impl Store {
     /// Names of the files in a folder, sorted, unfinished ones left out.
     pub fn list(&self, folder: &str) -> Result<Vec<String>, StoreError> {
         let path = self.path(folder);
-        let entries = fs::read_dir(&path).map_err(at("list", &path))?;
+        let entries = match fs::read_dir(&path) {
+            // The device's owner may have removed it with all it held.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(at("list", &path))?,
+        };
         let mut names = Vec::new();
         for entry in entries {
             let name = entry.map_err(at("list", &path))?.file_name().to_string_lossy().into_owned();
@@ -271,14 +283,27 @@ impl Store {
         Ok(names)
     }
 
-    /// Empties the folder of the round in progress.
-    pub fn clear_round(&self) -> Result<(), StoreError> {
+    /// Empties the folder of the round in progress, but for one file. The folder may have been removed by the device's
+    /// owner, to forget what it held.
+    pub fn clear_round_but(&self, kept: Option<&str>) -> Result<(), StoreError> {
         let path = self.path("round");
+        fs::create_dir_all(&path).map_err(at("create", &path))?;
+        let kept = kept.map(|name| self.path(name));
         for entry in fs::read_dir(&path).map_err(at("list", &path))? {
             let entry = entry.map_err(at("list", &path))?.path();
-            fs::remove_file(&entry).map_err(at("remove", &entry))?;
+            if Some(&entry) != kept.as_ref() {
+                fs::remove_file(&entry).map_err(at("remove", &entry))?;
+            }
         }
         Ok(())
+    }
+
+    /// Held while the aggregator is visited. Waits until nobody else holds it.
+    pub fn hold_visit(&self) -> Result<Visiting, StoreError> {
+        let path = self.path("visit.lock");
+        let file = private().write(true).open(&path).map_err(at("open", &path))?;
+        fs4::FileExt::lock(&file).map_err(at("lock", &path))?;
+        Ok(Visiting { _file: file })
     }
 }
 

@@ -123,7 +123,7 @@ pub async fn upload(
     if receipt.device != device {
         return Err(UploadError::OtherDevice { round, expected: device, got: receipt.device });
     }
-    if delivered(store)?.iter().all(|known| known.round != round) {
+    if !is_delivered(store, key, round)? {
         let line = serde_json::to_string(&Delivered { round, receipt: uploaded.receipt })
             .map_err(|error| StoreError::Damaged { path: store.path(RECEIPTS), reason: error.to_string() })?;
         store.append_line(RECEIPTS, &line)?;
@@ -144,6 +144,12 @@ async fn send(link: &impl Link, open: &Open, bytes: &[u8]) -> Result<Uploaded, L
         begun_again += 1;
         tracing::warn!("the update of round {} arrived damaged; sending it again", open.round.0);
     }
+}
+
+/// Whether this aggregator has signed for an update of this round. Another one's rounds have the same numbers.
+pub fn is_delivered(store: &Store, key: &AggregatorKey, round: RoundId) -> Result<bool, StoreError> {
+    let is_for_it = |known: &Delivered| known.receipt.verify(key).is_ok_and(|receipt| receipt.round == round);
+    Ok(delivered(store)?.iter().any(|known| known.round == round && is_for_it(known)))
 }
 
 /// The receipts on disk, oldest first.

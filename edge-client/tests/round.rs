@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use commonweal_adapter::{Adapter, AdapterDelta, AdapterFacts, AdapterKind, Trainable, disk, pair};
+use commonweal_adapter::{Adapter, AdapterDelta, AdapterFacts, AdapterKind, Residual, Trainable, disk, pair};
 use commonweal_package::Package;
 use commonweal_protocol::{
     AggregatorKey, CertificateChain, CompressSettings, Content, Control, Csr, DeviceId, Digest, Mode, Open,
@@ -76,6 +76,8 @@ struct Told {
     /// Whom receipts are for, if not for who asked.
     signs_for: Option<DeviceId>,
     is_away: bool,
+    /// Never answers an update.
+    is_silent: bool,
     /// Copied here when an update arrives: what a kill just then leaves.
     snapshot: Option<(PathBuf, PathBuf)>,
     opened: Vec<Open>,
@@ -101,6 +103,16 @@ impl Link for FakeLink {
     }
 
     async fn upload(&self, open: &Open, bytes: &[u8]) -> Result<Uploaded, LinkError> {
+        let is_silent = {
+            let mut told = self.told.lock().unwrap();
+            if told.is_silent {
+                told.opened.push(*open);
+            }
+            told.is_silent
+        };
+        if is_silent {
+            std::future::pending::<()>().await;
+        }
         let mut told = self.told.lock().unwrap();
         told.offered = bytes.to_vec();
         if told.is_away {
@@ -277,6 +289,156 @@ fn an_update_whose_receipt_was_lost_is_offered_again_when_its_round_is_over() {
     let rounds: Vec<u64> = world.opened().iter().map(|open| open.round.0).collect();
     assert_eq!(rounds, [1, 2, 3, 4]);
     assert_eq!(world.device.store.read("residual.bin").unwrap(), before);
+}
+
+/// What is owed after an update that nobody answered and that was let go, since the owner changed the policy.
+#[test]
+fn an_update_that_was_let_go_is_owed_by_the_aggregators_word_on_the_next() {
+    // The first is packed and sent; no answer comes, and the policy changes.
+    let let_go = |round: u64, world: &mut World| {
+        world.begin(round);
+        world.tell(|told| told.is_away = true);
+        assert!(world.device.visit().unwrap_err().is_transient());
+        let left = world.device.store.read("round/residual.bin").unwrap().unwrap();
+        world.device.policy.train.samples_max -= 1;
+        world.tell(|told| told.is_away = false);
+        left
+    };
+    let owed = |world: &World| world.device.store.read("residual.bin").unwrap();
+    let mut world = World::new();
+    world.device.policy.train.samples_max = 9;
+
+    // It was taken.
+    for (round, refusal) in [(1, Refusal::AlreadySent), (2, Refusal::StaleRound)] {
+        let left = let_go(round, &mut world);
+        world.tell(|told| told.refusal = Some(refusal));
+        assert_eq!(world.visit(), Outcome::Refused(RoundId(round), refusal));
+        assert_eq!(owed(&world), Some(left), "{refusal:?}");
+        world.tell(|told| told.refusal = None);
+    }
+    // It was not: the next one was.
+    let left = let_go(3, &mut world);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(3)));
+    assert!(owed(&world).is_some_and(|owed| owed != left));
+    // It was not, and nor was the next.
+    let before = owed(&world);
+    let_go(4, &mut world);
+    world.tell(|told| told.refusal = Some(Refusal::UpdateUnusable));
+    assert_eq!(world.visit(), Outcome::Refused(RoundId(4), Refusal::UpdateUnusable));
+    assert_eq!(owed(&world), before);
+    world.tell(|told| told.refusal = None);
+    // Nobody says: its round is over.
+    let left = let_go(5, &mut world);
+    world.begin(6);
+    world.tell(|told| told.is_away = true);
+    assert!(world.device.visit().unwrap_err().is_transient());
+    assert_eq!(owed(&world), Some(left));
+    world.tell(|told| told.is_away = false);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(6)));
+    // One was taken that this device does not know.
+    world.begin(7);
+    world.tell(|told| told.refusal = Some(Refusal::AlreadySent));
+    assert_eq!(world.visit(), Outcome::Refused(RoundId(7), Refusal::AlreadySent));
+    assert_eq!(owed(&world), None);
+}
+
+#[test]
+fn a_visit_that_waits_for_the_network_ends_when_it_is_cancelled() {
+    let mut world = World::new();
+    world.tell(|told| told.is_silent = true);
+    let (told, cancel) = (Arc::clone(&world.told), world.device.cancel.clone());
+    let owner = std::thread::spawn(move || {
+        while told.lock().unwrap().opened.is_empty() {
+            std::thread::yield_now();
+        }
+        cancel.cancel();
+    });
+    let error = world.device.visit().unwrap_err();
+    owner.join().unwrap();
+    assert!(matches!(error, PipelineError::Cancelled), "{error}");
+    // What was finished is kept.
+    world.device.cancel = Cancel::new();
+    world.tell(|told| told.is_silent = false);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    let opened = world.opened();
+    assert!(opened.len() == 2 && opened[0] == opened[1], "{opened:?}");
+}
+
+#[test]
+fn receipts_of_another_aggregator_count_for_nothing() {
+    let mut world = World::new();
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    assert_eq!(world.visit(), Outcome::AlreadyDelivered(RoundId(1)));
+    // Enrolled anew, with another aggregator, whose first round has the same number.
+    let key = SigningKey::from_bytes(&[8; 32]);
+    world.device.expected.key = AggregatorKey::of(&key);
+    world.device.link.key = key;
+    for expected in [Outcome::Delivered(RoundId(1)), Outcome::AlreadyDelivered(RoundId(1))] {
+        assert_eq!(world.visit(), expected);
+    }
+    assert_eq!(world.opened().len(), 2);
+}
+
+#[test]
+fn what_another_guard_or_constitution_said_is_not_gone_on_with() {
+    let mut world = World::new();
+    world.tell(|told| told.is_away = true);
+    world.device.visit().unwrap_err();
+    assert!(world.has("round/pairs.json") && world.has("round/update.packed"));
+    let mut config = world.device.guard.config().clone();
+    (config.threshold, config.categories) = (1e-9, config.categories.clone());
+    config.categories.iter_mut().for_each(|category| category.threshold = None);
+    let guard = Guard::from_package(&world.device.model, &world.device.cancel).unwrap();
+    world.device.guard = guard.with_thresholds(config).unwrap();
+    world.device.visit().unwrap_err();
+    let strict = world.device.store.read("round/pairs.json").unwrap();
+
+    let mut constitution = world.device.reviser.constitution().clone();
+    constitution.name.push_str(", of the owner");
+    world.device.reviser =
+        Reviser::from_package(&world.device.model).unwrap().with_constitution(constitution);
+    world.device.store.write("round/pairs.json", b"of before").unwrap();
+    world.device.visit().unwrap_err();
+    assert_eq!(world.device.store.read("round/pairs.json").unwrap(), strict);
+    world.tell(|told| told.is_away = false);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    assert_eq!(world.opened()[0].report.kept, 0, "everything is unsafe by that guard");
+}
+
+#[test]
+fn what_its_owner_removed_is_made_again() {
+    let world = World::new();
+    world.tell(|told| told.is_away = true);
+    world.device.visit().unwrap_err();
+    for folder in ["round", "samples"] {
+        fs::remove_dir_all(world.directory.path().join(folder)).unwrap();
+    }
+    world.tell(|told| told.is_away = false);
+    assert_eq!(world.visit(), Outcome::NoSamples);
+    let good = samples("device-1.jsonl", 5);
+    Store::open_shared(world.directory.path()).unwrap();
+    sample::keep(&world.device.store, &rows::Parsed { good, bad: Vec::new() }).unwrap();
+    fs::remove_dir_all(world.directory.path().join("round")).unwrap();
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    assert_eq!(world.opened()[0].report.sampled, 5);
+}
+
+/// A delta that is finite and larger than any update can say.
+#[test]
+fn an_update_that_cannot_be_packed_ends_its_round_only() {
+    let world = World::new();
+    let zeros = Residual::zeros(Arc::clone(world.device.model.layout()), Trainable::BOnly);
+    let mut bytes = zeros.to_bytes();
+    let values = bytes.len() - 4 * zeros.values().len();
+    bytes[values..].chunks_exact_mut(4).for_each(|value| value.copy_from_slice(&1000f32.to_le_bytes()));
+    world.device.store.write("residual.bin", &bytes).unwrap();
+    for _ in 0..2 {
+        assert_eq!(world.visit(), Outcome::Diverged(RoundId(1)));
+    }
+    assert!(world.opened().is_empty());
+    world.device.store.remove("residual.bin").unwrap();
+    world.begin(2);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(2)));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 """A model's work in llama.cpp and in PyTorch with PEFT, in this process: models.py KIND SHAPE, in the peers' environment.
 
-Weights are random: time does not depend on them. All use as many threads as the machine has cores, and 4-bit weights in
-blocks of 32, but PyTorch, which trains in 32 bits. Called by ../bench_peers.py.
+Weights are random: time does not depend on them. All use as many threads as there are cores for them, ours are told the same
+number, and 4-bit weights in blocks of 32, but PyTorch, which trains in 32 bits. Called by ../bench_peers.py.
 """
 
 import ctypes
@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 BENCH = ROOT / "target" / "bench"
 # As `edge-client bench` has them.
 PREFILL, BEHIND, DECODE, POLICY, SAMPLE, SAMPLES, TRAIN, RANK = 512, 448, 64, 300, 60, 32, 256, 8
-THREADS = os.cpu_count() or 1
+# What this process may run on, which in a container is less than what the machine has.
+THREADS = len(os.sched_getaffinity(0))
 
 
 def config(shape):

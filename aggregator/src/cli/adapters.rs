@@ -101,6 +101,7 @@ pub(super) fn evaluate(mut opened: Opened, verb: &EvaluateVerb, json: bool) -> R
     verb.flags.apply(&mut opened.config);
     opened.config.check()?;
     let (package, base) = open_package(&opened.config.package)?;
+    opened.config.check_package(package.manifest().model.context, &base.layout)?;
     let (name, adapter) = if let Some(path) = &verb.adapter {
         let name = path.display().to_string();
         let bytes = fs::read(path).map_err(|error| CliError::Input(format!("{name}: {error}")))?;
@@ -120,5 +121,6 @@ pub(super) fn evaluate(mut opened: Opened, verb: &EvaluateVerb, json: bool) -> R
     } else {
         say(&format!("{name}: {}", card_sentence(&figures.report_card)));
     }
-    refusal(&figures.report_card.gates).map_or(Ok(()), |reason| Err(CliError::Gate(reason)))
+    refusal(&figures.report_card, &opened.config.evaluate.gates)
+        .map_or(Ok(()), |reason| Err(CliError::Gate(reason)))
 }

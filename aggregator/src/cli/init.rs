@@ -33,6 +33,7 @@ pub(super) fn init(dir: &Path, init: &Init, json: bool) -> Result<(), CliError> 
     init.flags.apply(&mut config);
     config.check()?;
     let (package, base) = open_package(&config.package)?;
+    config.check_package(package.manifest().model.context, &base.layout)?;
     if config.align.enabled && !config.plain && !has_guard(&package) {
         return Err(LaboratoryError::NoGuard.into());
     }

@@ -7,6 +7,8 @@ use serde_json::json;
 use super::{CliError, Opened, now_ms, say, say_json};
 use crate::receive::enroll::Registry;
 
+/// Longest that an invitation can be used: ten years.
+const EXPIRES_DAYS_MAX: u64 = 3_650;
 /// Most invitations of one call.
 const COUNT_MAX: u32 = 10_000;
 
@@ -20,6 +22,8 @@ pub(super) struct TokenVerb {
     expires: u64,
 }
 
+const DAY_SECONDS: u64 = 86_400;
+
 fn duration(text: &str) -> Result<u64, String> {
     let wrong = || format!("expected a number and s, m, h or d, such as 30m, got `{text}`");
     let (digits, unit) = text.split_at(text.len() - text.chars().last().map_or(0, char::len_utf8));
@@ -27,11 +31,16 @@ fn duration(text: &str) -> Result<u64, String> {
         "s" => 1,
         "m" => 60,
         "h" => 3_600,
-        "d" => 86_400,
+        "d" => DAY_SECONDS,
         _ => return Err(wrong()),
     };
     let count: u64 = digits.parse().map_err(|_| wrong())?;
-    count.checked_mul(seconds * 1_000).filter(|duration| *duration > 0).ok_or_else(wrong)
+    let most_ms = EXPIRES_DAYS_MAX * DAY_SECONDS * 1_000;
+    match count.checked_mul(seconds * 1_000) {
+        Some(0) => Err(wrong()),
+        Some(duration_ms) if duration_ms <= most_ms => Ok(duration_ms),
+        _ => Err(format!("expected at most {EXPIRES_DAYS_MAX}d, got `{text}`")),
+    }
 }
 
 pub(super) fn token(opened: &Opened, verb: &TokenVerb, json: bool) -> Result<(), CliError> {
@@ -47,16 +56,17 @@ pub(super) fn token(opened: &Opened, verb: &TokenVerb, json: bool) -> Result<(),
     let authority = opened.directory.authority()?.digest();
     let registry = Registry::new(opened.storage.coord.clone());
     let now_ms = now_ms();
+    let expires_ms = now_ms.saturating_add(verb.expires);
     let mut invitations = Vec::new();
     for _ in 0..verb.count {
         let mut token = Token([0; 32]);
         rand::rng().fill_bytes(&mut token.0);
-        registry.invite(&token, now_ms, now_ms.saturating_add(verb.expires))?;
+        registry.invite(&token, now_ms, expires_ms)?;
         invitations.push(Invitation { host: host.clone(), port, token, authority }.to_string());
     }
     if json {
         return say_json(
-            &json!({ "event": "invited", "invitations": invitations, "expires_ms": now_ms + verb.expires }),
+            &json!({ "event": "invited", "invitations": invitations, "expires_ms": expires_ms }),
         );
     }
     for invitation in invitations {
@@ -84,6 +94,10 @@ mod tests {
     fn durations_have_a_unit() {
         assert_eq!(duration("90s"), Ok(90_000));
         assert_eq!(duration("2d"), Ok(172_800_000));
+        assert_eq!(duration("3650d"), Ok(315_360_000_000));
+        for long in ["3651d", "213503982334d", "18446744073709551615s"] {
+            assert!(duration(long).unwrap_err().contains("at most 3650d"), "{long}");
+        }
         for wrong in ["", "h", "5", "1w", "-1h", "0h", "99999999999999999d", "1é"] {
             assert!(duration(wrong).is_err(), "{wrong}");
         }

@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
+use commonweal_adapter::AdapterLayout;
 use commonweal_adapter::layout::RANK_MAX;
-use commonweal_adapter::merge::ROBUST_DEVICES_MAX;
+use commonweal_adapter::merge::{ROBUST_DEVICES_MAX, ROBUST_VALUES_MAX};
 use commonweal_protocol::{
     BaseHash, Digest, Mode, PollReply, ReconnectWindow, Reply, RoundId, RoundTask, Scaffold, Start, Version,
     encode,
@@ -167,6 +168,36 @@ impl Config {
         if problems.is_empty() { Ok(()) } else { Err(ConfigError::Values(problems)) }
     }
 
+    /// Refuses values that cannot work with a package of this context, in tokens, and this layout: they would be found
+    /// out after devices have trained.
+    pub fn check_package(&self, context: usize, layout: &AdapterLayout) -> Result<(), ConfigError> {
+        let mut problems = Vec::new();
+        let answers = [
+            ("align", self.align.answer_tokens_max, self.align.enabled && !self.plain),
+            ("evaluate", self.evaluate.answer_tokens_max, true),
+        ];
+        // A prompt has a token, and so has the answer's end.
+        let most = context.saturating_sub(2);
+        for (section, got, is_used) in answers {
+            if is_used && got > most {
+                problems.push(format!(
+                    "{section}.answer_tokens_max: expected at most {most}, as the package's context is {context}, got {got}"
+                ));
+            }
+        }
+        // Rounds that alternate between the factors are even and odd.
+        let values = |round| layout.trainable_parameters(self.train.trainable(RoundId(round)));
+        let trainable = values(0).max(values(1));
+        let goal_max = ROBUST_VALUES_MAX / trainable.max(1);
+        if self.merge.rule != Rule::Mean && !self.plain && self.round.goal as usize > goal_max {
+            problems.push(format!(
+                "round.goal: expected at most {goal_max} with a robust merge.rule, as an update has {trainable} values, got {}",
+                self.round.goal
+            ));
+        }
+        if problems.is_empty() { Ok(()) } else { Err(ConfigError::Values(problems)) }
+    }
+
     /// A reply with this configuration's settings: what does not encode would be refused by devices.
     fn probe(&self) -> PollReply {
         let task = RoundTask {
@@ -320,6 +351,30 @@ mod tests {
         config.train = super::super::Train { mode: Mode::Exact, ..super::super::Train::default() };
         config.merge = super::super::Merge::default();
         config.check().unwrap();
+    }
+
+    #[test]
+    fn what_the_package_does_not_bear_is_refused() {
+        use commonweal_adapter::layout::{Module, Target};
+        let (_dir, mut config) = sound();
+        // 2 · 64 · 2^16 values in a layer, so 2^26 in all: a robust merge takes 16.
+        let module = Module { target: Target::Q, inputs: 1 << 16, outputs: 1 << 16 };
+        let layout = AdapterLayout::new(8, 64, 8.0, vec![module]).unwrap();
+        config.train.mode = Mode::Fedit;
+        config.check_package(1024, &layout).unwrap();
+        config.evaluate.answer_tokens_max = 1_023;
+        let text = config.check_package(1024, &layout).unwrap_err().to_string();
+        assert!(
+            text.contains("evaluate.answer_tokens_max: expected at most 1022") && !text.contains("align")
+        );
+        config.evaluate.answer_tokens_max = 1_022;
+        (config.merge.rule, config.round.goal) = (Rule::Median, 16);
+        config.check_package(1024, &layout).unwrap();
+        config.round.goal = 17;
+        let text = config.check_package(1024, &layout).unwrap_err().to_string();
+        assert!(text.contains("round.goal: expected at most 16") && text.contains("got 17"), "{text}");
+        config.plain = true;
+        config.check_package(1024, &layout).unwrap();
     }
 
     #[test]

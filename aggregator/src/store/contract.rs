@@ -72,9 +72,14 @@ fn inbox(inbox: &dyn Inbox) {
     assert_eq!(inbox.find("round", "a").unwrap(), Some(b"A".to_vec()), "and can still be found");
     assert_eq!(inbox.append_once("round", "a", b"again").unwrap(), Append::Duplicate(b"A".to_vec()));
 
-    inbox.purge("round").unwrap();
-    assert!(inbox.list("round", 10).unwrap().is_empty());
-    assert_eq!(keys(inbox.list("next", 10).unwrap()), ["a"]);
+    // A queue whose turn was missed goes with the next one.
+    inbox.append_once("past", "a", b"A").unwrap();
+    inbox.append_once("upcoming", "a", b"A").unwrap();
+    inbox.purge_through("round").unwrap();
+    for gone in ["next", "past", "round"] {
+        assert!(inbox.list(gone, 10).unwrap().is_empty(), "{gone}");
+    }
+    assert_eq!(keys(inbox.list("upcoming", 10).unwrap()), ["a"]);
     assert!(inbox.append_once("round", "big", &vec![0; VALUE_BYTES_MAX + 1]).is_err());
 }
 

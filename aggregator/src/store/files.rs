@@ -112,17 +112,19 @@ impl Blob for FileBlob {
     fn put_if_absent(&self, digest: &Digest, length: u64, source: &mut dyn Read) -> Result<Put, StoreError> {
         let name = digest.to_string();
         let target = self.path(digest);
+        let folder = target.parent().unwrap_or(&self.dir);
+        let failed = |error: io::Error| StoreError::not_done("write blob", &name, error);
         if target.exists() {
+            // Whoever renamed it there may have ended before it was durable, and this answer says that it is.
+            sync_dir(folder).and_then(|()| sync_dir(&self.dir)).map_err(failed)?;
             return Ok(Put::Present);
         }
-        let failed = |error: io::Error| StoreError::not_done("write blob", &name, error);
         let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
         let temporary = self.dir.join("temporary").join(format!("{name}.{}.{number}", std::process::id()));
         if let Err(error) = self.write_temporary(&temporary, digest, length, source) {
             drop(fs::remove_file(&temporary));
             return Err(error);
         }
-        let folder = target.parent().unwrap_or(&self.dir);
         if !folder.exists() {
             fs::create_dir_all(folder).map_err(failed)?;
             sync_dir(&self.dir).map_err(failed)?;

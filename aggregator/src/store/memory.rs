@@ -273,9 +273,9 @@ impl Inbox for MemoryStorage {
         })
     }
 
-    fn purge(&self, queue: &str) -> Result<(), StoreError> {
+    fn purge_through(&self, queue: &str) -> Result<(), StoreError> {
         self.write("purge", queue, |contents| {
-            contents.queues.remove(queue);
+            contents.queues.retain(|name, _| name.as_str() > queue);
             Ok(())
         })
     }

@@ -275,10 +275,10 @@ impl Inbox for SqliteStore {
         )
     }
 
-    fn purge(&self, queue: &str) -> Result<(), StoreError> {
+    fn purge_through(&self, queue: &str) -> Result<(), StoreError> {
         self.write("purge", queue, |transaction| {
             transaction
-                .execute("DELETE FROM inbox WHERE queue = ?1", [queue])
+                .execute("DELETE FROM inbox WHERE queue <= ?1", [queue])
                 .map_err(|error| StoreError::not_done("purge", queue, error))?;
             Ok(())
         })

@@ -10,7 +10,12 @@ use super::{
     identity::{Address, Identity},
     open,
 };
-use crate::{events::Event, install};
+use crate::{
+    control,
+    events::Event,
+    install, owed,
+    store::{Store, StoreError},
+};
 
 pub(super) fn enroll(shared: &Shared, invitation: &str) -> Result<()> {
     let invitation: Invitation = invitation.parse()?;
@@ -18,7 +23,8 @@ pub(super) fn enroll(shared: &Shared, invitation: &str) -> Result<()> {
     let clock = Clock::system();
     // Who missed the time to renew can only enrol anew, as another device.
     let holds = |identity: &Identity| clock.unix_ms() < identity.credentials.expires_ms();
-    if let Some(identity) = Identity::read(&store)?.filter(holds) {
+    let before = Identity::read(&store)?;
+    if let Some(identity) = before.as_ref().filter(|identity| holds(identity)) {
         let device = identity.credentials.device();
         return Err(BadInput(format!("this directory already holds the identity of device {device}")).into());
     }
@@ -27,9 +33,48 @@ pub(super) fn enroll(shared: &Shared, invitation: &str) -> Result<()> {
     let limits = LinkLimits::default();
     let credentials = runtime.block_on(commonweal_transport::enroll(&invitation, key, &limits, &clock))?;
     let device = credentials.device().to_string();
-    // Versions of another federation's releases do not compare with this one's.
-    install::forget(&store)?;
+    let (key, known) =
+        (credentials.signing_key(), before.as_ref().map(|before| before.credentials.signing_key()));
+    if known != Some(key) {
+        forget_federation(&store)?;
+    }
     Identity { credentials, address: Address::of(&invitation) }.keep(&store)?;
     shared.output().show(&Event::Enrolled { device });
     Ok(())
+}
+
+/// Another federation's versions and round numbers do not compare with this one's, nor was what is owed there owed here.
+/// Its receipts stay: they are signed by another key and count for nothing.
+fn forget_federation(store: &Store) -> Result<(), StoreError> {
+    install::forget(store)?;
+    owed::forget(store)?;
+    control::forget(store)?;
+    store.clear_round_but(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_another_federation_only_receipts_and_samples_stay() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let gone = [
+            "installed",
+            "residual.bin",
+            "residual-a.bin",
+            "control.bin",
+            "control-pending.bin",
+            "round/task.json",
+            "round/update.packed",
+        ];
+        let kept = ["receipts.jsonl", "samples/000001.jsonl"];
+        for name in gone.into_iter().chain(kept) {
+            store.write(name, b"x").unwrap();
+        }
+        forget_federation(&store).unwrap();
+        assert!(gone.iter().all(|name| store.read(name).unwrap().is_none()));
+        assert!(kept.iter().all(|name| store.read(name).unwrap().is_some()));
+    }
 }

@@ -196,27 +196,33 @@ pub(super) fn bar(what: &'static str, length: usize) -> indicatif::ProgressBar {
     bar
 }
 
-/// A handle that Ctrl-C and SIGTERM use.
+/// A handle that Ctrl-C and SIGTERM use. A second one ends the process at once, with the code of a signal: whoever sends
+/// it wants no orderly end.
 pub(super) fn stop_on_signal(runtime: &tokio::runtime::Handle) -> Cancel {
     let cancel = Cancel::new();
     let stopped = cancel.clone();
     runtime.spawn(async move {
-        let terminated = async {
-            #[cfg(unix)]
-            if let Ok(mut signal) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())
-            {
-                signal.recv().await;
-                return;
-            }
-            std::future::pending::<()>().await;
-        };
-        tokio::select! {
-            _ = tokio::signal::ctrl_c() => {}
-            () = terminated => {}
-        }
+        signal().await;
         stopped.cancel();
+        std::process::exit(signal().await);
     });
     cancel
+}
+
+/// Waits for Ctrl-C or SIGTERM; gives the exit code of a process that it ends.
+async fn signal() -> i32 {
+    let terminated = async {
+        #[cfg(unix)]
+        if let Ok(mut signal) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+            signal.recv().await;
+            return;
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        _ = tokio::signal::ctrl_c() => 128 + 2,
+        () = terminated => 128 + 15,
+    }
 }
 
 #[cfg(test)]

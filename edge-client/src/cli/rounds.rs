@@ -1,6 +1,6 @@
 //! `run` and `once`: the device visits the aggregator, as often as it is asked to come back.
 
-use std::{num::NonZeroU64, thread, time::Duration};
+use std::{num::NonZeroU64, path::PathBuf, thread, time::Duration};
 
 use anyhow::{Context, Result};
 use commonweal_protocol::{ReconnectWindow, Refusal};
@@ -14,9 +14,10 @@ use super::{Shared, exit::BadInput, identity::Identity, open};
 use crate::{
     events::{Event, Output},
     install::Expected,
-    pipeline::{Device, Outcome, Visit},
+    pipeline::{Device, Outcome, Visit, until_cancelled},
     pipeline_error::PipelineError,
     settings::SettingsFile,
+    store::Store,
 };
 
 /// Present while the owner wants no rounds.
@@ -29,10 +30,15 @@ const PAUSED_SECONDS: u64 = 10;
 /// After a failure that may pass, if the aggregator did not say when to come back: devices that lost it at one moment
 /// do not return at one.
 const RETRY: ReconnectWindow = ReconnectWindow { after_ms: 2_500, spread_ms: 5_000 };
+/// After a step that memory was too short for: what else takes it is a person's, and ends in minutes.
+const MEMORY_RETRY: ReconnectWindow = ReconnectWindow { after_ms: 60_000, spread_ms: 60_000 };
+/// How often a visit looks whether it shall end.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// One visit; exit code 4 when the update was refused.
 pub(super) fn once(shared: &Shared) -> Result<()> {
     let mut member = Member::open(shared)?;
+    let _visiting = member.device.store.hold_visit()?;
     let Visit { outcome, reconnect } = member.visit()?;
     // A release may have been published while this device worked.
     if let Outcome::Delivered(_) = outcome {
@@ -55,45 +61,59 @@ pub(super) fn run(shared: &Shared, rounds: Option<u64>) -> Result<()> {
     let mut member = Member::open(shared)?;
     let longest = member.settings.poll_seconds_max.map_or(POLL_SECONDS_MAX, NonZeroU64::get);
     let longest = Duration::from_secs(longest);
-    let cancel = member.device.cancel.clone();
+    let stop = member.stop.clone();
     let mut random = ChaCha8Rng::from_os_rng();
     let mut delivered = 0;
-    while !cancel.is_cancelled() {
-        let (wait, why) = if member.device.store.read(PAUSED)?.is_some() {
-            (longest.min(Duration::from_secs(PAUSED_SECONDS)), "paused".to_owned())
-        } else {
-            let (window, why) = match member.visit() {
-                Ok(Visit { outcome, reconnect }) => {
-                    delivered += u64::from(matches!(outcome, Outcome::Delivered(_)));
-                    if rounds.is_some_and(|rounds| delivered >= rounds) {
-                        break;
-                    }
-                    (reconnect, describe(outcome).to_owned())
+    while !stop.is_cancelled() {
+        let (wait, why) = match member.visit_unless_paused()? {
+            None => (longest.min(Duration::from_secs(PAUSED_SECONDS)), "paused".to_owned()),
+            Some(Ok(Visit { outcome, reconnect })) => {
+                delivered += u64::from(matches!(outcome, Outcome::Delivered(_)));
+                if rounds.is_some_and(|rounds| delivered >= rounds) {
+                    break;
                 }
-                Err(_) if cancel.is_cancelled() => break,
-                Err(error) => {
-                    let Some(window) = window_after(&error) else { return Err(error.into()) };
-                    let why =
-                        error.refusal().map_or("the aggregator is away".to_owned(), |it| it.to_string());
-                    tracing::warn!("{:#}; trying again", anyhow::Error::new(error));
-                    (window, why)
-                }
-            };
-            (draw(window, longest, random.next_u64()), why)
+                (draw(reconnect, longest, random.next_u64()), describe(outcome).to_owned())
+            }
+            Some(Err(_)) if stop.is_cancelled() => break,
+            Some(Err(error)) => {
+                let Some(window) = window_after(&error) else { return Err(error.into()) };
+                let why = why_again(&error);
+                tracing::warn!("{:#}; trying again", anyhow::Error::new(error));
+                (draw(window, longest, random.next_u64()), why)
+            }
         };
         if shared.output() == Output::Text {
             tracing::debug!(seconds = wait.as_secs_f64(), why, "waiting");
         } else {
             shared.output().show(&Event::Waiting { seconds: wait.as_secs_f64(), why });
         }
-        sleep(wait, &cancel);
+        sleep(wait, &stop);
     }
     Ok(())
 }
 
 /// When to come back after a failure; never, if it will not pass.
 fn window_after(error: &PipelineError) -> Option<ReconnectWindow> {
+    if error.is_want_of_memory() {
+        return Some(MEMORY_RETRY);
+    }
     error.is_transient().then(|| error.reconnect().unwrap_or(RETRY))
+}
+
+fn why_again(error: &PipelineError) -> String {
+    match error.refusal() {
+        Some(refusal) => refusal.to_string(),
+        None if error.is_want_of_memory() => "too little memory for a training step".to_owned(),
+        None => "the aggregator is away".to_owned(),
+    }
+}
+
+/// Ends a visit when the process is to stop, or when the owner wants no rounds any more.
+async fn end(visit: Cancel, stop: Cancel, paused: PathBuf) {
+    while !stop.is_cancelled() && !paused.exists() {
+        tokio::time::sleep(LOOK).await;
+    }
+    visit.cancel();
 }
 
 /// This device's own moment in a window. One that ends after the longest wait is scaled down to end with it: were it cut
@@ -131,6 +151,8 @@ struct Member {
     identity: Identity,
     device: Device<QuicLink>,
     runtime: Runtime,
+    /// Of the process; the device's own handle is a visit's.
+    stop: Cancel,
 }
 
 impl Member {
@@ -160,9 +182,28 @@ impl Member {
             link,
             output: shared.output(),
             runtime: runtime.handle().clone(),
-            cancel,
+            cancel: cancel.clone(),
         };
-        Ok(Self { settings: place.settings, identity, device, runtime })
+        Ok(Self { settings: place.settings, identity, device, runtime, stop: cancel })
+    }
+
+    /// A visit that a pause or a signal ends where it stands; none while the owner wants none. `edge-client pause` waits
+    /// for its end.
+    fn visit_unless_paused(&mut self) -> Result<Option<Result<Visit, PipelineError>>> {
+        let _visiting = self.device.store.hold_visit()?;
+        let is_paused = |store: &Store| store.read(PAUSED).map(|file| file.is_some());
+        if is_paused(&self.device.store)? {
+            return Ok(None);
+        }
+        self.device.cancel = Cancel::new();
+        let paused = self.device.store.path(PAUSED);
+        let watch = self.runtime.spawn(end(self.device.cancel.clone(), self.stop.clone(), paused));
+        let visited = self.visit();
+        watch.abort();
+        if visited.is_err() && is_paused(&self.device.store)? {
+            return Ok(None);
+        }
+        Ok(Some(visited))
     }
 
     /// One visit, with a certificate that is renewed in time. If it ended all the same, the update is still on disk: it
@@ -180,7 +221,13 @@ impl Member {
     /// Whether a fresh certificate came. If none did, that is not the end: the old one holds until its own.
     fn renew(&mut self) -> bool {
         let Device { store, link, .. } = &self.device;
-        let renewed = self.runtime.block_on(self.identity.renew(store, link));
+        let cancel = self.device.cancel.clone();
+        let renewed = self.runtime.block_on(async {
+            tokio::select! {
+                renewed = self.identity.renew(store, link) => renewed,
+                () = until_cancelled(&cancel) => Err(PipelineError::Cancelled.into()),
+            }
+        });
         renewed.inspect_err(|error| tracing::warn!("certificate not renewed: {error:#}")).is_ok()
     }
 }
@@ -198,7 +245,36 @@ fn connect(runtime: &Runtime, identity: &Identity, settings: &SettingsFile) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::TrainingError;
+    use commonweal_runtime::memory::{self, Available, Bound};
     use commonweal_transport::LinkError;
+
+    fn too_little() -> commonweal_runtime::MemoryError {
+        let available = Some(Available { bytes: 1, bound: Bound::Machine });
+        memory::check("a training step", 2, available, "x").unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn a_visit_ends_with_the_process_or_with_a_pause() {
+        let directory = tempfile::tempdir().unwrap();
+        let paused = directory.path().join(PAUSED);
+        let begin = |stop: &Cancel| {
+            let visit = Cancel::new();
+            (tokio::spawn(end(visit.clone(), stop.clone(), paused.clone())), visit)
+        };
+        let stop = Cancel::new();
+        let (ended, visit) = begin(&stop);
+        tokio::task::yield_now().await;
+        assert!(!visit.is_cancelled());
+        std::fs::write(&paused, b"").unwrap();
+        ended.await.unwrap();
+        assert!(visit.is_cancelled() && !stop.is_cancelled());
+        std::fs::remove_file(&paused).unwrap();
+        let (ended, visit) = begin(&stop);
+        stop.cancel();
+        ended.await.unwrap();
+        assert!(visit.is_cancelled());
+    }
 
     #[test]
     fn the_aggregators_window_is_obeyed_also_when_it_refuses() {
@@ -209,6 +285,11 @@ mod tests {
         }
         let away = LinkError::Stalled { during: "polling", stall_ms: 1 };
         assert_eq!(window_after(&away.into()), Some(RETRY));
+        let memory = PipelineError::Train(TrainingError::Memory(too_little()));
+        assert_eq!(
+            (window_after(&memory), why_again(&memory).contains("memory")),
+            (Some(MEMORY_RETRY), true)
+        );
         let revoked = LinkError::Refused { reason: Refusal::Revoked, reconnect };
         assert_eq!(window_after(&revoked.into()), None);
     }

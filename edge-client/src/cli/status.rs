@@ -52,7 +52,10 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
 }
 
 pub(super) fn pause(shared: &Shared) -> Result<()> {
-    open::Place::find(shared)?.look()?.write(rounds::PAUSED, b"")?;
+    let store = open::Place::find(shared)?.look()?;
+    store.write(rounds::PAUSED, b"")?;
+    // A visit under way stops where it stands; from here on nothing of the owner's is read or sent.
+    drop(store.hold_visit()?);
     shared.output().show(&Event::Paused);
     Ok(())
 }

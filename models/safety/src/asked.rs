@@ -183,6 +183,10 @@ impl Form for Asked {
         }
         Ok(found)
     }
+
+    fn close_inference(&self) {
+        self.model.close_inference();
+    }
 }
 
 /// ln(p(unsafe) / p(safe)) from log-probabilities, those of the safe answers first. `None` where they say nothing: no

@@ -35,4 +35,7 @@ pub(crate) trait Form: fmt::Debug + Send + Sync {
         near: Near<'_>,
         cancel: &Cancel,
     ) -> Result<Vec<Vec<Finding>>, GuardError>;
+
+    /// Gives back what memory it can until the next call.
+    fn close_inference(&self) {}
 }

@@ -237,6 +237,12 @@ impl Guard {
         judgements.pop().ok_or(GuardError::Infer(InferError::Empty { row: 0 }))
     }
 
+    /// Gives back the memory of the inference sessions, whether the guard is over the base or a model of its own; the next
+    /// call opens them again. A classifier keeps its one session.
+    pub fn close_inference(&self) {
+        self.form.close_inference();
+    }
+
     fn probability(&self, pair: Pair<'_>, log_odds: f64) -> f64 {
         let layout = if pair.response.is_some() { &self.config.pair } else { &self.config.prompt };
         layout.calibration.probability(log_odds)

@@ -247,6 +247,9 @@ fn a_guard_in_a_package_of_its_own_is_used_by_configuration_alone() {
         let model = small::model(&small::with_guard(&base, &text));
         let guard = Guard::from_package(&model, &Cancel::new()).unwrap();
         assert_eq!(guard.judge(contract::PAIRS, &Cancel::new()).unwrap(), expected);
+        // A guard that was closed for the time of a training step judges as before.
+        guard.close_inference();
+        assert_eq!(guard.judge(contract::PAIRS, &Cancel::new()).unwrap(), expected);
         // Over the base it would ask a model that was never trained to answer.
         let config = GuardConfig::from_toml(&text).unwrap();
         let error = Guard::open(&model, config, None, &Cancel::new()).unwrap_err();

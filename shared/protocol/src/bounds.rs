@@ -51,6 +51,9 @@ pub const HOST_CHARACTERS_MAX: usize = 253;
 /// Longest wait and longest spread that a peer may ask of a device: one week.
 pub const RECONNECT_MS_MAX: u32 = 7 * 24 * 3600 * 1000;
 
+/// Least learning rate: at none at all a device would train for nothing, and the trainer refuses it.
+pub const LEARNING_RATE_MIN: f64 = 1e-12;
+
 /// Training steps of one round on a device. The paper uses tens.
 pub const STEPS_MAX: u32 = 100_000;
 

@@ -159,7 +159,7 @@ impl TrainSettings {
         Invalid::unless_at_most("accumulation", self.accumulation, 4096u64)?;
         Invalid::unless_at_least("row_tokens_max", self.row_tokens_max, 2u64)?;
         Invalid::unless_at_most("row_tokens_max", self.row_tokens_max, bounds::ROW_TOKENS_MAX)?;
-        Invalid::unless_within("learning_rate", self.learning_rate.into(), 0.0, 1.0)?;
+        Invalid::unless_within("learning_rate", self.learning_rate.into(), bounds::LEARNING_RATE_MIN, 1.0)?;
         Invalid::unless_within("weight_decay", self.weight_decay.into(), 0.0, 1.0)?;
         Invalid::unless_within("clip_norm", self.clip_norm.into(), 1e-6, 1e6)?;
         Invalid::unless_within("proximal_mu", self.proximal_mu.into(), 0.0, 1e3)

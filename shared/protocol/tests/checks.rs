@@ -101,6 +101,7 @@ fn values_out_of_bounds_are_refused_both_ways() {
     assert!(!task(&|_| {}));
     assert!(task(&|task| task.train.learning_rate = f32::NAN));
     assert!(task(&|task| task.train.learning_rate = -0.1));
+    assert!(task(&|task| task.train.learning_rate = 0.0));
     assert!(task(&|task| task.train.steps_max = 0));
     assert!(task(&|task| task.train.warmup_steps = 51));
     assert!(task(&|task| task.train.accumulation = 0));

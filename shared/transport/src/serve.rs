@@ -49,6 +49,11 @@ pub(crate) enum StreamError {
 }
 
 impl StreamError {
+    /// Whether nothing that this device asks will be answered.
+    fn is_for_good(&self) -> bool {
+        matches!(self, Self::Refused(refused) if matches!(refused.reason, Refusal::Revoked | Refusal::Expired))
+    }
+
     /// What to tell the peer; none if it is not there to be told.
     fn refusal(&self) -> Option<Refused> {
         match self {
@@ -86,14 +91,15 @@ impl<H: Handler> Service<H> {
         }
     }
 
-    /// Serves one stream of a device that proved who it is.
+    /// Serves one stream of a device that proved who it is. Whether the device may ask for more.
     pub(crate) async fn device(
         &self,
         peer: &Peer,
         mut sending: impl AsyncWrite + Unpin + Send,
         mut receiving: impl AsyncRead + Unpin + Send,
-    ) {
+    ) -> bool {
         let outcome = self.answer(peer, &mut sending, &mut receiving).await;
+        let is_shut_out = outcome.as_ref().err().is_some_and(StreamError::is_for_good);
         if let Err(error) = outcome {
             tracing::debug!(device = %peer.device, error = %chain(&error), "request not served");
             if let Some(refused) = error.refusal() {
@@ -101,6 +107,7 @@ impl<H: Handler> Service<H> {
             }
         }
         let _ = sending.shutdown().await;
+        !is_shut_out
     }
 
     /// Serves one stream of somebody who wants to enrol.
@@ -159,6 +166,11 @@ impl<H: Handler> Service<H> {
             Request::Chunk(_) | Request::Finish => return Err(Refusal::Malformed.into()),
         };
         Ok(send(sending, &reply, self.window).await?)
+    }
+
+    /// Whether a device is refused whatever it asks, now and later.
+    pub(crate) async fn is_shut_out(&self, peer: &Peer) -> bool {
+        matches!(self.admit(peer).await, Err(error) if error.is_for_good())
     }
 
     async fn admit(&self, peer: &Peer) -> Result<(), StreamError> {

@@ -116,7 +116,10 @@ impl<H: Handler> SimNetwork<H> {
         receiving: impl tokio::io::AsyncRead + Unpin + Send,
     ) {
         match peer {
-            Some(peer) => self.service.device(&peer, sending, receiving).await,
+            // In memory a connection costs nothing: one of who is shut out may stay.
+            Some(peer) => {
+                self.service.device(&peer, sending, receiving).await;
+            }
             None => self.service.enrolment(sending, receiving).await,
         }
     }

@@ -5,7 +5,7 @@
 
 mod reference;
 
-use commonweal_protocol::{DeviceId, Enrolled, Invitation, Poll, Request};
+use commonweal_protocol::{DeviceId, Enrolled, Invitation, Poll, Refusal, Request};
 use commonweal_transport::{
     Authority, Clock, Credentials, DeviceKey, Handler, Link, LinkError, LinkLimits, Purpose, QuicLink,
     QuicServer, QuicWire, ServeLimits, Wire, enroll,
@@ -230,6 +230,30 @@ async fn one_address_does_not_hold_every_enrolment() {
     // Whoever hangs up makes room.
     drop(idle);
     world.enrol().await;
+}
+
+/// Whoever is shut out takes no seat of those who are not, whether revoked before it connects or while it is connected.
+#[tokio::test]
+async fn a_revoked_device_holds_no_connection() {
+    let world = World::start_with(ServeLimits { connections_max: 1, ..ServeLimits::default() });
+    let (revoked, other) = (world.enrol().await, world.enrol().await);
+    let connected = world.link(revoked.clone());
+    connected.poll(POLL).await.unwrap();
+    world.handler.revoke(revoked.device());
+    // It hears of it, and its seat is free.
+    assert_eq!(connected.poll(POLL).await.unwrap_err().refusal(), Some(Refusal::Revoked));
+    let link = world.link(other.clone());
+    link.poll(POLL).await.unwrap();
+    link.wire().let_go().await;
+    // Connected, and asks nothing.
+    let port = world.server.local_addr().port();
+    let idle = QuicWire::device("localhost", port, revoked.clone(), world.clock.clone(), &World::limits());
+    let idle = idle.unwrap();
+    let stream = idle.open(Purpose::Question).await.unwrap();
+    world.link(other).poll(POLL).await.unwrap();
+    drop(stream);
+    let error = world.link(revoked).poll(POLL).await.unwrap_err();
+    assert_eq!(error.refusal(), Some(Refusal::Revoked), "{error:?}");
 }
 
 /// Handshakes that are never ended take the slots of their own address only.

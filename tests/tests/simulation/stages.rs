@@ -34,7 +34,12 @@ impl Stages for SeededStages {
 
     fn evaluate(&mut self, round: RoundId, _candidate: &Adapter) -> Result<EvaluateFigures, LaboratoryError> {
         let safe_rate = if self.draw(round, "evaluate") < 50 { 0.5 } else { 0.95 };
-        let card = ReportCard { safe_rate: Some(safe_rate), ..ReportCard::default() };
+        let card = ReportCard {
+            safe_rate: Some(safe_rate),
+            over_refusal_rate: Some(0.0),
+            held_out_loss: Some(1.0),
+            ..ReportCard::default()
+        };
         Ok(EvaluateFigures { report_card: card, ..EvaluateFigures::default() })
     }
 }

@@ -137,7 +137,12 @@ impl World {
         let digest = Digest::of(&bytes);
         memory.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice()).unwrap();
         let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), key.clone(), BASE);
-        let card = ReportCard { safe_rate: Some(0.95), ..ReportCard::default() };
+        let card = ReportCard {
+            safe_rate: Some(0.95),
+            over_refusal_rate: Some(0.0),
+            held_out_loss: Some(1.0),
+            ..ReportCard::default()
+        };
         Record::of_base(&card, START_MS).append(storage.coord.as_ref()).unwrap();
         publisher
             .publish(

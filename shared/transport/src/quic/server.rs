@@ -8,24 +8,24 @@ use crate::{
         CONNECTION_WINDOW_BYTES, HANDSHAKES_OVER_RETRY, INCOMING_BYTES_MAX, STRANGER_WINDOW_BYTES,
         STREAMS_MAX,
     },
-    seats::Seats,
+    seats::{Seat, Seats},
     serve::{Service, chain},
     tls,
 };
 use commonweal_protocol::DeviceId;
 use quinn::{
-    Connection, Endpoint, EndpointConfig, Incoming, VarInt,
+    Connection, Endpoint, EndpointConfig, Incoming, RecvStream, SendStream, VarInt,
     crypto::rustls::{HandshakeData, QuicServerConfig},
 };
 use rustls_pki_types::CertificateDer;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// Connections of one device at once: one for questions, one that transfers, and those that a cut left behind.
 const CONNECTIONS_OF_A_DEVICE_MAX: usize = 8;
 
-/// The part of all handshakes and of all enrolments that one address may hold: it takes eight to shut others out.
+/// The part of all handshakes, of all enrolments and of all connections turned away that one address may hold: it takes eight to shut others out.
 const SHARE_OF_AN_ADDRESS: usize = 8;
 
 /// How long a close waits for requests under way, and then for peers to hear of it.
@@ -125,6 +125,22 @@ fn config(
     Ok(config)
 }
 
+/// Seats for connections of one stream: so many, and so many of one address.
+struct Room {
+    all: Semaphore,
+    of: Seats<Source>,
+}
+
+impl Room {
+    fn new(seats: usize) -> Self {
+        Self { all: Semaphore::new(seats), of: share_of(seats) }
+    }
+}
+
+fn share_of(seats: usize) -> Seats<Source> {
+    Seats::new((seats / SHARE_OF_AN_ADDRESS).max(1))
+}
+
 struct Server<H> {
     service: Service<H>,
     window: Duration,
@@ -135,8 +151,9 @@ struct Server<H> {
     proven_of: Seats<Source>,
     connections: Semaphore,
     connections_of: Seats<DeviceId>,
-    enrolments: Semaphore,
-    enrolments_of: Seats<Source>,
+    enrolments: Room,
+    /// For devices that are shut out.
+    turned_away: Room,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
@@ -144,17 +161,16 @@ struct Server<H> {
 impl<H: Handler> Server<H> {
     fn new(handler: H, clock: &Clock, limits: &ServeLimits) -> Self {
         let proven_max = limits.handshakes_before_retry.max(1) * HANDSHAKES_OVER_RETRY;
-        let share = |of: usize| Seats::new((of / SHARE_OF_AN_ADDRESS).max(1));
         Self {
             service: Service::new(handler, clock.clone(), limits),
             window: Duration::from_millis(limits.stall_ms),
             unproven: Semaphore::new(limits.handshakes_before_retry),
             proven: Semaphore::new(proven_max),
-            proven_of: share(proven_max),
+            proven_of: share_of(proven_max),
             connections: Semaphore::new(limits.connections_max),
             connections_of: Seats::new(CONNECTIONS_OF_A_DEVICE_MAX),
-            enrolments: Semaphore::new(limits.enrolments_max),
-            enrolments_of: share(limits.enrolments_max),
+            enrolments: Room::new(limits.enrolments_max),
+            turned_away: Room::new(limits.enrolments_max),
             stop: CancellationToken::new(),
             tasks: TaskTracker::new(),
         }
@@ -227,6 +243,9 @@ impl<H: Handler> Server<H> {
     }
 
     async fn serve_device(self: &Arc<Self>, connection: &Connection, peer: Peer) {
+        if self.service.is_shut_out(&peer).await {
+            return self.turn_away(connection, peer).await;
+        }
         let (Ok(_slot), Some(_seat)) =
             (self.connections.try_acquire(), self.connections_of.take(peer.device))
         else {
@@ -250,32 +269,56 @@ impl<H: Handler> Server<H> {
             let (server, held) = (Arc::clone(self), connection.clone());
             // Not cancelled when the connection goes: what the handler has begun, it ends.
             self.tasks.spawn(async move {
-                server.service.device(&peer, &mut sending, receiving).await;
+                let may_ask_more = server.service.device(&peer, &mut sending, receiving).await;
                 // Once the answer is acknowledged; a connection that nobody holds is closed at once.
                 let _ = tokio::time::timeout(server.window, sending.stopped()).await;
-                drop(held);
+                if !may_ask_more {
+                    held.close(code::DONE, b"");
+                }
             });
         }
     }
 
-    async fn serve_enrolment(&self, connection: &Connection) {
-        // A handshake that came to its end proves the address.
-        let source = connection.remote_address().into();
-        let (Some(_seat), Ok(_slot)) = (self.enrolments_of.take(source), self.enrolments.try_acquire())
+    /// A device that is shut out gets one answer, which says why, and no seat among those that are.
+    async fn turn_away(&self, connection: &Connection, peer: Peer) {
+        let Some((_seats, (mut sending, receiving))) = self.one_stream(&self.turned_away, connection).await
         else {
-            tracing::info!(address = %connection.remote_address(), "too many enrolments");
-            connection.close(code::BUSY, b"");
             return;
         };
-        connection.set_max_concurrent_bi_streams(VarInt::from_u32(1));
-        let stream = tokio::time::timeout(self.window, connection.accept_bi());
-        let Ok(Ok((mut sending, receiving))) = stream.await else {
-            connection.close(code::DONE, b"");
+        self.service.device(&peer, &mut sending, receiving).await;
+        let _ = tokio::time::timeout(self.window, sending.stopped()).await;
+        connection.close(code::DONE, b"");
+    }
+
+    async fn serve_enrolment(&self, connection: &Connection) {
+        let Some((_seats, (mut sending, receiving))) = self.one_stream(&self.enrolments, connection).await
+        else {
             return;
         };
         self.service.enrolment(&mut sending, receiving).await;
         let _ = tokio::time::timeout(self.window, sending.stopped()).await;
         connection.close(code::DONE, b"");
+    }
+
+    /// The one stream of a connection that gets no more, if there are seats and it comes in time.
+    async fn one_stream<'s>(
+        &self,
+        room: &'s Room,
+        connection: &Connection,
+    ) -> Option<((Seat<'s, Source>, SemaphorePermit<'s>), (SendStream, RecvStream))> {
+        // A handshake that came to its end proves the address.
+        let source = connection.remote_address().into();
+        let (Some(seat), Ok(slot)) = (room.of.take(source), room.all.try_acquire()) else {
+            tracing::info!(address = %connection.remote_address(), "too many connections of strangers");
+            connection.close(code::BUSY, b"");
+            return None;
+        };
+        connection.set_max_concurrent_bi_streams(VarInt::from_u32(1));
+        let Ok(Ok(stream)) = tokio::time::timeout(self.window, connection.accept_bi()).await else {
+            connection.close(code::DONE, b"");
+            return None;
+        };
+        Some(((seat, slot), stream))
     }
 }
 

@@ -89,6 +89,10 @@ impl Reference {
         token
     }
 
+    pub fn revoke(&self, device: DeviceId) {
+        self.state().revoked.insert(device);
+    }
+
     fn issue(&self, csr: &Csr, device: DeviceId) -> Result<CertificateChain, Refused> {
         let now_ms = self.clock.unix_ms();
         let chain = self.authority.issue_device(csr, device, now_ms, CERTIFICATE_LIFE_MS);
@@ -232,7 +236,7 @@ impl Subject for ReferenceSubject {
     }
 
     fn revoke(&self, device: DeviceId) {
-        self.0.state().revoked.insert(device);
+        self.0.revoke(device);
     }
 
     fn signing_key(&self) -> AggregatorKey {

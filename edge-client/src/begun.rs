@@ -1,0 +1,54 @@
+//! What the round in progress was begun with: what a kill left of it is gone on with only if nothing of that changed.
+//!
+//! Written and asked by `pipeline.rs`. Kept pairs are the guard's and the reviser's word: another guard, another
+//! constitution or another policy of the owner makes them anew.
+
+use commonweal_protocol::{AggregatorKey, Digest, RoundTask};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    pipeline::Device,
+    pipeline_error::damaged,
+    policy::Policy,
+    store::{StoreError, at},
+};
+
+pub(crate) const BEGUN: &str = "round/task.json";
+
+/// See the module.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Begun {
+    pub(crate) task: RoundTask,
+    policy: Policy,
+    /// Whose task it is.
+    aggregator: AggregatorKey,
+    /// Of what screens and rewrites.
+    screening: Digest,
+}
+
+impl<L> Device<L> {
+    /// As [`Begun`] is kept: what work on this task would be begun with now.
+    pub(crate) fn begun_with(&self, task: &RoundTask) -> Result<Vec<u8>, StoreError> {
+        let begun = Begun {
+            // The time left differs from poll to poll.
+            task: RoundTask { deadline_ms: 0, ..*task },
+            policy: self.policy.clone(),
+            aggregator: self.expected.key,
+            screening: self.screening()?,
+        };
+        serde_json::to_vec(&begun).map_err(|error| damaged(&self.store, BEGUN, &error))
+    }
+
+    /// Identifies guard and reviser: their settings, the constitution, and the hashes of the files of the package and
+    /// of the guard's own.
+    fn screening(&self) -> Result<Digest, StoreError> {
+        let guard = self.guard.config();
+        let own = guard.package.as_deref().map(|package| {
+            let path = self.model.package().directory().join(package).join("package.toml");
+            std::fs::read_to_string(&path).map_err(at("read", &path))
+        });
+        let parts = (guard, self.reviser.constitution(), &self.model.manifest().files, own.transpose()?);
+        let bytes = serde_json::to_vec(&parts).map_err(|error| damaged(&self.store, BEGUN, &error))?;
+        Ok(Digest::of(&bytes))
+    }
+}
