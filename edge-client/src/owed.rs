@@ -5,7 +5,7 @@
 //! receipt says that it was. An update that is let go without an answer may have been taken all the same: what it would
 //! leave is set aside until the aggregator's word on the next one of that round tells.
 
-use commonweal_protocol::{Refusal, RoundId};
+use commonweal_protocol::{Refusal, RoundTask};
 
 use crate::{
     begun::{BEGUN, Begun},
@@ -18,39 +18,45 @@ pub(crate) const NEXT_RESIDUAL: &str = "round/residual.bin";
 /// What the round's first update leaves, if that one was let go.
 const SET_ASIDE: &str = "round/set-aside.bin";
 
+/// Where what updates of such a task owe is kept.
+fn residual_of(_: &RoundTask) -> &'static str {
+    RESIDUAL
+}
+
 impl<L> Device<L> {
-    /// Clears the round's folder for work on another task, or on the same under other terms. `offered` is the round of an
-    /// update in it that is packed, and so may have been sent.
-    pub(crate) fn clear_for(&self, round: RoundId, offered: bool) -> Result<(), PipelineError> {
-        let before = self.read_round::<Begun>(BEGUN)?.map(|begun| begun.task.round);
-        if offered && self.store.read(SET_ASIDE)?.is_none() {
+    /// Clears the round's folder for work on another task, or on the same under other terms. `is_packed`: there is an
+    /// update in it, which may have been sent.
+    pub(crate) fn clear_for(&self, task: &RoundTask, is_packed: bool) -> Result<(), PipelineError> {
+        let before = self.read_round::<Begun>(BEGUN)?.map(|begun| begun.task);
+        if is_packed && self.store.read(SET_ASIDE)?.is_none() {
             self.store.rename(NEXT_RESIDUAL, SET_ASIDE)?;
         }
-        if before != Some(round) {
+        if before.is_none_or(|before| before.round != task.round) {
             // Nobody will say any more whether it was taken. Counting it as taken costs at most its lessons; counting it
             // as lost might send twice what was owed before it.
-            self.store.rename(SET_ASIDE, RESIDUAL)?;
+            self.store.rename(SET_ASIDE, residual_of(before.as_ref().unwrap_or(task)))?;
         }
         Ok(self.store.clear_round_but(Some(SET_ASIDE))?)
     }
 
     /// After a receipt: what is owed now follows from what the aggregator has. Can be done again.
-    pub(crate) fn settle(&self) -> Result<(), StoreError> {
-        self.store.rename(NEXT_RESIDUAL, RESIDUAL)?;
+    pub(crate) fn settle(&self, task: &RoundTask) -> Result<(), StoreError> {
+        self.store.rename(NEXT_RESIDUAL, residual_of(task))?;
         self.store.clear_round_but(None)
     }
 
     /// When a round's update is given up; `refusal` is the aggregator's word on it, if it came so far. What was owed
     /// before it is owed still, unless an earlier one of this round was taken.
-    pub(crate) fn owe_still(&self, refusal: Option<Refusal>) -> Result<(), StoreError> {
+    pub(crate) fn owe_still(&self, task: &RoundTask, refusal: Option<Refusal>) -> Result<(), StoreError> {
+        let residual = residual_of(task);
         match refusal {
             Some(Refusal::AlreadySent) if self.store.read(SET_ASIDE)?.is_none() => {
                 // One that this device knows nothing of: what it left is not known either.
-                self.store.remove(RESIDUAL)?;
+                self.store.remove(residual)?;
             }
             // It was taken, or may have been.
             Some(Refusal::AlreadySent | Refusal::StaleRound) | None => {
-                self.store.rename(SET_ASIDE, RESIDUAL)?;
+                self.store.rename(SET_ASIDE, residual)?;
             }
             // One that was taken would have been the reason.
             Some(_) => {}

@@ -204,7 +204,7 @@ impl<L: Link> Device<L> {
         let Some(Begun { task, .. }) = self.read_round(BEGUN)? else { return Ok(None) };
         if self.is_delivered(task.round)? {
             // A kill came between the receipt and this.
-            self.settle()?;
+            self.settle(&task)?;
             return Ok(None);
         }
         let is_of_now = self.store.read(BEGUN)? == Some(self.begun_with(&task)?);
@@ -222,7 +222,7 @@ impl<L: Link> Device<L> {
         let begun = self.begun_with(task)?;
         if self.store.read(BEGUN)?.as_ref() != Some(&begun) {
             let is_packed = self.store.read(PACKED_REPORT)?.is_some();
-            self.clear_for(task.round, is_packed)?;
+            self.clear_for(task, is_packed)?;
             self.store.write(BEGUN, &begun)?;
         }
         Ok(())
@@ -230,10 +230,11 @@ impl<L: Link> Device<L> {
 
     /// Leaves nothing of the round but that it was given up.
     fn give_up(&self, task: &RoundTask, why: GivenUp) -> Result<Outcome, PipelineError> {
-        self.owe_still(match why {
+        let refusal = match why {
             GivenUp::Refused(refusal) => Some(refusal),
             GivenUp::NothingToLearn | GivenUp::Diverged => None,
-        })?;
+        };
+        self.owe_still(task, refusal)?;
         self.write_json(GIVEN_UP, &why)?;
         for name in [PAIRS, CHECKPOINT, PACKED_REPORT, PACKED] {
             self.store.remove(name)?;
@@ -375,7 +376,7 @@ impl<L: Link> Device<L> {
         let sent = self.ask(upload::upload(&self.link, key, self.id, &self.store, &open, packed))?;
         match sent {
             Ok(uploaded) => {
-                self.settle()?;
+                self.settle(task)?;
                 self.stage(round.0, begun, Done::Upload { bytes: open.length });
                 Ok(Visit { outcome: Outcome::Delivered(round), reconnect: uploaded.reconnect })
             }
