@@ -188,10 +188,10 @@ impl Coming<'_> {
 
 impl Drop for Coming<'_> {
     fn drop(&mut self) {
-        if !self.bytes.is_empty() {
-            if let Err(error) = self.keep() {
-                tracing::warn!("what came of an adapter is lost: {error}");
-            }
+        if !self.bytes.is_empty()
+            && let Err(error) = self.keep()
+        {
+            tracing::warn!("what came of an adapter is lost: {error}");
         }
     }
 }

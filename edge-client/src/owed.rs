@@ -31,7 +31,7 @@ pub(crate) fn forget(store: &Store) -> Result<(), StoreError> {
 
 impl<L> Device<L> {
     /// Clears the round's folder for work on another task, or on the same under other terms. `offered` is the round of an
-    /// update in it that is packed, and so may have been sent.
+    /// update in it, which may have been sent.
     pub(crate) fn clear_for(&self, task: &RoundTask, offered: bool) -> Result<(), PipelineError> {
         let before = self.read_round::<Begun>(BEGUN)?.map(|begun| begun.task);
         if offered && self.store.read(SET_ASIDE)?.is_none() {

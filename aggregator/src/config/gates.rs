@@ -69,6 +69,7 @@ mod threshold {
         Word(String),
     }
 
+    #[expect(clippy::ref_option, reason = "serde gives it so")]
     pub(super) fn serialize<S: Serializer>(value: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
         value.map_or_else(|| Threshold::Word("off".to_owned()), Threshold::Number).serialize(serializer)
     }
