@@ -251,9 +251,9 @@ fn codes<'a>(
     };
     match (options.method, BlockFormat::of(quantization), calibration) {
         (Method::Gptq, Some(format), Some(calibration)) => {
-            let calibration = Calibration { tokens: used(model, calibration.tokens), ..calibration };
-            let bytes: Vec<u8> = calibration.tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-            let (tokens, text) = (calibration.tokens.len(), Hash::of(&bytes));
+            let tokens = used(model, calibration.tokens);
+            let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+            let (tokens, text) = (tokens.len(), Hash::of(&bytes));
             let calibrator = Calibrator::new(model, format, tensors, calibration)?;
             Ok((Rounding::Gptq { tokens, text }, Codes::Calibrated(Box::new(calibrator))))
         }
