@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    commonweal_runtime::library::forbid_telemetry();
     let cli = aggregator::cli::Cli::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_env("COMMONWEAL_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));

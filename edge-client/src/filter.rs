@@ -1,14 +1,15 @@
-//! Stage 2, **filter**: the guard judges every exchange of a sample; the policy says what follows.
+//! Stage 2, **filter**: the guard judges every exchange of a sample; the policy says what follows. A sample that the
+//! guard cannot judge is left out, and the others go on.
 //!
 //! From `sample.rs`; to `revise.rs`, which alone turns a [`Screened`] into something that can be trained on. Nothing
 //! else makes a [`Screened`], so skipping the filter does not compile.
 
-use commonweal_runtime::{Cancel, Role};
+use commonweal_runtime::Cancel;
 use commonweal_safety::{CategoryId, Guard, GuardError, Judgement, Pair};
 
 use crate::{
     policy::{Action, Policy},
-    sample::Sample,
+    sample::{Exchange, Sample},
 };
 
 /// Samples judged in one call of the guard: bounds memory, and is how often progress shows.
@@ -26,7 +27,8 @@ pub struct Screened {
 pub struct Verdict {
     /// What happens to the sample.
     pub action: Action,
-    /// Calibrated probability that its worst exchange is unsafe; `None` when the filter is off.
+    /// Calibrated probability that its worst exchange is unsafe; `None` when the filter is off, or the guard could not
+    /// judge it.
     pub probability: Option<f64>,
     /// The kind of harm, when there is one.
     pub category: Option<CategoryId>,
@@ -39,10 +41,19 @@ pub struct FilterCounts {
     pub kept: usize,
     /// Left out.
     pub dropped: usize,
+    /// Of those, the ones that the guard could not judge.
+    pub unjudged: usize,
     /// To be replaced by a refusal.
     pub refused: usize,
     /// To be revised.
     pub flagged: usize,
+}
+
+impl Verdict {
+    /// What cannot be judged is left out: the strictest that can be done with it.
+    fn unjudged() -> Self {
+        Self { action: Action::Drop, probability: None, category: None }
+    }
 }
 
 impl Screened {
@@ -88,6 +99,7 @@ pub fn screen(
 pub fn count(screened: &[Screened]) -> FilterCounts {
     let mut counts = FilterCounts::default();
     for one in screened {
+        counts.unjudged += usize::from(one.verdict == Verdict::unjudged());
         *match one.verdict.action {
             Action::Keep => &mut counts.kept,
             Action::Drop => &mut counts.dropped,
@@ -104,40 +116,45 @@ fn screen_chunk(
     chunk: Vec<Sample>,
     cancel: &Cancel,
 ) -> Result<Vec<Screened>, GuardError> {
+    let exchanges: Vec<Vec<Exchange<'_>>> = chunk.iter().map(Sample::exchanges).collect();
     let (mut owners, mut pairs) = (Vec::new(), Vec::new());
-    for (owner, sample) in chunk.iter().enumerate() {
-        for (reply, pair) in exchanges(sample) {
-            owners.push((owner, reply));
-            pairs.push(pair);
+    for (owner, exchange) in
+        exchanges.iter().enumerate().flat_map(|(at, of)| of.iter().map(move |one| (at, one)))
+    {
+        for (reply, response) in &exchange.replies {
+            owners.push((owner, *reply));
+            pairs.push(Pair { prompt: &exchange.prompt, response: Some(response) });
         }
     }
-    let judgements = guard.judge(&pairs, cancel)?;
-    let mut found: Vec<Vec<(usize, Judgement)>> = vec![Vec::new(); chunk.len()];
-    for ((owner, reply), judgement) in owners.into_iter().zip(judgements) {
-        found[owner].push((reply, judgement));
+    let judged = guard.judge_each(&pairs, cancel)?;
+    let mut found: Vec<Vec<(usize, Judged)>> = vec![Vec::new(); chunk.len()];
+    for ((owner, reply), judged) in owners.into_iter().zip(judged) {
+        let judgement = judged.inspect_err(|error| {
+            tracing::warn!(sample = %chunk[owner].id(), error = %chain(error), "the guard cannot judge it: left out");
+        });
+        found[owner].push((reply, judgement.ok()));
     }
+    drop(exchanges);
     Ok(chunk.into_iter().zip(found).map(|(sample, found)| decide(policy, sample, &found)).collect())
 }
 
-/// Every reply of the model with the person's words before it; the number is the reply's turn.
-fn exchanges(sample: &Sample) -> Vec<(usize, Pair<'_>)> {
-    let mut prompt = "";
-    let mut pairs = Vec::new();
-    for (turn, said) in sample.turns().iter().enumerate() {
-        match said.role {
-            Role::User => prompt = &said.content,
-            Role::Assistant => pairs.push((turn, Pair { prompt, response: Some(&said.content) })),
-            Role::System => {}
-        }
-    }
-    pairs
+/// What the guard says of one reply; `None` where it cannot.
+type Judged = Option<Judgement>;
+
+/// An error and what it came from.
+fn chain(error: &GuardError) -> String {
+    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
-/// The first exchange that the policy does not keep decides, and ends the conversation: what came after an unsafe
-/// reply leans on it.
-fn decide(policy: &Policy, sample: Sample, found: &[(usize, Judgement)]) -> Screened {
-    let worst = found.iter().map(|(_, judgement)| judgement.probability).fold(0.0, f64::max);
+/// The first exchange that is not kept decides, and ends the conversation: what came after an unsafe reply leans on it.
+fn decide(policy: &Policy, sample: Sample, found: &[(usize, Judged)]) -> Screened {
+    let mut worst: f64 = 0.0;
     for (reply, judgement) in found {
+        let Some(judgement) = judgement else {
+            return Screened { sample, verdict: Verdict::unjudged() };
+        };
+        worst = worst.max(judgement.probability);
         let action = policy.action(judgement.probability, judgement.category.as_ref(), judgement.threshold);
         if action != Action::Keep {
             let verdict = Verdict {
@@ -156,6 +173,7 @@ fn decide(policy: &Policy, sample: Sample, found: &[(usize, Judgement)]) -> Scre
 mod tests {
     use super::*;
     use crate::sample::Turn;
+    use commonweal_runtime::Role;
 
     fn judgement(probability: f64) -> Judgement {
         Judgement {
@@ -183,22 +201,27 @@ mod tests {
     }
 
     #[test]
-    fn every_reply_is_judged_with_the_words_before_it() {
-        let sample = two_exchanges();
-        let pairs = exchanges(&sample);
-        assert_eq!(pairs.iter().map(|(turn, _)| *turn).collect::<Vec<_>>(), [2, 4]);
-        assert_eq!((pairs[1].1.prompt, pairs[1].1.response), ("c", Some("d")));
-    }
-
-    #[test]
     fn the_first_unsafe_exchange_ends_the_conversation() {
         let policy = Policy::default();
-        let screened = decide(&policy, two_exchanges(), &[(2, judgement(0.9)), (4, judgement(0.1))]);
+        let found = |first, second| [(2, Some(judgement(first))), (4, Some(judgement(second)))];
+        let screened = decide(&policy, two_exchanges(), &found(0.9, 0.1));
         assert_eq!(screened.verdict.action, Action::Revise);
         assert_eq!(screened.sample.turns().len(), 3);
-        let kept = decide(&policy, two_exchanges(), &[(2, judgement(0.2)), (4, judgement(0.4))]);
+        let kept = decide(&policy, two_exchanges(), &found(0.2, 0.4));
         assert_eq!(kept.verdict.action, Action::Keep);
         assert_eq!(kept.verdict.probability, Some(0.4));
         assert_eq!(kept.sample.turns().len(), 5);
+    }
+
+    #[test]
+    fn what_cannot_be_judged_is_left_out_and_counted() {
+        let policy = Policy::default();
+        let left_out = decide(&policy, two_exchanges(), &[(2, Some(judgement(0.1))), (4, None)]);
+        assert_eq!(left_out.verdict, Verdict::unjudged());
+        // What was cut off behind an unsafe reply need not be judged.
+        let cut = decide(&policy, two_exchanges(), &[(2, Some(judgement(0.9))), (4, None)]);
+        assert_eq!(cut.verdict.action, Action::Revise);
+        let counts = count(&[left_out, cut]);
+        assert_eq!(counts, FilterCounts { dropped: 1, unjudged: 1, flagged: 1, ..FilterCounts::default() });
     }
 }

@@ -145,7 +145,7 @@ mod tests {
             serde_json::json!({"chosen": dialogue(chosen), "rejected": dialogue(rejected)}).to_string()
         };
         let sample = only(&pair("c\n\nAssistant: good", "c\n\nAssistant: bad"));
-        assert_eq!((sample.prompt(), sample.response(), sample.rejected()), ("c", "good", Some("bad")));
+        assert_eq!((&*sample.prompt(), sample.response(), sample.rejected()), ("c", "good", Some("bad")));
         assert_eq!(sample.turns().len(), 4);
         // Our own form holds such a pair too: what `revise` prints, `add` reads.
         assert_eq!(only(&serde_json::to_string(&sample).unwrap()), sample);

@@ -9,6 +9,7 @@ use clap::Parser;
 use edge_client::cli::{self, Cli};
 
 fn main() -> ExitCode {
+    commonweal_runtime::library::forbid_telemetry();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,ort=warn"));
     let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();

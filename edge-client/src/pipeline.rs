@@ -279,7 +279,7 @@ impl<L: Link> Device<L> {
         let begun = Instant::now();
         let screened = filter::screen(&self.guard, &self.policy, samples, &self.cancel, |_| ())?;
         let found = filter::count(&screened);
-        let filter::FilterCounts { kept, dropped, refused, flagged } = found;
+        let filter::FilterCounts { kept, dropped, refused, flagged, .. } = found;
         self.stage(round, begun, Done::Filter { kept, dropped, refused, flagged });
 
         let begun = Instant::now();

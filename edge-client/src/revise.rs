@@ -146,10 +146,12 @@ fn revise_chunk(
     options: &ReviseOptions,
     cancel: &Cancel,
 ) -> Result<Vec<Revision>, ReviseError> {
+    let prompts: Vec<_> = chunk.iter().map(|(_, one)| one.sample().prompt()).collect();
     let flagged: Vec<Flagged<'_>> = chunk
         .iter()
-        .map(|(_, one)| Flagged {
-            prompt: one.sample().prompt(),
+        .zip(&prompts)
+        .map(|((_, one), prompt)| Flagged {
+            prompt,
             response: one.sample().response(),
             category: one.verdict().category.as_ref(),
         })

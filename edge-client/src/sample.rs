@@ -2,7 +2,7 @@
 //!
 //! From `forms.rs`; to `filter.rs`, which judges each [`Sample`]. Kept in the state directory, drawn from in a round.
 
-use std::{collections::BTreeSet, fmt};
+use std::{borrow::Cow, collections::BTreeSet, fmt};
 
 use commonweal_runtime::{Message, Role};
 use rand::{SeedableRng, seq::SliceRandom};
@@ -135,9 +135,40 @@ impl Sample {
         &self.turns
     }
 
-    /// The person's last words before the reply: what a guard judges the reply against.
-    pub fn prompt(&self) -> &str {
-        self.turns.iter().rev().find(|turn| turn.role == Role::User).map_or("", |turn| &turn.content)
+    /// What was said before the last reply and after the one before it: what a guard judges the reply against.
+    pub fn prompt(&self) -> Cow<'_, str> {
+        self.exchanges().pop().map_or(Cow::Borrowed(""), |exchange| exchange.prompt)
+    }
+
+    /// Every reply of the model with what was said before it, so that no turn goes unread: a person may say the harmful
+    /// half first and "go on" next, and a system's turn asks as well as a person's.
+    pub fn exchanges(&self) -> Vec<Exchange<'_>> {
+        let mut exchanges: Vec<Exchange<'_>> = Vec::new();
+        for (turn, said) in self.turns.iter().enumerate() {
+            let open = exchanges.last_mut();
+            if said.role == Role::Assistant {
+                match open {
+                    Some(exchange) => exchange.replies.push((turn, &said.content)),
+                    None => {
+                        let (prompt, replies) = (Cow::Borrowed(""), vec![(turn, said.content.as_str())]);
+                        exchanges.push(Exchange { prompt, replies });
+                    }
+                }
+            } else {
+                match open.filter(|exchange| exchange.replies.is_empty()) {
+                    Some(exchange) => {
+                        let prompt = exchange.prompt.to_mut();
+                        prompt.push_str("\n\n");
+                        prompt.push_str(&said.content);
+                    }
+                    None => {
+                        let (prompt, replies) = (Cow::Borrowed(said.content.as_str()), Vec::new());
+                        exchanges.push(Exchange { prompt, replies });
+                    }
+                }
+            }
+        }
+        exchanges
     }
 
     /// The model's last reply: what training would imitate.
@@ -165,6 +196,21 @@ impl Sample {
             self.rejected = Some(std::mem::replace(&mut last.content, response));
         }
         self
+    }
+}
+
+/// The turns of person and system between two replies, and the replies to them.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Exchange<'s> {
+    /// The turns, a blank line between each; nothing where the conversation begins with a reply.
+    pub prompt: Cow<'s, str>,
+    /// Each reply's turn and text; none where the conversation ends with the person.
+    pub replies: Vec<(usize, &'s str)>,
+}
+
+impl fmt::Debug for Exchange<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "exchange({} bytes, {} replies)", self.prompt.len(), self.replies.len())
     }
 }
 
@@ -299,6 +345,46 @@ mod tests {
     fn the_debug_form_holds_no_text() {
         let sample = Sample::from_pair("secret words".into(), "other words".into()).unwrap();
         assert!(!format!("{sample:?}").contains("words"));
+    }
+
+    #[test]
+    fn every_turn_is_in_an_exchange_and_every_reply_has_its_prompt() {
+        let sample = |turns: &[(Role, &str)]| {
+            let turns = turns.iter().map(|(role, text)| Turn { role: *role, content: (*text).into() });
+            Sample::new(turns.collect(), None).unwrap()
+        };
+        let (system, user, assistant) = (Role::System, Role::User, Role::Assistant);
+        let shown = |sample: &Sample| -> Vec<(String, Vec<(usize, String)>)> {
+            let exchanges = sample.exchanges().into_iter();
+            let owned = |(turn, text): (usize, &str)| (turn, text.to_owned());
+            exchanges
+                .map(|one| (one.prompt.into_owned(), one.replies.into_iter().map(owned).collect()))
+                .collect()
+        };
+        let reply = |turn, text: &str| (turn, text.to_owned());
+        let halves = sample(&[(user, "harm"), (user, "go on"), (assistant, "r")]);
+        assert_eq!(shown(&halves), [("harm\n\ngo on".into(), vec![reply(2, "r")])]);
+        assert_eq!(halves.prompt(), "harm\n\ngo on");
+        let several = sample(&[
+            (assistant, "hello"),
+            (system, "s"),
+            (user, "a"),
+            (assistant, "b"),
+            (assistant, "b2"),
+            (system, "t"),
+            (user, "c"),
+            (assistant, "d"),
+        ]);
+        assert_eq!(
+            shown(&several),
+            [
+                (String::new(), vec![reply(0, "hello")]),
+                ("s\n\na".into(), vec![reply(3, "b"), reply(4, "b2")]),
+                ("t\n\nc".into(), vec![reply(7, "d")]),
+            ]
+        );
+        assert_eq!(several.prompt(), "t\n\nc");
+        assert!(!format!("{:?}", halves.exchanges()).contains("harm"));
     }
 
     #[test]

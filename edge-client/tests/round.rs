@@ -25,7 +25,7 @@ use edge_client::{
     filter,
     install::Expected,
     pipeline::{self, Device, Outcome, PipelineError},
-    policy::{Method, Policy},
+    policy::{Action, Method, Policy},
     revise::{self, TrainingPair},
     rows::{self, Form},
     sample::{self, Sample},
@@ -464,6 +464,26 @@ fn training_goes_on_to_the_same_bits_and_the_same_report() {
         let (anew, kept) = run(&pairs, Some(b"not a checkpoint"));
         assert_eq!((anew.delta(), kept.1), (whole.delta(), 6));
     }
+}
+
+/// One sample with more text than the guard reads is left out; the others of its call are judged all the same.
+#[test]
+fn a_sample_that_cannot_be_judged_stops_no_other() {
+    let (model, cancel) = (model(), Cancel::new());
+    let guard = Guard::from_package(&model, &cancel).unwrap();
+    let sample = |asked: &[&str]| -> Sample {
+        let turn = |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
+        let mut messages: Vec<_> = asked.iter().map(|text| turn("user", text)).collect();
+        messages.push(turn("assistant", "Mix flour and water."));
+        edge_client::forms::sample_of(serde_json::json!({ "messages": messages })).unwrap()
+    };
+    let long = "the bread is in the box. ".repeat(2_500);
+    let some = vec![sample(&["How do I bake?"]), sample(&[&*long; 32]), sample(&["And a cake?"])];
+    let screened = filter::screen(&guard, &Policy::default(), some, &cancel, |_| ()).unwrap();
+    let counts = filter::count(&screened);
+    assert_eq!((screened.len(), counts.unjudged), (3, 1), "{counts:?}");
+    assert_eq!((screened[1].verdict().action, screened[1].verdict().probability), (Action::Drop, None));
+    assert!(screened[0].verdict().probability.is_some() && screened[2].verdict().probability.is_some());
 }
 
 /// Over-long samples: the newest exchange counts, a reply loses its end, and only what has no token of a reply left is

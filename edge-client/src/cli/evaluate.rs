@@ -98,13 +98,16 @@ struct Evaluation {
     f1: Option<f64>,
     /// The share of the safe rows that were called unsafe.
     false_alarms: Option<f64>,
+    /// Rows that the guard could not judge; they are in no other figure.
+    unjudged: usize,
     calibration_error: f64,
     reliability: Vec<Bin>,
 }
 
 impl Evaluation {
-    fn of(report: GuardReport, labelled: &[Labelled]) -> Self {
+    fn of(report: GuardReport, labelled: &[Labelled], unjudged: usize) -> Self {
         Self {
+            unjudged,
             precision: report.overall.precision().value(),
             recall: report.overall.recall().value(),
             f1: report.overall.f1(),
@@ -122,13 +125,21 @@ pub(super) fn evaluate(shared: &Shared, file: &Path) -> Result<()> {
     let cancel = Cancel::new();
     let stages = open::Stages::open(shared, &place, &place.policy(shared)?, &cancel)?;
     let bar = open::bar("judge", rows.len());
-    let (mut report, mut labelled) = (GuardReport::default(), Vec::with_capacity(rows.len()));
+    let (mut report, mut labelled, mut unjudged) = (GuardReport::default(), Vec::with_capacity(rows.len()), 0);
     for chunk in rows.chunks(CHUNK) {
         let pairs: Vec<Pair<'_>> = chunk
             .iter()
             .map(|(_, row)| Pair { prompt: &row.prompt, response: row.response.as_deref() })
             .collect();
-        for ((_, row), judgement) in chunk.iter().zip(stages.guard.judge(&pairs, &cancel)?) {
+        for ((line, row), judgement) in chunk.iter().zip(stages.guard.judge_each(&pairs, &cancel)?) {
+            let judgement = match judgement {
+                Ok(judgement) => judgement,
+                Err(error) => {
+                    tracing::warn!("{}: line {line}: {error}; not judged, and not counted", file.display());
+                    unjudged += 1;
+                    continue;
+                }
+            };
             let source = row.source.as_deref().unwrap_or("all");
             let named = judgement.category.as_ref();
             report.add(source, row.is_unsafe, row.category.as_ref(), judgement.is_unsafe, named);
@@ -138,7 +149,7 @@ pub(super) fn evaluate(shared: &Shared, file: &Path) -> Result<()> {
     }
     bar.finish_and_clear();
     let output = shared.output();
-    let evaluation = Evaluation::of(report, &labelled);
+    let evaluation = Evaluation::of(report, &labelled, unjudged);
     match output {
         Output::Json => output.say(&serde_json::to_string(&evaluation)?),
         Output::Text => table(&evaluation).iter().for_each(|line| output.say(line)),
@@ -162,6 +173,9 @@ fn table(evaluation: &Evaluation) -> Vec<String> {
         lines.push(format!("category named rightly {}", share(report.category_named)));
     }
     lines.push(format!("expected calibration error {:.3}", evaluation.calibration_error));
+    if evaluation.unjudged > 0 {
+        lines.push(format!("{} rows could not be judged and are not counted", evaluation.unjudged));
+    }
     lines
 }
 
@@ -237,7 +251,7 @@ mod tests {
             report.add(source, is_unsafe, is_unsafe.then_some(&crime), called, called.then_some(&crime));
             rows.push(Labelled { probability: if called { 0.9 } else { 0.1 }, is_unsafe });
         }
-        let evaluation = Evaluation::of(report, &rows);
+        let evaluation = Evaluation::of(report, &rows, 1);
         let printed = table(&evaluation).join("\n");
         for part in [
             "a                                 1      0      1      0      1.000  0.500  0.667            –",
@@ -246,6 +260,7 @@ mod tests {
             "crime                             2 unsafe, found 0.500",
             "category named rightly 1.000",
             "expected calibration error 0.400",
+            "1 rows could not be judged",
         ] {
             assert!(printed.contains(part), "{part}\n{printed}");
         }

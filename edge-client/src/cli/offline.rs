@@ -85,15 +85,21 @@ pub(super) fn filter(shared: &Shared, file: &Path) -> Result<()> {
                 .say(&format!("line {line:6}  {probability:5}  {category:12}  {}", verdict.action.name()));
         }
     }
-    let filter::FilterCounts { kept, dropped, refused, flagged } = filter::count(&screened);
+    let filter::FilterCounts { kept, dropped, unjudged, refused, flagged } = filter::count(&screened);
     match work.output {
         Output::Json => {
-            let counts = json!({"kept": kept, "dropped": dropped, "refused": refused, "flagged": flagged});
+            let counts = json!({
+                "kept": kept, "dropped": dropped, "unjudged": unjudged, "refused": refused, "flagged": flagged,
+            });
             work.output.say(&json!({"event": "filtered", "counts": counts}));
         }
-        Output::Text => work
-            .output
-            .say(&format!("{kept} kept, {flagged} to revise, {refused} to refuse, {dropped} dropped")),
+        Output::Text => {
+            work.output
+                .say(&format!("{kept} kept, {flagged} to revise, {refused} to refuse, {dropped} dropped"));
+            if unjudged > 0 {
+                work.output.say(&format!("{unjudged} of the dropped could not be judged"));
+            }
+        }
     }
     Ok(())
 }

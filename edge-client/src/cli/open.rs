@@ -104,30 +104,24 @@ pub(super) fn open_package(shared: &Shared, place: &Place) -> Result<Package> {
 /// The base alone.
 pub(super) fn open_model(shared: &Shared, place: &Place) -> Result<Model> {
     let package = open_package(shared, place)?;
+    let context_max = shared.context.or(place.settings.context.map(NonZeroUsize::get));
+    // Before a device is tried, since that opens the package already.
+    let options = fitting(&package, context_max, memory::available())?;
     let library = load_library(shared, place)?;
     let (library, choice) = library.choose(&devices(shared, place), &package)?;
     tracing::info!("{choice}");
-    let context_max = shared.context.or(place.settings.context.map(NonZeroUsize::get));
-    Ok(Model::open(&library, &package, fitting(&package, context_max, memory::available())?)?)
+    Ok(Model::open(&library, &package, options)?)
 }
 
-/// Options with which the package fits in the memory that is available: the base, the reading of a prompt and one cache
-/// of a whole conversation must; the caches of more rows side by side get the half of what is left.
+/// Options with which the package fits in the memory that is available.
 fn fitting(
     package: &Package,
     context_max: Option<usize>,
     available: Option<Available>,
 ) -> Result<OpenOptions> {
     let options = OpenOptions { context_max, ..OpenOptions::default() };
-    let weights_bytes = std::fs::metadata(package.weights())?.len();
-    let shape = Shape { model: &package.manifest().model, weights_bytes };
-    let context = shape.model.context.min(context_max.unwrap_or(usize::MAX));
-    let needed = shape.device_bytes(1, context, options.prefill_tokens_max.min(context));
     let lower = "--context N with fewer tokens needs less, and so does a package of fewer bits";
-    memory::check("opening the package", needed, available, lower)?;
-    let left = available.map_or(u64::MAX, |available| available.bytes - needed) / 2;
-    let cache_bytes_max = options.cache_bytes_max.min(usize::try_from(left).unwrap_or(usize::MAX));
-    Ok(OpenOptions { cache_bytes_max, ..options })
+    Ok(Shape::of(package)?.fit("opening the package", options, available, lower)?)
 }
 
 /// The runtime library, with the provider that was named.

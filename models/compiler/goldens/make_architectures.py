@@ -1,12 +1,13 @@
 """Writes the golden checkpoints and values of every architecture but plain Llama, for tests/architectures.rs.
 
 The reference is Hugging Face's own implementation: run with Python 3, torch, safetensors and transformers (4.53.3 made
-the committed files): `python make_architectures.py`. Each checkpoint is random and tiny, in the form that the real ones
+the committed files): `python make_architectures.py [VARIANT …]`. Each checkpoint is random and tiny, in the form that the real ones
 have; the adapter is merged into the weights, in 64-bit floats, and its gradients come from autograd.
 """
 
 import json
 import pathlib
+import sys
 
 import torch
 import transformers
@@ -60,6 +61,20 @@ VARIANTS = {
         "tie_word_embeddings": True, "no_rope_layers": [1, 1, 1, 0], "no_rope_layer_interval": 4, "use_sliding_window": False,
         "mlp_bias": False,
     },
+    # Caps are low enough to bend the scores and logits of so small a model; the published ones are 50 and 30.
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "num_hidden_layers": 4, "head_dim": 16,
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
+        "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 7,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True, "torch_dtype": "float32",
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_hidden_layers": 4, "head_dim": 32,
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False,
+        "query_pre_attn_scalar": 24, "attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 5,
+        "sliding_window_pattern": 3, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    },
 }  # fmt: skip
 NAMES = {t: f"self_attn.{t}_proj" for t in "qkvo"} | {t: f"mlp.{t}_proj" for t in ("gate", "up", "down")}
 
@@ -72,18 +87,31 @@ def randomize(model, generator):
             drawn = drawn * ((2.0 if "embed" in name or "lm_head" in name else 1.0) / value.shape[1] ** 0.5)
         elif name.endswith("bias"):
             drawn = 0.5 * drawn
+        elif "Gemma" in type(model).__name__:
+            # These norms multiply by one plus their weight.
+            drawn = 0.2 * drawn
         else:
             drawn = 1 + 0.2 * drawn
         value.data = drawn.to(torch.bfloat16).to(value.dtype)
 
 
+def built(c):
+    """The model as it is made for its own floats, which round the scale of Gemma's embedding, then in 64 bits."""
+    config = transformers.AutoConfig.for_model(**c)
+    config._attn_implementation = "eager"
+    torch.set_default_dtype(getattr(torch, c.get("torch_dtype", "float32")))
+    model = getattr(transformers, c["architectures"][0])(config)
+    torch.set_default_dtype(torch.float32)
+    return model.double().eval()
+
+
 def main():
     for seed, (variant, keys) in enumerate(VARIANTS.items(), 100):
+        if sys.argv[1:] and variant not in sys.argv[1:]:
+            continue
         generator = torch.Generator().manual_seed(seed)
         c = BASE | keys
-        config = transformers.AutoConfig.for_model(**c)
-        config._attn_implementation = "eager"
-        model = getattr(transformers, c["architectures"][0])(config).double().eval()
+        model = built(c)
         randomize(model, generator)
         weights = dict(model.named_parameters())
         adapter = {}

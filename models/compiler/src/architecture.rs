@@ -1,35 +1,75 @@
 //! The architectures that can be compiled, as a table each: what Hugging Face calls them, how their attention differs
-//! from Llama's, and which tensors they have. `config.rs` reads the first two; `checkpoint.rs`, `weights.rs` and
-//! `random.rs` the tensors; `llama.rs` builds the one block function by them.
+//! from Llama's, and which tensors they have. `config.rs` reads the first two, and with `gemma.rs` what Gemma has
+//! besides; `checkpoint.rs`, `weights.rs` and `random.rs` the tensors; `llama.rs` builds the one block function by them.
 
 use commonweal_package::{Architecture, Attention, Bias, ModelConfig, Window};
 use serde::Deserialize;
 
+use crate::config::ConfigError;
+use crate::gemma::{self, RawGemma};
+
 /// An architecture by the name in `config.json`.
-struct Family {
+#[derive(Debug)]
+pub(crate) struct Family {
     class: &'static str,
-    architecture: Architecture,
+    pub(crate) architecture: Architecture,
     /// Whether the head is tied when the file does not say.
-    tied: bool,
-    attention: fn(&RawAttention, usize) -> Attention,
+    pub(crate) tied: bool,
+    /// The base of the rotary wavelengths when the file does not say.
+    pub(crate) rope_theta: f64,
+    attention: fn(&RawAttention, usize) -> Result<Attention, ConfigError>,
 }
 
 /// Every architecture that can be compiled.
-const FAMILIES: [Family; 5] = [
-    Family { class: "LlamaForCausalLM", architecture: Architecture::Llama, tied: false, attention: llama },
+static FAMILIES: [Family; 7] = [
+    Family {
+        class: "LlamaForCausalLM",
+        architecture: Architecture::Llama,
+        tied: false,
+        rope_theta: 1e4,
+        attention: llama,
+    },
     Family {
         class: "MistralForCausalLM",
         architecture: Architecture::Mistral,
         tied: false,
+        rope_theta: 1e4,
         attention: mistral,
     },
-    Family { class: "Qwen2ForCausalLM", architecture: Architecture::Qwen2, tied: false, attention: qwen2 },
-    Family { class: "Qwen3ForCausalLM", architecture: Architecture::Qwen3, tied: false, attention: qwen3 },
+    Family {
+        class: "Qwen2ForCausalLM",
+        architecture: Architecture::Qwen2,
+        tied: false,
+        rope_theta: 1e4,
+        attention: qwen2,
+    },
+    Family {
+        class: "Qwen3ForCausalLM",
+        architecture: Architecture::Qwen3,
+        tied: false,
+        rope_theta: 1e4,
+        attention: qwen3,
+    },
     Family {
         class: "SmolLM3ForCausalLM",
         architecture: Architecture::SmolLm3,
         tied: true,
+        rope_theta: 2e6,
         attention: smollm3,
+    },
+    Family {
+        class: "Gemma2ForCausalLM",
+        architecture: Architecture::Gemma2,
+        tied: true,
+        rope_theta: 1e4,
+        attention: gemma::attention2,
+    },
+    Family {
+        class: "Gemma3ForCausalLM",
+        architecture: Architecture::Gemma3,
+        tied: true,
+        rope_theta: 1e6,
+        attention: gemma::attention3,
     },
 ];
 
@@ -43,58 +83,55 @@ pub(crate) struct RawAttention {
     layer_types: Option<Vec<String>>,
     no_rope_layers: Option<Vec<u8>>,
     no_rope_layer_interval: Option<usize>,
-}
-
-/// A layer of a kind that no graph has.
-#[derive(Debug)]
-pub(crate) struct LayerTypeError(pub(crate) String);
-
-/// What a configuration's architecture is.
-#[derive(Debug)]
-pub(crate) struct Described {
-    pub(crate) architecture: Architecture,
-    pub(crate) tied: bool,
-    pub(crate) attention: Attention,
+    #[serde(flatten)]
+    pub(crate) gemma: RawGemma,
 }
 
 /// The names of all architectures, encoders included, for people.
 pub(crate) fn supported() -> String {
-    format!("{}; {}", FAMILIES.map(|family| family.class).join(", "), crate::encoder::supported())
+    format!("{}; {}", FAMILIES.each_ref().map(|family| family.class).join(", "), crate::encoder::supported())
 }
 
-/// The architecture of that name, `None` if it is not one of ours.
-pub(crate) fn describe(
-    class: &str,
-    raw: &RawAttention,
-    layers: usize,
-) -> Option<Result<Described, LayerTypeError>> {
-    let family = FAMILIES.iter().find(|family| family.class == class)?;
-    let known = |kind: &&String| matches!(kind.as_str(), "full_attention" | "sliding_attention");
-    if let Some(other) = raw.layer_types.iter().flatten().find(|kind| !known(kind)) {
-        return Some(Err(LayerTypeError(other.clone())));
+impl Family {
+    /// The architecture of the classes that a file names, which must be one of ours.
+    pub(crate) fn find(classes: &[String]) -> Result<&'static Self, ConfigError> {
+        let family = FAMILIES.iter().find(|family| classes == [family.class]);
+        family.ok_or_else(|| ConfigError::Architecture {
+            got: if classes.is_empty() { "none".into() } else { classes.join(", ") },
+        })
     }
-    let (architecture, tied) = (family.architecture, family.tied);
-    Some(Ok(Described { architecture, tied, attention: (family.attention)(raw, layers) }))
+
+    /// How the attention of its layers differs from Llama's.
+    pub(crate) fn attention(&self, raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
+        let known = |kind: &&String| matches!(kind.as_str(), "full_attention" | "sliding_attention");
+        if let Some(other) = raw.layer_types.iter().flatten().find(|kind| !known(kind)) {
+            return Err(ConfigError::Unsupported { feature: "layer_types", got: other.clone() });
+        }
+        (self.attention)(raw, layers)
+    }
 }
 
-fn llama(raw: &RawAttention, _: usize) -> Attention {
-    Attention { bias: declared_bias(raw), ..Attention::default() }
+fn llama(raw: &RawAttention, _: usize) -> Result<Attention, ConfigError> {
+    if let Some(window) = raw.sliding_window {
+        return Err(ConfigError::Unsupported { feature: "sliding_window", got: window.to_string() });
+    }
+    Ok(Attention { bias: declared_bias(raw), ..Attention::default() })
 }
 
-fn mistral(raw: &RawAttention, layers: usize) -> Attention {
-    Attention { window: window(raw, 0..layers), ..Attention::default() }
+fn mistral(raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
+    Ok(Attention { window: window(raw, 0..layers), ..Attention::default() })
 }
 
-fn qwen2(raw: &RawAttention, layers: usize) -> Attention {
-    Attention { bias: Bias::Qkv, window: switched_window(raw, layers), ..Attention::default() }
+fn qwen2(raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
+    Ok(Attention { bias: Bias::Qkv, window: switched_window(raw, layers), ..Attention::default() })
 }
 
-fn qwen3(raw: &RawAttention, layers: usize) -> Attention {
+fn qwen3(raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
     let window = switched_window(raw, layers);
-    Attention { bias: declared_bias(raw), head_norm: true, window, ..Attention::default() }
+    Ok(Attention { bias: declared_bias(raw), head_norm: true, window, ..Attention::default() })
 }
 
-fn smollm3(raw: &RawAttention, layers: usize) -> Attention {
+fn smollm3(raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
     let interval = raw.no_rope_layer_interval.unwrap_or(4).max(1);
     let unrotated = match &raw.no_rope_layers {
         // One means that the layer is rotated, whatever the key is called.
@@ -102,10 +139,10 @@ fn smollm3(raw: &RawAttention, layers: usize) -> Attention {
         None => (0..layers).filter(|layer| (layer + 1).is_multiple_of(interval)).collect(),
     };
     let window = switched_window(raw, layers);
-    Attention { bias: declared_bias(raw), window, unrotated, ..Attention::default() }
+    Ok(Attention { bias: declared_bias(raw), window, unrotated, ..Attention::default() })
 }
 
-fn declared_bias(raw: &RawAttention) -> Bias {
+pub(crate) fn declared_bias(raw: &RawAttention) -> Bias {
     if raw.attention_bias == Some(true) { Bias::All } else { Bias::None }
 }
 
@@ -115,7 +152,7 @@ fn switched_window(raw: &RawAttention, layers: usize) -> Option<Window> {
     window(raw, raw.max_window_layers.unwrap_or(layers).min(layers)..layers)
 }
 
-fn window(raw: &RawAttention, usual: std::ops::Range<usize>) -> Option<Window> {
+pub(crate) fn window(raw: &RawAttention, usual: impl Iterator<Item = usize>) -> Option<Window> {
     let tokens = raw.sliding_window?;
     let layers: Vec<usize> = match &raw.layer_types {
         None => usual.collect(),
@@ -129,6 +166,8 @@ fn window(raw: &RawAttention, usual: std::ops::Range<usize>) -> Option<Window> {
 pub(crate) enum Source {
     /// Vectors of the checkpoint, one behind the other: names and lengths.
     Vector(Vec<(String, usize)>),
+    /// A vector of the checkpoint to every value of which one is added: name and length.
+    OnePlus(String, usize),
     /// Matrices of the checkpoint, one below the other: names and rows. The entry's columns are theirs.
     Matrix(Vec<(String, usize)>, usize),
     /// A matrix of the checkpoint that is not quantized: name, rows and columns.
@@ -142,41 +181,62 @@ pub(crate) fn tensors(model: &ModelConfig) -> Vec<(String, Source)> {
     let ModelConfig { hidden_size: hidden, intermediate_size: inner, head_dim, vocab_size, .. } = *model;
     let (query, kv) = (model.query_size(), model.kv_size());
     let whole = |name: &str| Source::Matrix(vec![(name.to_owned(), vocab_size)], hidden);
-    let mut list = vec![
-        ("embed".to_owned(), whole("model.embed_tokens.weight")),
-        ("rope.cos".to_owned(), Source::Rotary(libm::cos, model.context, model.rotary_frequencies())),
-        ("rope.sin".to_owned(), Source::Rotary(libm::sin, model.context, model.rotary_frequencies())),
-    ];
+    let norm = |name: String, length| match model.gemma {
+        None => Source::Vector(vec![(name, length)]),
+        Some(_) => Source::OnePlus(name, length),
+    };
+    let mut list = vec![("embed".to_owned(), whole("model.embed_tokens.weight"))];
+    for (name, function, frequencies) in rotary_tables(model) {
+        list.push((name.to_owned(), Source::Rotary(function, model.context, frequencies)));
+    }
     for layer in 0..model.layers {
         let mut push = |name: &str, source| list.push((format!("layers.{layer}.{name}"), source));
         let theirs = |parts: &[(&str, usize)], kind: &str| -> Vec<(String, usize)> {
             parts.iter().map(|&(part, rows)| (format!("model.layers.{layer}.{part}.{kind}"), rows)).collect()
         };
-        let vector = |part, length| Source::Vector(theirs(&[(part, length)], "weight"));
+        let norm = |part: &str, length| norm(format!("model.layers.{layer}.{part}.weight"), length);
         let matrix = |parts: &[(&str, usize)], columns| Source::Matrix(theirs(parts, "weight"), columns);
         let qkv = [("self_attn.q_proj", query), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)];
-        push("attn_norm", vector("input_layernorm", hidden));
+        push("attn_norm", norm("input_layernorm", hidden));
         push("qkv", matrix(&qkv, hidden));
         if model.attention.bias != Bias::None {
             push("qkv_bias", Source::Vector(theirs(&qkv, "bias")));
         }
         if model.attention.head_norm {
-            push("q_norm", vector("self_attn.q_norm", head_dim));
-            push("k_norm", vector("self_attn.k_norm", head_dim));
+            push("q_norm", norm("self_attn.q_norm", head_dim));
+            push("k_norm", norm("self_attn.k_norm", head_dim));
         }
         push("o", matrix(&[("self_attn.o_proj", hidden)], query));
         if model.attention.bias == Bias::All {
             push("o_bias", Source::Vector(theirs(&[("self_attn.o_proj", hidden)], "bias")));
         }
-        push("mlp_norm", vector("post_attention_layernorm", hidden));
+        if model.gemma.is_none() {
+            push("mlp_norm", norm("post_attention_layernorm", hidden));
+        } else {
+            push("attn_post_norm", norm("post_attention_layernorm", hidden));
+            push("mlp_norm", norm("pre_feedforward_layernorm", hidden));
+            push("mlp_post_norm", norm("post_feedforward_layernorm", hidden));
+        }
         push("gate_up", matrix(&[("mlp.gate_proj", inner), ("mlp.up_proj", inner)], hidden));
         push("down", matrix(&[("mlp.down_proj", hidden)], inner));
     }
-    list.push(("norm".into(), Source::Vector(vec![("model.norm.weight".into(), hidden)])));
+    list.push(("norm".into(), norm("model.norm.weight".into(), hidden)));
     if !model.tied {
         list.push(("head".into(), whole("lm_head.weight")));
     }
     list
+}
+
+/// The rotary tables: name, function of the angle, and angle per position of each pair.
+pub(crate) fn rotary_tables(model: &ModelConfig) -> Vec<(&'static str, fn(f64) -> f64, Vec<f64>)> {
+    let global = model.rotary_frequencies();
+    let mut tables: Vec<(_, fn(f64) -> f64, _)> =
+        vec![("rope.cos", libm::cos, global.clone()), ("rope.sin", libm::sin, global)];
+    if let Some(local) = model.local_rotary_frequencies() {
+        tables.push(("rope.local.cos", libm::cos, local.clone()));
+        tables.push(("rope.local.sin", libm::sin, local));
+    }
+    tables
 }
 
 /// Every tensor of a checkpoint by its Hugging Face name, with its shape, in the order of the forward pass.
@@ -191,6 +251,7 @@ pub(crate) fn shapes_of(list: Vec<(String, Source)>) -> Vec<(String, Vec<usize>)
         Source::Matrix(parts, columns) => {
             parts.into_iter().map(|(name, rows)| (name, vec![rows, columns])).collect()
         }
+        Source::OnePlus(name, length) => vec![(name, vec![length])],
         Source::Plain(name, rows, columns) => vec![(name, vec![rows, columns])],
         Source::Rotary(..) => Vec::new(),
     };

@@ -71,6 +71,14 @@ impl Graph {
         self.add(Op::Transpose { permutation: permutation.to_vec() }, &[x])
     }
 
+    /// `cap · tanh(x / cap)`: within `cap`, and like `x` where that is small.
+    pub fn soft_capped(&mut self, x: ValueId, cap: f32) -> Built {
+        let (narrow, wide) = (self.scalar(cap.recip())?, self.scalar(cap)?);
+        let share = self.times(x, narrow)?;
+        let bent = self.unary(Unary::Tanh, share)?;
+        self.times(bent, wide)
+    }
+
     /// The sum over axes, which stay with size 1.
     pub fn sum_over(&mut self, x: ValueId, axes: Vec<usize>) -> Built {
         self.add(Op::Reduce { reduction: Reduction::Sum, axes, keep: true }, &[x])

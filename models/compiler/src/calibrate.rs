@@ -14,7 +14,7 @@ use std::fmt;
 
 use commonweal_package::ModelConfig;
 
-use crate::architecture::Source;
+use crate::architecture::{Source, rotary_tables};
 use crate::gptq::{DAMPING, Hessian, HessianError};
 use crate::graph::{GraphError, Source as From};
 use crate::llama::block::{Gives, LINEARS, block, tensors};
@@ -22,7 +22,7 @@ use crate::lower::lower;
 use crate::plan::plan;
 use crate::quantize::{BlockFormat, Quantized, Scale};
 use crate::tensors::{TensorError, Tensors};
-use crate::weights::WeightTable;
+use crate::weights::{WeightTable, one_plus};
 
 /// Tokens of one run, and so the farthest that a calibration token sees back.
 pub const SEQUENCE_TOKENS: usize = 512;
@@ -72,8 +72,8 @@ impl fmt::Debug for Calibration<'_> {
 pub enum CalibrateError {
     /// The text says too little about the widest layer.
     #[error(
-        "calibration needs at least {needed} tokens, one for each input of the widest layer and {SEQUENCE_TOKENS} \
-         for a sequence, got {got}"
+        "calibration needs at least {needed} tokens, one for each input of the widest layer in whole sequences of up \
+         to {SEQUENCE_TOKENS}, got {got}"
     )]
     TooFew {
         /// The fewest tokens.
@@ -129,7 +129,16 @@ pub enum CalibrateError {
 /// some directions, and the error there goes unseen.
 pub fn tokens_min(model: &ModelConfig) -> usize {
     let widest = model.hidden_size.max(model.query_size()).max(model.intermediate_size);
-    widest.max(SEQUENCE_TOKENS.min(model.context))
+    widest.next_multiple_of(sequence_tokens(model))
+}
+
+/// The tokens that a model is calibrated by: whole sequences, from the first on.
+pub fn used<'t>(model: &ModelConfig, tokens: &'t [u32]) -> &'t [u32] {
+    &tokens[..tokens.len() - tokens.len() % sequence_tokens(model)]
+}
+
+fn sequence_tokens(model: &ModelConfig) -> usize {
+    SEQUENCE_TOKENS.min(model.context).max(1)
 }
 
 /// A layer's tensor as its graph takes it.
@@ -156,7 +165,7 @@ pub(crate) struct Calibrator<'a> {
     states: Vec<Vec<f32>>,
     /// Open graphs by what tells layers apart: rotation and window, and what the graph gives.
     networks: BTreeMap<(bool, Option<usize>, bool), Opened>,
-    rotary: [Given; 2],
+    rotary: Vec<Given>,
     next: usize,
     ready: BTreeMap<String, Quantized>,
 }
@@ -215,6 +224,11 @@ impl<'a> Calibrator<'a> {
             let (parts, columns) = match source {
                 Source::Vector(parts) => (parts, None),
                 Source::Matrix(parts, columns) => (parts, Some(columns)),
+                Source::OnePlus(part, length) => {
+                    let values = one_plus(self.tensors.rows(&part, 0..length)?);
+                    given.push(Given { name, shape: vec![length], values });
+                    continue;
+                }
                 Source::Rotary(..) | Source::Plain(..) => continue,
             };
             let mut values = Vec::new();
@@ -324,18 +338,20 @@ fn embed(
         let quantized = format.quantize(&format.filled(&floats, columns), Scale::Search);
         states.extend(format.dequantize(&quantized, columns));
     }
+    if let Some(gemma) = &model.gemma {
+        states.iter_mut().for_each(|value| *value *= gemma.embedding_scale as f32);
+    }
     Ok(states)
 }
 
-fn rotary(model: &ModelConfig, time: usize) -> [Given; 2] {
-    let frequencies = model.rotary_frequencies();
-    let table = |name: &str, function: fn(f64) -> f64| {
+fn rotary(model: &ModelConfig, time: usize) -> Vec<Given> {
+    let table = |(name, function, frequencies): (&str, fn(f64) -> f64, Vec<f64>)| {
         let positions = (0..time).flat_map(|position| {
             frequencies.iter().map(move |frequency| function(position as f64 * frequency) as f32)
         });
         Given { name: name.into(), shape: vec![time, frequencies.len()], values: positions.collect() }
     };
-    [table("rope.cos", libm::cos), table("rope.sin", libm::sin)]
+    rotary_tables(model).into_iter().map(table).collect()
 }
 
 #[cfg(test)]
@@ -386,7 +402,7 @@ mod tests {
     }
 
     /// Both golden checkpoints and one of each architecture: biases, windows, norms of heads, unrotated layers.
-    const VARIANTS: [&str; 8] = [
+    const VARIANTS: [&str; 10] = [
         "tied",
         "untied",
         "architectures/llama-bias",
@@ -395,6 +411,8 @@ mod tests {
         "architectures/qwen2-window",
         "architectures/qwen3",
         "architectures/smollm3",
+        "architectures/gemma2",
+        "architectures/gemma3",
     ];
 
     fn four_bits() -> BlockFormat {
@@ -409,7 +427,10 @@ mod tests {
     /// What the head makes of a state, as log-probabilities; in 64 bits.
     fn logprobs(checkpoint: &Checkpoint, state: &[f32]) -> Vec<f64> {
         let Checkpoint { model, tensors, .. } = checkpoint;
-        let norm = tensors.rows("model.norm.weight", 0..model.hidden_size).unwrap();
+        let mut norm = tensors.rows("model.norm.weight", 0..model.hidden_size).unwrap();
+        if model.gemma.is_some() {
+            norm = one_plus(norm);
+        }
         let head = if model.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
         let head = tensors.rows(head, 0..model.vocab_size).unwrap();
         let square: f64 = state.iter().map(|x| f64::from(*x).powi(2)).sum();
@@ -419,6 +440,9 @@ mod tests {
         let logits: Vec<f64> = head
             .chunks(model.hidden_size)
             .map(|row| row.iter().zip(&normed).map(|(w, x)| f64::from(*w) * x).sum())
+            .map(|logit: f64| {
+                model.logit_cap().map_or(logit, |cap| f64::from(cap) * (logit / f64::from(cap)).tanh())
+            })
             .collect();
         let total = logits.iter().map(|logit| logit.exp()).sum::<f64>().ln();
         logits.into_iter().map(|logit| logit - total).collect()
@@ -441,8 +465,11 @@ mod tests {
 
             let checkpoint = Checkpoint::open(source.path(), None).unwrap();
             let (model, tensors) = (&checkpoint.model, &checkpoint.tensors);
-            let row =
-                |&id: &u32| tensors.rows("model.embed_tokens.weight", id as usize..id as usize + 1).unwrap();
+            let scale = model.gemma.as_ref().map_or(1.0, |gemma| gemma.embedding_scale as f32);
+            let row = |&id: &u32| {
+                let row = tensors.rows("model.embed_tokens.weight", id as usize..id as usize + 1).unwrap();
+                row.into_iter().map(move |value| scale * value)
+            };
             let mut blocks = Calibrator {
                 model,
                 format: four_bits(),

@@ -10,7 +10,7 @@ use commonweal_package::{
     Quantization, Rounding, StagingError, WriteError, layout,
 };
 
-use crate::calibrate::{CalibrateError, Calibration, Calibrator};
+use crate::calibrate::{CalibrateError, Calibration, Calibrator, used};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::config::read_bounded;
 use crate::graph::GraphError;
@@ -46,7 +46,7 @@ pub struct CompileOptions {
     pub bits: Bits,
     /// Weights that share one scale: 32, 64 or 128.
     pub block_size: usize,
-    /// How the codes are chosen; without meaning at 32 bits.
+    /// How the codes are chosen; at 32 bits nothing is rounded, and GPTQ is refused.
     pub method: Method,
     /// How exactly the inference kernels multiply.
     pub accuracy: Accuracy,
@@ -117,6 +117,9 @@ pub enum CompileError {
         /// What there is.
         got: &'static str,
     },
+    /// GPTQ has nothing to choose.
+    #[error("method Gptq is for 4 and 8 bits, got 32, which are not rounded")]
+    Unrounded,
     /// The calibration text cannot be used.
     #[error(transparent)]
     Calibrate(#[from] CalibrateError),
@@ -248,12 +251,14 @@ fn codes<'a>(
     };
     match (options.method, BlockFormat::of(quantization), calibration) {
         (Method::Gptq, Some(format), Some(calibration)) => {
-            let bytes: Vec<u8> = calibration.tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-            let (tokens, text) = (calibration.tokens.len(), Hash::of(&bytes));
+            let tokens = used(model, calibration.tokens);
+            let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+            let (tokens, text) = (tokens.len(), Hash::of(&bytes));
             let calibrator = Calibrator::new(model, format, tensors, calibration)?;
             Ok((Rounding::Gptq { tokens, text }, Codes::Calibrated(Box::new(calibrator))))
         }
         (Method::Gptq, Some(_), None) => refused("a", "none"),
+        (Method::Gptq, None, None) => Err(CompileError::Unrounded),
         (_, _, Some(_)) => refused("no", "one"),
         (Method::Rtn, Some(_), None) => Ok((Rounding::Rtn, Codes::Nearest(Scale::Extreme))),
         (_, _, None) => Ok((Rounding::Mse, Codes::Nearest(Scale::Search))),

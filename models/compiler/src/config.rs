@@ -1,6 +1,7 @@
 //! Reads `config.json` and `generation_config.json` of a Hugging Face checkpoint into a [`ModelConfig`] and the special
 //! tokens that they declare. First stage of `checkpoint.rs`. What the compiler cannot build is refused by name.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -9,7 +10,8 @@ use commonweal_package::{Architecture, EncoderError, LAYERS_MAX, ModelConfig, Mo
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::architecture::{Described, LayerTypeError, RawAttention, describe, supported};
+use crate::architecture::{Family, RawAttention, supported};
+use crate::gemma;
 
 /// Longest configuration file read. Real ones are a few kB.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -77,10 +79,14 @@ pub enum ConfigError {
     Model(#[from] ModelError),
 }
 
+/// What is asked before anything else.
+#[derive(Deserialize)]
+struct Named {
+    architectures: Option<Vec<String>>,
+}
+
 #[derive(Deserialize)]
 struct RawConfig {
-    #[serde(default)]
-    architectures: Option<Vec<String>>,
     hidden_size: usize,
     intermediate_size: usize,
     num_hidden_layers: usize,
@@ -100,19 +106,93 @@ struct RawConfig {
     /// Newer name of `rope_scaling` and `rope_theta` together.
     rope_parameters: Option<RawRope>,
     quantization_config: Option<serde_json::Value>,
+    vision_config: Option<serde_json::Value>,
     #[serde(flatten)]
     tokens: RawTokens,
 }
 
-#[derive(Deserialize)]
-struct RawRope {
-    #[serde(alias = "type")]
-    rope_type: Option<String>,
-    rope_theta: Option<f64>,
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub(crate) struct RawRope {
+    pub(crate) rope_type: Option<String>,
+    /// Older name of `rope_type`. Files written for both have both.
+    #[serde(rename = "type")]
+    older_type: Option<String>,
+    pub(crate) rope_theta: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
     original_max_position_embeddings: Option<usize>,
+    /// Newer Gemma 3: one for each kind of layer.
+    full_attention: Option<Box<RawRope>>,
+    sliding_attention: Option<Box<RawRope>>,
+    partial_rotary_factor: Option<f64>,
+    /// What no graph would obey.
+    #[serde(flatten)]
+    others: BTreeMap<String, serde_json::Value>,
+}
+
+impl RawRope {
+    /// The same with one name for its kind. A scaling without a kind, and keys that would be overlooked, are refused by
+    /// name; an unknown kind is left to those who know the kinds.
+    fn settled(self, feature: &'static str) -> Result<Self, ConfigError> {
+        let refused = |got: String| Err(ConfigError::Unsupported { feature, got });
+        let Self { rope_type, older_type, .. } = &self;
+        if let (Some(kind), Some(older)) = (rope_type, older_type)
+            && kind != older
+        {
+            return refused(format!("rope_type {kind} with type {older}"));
+        }
+        let rope_type = rope_type.clone().or_else(|| older_type.clone());
+        let scales = self.factor.is_some()
+            || self.low_freq_factor.is_some()
+            || self.high_freq_factor.is_some()
+            || self.original_max_position_embeddings.is_some();
+        if rope_type.is_none() && scales {
+            return refused("a scaling without rope_type".into());
+        }
+        if let Some(factor) = self.partial_rotary_factor.filter(|factor| *factor < 1.0 || *factor > 1.0) {
+            return refused(format!("partial_rotary_factor {factor}"));
+        }
+        let is_known = matches!(rope_type.as_deref(), None | Some("default" | "linear" | "llama3"));
+        if let Some((key, _)) = self.others.iter().find(|(_, value)| is_known && !value.is_null()) {
+            return refused(format!("the key {key}"));
+        }
+        let settled = |rope: Option<Box<Self>>| -> Result<Option<Box<Self>>, ConfigError> {
+            rope.map(|rope| rope.settled(feature).map(Box::new)).transpose()
+        };
+        let (full_attention, sliding_attention) =
+            (settled(self.full_attention)?, settled(self.sliding_attention)?);
+        if (full_attention.is_some() || sliding_attention.is_some()) && (rope_type.is_some() || scales) {
+            return refused("one for each kind of layer, and one for all".into());
+        }
+        Ok(Self { rope_type, older_type: None, full_attention, sliding_attention, ..self })
+    }
+
+    /// The one of both names of a file. Where both are there, they must say the same.
+    fn of_file(newer: Option<Self>, older: Option<Self>) -> Result<Option<Self>, ConfigError> {
+        let newer = newer.map(|rope| rope.settled("rope_parameters")).transpose()?;
+        let older = older.map(|rope| rope.settled("rope_scaling")).transpose()?;
+        if let (Some(newer), Some(older)) = (&newer, &older) {
+            // The older one has its base elsewhere.
+            let rope_theta = older.rope_theta.or(newer.rope_theta);
+            if *newer != (Self { rope_theta, ..older.clone() }) {
+                let got = "another than rope_parameters".into();
+                return Err(ConfigError::Unsupported { feature: "rope_scaling", got });
+            }
+        }
+        Ok(newer.or(older))
+    }
+
+    /// The factor of linear scaling.
+    pub(crate) fn linear(&self) -> Result<Option<f64>, ConfigError> {
+        match (self.rope_type.as_deref(), self.factor) {
+            (Some("linear"), None) => {
+                Err(ConfigError::Unsupported { feature: "rope_scaling.factor", got: "none".into() })
+            }
+            (Some("linear"), factor) => Ok(factor),
+            _ => Ok(None),
+        }
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -161,13 +241,16 @@ pub fn read(directory: &Path) -> Result<Config, ConfigError> {
 
 /// Reads one `config.json`. The model is named after its directory.
 pub fn read_file(path: &Path) -> Result<Config, ConfigError> {
+    // First: other architectures may keep their dimensions elsewhere, and that would be no news.
+    let Named { architectures } = read_json(path)?;
+    let family = Family::find(&architectures.unwrap_or_default())?;
     let raw: RawConfig = read_json(path)?;
     let directory = path.parent().unwrap_or(Path::new(".")).canonicalize().unwrap_or_default();
     let name = directory.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
-    check(raw, name)
+    check(raw, family, name)
 }
 
-fn check(raw: RawConfig, name: String) -> Result<Config, ConfigError> {
+fn check(raw: RawConfig, family: &Family, name: String) -> Result<Config, ConfigError> {
     let unsupported =
         |feature, got: &dyn ToString| ConfigError::Unsupported { feature, got: got.to_string() };
     // Lists of layers are made next.
@@ -175,33 +258,39 @@ fn check(raw: RawConfig, name: String) -> Result<Config, ConfigError> {
         let (name, max, got) = ("layers", LAYERS_MAX, raw.num_hidden_layers);
         return Err(ModelError::OutOfRange { name, max, got }.into());
     }
-    let architectures = raw.architectures.unwrap_or_default();
-    let described = match architectures.as_slice() {
-        [class] => describe(class, &raw.attention, raw.num_hidden_layers),
-        _ => None,
-    };
-    let Some(described) = described else {
-        let got = if architectures.is_empty() { "none".into() } else { architectures.join(", ") };
-        return Err(ConfigError::Architecture { got });
-    };
-    let Described { architecture, tied, attention } =
-        described.map_err(|LayerTypeError(got)| unsupported("layer_types", &got))?;
+    let Family { architecture, tied, rope_theta, .. } = *family;
+    let attention = family.attention(&raw.attention, raw.num_hidden_layers)?;
+    if let Some(vision) = raw.vision_config {
+        let got = vision.get("model_type").and_then(|kind| kind.as_str()).unwrap_or("one");
+        return Err(unsupported("vision_config", &got));
+    }
     if raw.mlp_bias == Some(true) {
         return Err(unsupported("mlp_bias", &true));
     }
-    if let Some(activation) = raw.hidden_act.filter(|name| name != "silu") {
+    // Gemma has a key of its own (`gemma.rs`).
+    let is_gemma = matches!(architecture, Architecture::Gemma2 | Architecture::Gemma3);
+    if let Some(activation) = raw.hidden_act.filter(|name| !is_gemma && name != "silu") {
         return Err(unsupported("hidden_act", &activation));
-    }
-    if let (Architecture::Llama, Some(window)) = (architecture, raw.attention.sliding_window) {
-        return Err(unsupported("sliding_window", &window));
     }
     if let Some(quantized) = raw.quantization_config {
         let method = quantized.get("quant_method").and_then(|method| method.as_str()).unwrap_or("unknown");
         return Err(unsupported("quantization_config", &method));
     }
-    let rope = raw.rope_parameters.or(raw.rope_scaling);
-    let rope_theta = rope.as_ref().and_then(|rope| rope.rope_theta).or(raw.rope_theta).unwrap_or(10_000.0);
-    let rope_scaling = rope.as_ref().map(scaling).transpose()?.flatten();
+    let (rope, local_rope) = match RawRope::of_file(raw.rope_parameters, raw.rope_scaling)? {
+        Some(RawRope { full_attention, sliding_attention, .. })
+            if full_attention.is_some() || sliding_attention.is_some() =>
+        {
+            if architecture != Architecture::Gemma3 {
+                return Err(unsupported("rope_parameters", &"one for each kind of layer"));
+            }
+            (full_attention.map(|rope| *rope), sliding_attention.map(|rope| *rope))
+        }
+        rope => (rope, None),
+    };
+    let gemma = gemma::describe(architecture, &raw.attention.gemma, raw.hidden_size, [&rope, &local_rope])?;
+    let rope_theta = rope.as_ref().and_then(|rope| rope.rope_theta).or(raw.rope_theta).unwrap_or(rope_theta);
+    let stretches = gemma.as_ref().is_some_and(|gemma| gemma.rope_stretch.is_some());
+    let rope_scaling = rope.as_ref().filter(|_| !stretches).map(scaling).transpose()?.flatten();
     let heads = raw.num_attention_heads;
     let model = ModelConfig {
         architecture,
@@ -219,6 +308,7 @@ fn check(raw: RawConfig, name: String) -> Result<Config, ConfigError> {
         tied: raw.tie_word_embeddings.unwrap_or(tied),
         rope_scaling,
         attention,
+        gemma,
     };
     model.check()?;
     Ok(Config { model, tokens: raw.tokens.into() })

@@ -3,6 +3,7 @@
 //! Modules in the order that data passes them.
 
 pub mod architecture;
+mod gemma;
 pub mod config;
 pub mod tensors;
 pub mod tokenizer;
@@ -30,6 +31,6 @@ pub mod encoder;
 pub mod random;
 
 pub use commonweal_package::{
-    Accuracy, Architecture, Attention, Bias, Bits, EncoderArchitecture, ModelConfig, Probabilities,
+    Accuracy, Architecture, Attention, Bias, Bits, EncoderArchitecture, Gemma, ModelConfig, Probabilities,
     Quantization, RopeScaling, Tokens, Window,
 };

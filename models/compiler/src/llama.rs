@@ -115,14 +115,36 @@ fn embed(
     tokens: ValueId,
 ) -> Result<ValueId, GraphError> {
     let size = (model.vocab_size, model.hidden_size);
-    if let Some(packing) = packing(quantization) {
+    let rows = if let Some(packing) = packing(quantization) {
         let (weights, scales) = packed_rows(graph, "embed", size, packing)?;
         let rows = graph.add(Op::GatherBlockQuantized { packing }, &[weights, tokens, scales])?;
-        graph.narrowed(rows, size.1)
+        graph.narrowed(rows, size.1)?
     } else {
         let weights = graph.weight("embed.w", "embed.w", TensorType::f32([size.0, size.1]))?;
-        graph.add(Op::Gather { axis: 0 }, &[weights, tokens])
+        graph.add(Op::Gather { axis: 0 }, &[weights, tokens])?
+    };
+    let Some(gemma) = &model.gemma else { return Ok(rows) };
+    let scale = graph.scalar(gemma.embedding_scale as f32)?;
+    graph.times(rows, scale)
+}
+
+/// The activation of the gated layer.
+fn activation(model: &ModelConfig) -> Op {
+    if model.gemma.is_some() { Op::Gelu { tanh: true } } else { Op::QuickGelu { alpha: 1.0 } }
+}
+
+/// What a block adds to the residual stream, normalized where the architecture has a norm behind the block too.
+fn post_norm(graph: &mut Graph, model: &ModelConfig, name: &str, x: ValueId) -> Result<ValueId, GraphError> {
+    if model.gemma.is_none() {
+        return Ok(x);
     }
+    let weight = vector(graph, name, model.hidden_size)?;
+    graph.add(Op::RmsNorm { epsilon: model.rms_norm_eps as f32 }, &[x, weight])
+}
+
+/// Logits, bent to stay within a cap where there is one.
+fn capped(graph: &mut Graph, cap: Option<f32>, x: ValueId) -> Result<ValueId, GraphError> {
+    cap.map_or(Ok(x), |cap| graph.soft_capped(x, cap))
 }
 
 /// `x Wᵀ` with a frozen matrix of `rows` by `columns`.
@@ -155,12 +177,23 @@ fn head_name(model: &ModelConfig) -> &'static str {
     if model.tied { "embed" } else { "head" }
 }
 
-/// The rotary tables, `[context, head_dim / 2]` each.
-fn rotary_tables(graph: &mut Graph, model: &ModelConfig) -> Result<(ValueId, ValueId), GraphError> {
+/// The rotary tables of a layer, cosines and sines, `[context, head_dim / 2]` each.
+fn rotary_tables(graph: &mut Graph, model: &ModelConfig, layer: usize) -> Result<[ValueId; 2], GraphError> {
     let kind = TensorType::f32([model.context, model.head_dim / 2]);
-    let cosines = graph.weight("rope.cos", "rope.cos", kind.clone())?;
-    let sines = graph.weight("rope.sin", "rope.sin", kind)?;
-    Ok((cosines, sines))
+    let [cosines, sines] = rotary_names(model, layer).map(|name| match graph.find(name) {
+        Some(known) => Ok(known),
+        None => graph.weight(name, name, kind.clone()),
+    });
+    Ok([cosines?, sines?])
+}
+
+/// The names of a layer's rotary tables in `weights.bin`.
+fn rotary_names(model: &ModelConfig, layer: usize) -> [&'static str; 2] {
+    let has_local = model.gemma.as_ref().is_some_and(|gemma| gemma.local_theta.is_some());
+    match model.attention.window_of(layer) {
+        Some(_) if has_local => ["rope.local.cos", "rope.local.sin"],
+        _ => ["rope.cos", "rope.sin"],
+    }
 }
 
 fn shape<const N: usize>(dims: [&Dim; N]) -> Shape {

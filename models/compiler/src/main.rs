@@ -3,12 +3,15 @@
 
 mod calibration;
 
+use std::fmt::Display;
 use std::fs;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::parser::ValueSource;
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use commonweal_adapter::Target;
 use commonweal_compiler::calibrate::Calibration;
 use commonweal_compiler::compile::{CompileError, CompileOptions, Method, compile_with};
@@ -31,6 +34,9 @@ const EXAMPLES: &str = "Examples:
   model-compiler attach smol.package --file guard.toml=guard.toml --file NOTICE=NOTICE.txt
 
 Exit codes: 0 done, 2 usage, 3 bad input, 5 runtime library missing, 1 anything else.";
+
+/// Tokens of a calibration text, where none are asked for.
+const CALIBRATION_TOKENS: usize = 16_384;
 
 /// Compiles a Hugging Face checkpoint into a package that devices run and train.
 #[derive(Parser)]
@@ -86,9 +92,10 @@ struct CompileArgs {
     /// A text like those that the model will see: chat JSONL ({"messages":[…]}), JSONL with "text", or plain lines
     #[arg(long, env = "COMMONWEAL_CALIBRATE", value_name = "FILE")]
     calibrate: Option<PathBuf>,
-    /// Tokens of that text to read; at least as many as the widest layer has inputs
-    #[arg(long, env = "COMMONWEAL_CALIBRATION_TOKENS", value_name = "N", default_value_t = 16_384)]
-    calibration_tokens: usize,
+    /// Tokens of that text to read, of which whole sequences of 512 are used; at least as many as the widest layer has
+    /// inputs [default: 16384]
+    #[arg(long, env = "COMMONWEAL_CALIBRATION_TOKENS", value_name = "N")]
+    calibration_tokens: Option<usize>,
     /// ONNX Runtime library, for --calibrate [default: what scripts/setup fetched]
     #[arg(long, env = "ORT_DYLIB_PATH", value_name = "FILE")]
     library: Option<PathBuf>,
@@ -183,8 +190,15 @@ fn name_and_file(text: &str) -> Result<(String, PathBuf), String> {
 }
 
 fn main() -> ExitCode {
-    let result = match Cli::parse().command {
-        Command::Compile(args) => run_compile(args),
+    commonweal_runtime::library::forbid_telemetry();
+    let matches = Cli::command().get_matches();
+    // The variable may be set for other programs: only what was written in the command must have an effect.
+    let compile = matches.subcommand_matches("compile");
+    let library = compile.and_then(|compile| compile.value_source("library"));
+    let names_library = library == Some(ValueSource::CommandLine);
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let result = match cli.command {
+        Command::Compile(args) => run_compile(args, names_library),
         Command::Random(args) => run_random(args),
         Command::Inspect { package, json } => inspect(package, json),
         Command::Attach { package, files } => run_attach(package, &files),
@@ -204,10 +218,16 @@ fn main() -> ExitCode {
     }
 }
 
-/// An option about adapters or chats, with a checkpoint that has neither.
+/// An option that would have no effect.
 #[derive(Debug, thiserror::Error)]
-#[error("{0} is for decoders, and the checkpoint is of an encoder")]
-struct OnlyForDecoders(&'static str);
+enum IdleOption {
+    #[error("{0} is for decoders, and the checkpoint is of an encoder")]
+    OnlyForDecoders(&'static str),
+    #[error("{0} is for --calibrate, which is not given")]
+    WithoutCalibrate(&'static str),
+    #[error("--method is for 4 and 8 bits, and --bits is 32")]
+    NotRounded,
+}
 
 /// Whether what was given is to blame, rather than the disk or this program.
 fn is_bad_input(error: &anyhow::Error) -> bool {
@@ -219,19 +239,29 @@ fn is_bad_input(error: &anyhow::Error) -> bool {
         matches!(error, WriteError::Name { .. } | WriteError::Manifest(_))
     } else {
         error.is::<OpenError>()
-            || error.is::<OnlyForDecoders>()
+            || error.is::<IdleOption>()
             || error.is::<calibration::TextError>()
-            || error.is::<std::io::Error>()
+            || error.is::<io::Error>()
     }
 }
 
-fn run_compile(args: CompileArgs) -> Result<()> {
+fn run_compile(args: CompileArgs, names_library: bool) -> Result<()> {
     let config = args.checkpoint.join("config.json");
     // What is no checkpoint at all is refused by the stage that opens it.
     if config.is_file()
         && encoder::is_encoder(&config).map_err(|error| CompileError::Checkpoint(error.into()))?
     {
-        return run_compile_encoder(args);
+        return run_compile_encoder(args, names_library);
+    }
+    if args.calibrate.is_none() {
+        let given =
+            [("--calibration-tokens", args.calibration_tokens.is_some()), ("--library", names_library)];
+        if let Some((option, _)) = given.into_iter().find(|(_, given)| *given) {
+            return Err(IdleOption::WithoutCalibrate(option).into());
+        }
+    }
+    if args.method.is_some() && args.bits == Bits::Full {
+        return Err(IdleOption::NotRounded.into());
     }
     let rank = args.rank.unwrap_or(8);
     let default = if args.calibrate.is_some() { Method::Gptq } else { Method::Mse };
@@ -253,7 +283,8 @@ fn run_compile(args: CompileArgs) -> Result<()> {
         None => None,
         Some(file) => {
             let (checkpoint, template) = (&options.checkpoint, options.chat_template.as_deref());
-            let tokens = calibration::read_tokens(file, args.calibration_tokens, checkpoint, template)?;
+            let count = args.calibration_tokens.unwrap_or(CALIBRATION_TOKENS);
+            let tokens = calibration::read_tokens(file, count, checkpoint, template)?;
             Some((tokens, calibration::Runtime(Library::load(args.library.as_deref())?)))
         }
     };
@@ -261,20 +292,24 @@ fn run_compile(args: CompileArgs) -> Result<()> {
     let bar = progress_bar("quantize");
     let summary = compile_with(&options, calibration, &mut |written, total| show(&bar, written, total))?;
     bar.finish_and_clear();
-    println!("{}", options.out.display());
+    say(options.out.display());
     describe(&summary.manifest, summary.weights_bytes);
     Ok(())
 }
 
-fn run_compile_encoder(args: CompileArgs) -> Result<()> {
+fn run_compile_encoder(args: CompileArgs, names_library: bool) -> Result<()> {
     for (option, given) in [
+        ("--method", args.method.is_some()),
+        ("--calibrate", args.calibrate.is_some()),
+        ("--calibration-tokens", args.calibration_tokens.is_some()),
+        ("--library", names_library),
         ("--rank", args.rank.is_some()),
         ("--alpha", args.alpha.is_some()),
         ("--targets", args.targets.is_some()),
         ("--chat-template", args.chat_template.is_some()),
     ] {
         if given {
-            return Err(OnlyForDecoders(option).into());
+            return Err(IdleOption::OnlyForDecoders(option).into());
         }
     }
     let options = EncoderOptions {
@@ -289,7 +324,7 @@ fn run_compile_encoder(args: CompileArgs) -> Result<()> {
     let bar = progress_bar("quantize");
     let summary = encoder::compile_with_progress(&options, &mut |written, total| show(&bar, written, total))?;
     bar.finish_and_clear();
-    println!("{}", options.out.display());
+    say(options.out.display());
     describe_encoder(&summary.manifest, summary.weights_bytes);
     Ok(())
 }
@@ -300,7 +335,7 @@ fn run_random(args: RandomArgs) -> Result<()> {
     let bar = progress_bar("random");
     random(&options, &mut |written, total| show(&bar, written, total))?;
     bar.finish_and_clear();
-    println!("{}", options.out.display());
+    say(options.out.display());
     Ok(())
 }
 
@@ -310,7 +345,7 @@ fn inspect(package: PathBuf, json: bool) -> Result<()> {
     }
     let package = Package::open(package)?;
     if json {
-        println!("{}", serde_json::to_string(package.manifest())?);
+        say(serde_json::to_string(package.manifest())?);
     } else {
         let weights = package.weights();
         let bytes = fs::metadata(&weights).with_context(|| weights.display().to_string())?.len();
@@ -322,7 +357,7 @@ fn inspect(package: PathBuf, json: bool) -> Result<()> {
 fn inspect_encoder(package: PathBuf, json: bool) -> Result<()> {
     let package = EncoderPackage::open(package)?;
     if json {
-        println!("{}", serde_json::to_string(package.manifest())?);
+        say(serde_json::to_string(package.manifest())?);
     } else {
         let weights = package.weights();
         let bytes = fs::metadata(&weights).with_context(|| weights.display().to_string())?.len();
@@ -347,7 +382,12 @@ fn run_attach(package: PathBuf, files: &[(String, PathBuf)]) -> Result<()> {
 
 #[expect(clippy::needless_pass_by_value, reason = "callers make the text for this line alone")]
 fn line(key: &str, value: String) {
-    println!("  {key:<12} {value}");
+    say(format_args!("  {key:<12} {value}"));
+}
+
+/// Standard output may be a pipe that nobody reads any more, as with `| head -1`; what was done stays done.
+fn say(text: impl Display) {
+    let _ = writeln!(io::stdout(), "{text}");
 }
 
 fn describe_weights(quantization: &Quantization, weights_bytes: u64) {

@@ -66,7 +66,7 @@ impl Packing {
 }
 
 /// The attributes of an attention with a cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GroupedAttention {
     /// Query heads.
     pub heads: usize,
@@ -80,6 +80,10 @@ pub struct GroupedAttention {
     pub window: Option<usize>,
     /// Whether queries and keys are rotated by their positions.
     pub rotates: bool,
+    /// Factor of the products of queries and keys.
+    pub scale: f32,
+    /// A score becomes `cap · tanh(score / cap)`, where there is a cap.
+    pub cap: Option<f32>,
 }
 
 /// The attributes of an attention between all tokens of a row.

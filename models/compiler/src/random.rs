@@ -64,15 +64,17 @@ pub enum RandomError {
 
 /// Makes the checkpoint. `progress` is told bytes written and bytes in all.
 pub fn random(options: &RandomOptions, progress: &mut dyn FnMut(u64, u64)) -> Result<(), RandomError> {
-    let (shapes, vocab_size, template) = if encoder::is_encoder(&options.config)? {
+    let (shapes, vocab_size, template, norm) = if encoder::is_encoder(&options.config)? {
         if options.chat_template.is_some() {
             return Err(RandomError::NoChat);
         }
         let config = encoder::read_file(&options.config)?;
-        (encoder::tensor_shapes(&config), config.encoder.vocab_size, None)
+        (encoder::tensor_shapes(&config), config.encoder.vocab_size, None, 1.0)
     } else {
         let model = config::read_file(&options.config)?.model;
-        (tensor_shapes(&model), model.vocab_size, Some(template(options)?))
+        // Gemma's norms multiply by one more than their weight.
+        let norm = if model.gemma.is_some() { 0.0 } else { 1.0 };
+        (tensor_shapes(&model), model.vocab_size, Some(template(options)?), norm)
     };
     let (tokens, _) = tokenizer::load(&options.tokenizer, vocab_size)?;
     let config = config::read_bytes(&options.config)?;
@@ -83,18 +85,19 @@ pub fn random(options: &RandomOptions, progress: &mut dyn FnMut(u64, u64)) -> Re
         staging.write_bytes("chat_template.jinja", &template)?;
     }
     staging.write("model.safetensors", |file, path: &Path| {
-        write_weights(file, &shapes, options.seed, progress)
+        write_weights(file, &shapes, norm, options.seed, progress)
             .map_err(|source| StagingError::Write { path: path.into(), source })
     })?;
     staging.publish()?;
     Ok(())
 }
 
-/// Writes a safetensors file: `u64 LE length | JSON header | data`. Norms are one and biases zero; matrices are uniform with the
+/// Writes a safetensors file: `u64 LE length | JSON header | data`. Norms are `norm` and biases zero; matrices are uniform with the
 /// variance `1 / columns`, the embedding's of variance one, so that activations keep their size through the layers.
 fn write_weights(
     file: &mut impl Write,
     shapes: &[(String, Vec<usize>)],
+    norm: f32,
     seed: u64,
     progress: &mut dyn FnMut(u64, u64),
 ) -> io::Result<()> {
@@ -110,7 +113,7 @@ fn write_weights(
             [_, columns] => (3.0 / columns as f32).sqrt(),
             _ => 0.0,
         };
-        let rest = if name.rsplit_once('.').is_some_and(|(_, kind)| kind == "bias") { 0.0 } else { 1.0 };
+        let rest = if name.rsplit_once('.').is_some_and(|(_, kind)| kind == "bias") { 0.0 } else { norm };
         let values: usize = shape.iter().product();
         for start in (0..values).step_by(CHUNK_VALUES) {
             let count = CHUNK_VALUES.min(values - start);

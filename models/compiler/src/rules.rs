@@ -17,6 +17,7 @@ pub(crate) fn apply(tape: &mut Tape<'_>, node: &Node) -> Result<(), GraphError> 
         Op::Unary(function) => arithmetic::unary(tape, node, *function),
         Op::Binary(function) => arithmetic::binary(tape, node, *function),
         Op::QuickGelu { alpha } => arithmetic::quick_gelu(tape, node, *alpha),
+        Op::Gelu { tanh: true } => arithmetic::gelu_tanh(tape, node),
         Op::Where => arithmetic::choose(tape, node),
         Op::MatMul { transpose_a, transpose_b, alpha } => {
             matrix::matmul(tape, node, *transpose_a, *transpose_b, *alpha)
@@ -38,7 +39,7 @@ pub(crate) fn apply(tape: &mut Tape<'_>, node: &Node) -> Result<(), GraphError> 
         Op::GatherElements { axis } => index::gather_elements(tape, node, *axis),
         Op::ScatterAdd { axis } => index::scatter_add(tape, node, *axis),
         Op::Less
-        | Op::Gelu { .. }
+        | Op::Gelu { tanh: false }
         | Op::LayerNorm { .. }
         | Op::MultiHeadAttention(_)
         | Op::SkipRmsNorm { .. }

@@ -16,8 +16,9 @@
 //! A quantized matrix has `{name}.q` (u8 `[rows, blocks, block · bits / 8]`) and `{name}.s` (f32 `[rows, blocks]`), each
 //! row filled up with zeros to whole blocks; a float one has `{name}.w` (f32 `[rows, columns]`). Vectors are f32 `[hidden]`:
 //! `layers.{i}.attn_norm.w`, `layers.{i}.mlp_norm.w`, `norm.w`; and where the architecture has them (`architecture.rs`)
-//! `layers.{i}.qkv_bias.w`, `o_bias.w`, `q_norm.w` and `k_norm.w`. The rotary tables are f32 `[context, head_dim / 2]`:
-//! `rope.cos`, `rope.sin`.
+//! `layers.{i}.qkv_bias.w`, `o_bias.w`, `q_norm.w` and `k_norm.w`, `attn_post_norm.w` and `mlp_post_norm.w`. Weights of
+//! norms are what is multiplied by; of Gemma's that is one more than in the checkpoint. The rotary tables are f32
+//! `[context, head_dim / 2]`: `rope.cos`, `rope.sin`; `rope.local.cos` and `.sin` where layers with a window have others.
 
 use std::io::{self, BufWriter, Write};
 use std::thread;
@@ -104,6 +105,9 @@ impl WeightTable {
                 Source::Plain(_, rows, columns) => {
                     table.push(format!("{name}.w"), WeightType::F32, vec![rows, columns]);
                 }
+                Source::OnePlus(_, length) => {
+                    table.push(format!("{name}.w"), WeightType::F32, vec![length]);
+                }
                 Source::Vector(parts) => {
                     let length = parts.iter().map(|(_, length)| length).sum();
                     table.push(format!("{name}.w"), WeightType::F32, vec![length]);
@@ -186,6 +190,7 @@ pub(crate) fn write_list(
                     out.floats(&tensors.rows(&name, 0..length)?)?;
                 }
             }
+            Source::OnePlus(name, length) => out.floats(&one_plus(tensors.rows(&name, 0..length)?))?,
             Source::Plain(name, rows, columns) => {
                 let step = (CHUNK_VALUES / columns).max(1);
                 for start in (0..rows).step_by(step) {
@@ -236,6 +241,12 @@ pub(crate) fn write_list(
     }
     out.file.flush()?;
     Ok(())
+}
+
+/// The values of a [`Source::OnePlus`].
+pub(crate) fn one_plus(mut values: Vec<f32>) -> Vec<f32> {
+    values.iter_mut().for_each(|value| *value += 1.0);
+    values
 }
 
 /// Quantizes rows on every core. Blocks do not depend on each other, so the result does not depend on the cores.

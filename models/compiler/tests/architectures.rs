@@ -5,16 +5,18 @@
 #[path = "onnx_runtime/mod.rs"]
 mod onnx_runtime;
 
-use commonweal_compiler::{Accuracy, Architecture, Attention, Bias, Bits, Window};
+use commonweal_compiler::config::read_file;
+use commonweal_compiler::{Accuracy, Architecture, Attention, Bias, Bits, Gemma, Window};
 use commonweal_package::TrainGraph;
 use onnx_runtime::case::Case;
 use onnx_runtime::{goldens, read};
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// The reference's rotary tables are 32-bit floats; measured errors are about 1e-6.
 const TOLERANCE: f64 = 2e-5;
 
-fn agrees(variant: &str, architecture: Architecture, attention: &Attention) {
+fn agrees(variant: &str, architecture: Architecture, attention: &Attention) -> Case {
     let directory = goldens().join("architectures").join(variant);
     // The text files are those of the other goldens.
     let checkpoint = TempDir::new().unwrap();
@@ -33,6 +35,16 @@ fn agrees(variant: &str, architecture: Architecture, attention: &Attention) {
     assert_eq!((model.architecture, &model.attention), (architecture, attention));
     case.graph_agrees(&case.package.train_graph(TrainGraph::Full).unwrap(), "train", TOLERANCE, 0);
     case.logits_agree(TOLERANCE);
+    case
+}
+
+/// The graphs that recompute more, train less or have no adapter agree too.
+fn other_graphs_agree(mut case: Case) {
+    let upper = case.package.manifest().model.layers / 2;
+    for (graph, first_layer) in [(TrainGraph::Frugal, 0), (TrainGraph::Upper, upper)] {
+        case.graph_agrees(&case.package.train_graph(graph).unwrap(), graph.file(), TOLERANCE, first_layer);
+    }
+    case.base_agrees(TOLERANCE);
 }
 
 #[test]
@@ -62,4 +74,63 @@ fn qwen3_with_norms_of_heads() {
 #[test]
 fn smollm3_with_layers_that_do_not_rotate() {
     agrees("smollm3", Architecture::SmolLm3, &Attention { unrotated: vec![3], ..Attention::default() });
+}
+
+/// Both caps, norms behind the blocks, a window of 7 in every second of four layers and 20 tokens.
+#[test]
+fn gemma2_with_caps_and_windows() {
+    let window = Some(Window { tokens: 7, layers: vec![0, 2] });
+    let case = agrees("gemma2", Architecture::Gemma2, &Attention { window, ..Attention::default() });
+    let gemma = Gemma {
+        embedding_scale: f64::from(32_f32.sqrt()),
+        query_scalar: 24.0,
+        score_cap: Some(2.0),
+        logit_cap: Some(3.0),
+        local_theta: None,
+        rope_stretch: None,
+    };
+    assert_eq!(case.package.manifest().model.gemma, Some(gemma));
+    other_graphs_agree(case);
+}
+
+/// Rotary wavelengths of two bases, one of them stretched, norms of heads, and the embedding's scale in bfloat16.
+#[test]
+fn gemma3_with_two_kinds_of_layers() {
+    let window = Some(Window { tokens: 5, layers: vec![0, 1, 3] });
+    let attention = Attention { window, head_norm: true, ..Attention::default() };
+    let case = agrees("gemma3", Architecture::Gemma3, &attention);
+    let gemma = Gemma {
+        embedding_scale: 5.65625,
+        query_scalar: 24.0,
+        score_cap: None,
+        logit_cap: None,
+        local_theta: Some(10_000.0),
+        rope_stretch: Some(8.0),
+    };
+    assert_eq!(case.package.manifest().model.gemma, Some(gemma));
+    other_graphs_agree(case);
+}
+
+/// The keys that `transformers` 5 writes say the same as those of the published files.
+#[test]
+fn gemma3_by_its_newer_keys() {
+    let published = goldens().join("architectures/gemma3/config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&published).unwrap()).unwrap();
+    let keys = config.as_object_mut().unwrap();
+    let old = ["sliding_window_pattern", "rope_theta", "rope_local_base_freq", "rope_scaling", "torch_dtype"];
+    assert!(old.into_iter().all(|key| keys.remove(key).is_some()));
+    let layer = |layer| if layer == 2 { "full_attention" } else { "sliding_attention" };
+    keys.insert("layer_types".into(), json!([0, 1, 2, 3].map(layer)));
+    keys.insert("dtype".into(), json!("bfloat16"));
+    let ropes = json!({
+        "full_attention": { "rope_type": "linear", "factor": 8.0, "rope_theta": 1e6 },
+        "sliding_attention": { "rope_type": "default", "rope_theta": 1e4 },
+    });
+    keys.insert("rope_parameters".into(), ropes);
+    let folder = TempDir::new().unwrap();
+    let mut newer = folder.path().join("gemma3");
+    std::fs::create_dir(&newer).unwrap();
+    newer.push("config.json");
+    std::fs::write(&newer, config.to_string()).unwrap();
+    assert_eq!(read_file(&newer).unwrap(), read_file(&published).unwrap());
 }

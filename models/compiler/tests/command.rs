@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use commonweal_package::{Package, Rounding};
 use tempfile::TempDir;
@@ -80,6 +80,58 @@ fn compiles_by_a_calibration_text() {
     assert!(String::from_utf8(output.stdout).unwrap().contains("gptq: calibrated on 128 tokens"));
     let rounding = Package::open(&package).unwrap().manifest().rounding;
     assert!(matches!(rounding, Rounding::Gptq { tokens: 128, .. }));
+    // What is left after whole sequences of 64 is not used, and not claimed.
+    fs::remove_dir_all(&package).unwrap();
+    assert!(compile(&[&calibrate[..], &["150"]].concat()).status.success());
+    assert_eq!(Package::open(&package).unwrap().manifest().rounding, rounding);
+}
+
+#[test]
+fn options_without_effect_are_refused_by_name() {
+    let directory = TempDir::new().unwrap();
+    let (package, texts) = (directory.path().join("package"), directory.path().join("texts"));
+    fs::write(&texts, "a line of text to calibrate by\n".repeat(20)).unwrap();
+    let refused = |checkpoint: &str, more: &[&str], words: &[&str]| {
+        let checkpoint = goldens(checkpoint);
+        let arguments = ["compile", "--checkpoint", text(&checkpoint), "--out", text(&package)];
+        let output = model_compiler(&[&arguments[..], more].concat());
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(3), "{message}");
+        assert!(words.iter().all(|word| message.contains(word)), "{message}");
+        assert!(!package.exists());
+    };
+    refused("tied", &["--calibration-tokens", "128"], &["--calibration-tokens is for --calibrate"]);
+    refused("tied", &["--library", "/nowhere.so"], &["--library is for --calibrate"]);
+    for method in ["gptq", "rtn"] {
+        refused("tied", &["--method", method, "--bits", "32"], &["--method is for 4 and 8 bits"]);
+    }
+    for option in [
+        ["--method", "rtn"],
+        ["--calibrate", text(&texts)],
+        ["--calibration-tokens", "9"],
+        ["--library", "x"],
+    ] {
+        refused("encoders/bert", &option, &[option[0], "is for decoders"]);
+    }
+}
+
+/// As `inspect | head -1` leaves it.
+#[test]
+fn a_pipe_that_nobody_reads_is_no_failure() {
+    let directory = TempDir::new().unwrap();
+    let package = directory.path().join("package");
+    let checkpoint = goldens("tied");
+    let output = model_compiler(&["compile", "--checkpoint", text(&checkpoint), "--out", text(&package)]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut inspect = Command::new(env!("CARGO_BIN_EXE_model-compiler"))
+        .args(["inspect", text(&package)])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(inspect.stdout.take());
+    let output = inspect.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]

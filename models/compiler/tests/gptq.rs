@@ -4,9 +4,11 @@
 
 use std::path::Path;
 
+use commonweal_compiler::calibrate::{tokens_min, used};
 use commonweal_compiler::gptq::{DAMPING, Hessian, HessianError};
 use commonweal_compiler::quantize::{BlockFormat, Quantized, Scale};
 use commonweal_compiler::{Accuracy, Bits, Quantization};
+use commonweal_package::ModelConfig;
 use safetensors::SafeTensors;
 
 const COLUMNS: usize = 256;
@@ -104,6 +106,24 @@ fn dead_inputs_lose_their_weights_and_a_hessian_of_nothing_is_no_error() {
     let weights = vec![0.5; 32 * 2];
     let quantized = Hessian::new(32).factor(DAMPING).unwrap().round(format(4, 32), &weights);
     assert!(format(4, 32).dequantize(&quantized, 32).iter().all(|weight| weight.abs() < f32::EPSILON));
+}
+
+#[test]
+fn whole_sequences_cover_the_widest_layer() {
+    let model = |intermediate: usize, context: usize| -> ModelConfig {
+        serde_json::from_value(serde_json::json!({
+            "architecture": "llama", "name": "x", "hidden_size": 64, "intermediate_size": intermediate,
+            "layers": 1, "heads": 4, "kv_heads": 4, "head_dim": 16, "vocab_size": 99, "context": context,
+            "rope_theta": 10_000.0, "rms_norm_eps": 1e-5, "tied": true,
+        }))
+        .unwrap()
+    };
+    for (intermediate, context, least) in
+        [(600, 2048, 1024), (512, 2048, 512), (100, 64, 128), (100, 2048, 512)]
+    {
+        assert_eq!(tokens_min(&model(intermediate, context)), least, "{intermediate}, {context}");
+    }
+    assert_eq!(used(&model(600, 2048), &[7; 1100]).len(), 1024);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::error::Error;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use commonweal_adapter::Target;
 use commonweal_compiler::Bits;
@@ -127,9 +128,52 @@ fn the_golden_checkpoints_compile() {
     }
 }
 
+static LLAMA3: LazyLock<Value> = LazyLock::new(|| {
+    json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    })
+});
+
+/// Every key of a rotary scaling is obeyed, or refused by name.
+#[test]
+fn rotary_scalings() {
+    let mut steep = LLAMA3.clone();
+    steep["factor"] = json!(1e-300);
+    let cases: [(Value, &[&str]); 9] = [
+        (json!({ "rope_scaling": { "factor": 4.0 } }), &["rope_scaling", "without rope_type"]),
+        (
+            json!({ "rope_parameters": { "rope_theta": 1e4, "factor": 4.0 } }),
+            &["rope_parameters", "rope_type"],
+        ),
+        (
+            json!({ "rope_parameters": { "full_attention": { "rope_type": "yarn", "factor": 4.0 } } }),
+            &["rope_parameters", "each kind"],
+        ),
+        (
+            json!({ "rope_parameters": { "rope_type": "default", "full_attention": { "rope_theta": 1e4 } } }),
+            &["rope_parameters", "one for all"],
+        ),
+        (
+            json!({ "rope_scaling": { "rope_type": "default", "type": "linear" } }),
+            &["rope_type default with type linear"],
+        ),
+        (json!({ "rope_scaling": { "rope_type": "default", "mscale": 1.0 } }), &["the key mscale"]),
+        (json!({ "rope_scaling": { "partial_rotary_factor": 0.5 } }), &["partial_rotary_factor 0.5"]),
+        (
+            json!({ "rope_scaling": LLAMA3.clone(), "rope_parameters": { "rope_type": "default" } }),
+            &["another than rope_parameters"],
+        ),
+        (json!({ "rope_scaling": steep }), &["rotary frequency", "inf"]),
+    ];
+    for (changes, words) in cases {
+        Spoilt::new("tied").config(&changes).refused(words);
+    }
+}
+
 #[test]
 fn configurations() {
-    let cases: [(Value, &[&str]); 20] = [
+    let cases: [(Value, &[&str]); 24] = [
         (json!({ "architectures": ["GPT2LMHeadModel"] }), &["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3"]),
         (json!({ "architectures": ["MistralForCausalLM"], "num_hidden_layers": u64::MAX }), &["layers"]),
         (json!({ "architectures": ["Qwen2ForCausalLM"] }), &["self_attn.q_proj.bias"]),
@@ -137,6 +181,13 @@ fn configurations() {
         (json!({ "architectures": null }), &["architecture none"]),
         (json!({ "rope_scaling": { "type": "yarn", "factor": 2.0 } }), &["rope_scaling", "yarn"]),
         (json!({ "rope_scaling": { "rope_type": "llama3" } }), &["rope_scaling.factor"]),
+        (json!({ "rope_scaling": { "rope_type": "linear", "factor": 2.0 } }), &["rope_scaling", "linear"]),
+        (
+            json!({ "rope_parameters": { "full_attention": { "rope_theta": 1e6 } } }),
+            &["rope_parameters", "each kind"],
+        ),
+        (json!({ "attn_logit_softcapping": 50.0 }), &["attn_logit_softcapping", "50"]),
+        (json!({ "final_logit_softcapping": 30.0 }), &["final_logit_softcapping", "30"]),
         (
             json!({ "architectures": ["MistralForCausalLM"], "sliding_window": 4, "layer_types": ["chunked_attention"] }),
             &["layer_types", "chunked_attention"],
@@ -160,8 +211,55 @@ fn configurations() {
     Spoilt::new("tied").file("config.json", "{").refused(&["config.json"]);
     Spoilt::new("tied").without("config.json").refused(&["config.json"]);
     Spoilt::new("tied").config(&json!({ "eos_token_id": null })).refused(&["end-of-sequence"]);
-    let default = json!({ "rope_scaling": { "rope_type": "default" } });
-    compile(&Spoilt::new("tied").config(&default).options()).unwrap();
+    for good in [
+        json!({ "rope_scaling": { "rope_type": "default" } }),
+        json!({ "rope_scaling": { "rope_type": "default", "type": "default", "beta_fast": null } }),
+        json!({ "rope_parameters": { "type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0 } }),
+        json!({ "rope_scaling": LLAMA3.clone(), "rope_parameters": LLAMA3.clone() }),
+    ] {
+        compile(&Spoilt::new("tied").config(&good).options()).unwrap();
+    }
+}
+
+/// What a Gemma can say and no graph does. The checkpoint is a Llama's, whose keys that Gemma reads are the same.
+#[test]
+fn configurations_of_gemma() {
+    let cases: [(&str, Value, &[&str]); 14] = [
+        (
+            "Gemma3ForConditionalGeneration",
+            json!({ "hidden_size": null, "text_config": {} }),
+            &["ConditionalGeneration"],
+        ),
+        (
+            "Gemma3ForCausalLM",
+            json!({ "vision_config": { "model_type": "siglip" } }),
+            &["vision_config", "siglip"],
+        ),
+        (
+            "Gemma3ForCausalLM",
+            json!({ "use_bidirectional_attention": true }),
+            &["use_bidirectional_attention"],
+        ),
+        ("Gemma3ForCausalLM", json!({ "attn_logit_softcapping": 50.0 }), &["attn_logit_softcapping", "50"]),
+        ("Gemma3ForCausalLM", json!({ "rope_scaling": { "rope_type": "yarn" } }), &["rope_scaling", "yarn"]),
+        ("Gemma3ForCausalLM", json!({ "rope_scaling": { "rope_type": "linear" } }), &["rope_scaling.factor"]),
+        (
+            "Gemma3ForCausalLM",
+            json!({ "rope_parameters": { "sliding_attention": { "rope_type": "linear", "factor": 2.0 } } }),
+            &["rope_parameters.sliding_attention", "linear"],
+        ),
+        ("Gemma3ForCausalLM", json!({ "sliding_window_pattern": 0 }), &["sliding_window_pattern", "0"]),
+        ("Gemma3ForCausalLM", json!({}), &["q_norm.weight"]),
+        ("Gemma2ForCausalLM", json!({}), &["pre_feedforward_layernorm.weight"]),
+        ("Gemma2ForCausalLM", json!({ "sliding_window": null }), &["sliding_window", "none"]),
+        ("Gemma2ForCausalLM", json!({ "hidden_activation": "gelu" }), &["hidden_activation", "gelu"]),
+        ("Gemma2ForCausalLM", json!({ "query_pre_attn_scalar": 0 }), &["query_scalar", "positive", "0"]),
+        ("Gemma2ForCausalLM", json!({ "final_logit_softcapping": 1e-60 }), &["logit_cap", "positive"]),
+    ];
+    for (class, changes, words) in cases {
+        let gemma = json!({ "architectures": [class], "sliding_window": 7 });
+        Spoilt::new("tied").config(&gemma).config(&changes).refused(words);
+    }
 }
 
 #[test]
@@ -300,4 +398,5 @@ fn a_method_without_its_text_is_refused() {
     let spoilt = Spoilt::new("tied");
     let options = CompileOptions { method: Method::Gptq, ..spoilt.options() };
     spoilt.refused_with(&options, &["Gptq", "calibration text, got none"]);
+    spoilt.refused_with(&CompileOptions { bits: Bits::Full, ..options.clone() }, &["Gptq", "not rounded"]);
 }

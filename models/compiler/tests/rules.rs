@@ -156,6 +156,16 @@ fn functions_of_one_tensor() {
         probe.check(&format!("QuickGelu {alpha}"), &[y]);
     }
     let mut probe = Probe::new();
+    let x = probe.parameter([3, 4], (-3.0, 3.0));
+    let y = probe.add(Op::Gelu { tanh: true }, &[x]);
+    probe.check("Gelu", &[y]);
+    for cap in [0.7, 3.0] {
+        let mut probe = Probe::new();
+        let x = probe.parameter([2, 3], (-3.0, 3.0));
+        let y = probe.graph.soft_capped(x, cap).unwrap();
+        probe.check(&format!("soft cap {cap}"), &[y]);
+    }
+    let mut probe = Probe::new();
     let (x, other) = (probe.parameter([2, 3], AROUND_ZERO), probe.parameter([2, 3], AROUND_ZERO));
     let same = probe.add(Op::Identity, &[x]);
     let late = probe.add(Op::After, &[same, other]);

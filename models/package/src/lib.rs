@@ -3,6 +3,7 @@
 //! the runtime).
 
 mod attention;
+mod gemma;
 mod model;
 mod rounding;
 mod manifest;
@@ -16,6 +17,7 @@ pub use encoder::{
     ENCODER_OPTIONAL, ENCODER_REQUIRED, EncoderArchitecture, EncoderConfig, EncoderError, EncoderManifest,
     EncoderPackage, LABELS_MAX, Probabilities,
 };
+pub use gemma::Gemma;
 pub use manifest::{
     AdapterDefaults, FORMAT, Hash, HashError, MANIFEST, Manifest, ManifestError, OPTIONAL, PackageKind,
     REQUIRED, layout,

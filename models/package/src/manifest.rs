@@ -241,6 +241,9 @@ impl Manifest {
         if model.attention != Attention::default() {
             line("attention", &model.attention);
         }
+        if let Some(gemma) = &model.gemma {
+            line("gemma", gemma);
+        }
         line("bits", &quantization.bits.count());
         line("block_size", &quantization.block_size);
         for file in IDENTITY {

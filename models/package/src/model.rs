@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::attention::{Attention, is_default};
+use crate::gemma::Gemma;
 
 /// The largest value accepted for any one dimension, so that products of two or three fit in a `usize`:
 /// (2^20)^3 = 2^60.
@@ -26,6 +27,11 @@ pub enum Architecture {
     Qwen3,
     /// SmolLM 3: a Llama some of whose layers have no positions.
     SmolLm3,
+    /// Gemma 2: windows in every second layer, capped scores and logits, and what [`Gemma`] says.
+    Gemma2,
+    /// Gemma 3, text only: windows in most layers, with rotary wavelengths of their own, norms of heads, and what
+    /// [`Gemma`] says.
+    Gemma3,
 }
 
 /// The dimensions and constants of a model, the `[model]` table of a manifest.
@@ -64,6 +70,9 @@ pub struct ModelConfig {
     /// How the attention differs from Llama's.
     #[serde(default, skip_serializing_if = "is_default")]
     pub attention: Attention,
+    /// What a Gemma does besides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gemma: Option<Gemma>,
 }
 
 /// Llama 3's stretching of long rotary wavelengths (`rope_type = "llama3"` in a Hugging Face configuration).
@@ -182,10 +191,14 @@ impl ModelConfig {
             return Err(ModelError::HeadDim { got: self.head_dim });
         }
         self.attention.check(self.layers)?;
-        match &self.rope_scaling {
-            Some(scaling) => scaling.check(),
-            None => Ok(()),
+        self.gemma.as_ref().map_or(Ok(()), Gemma::check)?;
+        self.rope_scaling.as_ref().map_or(Ok(()), RopeScaling::check)?;
+        let local = self.local_rotary_frequencies().unwrap_or_default();
+        for frequency in self.rotary_frequencies().into_iter().chain(local) {
+            // The graphs have it as a 32-bit float.
+            positive("rotary frequency", f64::from(frequency as f32))?;
         }
+        Ok(())
     }
 
     /// Rows of the query matrix: `heads · head_dim`.
@@ -206,12 +219,42 @@ impl ModelConfig {
     /// The rotary angle that each pair of components turns by per position, `head_dim / 2` values in radians.
     /// With `rope_scaling` they are Llama 3's (Hugging Face `modeling_rope_utils._compute_llama3_parameters`).
     pub fn rotary_frequencies(&self) -> Vec<f64> {
-        let plain = (0..self.head_dim / 2)
-            .map(|pair| libm::pow(self.rope_theta, -((2 * pair) as f64) / self.head_dim as f64));
-        match self.rope_scaling {
-            None => plain.collect(),
-            Some(scaling) => plain.map(|frequency| scaling.stretch(frequency)).collect(),
+        let plain = self.frequencies(self.rope_theta);
+        let stretch = self.gemma.as_ref().and_then(|gemma| gemma.rope_stretch);
+        match (self.rope_scaling, stretch) {
+            (Some(scaling), _) => plain.map(|frequency| scaling.stretch(frequency)).collect(),
+            (None, Some(stretch)) => plain.map(|frequency| frequency / stretch).collect(),
+            (None, None) => plain.collect(),
         }
+    }
+
+    /// The same for layers with a window, where those have a base of their own.
+    pub fn local_rotary_frequencies(&self) -> Option<Vec<f64>> {
+        let theta = self.gemma.as_ref()?.local_theta?;
+        Some(self.frequencies(theta).collect())
+    }
+
+    fn frequencies(&self, theta: f64) -> impl Iterator<Item = f64> {
+        let head_dim = self.head_dim;
+        (0..head_dim / 2).map(move |pair| libm::pow(theta, -((2 * pair) as f64) / head_dim as f64))
+    }
+
+    /// The factor of the products of queries and keys.
+    pub fn score_scale(&self) -> f32 {
+        match &self.gemma {
+            None => (self.head_dim as f32).sqrt().recip(),
+            Some(gemma) => gemma.query_scalar.sqrt().recip() as f32,
+        }
+    }
+
+    /// The cap of the scores of the attention.
+    pub fn score_cap(&self) -> Option<f32> {
+        self.gemma.as_ref()?.score_cap.map(|cap| cap as f32)
+    }
+
+    /// The cap of the logits.
+    pub fn logit_cap(&self) -> Option<f32> {
+        self.gemma.as_ref()?.logit_cap.map(|cap| cap as f32)
     }
 }
 
@@ -250,7 +293,7 @@ impl RopeScaling {
     }
 }
 
-fn positive(name: &'static str, got: f64) -> Result<(), ModelError> {
+pub(crate) fn positive(name: &'static str, got: f64) -> Result<(), ModelError> {
     if got.is_finite() && got > 0.0 { Ok(()) } else { Err(ModelError::NotPositive { name, got }) }
 }
 

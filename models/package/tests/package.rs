@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use commonweal_adapter::Target;
 use commonweal_package::{
-    Accuracy, AdapterDefaults, Architecture, Attention, Bits, Facts, Manifest, ModelConfig, Package,
+    Accuracy, AdapterDefaults, Architecture, Attention, Bits, Facts, Gemma, Manifest, ModelConfig, Package,
     PackageWriter, Quantization, REQUIRED, RopeScaling, Rounding, Tokens, WriteError, attach,
 };
 use tempfile::TempDir;
@@ -29,6 +29,7 @@ fn facts() -> Facts {
         tied: true,
         rope_scaling: None,
         attention: Attention::default(),
+        gemma: None,
     };
     let quantization = Quantization { bits: Bits::Four, block_size: 32, accuracy: Accuracy::Fast };
     let adapter = AdapterDefaults { rank: 8, alpha: 16.0, targets: Target::ALL.to_vec() };
@@ -109,7 +110,21 @@ fn the_base_is_what_is_frozen() {
     theta.model.rope_theta = 10_000.1;
     let mut bits = facts();
     bits.quantization.bits = Bits::Eight;
-    for other in [scaled, theta, bits] {
+    let mut gemma = facts();
+    gemma.model.gemma = Some(Gemma {
+        embedding_scale: 5.65625,
+        query_scalar: 24.0,
+        score_cap: Some(50.0),
+        logit_cap: None,
+        local_theta: Some(1e4),
+        rope_stretch: None,
+    });
+    let (_b, out, written) = write(gemma.clone(), "graph");
+    assert_eq!(Package::open(&out).unwrap().manifest(), &written);
+    let mut capped = gemma.clone();
+    capped.model.gemma.as_mut().unwrap().logit_cap = Some(30.0);
+    assert_ne!(write(capped, "graph").2.base, written.base);
+    for other in [scaled, theta, bits, gemma] {
         assert_ne!(write(other, "graph").2.base, plain.base);
     }
     // Golden: other programs may compute it, and every trained adapter carries it.

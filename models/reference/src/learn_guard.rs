@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use commonweal_runtime::{Model, TrainingRow};
-use commonweal_safety::{GuardConfig, Questions};
+use commonweal_safety::{GuardConfig, QuestionError, Questions};
 
 use crate::rows::GuardRow;
 
@@ -21,7 +21,10 @@ pub(crate) fn guard_rows(model: &Model, config: &GuardConfig, rows: &[GuardRow])
     let count = |wanted| rows.iter().filter(|row| kind(row) == wanted).count();
     let mut learned = Vec::with_capacity(rows.len());
     for row in rows {
-        let asked = questions.asked(model.tokenizer(), row.pair())?;
+        let asked = match questions.asked(model.tokenizer(), row.pair()) {
+            Err(QuestionError::Windows { .. }) => continue,
+            asked => asked?,
+        };
         let Some([window]) = asked.first().map(Vec::as_slice) else { continue };
         let (with_response, is_unsafe) = kind(row);
         let (same, other) = (count((with_response, is_unsafe)), count((with_response, !is_unsafe)));

@@ -192,6 +192,7 @@ enum TargetArg {
 }
 
 fn main() -> ExitCode {
+    commonweal_runtime::library::forbid_telemetry();
     let cli = Cli::parse();
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,

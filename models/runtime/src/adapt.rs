@@ -210,6 +210,7 @@ mod tests {
             tied: true,
             rope_scaling: None,
             attention: Attention::default(),
+            gemma: None,
         }
     }
 

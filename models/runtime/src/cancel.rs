@@ -45,6 +45,11 @@ impl Cancel {
         self.state.cancelled.load(Ordering::SeqCst)
     }
 
+    /// Whether a call runs with this handle.
+    pub fn is_running(&self) -> bool {
+        self.running().iter().any(|run| run.strong_count() > 0)
+    }
+
     /// Options for the runs of one call; they stop when the handle is cancelled.
     fn watch(&self) -> Result<Arc<RunOptions>, ort::Error> {
         let run = Arc::new(RunOptions::new()?);

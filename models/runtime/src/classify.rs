@@ -2,9 +2,7 @@
 //! beside `model.rs`: no cache, no adapter, no generation. A guard of `commonweal-safety` may be one of these.
 //!
 //! Nothing is cut off unseen. A text that does not fit the network is an error of [`Classifier::classify`], or is read
-//! in overlapping windows (`classify/windows.rs`) by [`Classifier::window_logits`], whose caller decides which window counts.
-
-mod windows;
+//! in overlapping windows (`windows.rs`) by [`Classifier::window_logits`], whose caller decides which window counts.
 
 use std::{
     fmt,
@@ -23,11 +21,10 @@ use crate::{
     library::Library,
     model::{OpenError, Use, open_session, require},
     tokenize::{TokenizeError, Tokenizer},
+    windows::{CROSSED_MAX, READINGS_MAX, cut, reading_count, readings, share, window_count},
 };
-use windows::{cut, share, window_count};
 
-/// Longest text that is tokenized. The default windows hold about 64 · 768 tokens, 200 kB of English; with a context of
-/// 8,192 eight times as much.
+/// Longest text that is tokenized. The default windows hold about 1,024 · 768 tokens, 3 MB of English.
 const TEXT_BYTES_MAX: usize = 4 << 20;
 
 /// How texts are run.
@@ -40,13 +37,16 @@ pub struct ClassifyOptions {
     pub batch_max: usize,
     /// Tokens of one run, padding included: bounds the memory for activations. A single row may have more.
     pub tokens_max: usize,
-    /// Windows of one text; a text that needs more is an error.
+    /// Windows of a text and its pair up to which each of the one is read with each of the other.
+    pub crossed_max: usize,
+    /// Windows of a text, or of a text and its pair; what needs more is an error.
     pub windows_max: usize,
 }
 
 impl Default for ClassifyOptions {
     fn default() -> Self {
-        Self { context_max: Some(1024), batch_max: 16, tokens_max: 2048, windows_max: 64 }
+        let (crossed_max, windows_max) = (CROSSED_MAX, READINGS_MAX);
+        Self { context_max: Some(1024), batch_max: 16, tokens_max: 2048, crossed_max, windows_max }
     }
 }
 
@@ -139,7 +139,8 @@ struct Inner {
 struct Row {
     /// Index of its text.
     text: usize,
-    framed: Encoding,
+    ids: Vec<u32>,
+    kinds: Vec<u32>,
 }
 
 impl Classifier {
@@ -153,6 +154,7 @@ impl Classifier {
             ("context_max", options.context_max.unwrap_or(1)),
             ("batch_max", options.batch_max),
             ("tokens_max", options.tokens_max),
+            ("crossed_max", options.crossed_max),
             ("windows_max", options.windows_max),
         ] {
             if value == 0 {
@@ -161,8 +163,8 @@ impl Classifier {
         }
         let encoder = &package.manifest().encoder;
         let tokenizer = Tokenizer::open(&package.tokenizer())?;
-        if tokenizer.vocab_size() > encoder.vocab_size {
-            let (expected, got) = (encoder.vocab_size, tokenizer.vocab_size());
+        if tokenizer.ids_end() > encoder.vocab_size {
+            let (expected, got) = (encoder.vocab_size, tokenizer.ids_end());
             return Err(OpenError::Vocabulary { expected, got });
         }
         let context = encoder.context.min(options.context_max.unwrap_or(usize::MAX));
@@ -203,7 +205,11 @@ impl Classifier {
         texts: &[(&str, Option<&str>)],
         cancel: &Cancel,
     ) -> Result<Vec<Vec<f32>>, ClassifyError> {
-        let rows = self.rows(texts, |row, limit, got, _| Err(ClassifyError::TooLong { row, limit, got }))?;
+        let overlong = |row, limit, got, _| Err(ClassifyError::TooLong { row, limit, got });
+        let mut rows = Vec::with_capacity(texts.len());
+        for (row, &text) in texts.iter().enumerate() {
+            rows.extend(self.rows(row, text, overlong)?);
+        }
         let kind = self.manifest().encoder.probabilities;
         Ok(self.run(&rows, cancel)?.iter().map(|logits| probabilities(logits, kind)).collect())
     }
@@ -212,7 +218,8 @@ impl Classifier {
     ///
     /// A window is as long as the network allows, and shares a quarter with the next. Of a text and its pair, the one
     /// that fits half the room is whole in every window; where neither does, each has half the room, and every window
-    /// of the one is read with every window of the other.
+    /// of the one is read with every window of the other, or with the nearest where that would be too many
+    /// ([`readings`]).
     pub fn window_logits(
         &self,
         texts: &[(&str, Option<&str>)],
@@ -222,46 +229,49 @@ impl Classifier {
         let enough = |row, _, _, got| {
             if got > limit { Err(ClassifyError::Windows { row, limit, got }) } else { Ok(()) }
         };
-        let rows = self.rows(texts, enough)?;
         let mut windows = vec![Vec::new(); texts.len()];
-        for (row, logits) in rows.iter().zip(self.run(&rows, cancel)?) {
-            windows[row.text].push(logits);
+        let mut rows: Vec<Row> = Vec::new();
+        for (text, &pair) in texts.iter().enumerate() {
+            rows.extend(self.rows(text, pair, enough)?);
+            // Not all texts at once: their windows may be many.
+            if rows.len() >= limit || text + 1 == texts.len() {
+                for (row, logits) in rows.iter().zip(self.run(&rows, cancel)?) {
+                    windows[row.text].push(logits);
+                }
+                rows.clear();
+            }
         }
         Ok(windows)
     }
 
-    /// The rows of all texts, in their order. `overlong` decides about a text that does not fit, by its index, the room
-    /// and the tokens that it has, and the windows that it needs.
+    /// The rows of a text. `overlong` decides about one that does not fit, by its index, the room and the tokens that it
+    /// has, and the windows that it needs.
     fn rows(
         &self,
-        texts: &[(&str, Option<&str>)],
+        text: usize,
+        (first, second): (&str, Option<&str>),
         overlong: impl Fn(usize, usize, usize, usize) -> Result<(), ClassifyError>,
     ) -> Result<Vec<Row>, ClassifyError> {
-        let mut rows = Vec::with_capacity(texts.len());
-        for (text, &(first, second)) in texts.iter().enumerate() {
-            let room = self.inner.context - self.inner.tokenizer.frame_tokens(second.is_some());
-            let first = self.encode(text, first)?;
-            let second = second.map(|second| self.encode(text, second)).transpose()?;
-            let lengths = [first.len(), second.as_ref().map_or(0, Encoding::len)];
-            let shares = share(room, lengths);
-            let count = |side: usize| window_count(lengths[side], shares[side]);
-            let windows = count(0).saturating_mul(count(1));
-            if windows > 1 {
-                overlong(text, room, lengths[0] + lengths[1], windows)?;
-            }
-            let seconds: Vec<Option<Encoding>> = match second {
-                None => vec![None],
-                Some(second) => cut(second, shares[1]).into_iter().map(Some).collect(),
-            };
-            for first in cut(first, shares[0]) {
-                for second in &seconds {
-                    let framed = self.inner.tokenizer.frame(first.clone(), second.clone())?;
-                    self.check(text, &framed)?;
-                    rows.push(Row { text, framed });
-                }
-            }
+        let room = self.inner.context - self.inner.tokenizer.frame_tokens(second.is_some());
+        let first = self.encode(text, first)?;
+        let second = second.map(|second| self.encode(text, second)).transpose()?;
+        let lengths = [first.len(), second.as_ref().map_or(0, Encoding::len)];
+        let shares = share(room, lengths);
+        let counts = [0, 1].map(|side| window_count(lengths[side], shares[side]));
+        let crossed_max = self.inner.options.crossed_max;
+        let got = reading_count(counts, crossed_max);
+        if got > 1 {
+            overlong(text, room, lengths[0] + lengths[1], got)?;
         }
-        Ok(rows)
+        let firsts = cut(first, shares[0]);
+        let seconds = second.map(|second| cut(second, shares[1]));
+        let row = |[first, other]: [usize; 2]| {
+            let second = seconds.as_ref().map(|seconds| seconds[other].clone());
+            let framed = self.inner.tokenizer.frame(firsts[first].clone(), second)?;
+            self.check(text, &framed)?;
+            Ok(Row { text, ids: framed.get_ids().to_vec(), kinds: framed.get_type_ids().to_vec() })
+        };
+        readings(counts, crossed_max).into_iter().map(row).collect()
     }
 
     fn encode(&self, row: usize, text: &str) -> Result<Encoding, ClassifyError> {
@@ -290,13 +300,13 @@ impl Classifier {
     fn run(&self, rows: &[Row], cancel: &Cancel) -> Result<Vec<Vec<f32>>, ClassifyError> {
         let run = Run::new(cancel)?;
         let mut order: Vec<usize> = (0..rows.len()).collect();
-        order.sort_by_key(|&row| rows[row].framed.len());
+        order.sort_by_key(|&row| rows[row].ids.len());
         let mut results = vec![Vec::new(); rows.len()];
         let mut rest = order.as_slice();
         while !rest.is_empty() {
             let ClassifyOptions { batch_max, tokens_max, .. } = self.inner.options;
             // In rising order the last of a batch is its longest.
-            let fits = |count: &usize| count * rows[rest[count - 1]].framed.len() <= tokens_max;
+            let fits = |count: &usize| count * rows[rest[count - 1]].ids.len() <= tokens_max;
             let count = (1..=rest.len().min(batch_max)).take_while(fits).last().unwrap_or(1);
             let (batch, others) = rest.split_at(count);
             rest = others;
@@ -311,25 +321,22 @@ impl Classifier {
     fn run_batch(&self, rows: &[&Row], run: &Run) -> Result<Vec<Vec<f32>>, ClassifyError> {
         run.check()?;
         let encoder = &self.manifest().encoder;
-        let longest = rows.iter().map(|row| row.framed.len()).max().unwrap_or(0);
-        let padded = |values: fn(&Encoding) -> &[u32], fill: u32| -> Vec<i64> {
+        let longest = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
+        let padded = |values: fn(&Row) -> &[u32], fill: u32| -> Vec<i64> {
             let row = |row: &&Row| {
-                let values = values(&row.framed).iter().copied();
+                let values = values(row).iter().copied();
                 values.chain(std::iter::repeat(fill)).take(longest).map(i64::from).collect::<Vec<_>>()
             };
             rows.iter().flat_map(row).collect()
         };
         let shape = [rows.len(), longest];
-        let lengths: Vec<i64> = rows.iter().map(|row| row.framed.len() as i64).collect();
+        let lengths: Vec<i64> = rows.iter().map(|row| row.ids.len() as i64).collect();
         let mut inputs: Vec<(&str, SessionInputValue<'_>)> = vec![
-            ("input_ids", Tensor::from_array((shape, padded(Encoding::get_ids, encoder.pad)))?.into()),
+            ("input_ids", Tensor::from_array((shape, padded(|row| &row.ids, encoder.pad)))?.into()),
             ("lengths", Tensor::from_array(([rows.len()], lengths))?.into()),
         ];
         if encoder.token_types > 1 {
-            inputs.push((
-                "token_type_ids",
-                Tensor::from_array((shape, padded(Encoding::get_type_ids, 0)))?.into(),
-            ));
+            inputs.push(("token_type_ids", Tensor::from_array((shape, padded(|row| &row.kinds, 0)))?.into()));
         }
         let mut session = self.inner.session.lock().unwrap_or_else(PoisonError::into_inner);
         let outputs = run.explain(session.run_with_options(inputs, run.options()))?;

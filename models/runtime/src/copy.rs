@@ -1,7 +1,10 @@
 //! Guesses how an answer goes on from the text that it seems to copy, so that one run of the network checks several
 //! tokens: prompt-lookup decoding (Saxena 2023), the speculative decoding of Leviathan et al. (arXiv 2211.17192) with
 //! the prompt in place of a draft model. `generate.rs` keeps a guess only as far as the network chooses the same
-//! tokens itself, so an answer does not depend on the guesses, only its time.
+//! tokens itself: the rule by which a token is accepted is that of an answer without guesses. With exact
+//! kernels a reading of several tokens and one of a single token differ in the last bits of their sums. Fast ones, the
+//! default, round them visibly another way, so where two tokens are about as probable the other one may be chosen, and
+//! the rest follows from it.
 
 /// Longest guess: the kernels' cost of a token falls little beyond it, and a wrong guess costs more.
 pub(crate) const GUESS_MAX: usize = 16;

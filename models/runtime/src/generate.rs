@@ -30,7 +30,9 @@ pub struct GenerateOptions {
     /// Texts that end an answer; they are not part of it.
     pub stop: Vec<String>,
     /// Whether answers mostly copy their prompts, as rewrites do: guesses from the prompt are then checked several
-    /// tokens at a time. Prompts run one after another; the answers are the same.
+    /// tokens at a time, each by the rule that chooses it otherwise. Prompts run one after another. With fast
+    /// kernels rounding may tip two tokens that are about as probable, and the answer parts from the one without guesses;
+    /// exact kernels differ in the last bits alone.
     pub copying: bool,
     /// Tokens that every answer begins with, whatever the network would choose: to begin an answer, or to measure one.
     pub begin: Vec<u32>,

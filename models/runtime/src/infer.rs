@@ -201,7 +201,11 @@ impl Lane {
         let chunk_max = self.model.options().prefill_tokens_max;
         let mut at = start;
         while at < ids.len() {
-            let chunk = chunk_max.min(ids.len() - at);
+            let mut chunk = chunk_max.min(ids.len() - at);
+            // A last chunk of one token would be rounded by another kernel than the others.
+            if at + chunk + 1 == ids.len() && chunk > 2 {
+                chunk -= 1;
+            }
             let picked = LOGITS_MAX / vocab_size;
             // The graph wants at least one row of logits; a chunk without any wanted gives its last, unread.
             let (mut positions, mut end) = (Vec::new(), at + chunk);

@@ -3,7 +3,7 @@
 //! In the order of the flow: a [`library`] is loaded and a [`device`] chosen ([`choose`]), a package is opened as a [`model`], an adapter is prepared for it
 //! ([`adapt`]), text becomes tokens ([`template`], [`conversation`], [`texts`], [`tokenize`]), which are run ([`generate`],
 //! [`score`], with a shared [`prefix`]) or learned from ([`train`], [`preference`], [`train_state`]). Every long call takes a [`cancel`] handle.
-//! [`network`] runs a graph that belongs to no package. An encoder's package is opened and run by [`classify`] alone.
+//! [`network`] runs a graph that belongs to no package. An encoder's package is opened and run by [`classify`] alone. What does not fit is read in [`windows`].
 //!
 //! It opens no socket and writes no file. It never logs a person's text.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp, reason = "a failed test may panic"))]
@@ -35,6 +35,7 @@ pub mod train_state;
 pub mod memory;
 pub mod network;
 pub mod measure;
+pub mod windows;
 pub mod classify;
 
 pub use adapt::{AdaptError, PreparedAdapter};

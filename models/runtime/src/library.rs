@@ -210,13 +210,21 @@ impl fmt::Debug for Library {
     }
 }
 
-fn forbid_telemetry() {
+/// Switches the library's telemetry off for this process. A program calls it first thing in `main`: later, another
+/// thread may read the environment at that moment, and not every C library can bear that. [`Library::load`] makes up for
+/// a program that did not.
+pub fn forbid_telemetry() {
+    if env::var_os(TELEMETRY_VARIABLE).is_some_and(|value| value == "1") {
+        return;
+    }
     #[expect(
         unsafe_code,
         reason = "the library reads this variable when it is loaded and takes no other setting"
     )]
-    // SAFETY: Rust's own readers of the environment take the same lock as `set_var`. Foreign code of this process
-    // that reads it at the same time would be ONNX Runtime, which is not loaded yet: `LOADED` is held and empty.
+    // SAFETY: Rust's own readers of the environment take the same lock as `set_var`. Foreign code that reads it at the
+    // same time (`getenv` of a C library, as in resolving a name) does not; there is none while `main` has no other
+    // thread, which is where our programs call this, and nothing is written a second time. Whoever only loads the
+    // library must not run such code beside the first load. ONNX Runtime itself is not loaded before.
     unsafe {
         env::set_var(TELEMETRY_VARIABLE, "1");
     }

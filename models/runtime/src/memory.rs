@@ -5,11 +5,13 @@
 //! them within a factor of 1.3 of those. Change them with the graphs, in this file alone.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
 };
 
-use commonweal_package::{ModelConfig, TrainGraph};
+use commonweal_package::{EncoderConfig, ModelConfig, Package, TrainGraph};
+
+use crate::{classify::ClassifyOptions, model::OpenOptions};
 
 /// The program, the runtime library and its threads.
 const PROCESS_BYTES: f64 = 38e6;
@@ -40,7 +42,30 @@ pub struct Shape<'m> {
     pub weights_bytes: u64,
 }
 
-impl Shape<'_> {
+impl<'m> Shape<'m> {
+    /// The part of an open package.
+    pub fn of(package: &'m Package) -> io::Result<Self> {
+        let weights_bytes = fs::metadata(package.weights())?.len();
+        Ok(Self { model: &package.manifest().model, weights_bytes })
+    }
+
+    /// Options with which the package fits in the memory that is available: the base, the reading of a prompt and one
+    /// cache of a whole conversation must; the caches of more rows side by side get the half of what is left.
+    pub fn fit(
+        &self,
+        what: &'static str,
+        options: OpenOptions,
+        available: Option<Available>,
+        lower: &'static str,
+    ) -> Result<OpenOptions, MemoryError> {
+        let context = self.model.context.min(options.context_max.unwrap_or(usize::MAX));
+        let needed = self.device_bytes(1, context, options.prefill_tokens_max.min(context));
+        check(what, needed, available, lower)?;
+        let left = available.map_or(u64::MAX, |available| available.bytes - needed) / 2;
+        let cache_bytes_max = options.cache_bytes_max.min(usize::try_from(left).unwrap_or(usize::MAX));
+        Ok(OpenOptions { cache_bytes_max, ..options })
+    }
+
     /// Bytes of the whole process with the inference session open.
     pub fn open_bytes(&self) -> u64 {
         (PROCESS_BYTES + OPEN_COPIES * self.weights_bytes as f64) as u64
@@ -84,6 +109,17 @@ impl Shape<'_> {
     fn width(&self) -> f64 {
         (3 * self.model.intermediate_size + self.model.qkv_size() + 3 * self.model.hidden_size) as f64
     }
+}
+
+/// Bytes of the whole process that opens an encoder's package and classifies with it: the weights and one run of as many
+/// tokens as the options allow, whose attention scores and their softmax are the largest part.
+pub fn encoder_bytes(encoder: &EncoderConfig, weights_bytes: u64, options: &ClassifyOptions) -> u64 {
+    let context = encoder.context.min(options.context_max.unwrap_or(usize::MAX)) as f64;
+    let tokens = context.max(options.tokens_max as f64);
+    let width = (3 * encoder.intermediate_size + 6 * encoder.hidden_size) as f64;
+    let scores = 2.0 * encoder.heads as f64 * context;
+    let run = tokens * (READ_WIDTHS * width + scores) * FLOAT;
+    (PROCESS_BYTES + OPEN_COPIES * weights_bytes as f64 + run) as u64
 }
 
 /// Memory that the process could still get.
@@ -276,6 +312,20 @@ mod tests {
             "training needs about 2000 MB of memory, the control group of this process has 900 MB left; \
              --context N takes less"
         );
+    }
+
+    #[test]
+    fn an_encoder_takes_its_weights_and_the_scores_of_its_attention() {
+        let encoder: EncoderConfig = serde_json::from_value(serde_json::json!({
+            "architecture": "bert", "name": "x", "hidden_size": 768, "intermediate_size": 3072, "layers": 12,
+            "heads": 12, "vocab_size": 30_522, "context": 512, "token_types": 2, "pad": 0,
+            "probabilities": "softmax", "labels": ["safe", "unsafe"],
+        }))
+        .unwrap();
+        let bytes = |options: ClassifyOptions| encoder_bytes(&encoder, 60_000_000, &options);
+        let whole = bytes(ClassifyOptions::default());
+        assert!(whole > 2 * 60_000_000 + 2 * 12 * 2048 * 512 * 4, "{whole}");
+        assert!(bytes(ClassifyOptions { tokens_max: 512, ..ClassifyOptions::default() }) < whole);
     }
 
     /// A root directory with the kernel's files.

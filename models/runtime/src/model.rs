@@ -88,12 +88,12 @@ pub enum OpenError {
     /// The chat template does not open.
     #[error(transparent)]
     Template(#[from] TemplateError),
-    /// The tokenizer knows more tokens than the model.
-    #[error("tokenizer must have at most the model's {expected} tokens, got {got}")]
+    /// The tokenizer has a token that the model has not.
+    #[error("tokenizer must number its tokens below the model's {expected}, the largest is {}", got.saturating_sub(1))]
     Vocabulary {
         /// Rows of the model's embedding.
         expected: usize,
-        /// Tokens of the tokenizer.
+        /// One more than the tokenizer's largest number.
         got: usize,
     },
     /// A classifier's special tokens leave no room for texts.
@@ -157,8 +157,8 @@ impl Model {
         }
         let manifest = package.manifest();
         let tokenizer = Tokenizer::open(&package.tokenizer())?;
-        if tokenizer.vocab_size() > manifest.model.vocab_size {
-            let (expected, got) = (manifest.model.vocab_size, tokenizer.vocab_size());
+        if tokenizer.ids_end() > manifest.model.vocab_size {
+            let (expected, got) = (manifest.model.vocab_size, tokenizer.ids_end());
             return Err(OpenError::Vocabulary { expected, got });
         }
         let template =
@@ -210,6 +210,11 @@ impl Model {
     /// Turns conversations into tokens.
     pub fn chat(&self) -> &Chat {
         &self.inner.chat
+    }
+
+    /// The library that it was opened with, and with it what its sessions run on: for another model beside this one.
+    pub fn library(&self) -> &Library {
+        &self.inner.library
     }
 
     /// What its sessions run on.

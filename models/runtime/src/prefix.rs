@@ -14,11 +14,16 @@ use crate::{
     model::Model,
 };
 
+/// Tokens that a prompt must have behind a prefix. A kernel that multiplies one row rounds another way than one that
+/// multiplies several, so with a single token left a score would depend on whether the prefix was shared.
+const BEHIND_MIN: usize = 2;
+
 /// Room for a prompt behind a prefix before its buffer grows for the first time.
 const ROOM_TOKENS: usize = 256;
 
-/// The cache of a prefix under one adapter. Prompts that do not begin with it are read whole; the result of a call
-/// never depends on the prefix, only its time.
+/// The cache of a prefix under one adapter. Prompts that do not begin with it, or have less than two tokens behind it,
+/// are read whole. What a call gives does not depend on the prefix, but for rounding: fast kernels round the sums of one
+/// row of tokens another way than those of several.
 #[derive(Debug)]
 pub struct SharedPrefix {
     ids: Vec<u32>,
@@ -61,7 +66,7 @@ impl SharedPrefix {
 
     /// The row with room for a prompt that begins with the prefix and goes on.
     pub(crate) fn lane_for(&self, prompt: &[u32]) -> Result<Option<Borrowed<'_>>, InferError> {
-        if prompt.len() <= self.ids.len() || !prompt.starts_with(&self.ids) {
+        if prompt.len() < self.ids.len() + BEHIND_MIN || !prompt.starts_with(&self.ids) {
             return Ok(None);
         }
         let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
@@ -97,14 +102,15 @@ impl Drop for Borrowed<'_> {
     }
 }
 
-/// The longest run of tokens that all prompts begin with, one token short of the shortest prompt so that every prompt
+/// The longest run of tokens that all prompts begin with, two tokens short of the shortest prompt so that every prompt
 /// goes on behind it.
 pub fn common_prefix(prompts: &[Prompt]) -> &[u32] {
     let Some((first, others)) = prompts.split_first() else { return &[] };
     let shortest = prompts.iter().map(|prompt| prompt.ids.len()).min().unwrap_or(0);
     let shared =
         |other: &Prompt| first.ids.iter().zip(&other.ids).take_while(|(left, right)| left == right).count();
-    let length = others.iter().map(shared).min().unwrap_or(first.ids.len()).min(shortest.saturating_sub(1));
+    let length =
+        others.iter().map(shared).min().unwrap_or(first.ids.len()).min(shortest.saturating_sub(BEHIND_MIN));
     &first.ids[..length]
 }
 
@@ -113,10 +119,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn common_prefix_leaves_every_prompt_a_token() {
+    fn common_prefix_leaves_every_prompt_two_tokens() {
         let prompts = |rows: &[&[u32]]| rows.iter().map(|row| Prompt::from(row.to_vec())).collect::<Vec<_>>();
-        assert_eq!(common_prefix(&prompts(&[&[1, 2, 3, 4], &[1, 2, 5], &[1, 2, 3]])), [1, 2]);
-        assert_eq!(common_prefix(&prompts(&[&[1, 2], &[1, 2, 3]])), [1]);
+        assert_eq!(common_prefix(&prompts(&[&[1, 2, 3, 4], &[1, 2, 5, 6], &[1, 2, 3, 7]])), [1, 2]);
+        assert_eq!(common_prefix(&prompts(&[&[1, 2, 3], &[1, 2, 3, 4]])), [1]);
         assert_eq!(common_prefix(&prompts(&[&[7]])), [0_u32; 0]);
         assert_eq!(common_prefix(&[]), [0_u32; 0]);
     }

@@ -91,6 +91,10 @@ pub enum TemplateError {
 
 const NAME: &str = "chat";
 
+/// Steps that a template may take. One over 128 turns takes some ten thousand; one that loops for ever stops here,
+/// within a second.
+const STEPS_MAX: u64 = 10_000_000;
+
 impl ChatTemplate {
     /// Reads a template file.
     pub fn open(path: &Path, special: SpecialTokens) -> Result<Self, TemplateError> {
@@ -103,6 +107,7 @@ impl ChatTemplate {
     /// Parses a template.
     pub fn parse(source: &str, special: SpecialTokens) -> Result<Self, TemplateError> {
         let mut environment = Environment::new();
+        environment.set_fuel(Some(STEPS_MAX));
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
         environment.set_unknown_method_callback(unknown_method_callback);
@@ -252,6 +257,16 @@ mod tests {
         let error = template(source).render(&[Message::assistant("x")], false).unwrap_err();
         let cause = std::error::Error::source(&error).unwrap().to_string();
         assert!(cause.contains("roles must alternate"), "{cause}");
+    }
+
+    #[test]
+    fn a_template_that_does_not_end_is_stopped() {
+        let endless =
+            "{% for a in range(9999) %}{% for b in range(9999) %}{{ a * b }}{% endfor %}{% endfor %}";
+        let error = template(endless).render(&[Message::user("x")], false).unwrap_err();
+        assert!(matches!(error, TemplateError::Render { messages: 1, .. }), "{error}");
+        let messages = vec![Message::user("x"); 128];
+        template(CHATML).render(&messages, true).unwrap();
     }
 
     #[test]

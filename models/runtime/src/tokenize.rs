@@ -1,9 +1,12 @@
 //! Text to token ids and back, with the package's `tokenizer.json`. `conversation.rs` encodes rendered chats with it,
 //! `generate.rs` turns new tokens into text as they come.
 
-use std::{borrow::Cow, path::Path};
+use std::{borrow::Cow, fs::File, io, io::Read, path::Path};
 
 use tokenizers::{Encoding, PostProcessor};
+
+/// Longest tokenizer read. The largest published ones are about 35 MB; `model-compiler` takes as much.
+const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
 
 /// The package's tokenizer.
 #[derive(Debug, Clone)]
@@ -58,7 +61,7 @@ impl Tokenizer {
     /// refuses what is too long.
     pub fn open(path: &Path) -> Result<Self, TokenizeError> {
         let failed = |source| TokenizeError::Open { path: path.display().to_string(), source };
-        let bytes = std::fs::read(path).map_err(|source| failed(Box::new(source)))?;
+        let bytes = read_bounded(path, TOKENIZER_BYTES_MAX).map_err(|source| failed(Box::new(source)))?;
         Self::from_json(&bytes).map_err(failed)
     }
 
@@ -111,9 +114,10 @@ impl Tokenizer {
         self.inner.id_to_token(token)
     }
 
-    /// Number of tokens, added ones included.
-    pub fn vocab_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+    /// One more than the largest number of a token, added ones included. There may be fewer tokens: numbers may be
+    /// left out.
+    pub fn ids_end(&self) -> usize {
+        self.inner.get_vocab(true).into_values().max().map_or(0, |largest| largest as usize + 1)
     }
 
     /// A person's text in which no special token is written out: a zero-width space splits each one. Otherwise a
@@ -133,6 +137,15 @@ impl Tokenizer {
     pub(crate) fn text_stream(&self) -> TextStream<'_> {
         TextStream { tokenizer: self, ids: Vec::new(), prefix: 0, read: 0, text: String::new() }
     }
+}
+
+fn read_bounded(path: &Path, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(bytes_max + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > bytes_max {
+        return Err(io::Error::other(format!("file has more than {bytes_max} bytes")));
+    }
+    Ok(bytes)
 }
 
 /// Text that grows token by token; never ends in half a character until it is finished.
@@ -192,6 +205,29 @@ mod tests {
             assert!("naïve 中 end".starts_with(text), "{text:?}");
         }
         assert_eq!(stream.finish().unwrap(), ("naïve 中 end".to_owned(), ids));
+    }
+
+    #[test]
+    fn the_largest_number_counts_and_not_how_many_there_are() {
+        let text = include_str!("../tests/data/bytes.tokenizer.json");
+        let mut json: serde_json::Value = serde_json::from_str(text).unwrap();
+        let end = bytes().ids_end();
+        json["added_tokens"].as_array_mut().unwrap().push(serde_json::json!({
+            "id": 900, "content": "<far>", "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true,
+        }));
+        json["model"]["vocab"]["<far>"] = 900.into();
+        assert_eq!(Tokenizer::from_json(json.to_string().as_bytes()).unwrap().ids_end(), 901);
+        assert!(end < 900);
+    }
+
+    #[test]
+    fn a_file_above_the_bound_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        std::fs::write(&path, "12345").unwrap();
+        assert_eq!(read_bounded(&path, 5).unwrap(), b"12345");
+        assert!(read_bounded(&path, 4).unwrap_err().to_string().contains("more than 4 bytes"));
     }
 
     #[test]

@@ -140,6 +140,14 @@ fn overlong_texts_are_refused_or_read_in_windows() {
     let windows = bert.window_logits(&[(&long[..50], Some(&long[..60]))], &Cancel::new()).unwrap();
     assert_eq!(windows[0].len(), 4);
     assert!(same(&windows[0][1], &one(&long[..38], Some(&long[30..60]))));
+    // Where that would be too many, every window of the one with the nearest of the other.
+    let nearest = classifier("bert", ClassifyOptions { crossed_max: 3, ..ClassifyOptions::default() });
+    let windows = nearest.window_logits(&[(&long[..50], Some(&long[..60]))], &Cancel::new()).unwrap();
+    assert_eq!(windows[0].len(), 3);
+    for (window, (first, second)) in windows[0].iter().zip([(0, 0), (29, 0), (29, 30)]) {
+        let (first, second) = (&long[first..50.min(first + 38)], &long[second..60.min(second + 39)]);
+        assert!(same(window, &one(first, Some(second))), "{first} {second}");
+    }
     let few = classifier("bert", ClassifyOptions { windows_max: 3, ..ClassifyOptions::default() });
     let error = few.window_logits(&[(&long, None)], &Cancel::new()).unwrap_err();
     assert!(matches!(error, ClassifyError::Windows { row: 0, limit: 3, got: 4 }), "{error}");

@@ -3,10 +3,12 @@
 
 mod support;
 
+use commonweal_compiler::Accuracy;
+use commonweal_package::Package;
 use commonweal_runtime::{
     Cancel, GenerateOptions, Generated, InferError, Model, OpenOptions, Prompt, StopReason,
 };
-use support::{adapter, greedy, model, model_with, prompts};
+use support::{adapter, build_with, greedy, model, model_with, prompts};
 
 const TEXTS: [&str; 4] = ["The sea is", "a", "Once upon a time there was a very long prompt that", "x = "];
 
@@ -101,6 +103,75 @@ fn guesses_from_the_prompt_change_nothing() {
         let run = |options| model.generate(&prepared, &prompts, options, &Cancel::new()).unwrap();
         same(&run(&copying), &run(&plain));
     }
+}
+
+/// Of fast kernels, whose activations are rounded: the difference of a token's log-probability, in nats, between a
+/// reading of several tokens and one of a single one.
+const FAST_DIFFERENCE_MAX: f64 = 0.1;
+
+/// The tiny package with the kernels that packages have by default.
+fn fast_model(folder: &std::path::Path, options: OpenOptions) -> Model {
+    let package = Package::open(build_with(folder, Accuracy::Fast)).unwrap();
+    Model::open(&support::library(), &package, options).unwrap()
+}
+
+/// Fast kernels round one row of tokens another way than several, so that answers may part where two tokens are about
+/// as probable. Neither is then the better one.
+#[test]
+fn guesses_under_fast_kernels_give_answers_as_probable() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = fast_model(folder.path(), OpenOptions::default());
+    let prepared = model.prepare(Some(&adapter(&model, 5))).unwrap();
+    let cancel = Cancel::new();
+    let texts = ["one two three four five six seven", "The sea is", "x = 1; y = 2; z = 3;", "aaaa bbbb"];
+    for prompt in prompts(&model, &texts) {
+        let both = |options: GenerateOptions| {
+            [false, true].map(|copying| {
+                let options = GenerateOptions { copying, ..options.clone() };
+                model.generate(&prepared, std::slice::from_ref(&prompt), &options, &cancel).unwrap().remove(0)
+            })
+        };
+        // The same tokens, which are guessed, since they stand in the prompt.
+        let copied = GenerateOptions { begin: prompt.ids.clone(), ..greedy(prompt.ids.len()) };
+        let [single, several] = both(copied);
+        assert_eq!(single.tokens, several.tokens);
+        let difference = (single.logprob - several.logprob).abs();
+        assert!(difference < FAST_DIFFERENCE_MAX * single.tokens.len() as f64, "{difference}");
+        // Where free answers part, one reading finds both tokens about as probable.
+        let [single, several] = both(greedy(100));
+        let parts = single.tokens.iter().zip(&several.tokens).position(|(left, right)| left != right);
+        if let Some(at) = parts {
+            let before = Prompt::from([&prompt.ids[..], &single.tokens[..at]].concat());
+            let candidates = [single.tokens[at], several.tokens[at]];
+            let scores = model.score_next(&prepared, None, &[before], &candidates, &cancel).unwrap();
+            let difference = f64::from((scores[0][0] - scores[0][1]).abs());
+            assert!(difference < 2.0 * FAST_DIFFERENCE_MAX, "{difference} at {at}");
+        }
+    }
+}
+
+#[test]
+fn scores_under_fast_kernels_do_not_depend_on_what_was_shared_or_on_chunks() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = fast_model(folder.path(), OpenOptions::default());
+    let prompt = prompts(&whole, &["Policy: be kind. Is this a kind thing to say?"]).remove(0);
+    let length = prompt.ids.len();
+    let candidates: Vec<u32> = (5..60).collect();
+    let score = |model: &Model, shared: usize| {
+        let prepared = model.prepare(None).unwrap();
+        let prefix = (shared > 0)
+            .then(|| model.share_prefix(&prepared, &prompt.ids[..shared], &Cancel::new()).unwrap());
+        let prompts = std::slice::from_ref(&prompt);
+        model.score_next(&prepared, prefix.as_ref(), prompts, &candidates, &Cancel::new()).unwrap().remove(0)
+    };
+    let expected = score(&whole, 0);
+    let close = |got: Vec<f32>| got.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-4);
+    for left in [1, 2, 3, 20] {
+        assert!(close(score(&whole, length - left)), "{left} tokens behind the prefix");
+    }
+    let chunked = tempfile::tempdir().unwrap();
+    let options = OpenOptions { prefill_tokens_max: length - 1, ..OpenOptions::default() };
+    assert!(close(score(&fast_model(chunked.path(), options), 0)), "a last chunk of one token");
 }
 
 #[test]
@@ -263,15 +334,18 @@ fn cancel_interrupts_a_run_in_progress() {
     let prepared = model.prepare(None).unwrap();
     let cancel = Cancel::new();
     let handle = cancel.clone();
-    // Far more work than can be done before the other thread has cancelled: without the handle, many minutes.
+    // The other thread cancels once the call runs; without the handle it would run for many minutes.
     let rows = vec![support::row(&model, &"p".repeat(100), &"q".repeat(100)); 50_000];
     let canceller = std::thread::spawn(move || {
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        while !handle.is_running() {
+            std::thread::yield_now();
+        }
         handle.cancel();
     });
     let result = model.score_rows(&prepared, &rows, &cancel);
     assert!(matches!(result, Err(InferError::Cancelled)), "{:?}", result.map(|scores| scores.len()));
     canceller.join().unwrap();
+    assert!(!cancel.is_running());
 }
 
 #[test]

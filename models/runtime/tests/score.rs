@@ -80,7 +80,7 @@ fn next_token_scores_do_not_depend_on_chunks_batches_or_prefix() {
     let small = model_with(OpenOptions { prefill_tokens_max: 5, ..OpenOptions::default() });
     let candidates = [70, 71, 72, 3];
     let policy = "Judge the text. Unsafe means harmful. Text: ";
-    let texts: Vec<String> = ["good", "a longer one", "x"].map(|text| format!("{policy}{text}")).to_vec();
+    let texts: Vec<String> = ["good", "a longer one", "xy"].map(|text| format!("{policy}{text}")).to_vec();
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
     let run = |model: &commonweal_runtime::Model, shared: bool, single: bool| -> Vec<f32> {
         let prepared = model.prepare(Some(&adapter(model, 2))).unwrap();

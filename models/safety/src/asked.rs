@@ -18,6 +18,9 @@ use crate::{
 /// behind it. Below, reading it again with every pair of a batch costs less than giving up the batch.
 const SHARED_TOKENS_MIN: usize = 48;
 
+/// Questions that are scored in one call: texts may be long, and their questions need not all be in memory.
+const QUESTIONS_MAX: usize = 1024;
+
 /// A causal model with its questions.
 #[derive(Debug)]
 pub(crate) struct Asked {
@@ -54,6 +57,7 @@ impl Asked {
 
     /// For every pair and each of its questions the most unsafe window.
     fn worst_windows(&self, pairs: &[Pair<'_>], cancel: &Cancel) -> Result<Vec<Vec<Worst>>, GuardError> {
+        let mut worst: Vec<Vec<Worst>> = pairs.iter().map(|_| Vec::new()).collect();
         let (mut owners, mut rows) = (Vec::new(), Vec::new());
         for (owner, pair) in pairs.iter().enumerate() {
             let asked = self.questions.asked(self.model.tokenizer(), *pair)?;
@@ -64,10 +68,23 @@ impl Asked {
                     rows.push((pair.response.is_some(), prompt));
                 }
             }
+            if rows.len() >= QUESTIONS_MAX || owner + 1 == pairs.len() {
+                self.keep_worst(&mut worst, std::mem::take(&mut owners), std::mem::take(&mut rows), cancel)?;
+            }
         }
+        Ok(worst)
+    }
+
+    /// Scores questions, each of an owner and of its number there, and keeps the most unsafe window of each.
+    fn keep_worst(
+        &self,
+        worst: &mut [Vec<Worst>],
+        owners: Vec<(usize, usize)>,
+        rows: Vec<(bool, Prompt)>,
+        cancel: &Cancel,
+    ) -> Result<(), GuardError> {
         let (safe, unsafe_) = self.questions.answers();
         let scores = self.score(&rows, &[safe, unsafe_].concat(), cancel)?;
-        let mut worst: Vec<Vec<Worst>> = pairs.iter().map(|_| Vec::new()).collect();
         for (((owner, question), (_, prompt)), score) in owners.into_iter().zip(rows).zip(scores) {
             let log_odds = log_odds(&score, safe.len()).ok_or(InferError::NotFinite { row: owner })?;
             // Windows come in the order of their questions.
@@ -77,7 +94,7 @@ impl Asked {
                 None => worst[owner].push(Worst { log_odds, prompt }),
             }
         }
-        Ok(worst)
+        Ok(())
     }
 
     /// The log-probabilities of candidates behind each row, each kind of row behind the cache of its own beginning.

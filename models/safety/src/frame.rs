@@ -2,9 +2,14 @@
 //! before, and asks with what comes out.
 //!
 //! A person's text has its special tokens defused, so that it cannot end its own turn. A text longer than the guard
-//! reads at once becomes several windows: nothing is left unread.
+//! reads at once becomes several windows, which overlap: nothing is left unread.
 
-use commonweal_runtime::{TokenizeError, Tokenizer};
+use commonweal_runtime::{
+    TokenizeError, Tokenizer,
+    windows::{CROSSED_MAX, READINGS_MAX, reading_count, readings, windows},
+};
+
+use crate::question::QuestionError;
 
 /// A template's own text and tokens around the texts.
 #[derive(Clone, Debug)]
@@ -47,14 +52,15 @@ impl Frame {
         self.parts.last().map_or("", String::as_str)
     }
 
-    /// The template around texts, each with the most tokens of it that are read at once. One window when all fit,
-    /// encoded as a whole: a published guard learned the tokens that its template's text makes together with a
-    /// person's, such as `?` and a blank line in one.
+    /// The template around a text, or a text and its pair, each with the most tokens of it that are read at once. One
+    /// window when all fit, encoded as a whole: a published guard learned the tokens that its template's text makes
+    /// together with a person's, such as `?` and a blank line in one. Which windows of the two are read together is said
+    /// by [`readings`]; texts that need more than [`READINGS_MAX`] are an error.
     pub(crate) fn windows(
         &self,
         tokenizer: &Tokenizer,
         texts: &[(&str, usize)],
-    ) -> Result<Vec<Vec<u32>>, TokenizeError> {
+    ) -> Result<Vec<Vec<u32>>, QuestionError> {
         let mut encoded = Vec::with_capacity(texts.len());
         let mut whole = self.parts.first().cloned().unwrap_or_default();
         for (((text, tokens_max), &spaced), part) in texts.iter().zip(&self.spaced).zip(&self.parts[1..]) {
@@ -65,9 +71,10 @@ impl Frame {
             whole.push_str(&text);
             whole.push_str(part);
         }
-        let count =
-            encoded.iter().map(|(ids, tokens_max)| ids.len().div_ceil(*tokens_max)).max().unwrap_or(0);
-        if count <= 1 {
+        let spans: Vec<Vec<_>> =
+            encoded.iter().map(|(ids, tokens_max)| windows(ids.len(), *tokens_max).collect()).collect();
+        let counts = [0, 1].map(|text| spans.get(text).map_or(1, Vec::len));
+        if counts == [1, 1] {
             let whole = tokenizer.encode(&whole)?;
             let most = self.tokens() + texts.iter().map(|(_, tokens_max)| tokens_max).sum::<usize>();
             // Encoded together a text may need more tokens than apart; the bound on a question holds all the same.
@@ -75,18 +82,19 @@ impl Frame {
                 return Ok(vec![whole]);
             }
         }
-        // A shorter text is repeated in its last window, so that each question is a whole one.
-        let window = |index: usize| {
+        let (limit, got) = (READINGS_MAX, reading_count(counts, CROSSED_MAX));
+        if got > limit {
+            return Err(QuestionError::Windows { limit, got });
+        }
+        let question = |places: [usize; 2]| {
             let mut question = self.lead().to_vec();
-            for ((ids, tokens_max), piece) in encoded.iter().zip(&self.pieces[1..]) {
-                let last = ids.len().div_ceil(*tokens_max).saturating_sub(1);
-                let from = index.min(last) * tokens_max;
-                question.extend(&ids[from..ids.len().min(from + tokens_max)]);
+            for (text, ((ids, _), piece)) in encoded.iter().zip(&self.pieces[1..]).enumerate() {
+                question.extend(&ids[spans[text][places[text]].clone()]);
                 question.extend(piece);
             }
             question
         };
-        Ok((0..count.max(1)).map(window).collect())
+        Ok(readings(counts, CROSSED_MAX).into_iter().map(question).collect())
     }
 }
 

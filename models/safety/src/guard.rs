@@ -127,6 +127,28 @@ impl From<ClassifyError> for GuardError {
     }
 }
 
+impl GuardError {
+    /// Whether one pair is to blame, so that others can be judged.
+    pub fn is_of_a_pair(&self) -> bool {
+        match self {
+            Self::Tokenize(_) => true,
+            Self::Question(error) => {
+                matches!(error, QuestionError::Windows { .. } | QuestionError::Tokenize(_))
+            }
+            Self::Classify(error) => !matches!(error, ClassifyError::Cancelled | ClassifyError::Engine(_)),
+            Self::Infer(error) => matches!(
+                error,
+                InferError::Empty { .. }
+                    | InferError::TooLong { .. }
+                    | InferError::Token { .. }
+                    | InferError::NotFinite { .. }
+                    | InferError::Tokenize(_)
+            ),
+            _ => false,
+        }
+    }
+}
+
 impl Guard {
     /// Checks the configuration against the model, and reads the policy. `adapter` is the guard's own; `None` when
     /// the model itself is the guard. Words that the configuration names are those of the model's package. A
@@ -234,6 +256,25 @@ impl Guard {
             worst.ok_or(GuardError::Infer(InferError::Empty { row }))
         });
         worst.collect()
+    }
+
+    /// Like [`Guard::judge`], but a pair that cannot be judged is an error of its own and the others are judged all the
+    /// same: one with more text than is read, or of which the model's output says nothing. Such a pair must not pass for
+    /// safe. An error of the whole is one of the model or of the call.
+    pub fn judge_each(
+        &self,
+        pairs: &[Pair<'_>],
+        cancel: &Cancel,
+    ) -> Result<Vec<Result<Judgement, GuardError>>, GuardError> {
+        match self.judge(pairs, cancel) {
+            Ok(judgements) => Ok(judgements.into_iter().map(Ok).collect()),
+            Err(error) if !error.is_of_a_pair() => Err(error),
+            Err(error) if pairs.len() == 1 => Ok(vec![Err(error)]),
+            Err(_) => {
+                let each = pairs.iter().map(|pair| self.judge_each(&[*pair], cancel));
+                Ok(each.collect::<Result<Vec<_>, _>>()?.into_iter().flatten().collect())
+            }
+        }
     }
 
     /// The judgement of one pair.

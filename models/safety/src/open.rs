@@ -8,7 +8,10 @@ use commonweal_adapter::{
     disk::{self, AdapterKind, ReadError},
 };
 use commonweal_package::{EncoderPackage, Hash, Package};
-use commonweal_runtime::{Cancel, Classifier, ClassifyOptions, Library, LibraryError, Model, OpenOptions};
+use commonweal_runtime::{
+    Cancel, Classifier, ClassifyOptions, MemoryError, Model, OpenOptions,
+    memory::{self, Shape, encoder_bytes},
+};
 
 use crate::{
     config::{ConfigError, GuardConfig, Kind},
@@ -90,9 +93,9 @@ pub enum OpenError {
         #[source]
         source: Box<commonweal_runtime::OpenError>,
     },
-    /// The runtime library is not there.
+    /// The guard's own package does not fit in memory.
     #[error(transparent)]
-    Library(#[from] LibraryError),
+    Memory(#[from] MemoryError),
     /// `guard.toml` cannot be used.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -147,23 +150,33 @@ impl Reviser {
     }
 }
 
-/// The guard's own model. Whoever has a model has loaded the library; it is the same one.
+/// What the memory that the guard's own package needs is asked for, and how it becomes less.
+const OPENING: &str = "opening the guard's own package, beside the base,";
+const LOWER: &str =
+    "a guard of fewer bits or layers needs less, and a guard that is an adapter over the base next to none";
+
+/// The guard's own model, on what the base runs on.
 fn open_own(base: &Model, path: &str) -> Result<Model, OpenError> {
     let path = base.package().directory().join(path);
     let open = Package::open(&path).map_err(Box::new);
     let package = open.map_err(|source| OpenError::Package { path: path.clone(), source })?;
-    let options = OpenOptions::default();
-    let model = Model::open(&Library::load(None)?, &package, options).map_err(Box::new);
+    let shape = Shape::of(&package).map_err(|source| OpenError::Read { path: package.weights(), source })?;
+    let options = shape.fit(OPENING, OpenOptions::default(), memory::available(), LOWER)?;
+    let model = Model::open(base.library(), &package, options).map_err(Box::new);
     model.map_err(|source| OpenError::Run { path, source })
 }
 
-/// The guard's own classifier.
+/// The guard's own classifier, likewise.
 fn open_classifier(base: &Model, path: &str) -> Result<Classifier, OpenError> {
     let path = base.package().directory().join(path);
     let open = EncoderPackage::open(&path).map_err(Box::new);
     let package = open.map_err(|source| OpenError::Package { path: path.clone(), source })?;
     let options = ClassifyOptions::default();
-    let classifier = Classifier::open(&Library::load(None)?, &package, options).map_err(Box::new);
+    let weights = std::fs::metadata(package.weights());
+    let weights = weights.map_err(|source| OpenError::Read { path: package.weights(), source })?;
+    let needed = encoder_bytes(&package.manifest().encoder, weights.len(), &options);
+    memory::check(OPENING, needed, memory::available(), LOWER)?;
+    let classifier = Classifier::open(base.library(), &package, options).map_err(Box::new);
     classifier.map_err(|source| OpenError::Run { path, source })
 }
 

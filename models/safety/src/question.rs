@@ -87,6 +87,14 @@ pub enum QuestionError {
         /// The label's field or category.
         label: String,
     },
+    /// A text has more windows than are judged.
+    #[error("pair must have at most {limit} windows, got {got}")]
+    Windows {
+        /// Most windows that are read.
+        limit: usize,
+        /// Windows that it needs.
+        got: usize,
+    },
     /// A question would not fit.
     #[error("guard's questions may have {got} tokens, expected at most the model's {expected}")]
     TooLong {
@@ -208,8 +216,8 @@ impl Questions {
     }
 
     /// For each question about a pair its windows, without the policy: one, or several when a text is longer than a
-    /// window. The windows cover every token of both texts.
-    pub fn asked(&self, tokenizer: &Tokenizer, pair: Pair<'_>) -> Result<Vec<Vec<Vec<u32>>>, TokenizeError> {
+    /// window. The windows cover every token of both texts, and neighbours share a quarter.
+    pub fn asked(&self, tokenizer: &Tokenizer, pair: Pair<'_>) -> Result<Vec<Vec<Vec<u32>>>, QuestionError> {
         let mut texts = vec![(pair.prompt, self.prompt_tokens_max)];
         texts.extend(pair.response.map(|response| (response, self.response_tokens_max)));
         let questions = self.questions(pair.response.is_some()).iter();
@@ -329,10 +337,36 @@ mod tests {
         let pair = Pair { prompt: "abcdefghij", response: Some("0123456789") };
         let windows: Vec<String> =
             asked(&questions, pair).iter().map(|window| read(&tokenizer, window)).collect();
-        assert_eq!(
-            windows,
-            ["U: abcdefg\nA:0123<|im_end|>", "U:hij\nA:4567<|im_end|>", "U:hij\nA:89<|im_end|>"]
-        );
+        // Of the prompt 8 tokens with its space, of the response 4; a quarter is shared, and each meets each.
+        let prompts = ["U: abcdefg", "U:fghij"];
+        let responses = ["\nA:0123<|im_end|>", "\nA:3456<|im_end|>", "\nA:6789<|im_end|>"];
+        let expected =
+            prompts.iter().flat_map(|prompt| responses.map(|response| format!("{prompt}{response}")));
+        assert_eq!(windows, expected.collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_harmful_beginning_is_read_with_the_end_of_its_answer() {
+        let tokenizer = tokenizer();
+        let questions = Questions::new(&tokenizer, &config(), 512).unwrap();
+        let (prompt, response) = (format!("bad{}", ".".repeat(29)), format!("{}end", ".".repeat(13)));
+        let windows = asked(&questions, Pair { prompt: &prompt, response: Some(&response) });
+        let together = windows.iter().map(|window| read(&tokenizer, window));
+        assert!(together.into_iter().any(|text| text.contains("bad") && text.contains("end<")));
+    }
+
+    #[test]
+    fn the_number_of_windows_is_bounded() {
+        let tokenizer = tokenizer();
+        let questions = Questions::new(&tokenizer, &config(), 512).unwrap();
+        let long = "x".repeat(900);
+        let pair = Pair { prompt: &long, response: Some(&long) };
+        // 150 windows of 8 tokens and 300 of 4; each of the one is read, and each of the other.
+        assert_eq!(asked(&questions, pair).len(), 150 + 300 - 1);
+        let longer = "x".repeat(4_000);
+        let error =
+            questions.asked(&tokenizer, Pair { prompt: &longer, response: Some(&longer) }).unwrap_err();
+        assert!(matches!(error, QuestionError::Windows { limit: 1024, .. }), "{error}");
     }
 
     #[test]

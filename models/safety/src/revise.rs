@@ -215,8 +215,10 @@ impl Reviser {
                 .iter()
                 .map(|(slot, text)| Pair { prompt: open[*slot].flagged.prompt, response: Some(text) })
                 .collect();
-            let judgements = guard.judge(&pairs, cancel)?;
+            let judgements = guard.judge_each(&pairs, cancel)?;
             for ((slot, text), judgement) in rewritten.drain(..).zip(judgements) {
+                // What cannot be judged is not handed on, and not built upon.
+                let Ok(judgement) = judgement else { continue };
                 let work = &mut open[slot];
                 if judgement.is_unsafe {
                     let improves = work.best.as_ref().is_none_or(|(odds, _)| judgement.log_odds < *odds);

@@ -18,6 +18,8 @@ const WINDOW_TOKENS_MAX: usize = 32_768;
 const ANSWERS_MAX: usize = 16;
 /// Beside a model whose log-odds are three times too large, its words weigh 3.
 const WORDS_WEIGHT_MAX: f64 = 100.0;
+/// A model's log-odds are the difference of two logits, seldom above 30. A threshold that needs more is never reached.
+const LOG_ODDS_MAX: f64 = 100.0;
 /// A chat template writes about five.
 const SPECIAL_TOKENS_MAX: usize = 16;
 
@@ -47,10 +49,27 @@ impl GuardConfig {
                 check_template(&mut problems, name, layout, with_response);
             }
             check_calibration(&mut problems, name, layout.calibration);
+            self.check_reach(&mut problems, name, layout.calibration);
         }
         self.check_categories(&mut problems);
         self.check_questions(&mut problems);
         problems.into_result()
+    }
+
+    /// Every threshold must be within reach of a model's log-odds: one that is not switches the guard off unseen.
+    fn check_reach(&self, problems: &mut Problems, name: &str, calibration: Platt) {
+        let Platt { slope, intercept } = calibration;
+        let own = self.categories.iter().filter_map(|category| category.threshold);
+        for threshold in own.chain([self.threshold]).filter(|threshold| is_threshold(*threshold)) {
+            let needed = ((threshold / (1.0 - threshold)).ln() - intercept) / slope;
+            // Not a number only where slope or intercept is not finite, which is a problem of its own.
+            if needed > LOG_ODDS_MAX {
+                let place = format!("{name}.calibration");
+                let expected = format!("expected log-odds of at most {LOG_ODDS_MAX} to reach the threshold");
+                problems.require(false, place, format!("{expected} {threshold}, got {needed}"));
+                return;
+            }
+        }
     }
 
     /// What a guard that is asked needs, and has not.
@@ -152,8 +171,14 @@ impl GuardConfig {
         }
     }
 
-    /// What templates say of categories must be there.
+    /// What templates say of categories must be there, and nothing else stand in a category's line.
     fn check_questions(&self, problems: &mut Problems) {
+        let of_texts = ["{prompt}", "{response}", "{categories}"];
+        problems.require(
+            !of_texts.iter().any(|place| self.category_line.contains(place)),
+            "category_line",
+            "expected no place but {code}, {name} and {description}",
+        );
         problems.require(
             self.prompt.asks_by_category() == self.pair.asks_by_category(),
             "prompt.template",
@@ -208,13 +233,14 @@ fn check_words(problems: &mut Problems, words: &WordsUse) {
     }
 }
 
+/// 1 is for no one: a threshold that nothing reaches would switch the guard off unseen.
+fn is_threshold(value: f64) -> bool {
+    value > 0.0 && value < 1.0
+}
+
 fn check_probability(problems: &mut Problems, place: impl Into<String>, value: f64) {
-    // Above 1 is allowed to no one: a threshold that nothing reaches would switch the guard off unseen.
-    problems.require(
-        value > 0.0 && value <= 1.0,
-        place,
-        format!("expected a probability above 0, at most 1, got {value}"),
-    );
+    let expected = "expected a probability above 0 and below 1";
+    problems.require(is_threshold(value), place, format!("{expected}, got {value}"));
 }
 
 fn check_template(problems: &mut Problems, name: &str, layout: &Layout, with_response: bool) {
@@ -282,6 +308,32 @@ mod tests {
                 "categories[1].threshold",
             ]
         );
+    }
+
+    #[test]
+    fn a_guard_that_nothing_could_set_off_is_refused() {
+        let places = |change: fn(&mut GuardConfig)| -> Vec<String> {
+            let mut config = GuardConfig::from_toml(GOOD).unwrap();
+            change(&mut config);
+            let problems = config.validate().err().unwrap_or_default();
+            problems.into_iter().map(|problem| problem.place.0).collect()
+        };
+        assert_eq!(places(|config| config.threshold = 1.0), ["threshold"]);
+        assert_eq!(places(|config| config.categories[0].threshold = Some(1.0)), ["categories[0].threshold"]);
+        assert_eq!(places(|config| config.prompt.calibration.intercept = -1e9), ["prompt.calibration"]);
+        assert_eq!(places(|config| config.pair.calibration.slope = 1e-9), ["pair.calibration"]);
+        assert_eq!(places(|config| config.threshold = 1.0 - 1e-12), [""; 0]);
+        assert_eq!(places(|config| config.pair.calibration.intercept = -50.0), [""; 0]);
+    }
+
+    #[test]
+    fn a_categorys_line_has_no_place_for_a_persons_text() {
+        for line in ["{prompt}", "{code} {response}", "{categories}"] {
+            let mut config = GuardConfig::from_toml(GOOD).unwrap();
+            config.category_line = line.into();
+            let problems = config.validate().unwrap_err();
+            assert!(problems.iter().any(|problem| problem.place.0 == "category_line"), "{problems:?}");
+        }
     }
 
     #[test]

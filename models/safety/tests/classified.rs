@@ -168,6 +168,31 @@ fn judgements_do_not_depend_on_company_and_nothing_is_left_unread() {
     assert!(matches!(error, GuardError::Infer(InferError::Cancelled)), "{error}");
 }
 
+/// One exchange with more text than is read does not keep the others from being judged.
+#[test]
+fn what_cannot_be_judged_is_an_error_of_its_own() {
+    let guard = guard("bert", &binary()).unwrap();
+    let message = "a lock and a bread ".repeat(400);
+    let huge = "x y ".repeat(20_000);
+    let pairs = [
+        PAIRS[2],
+        Pair { prompt: &huge, response: Some("yes") },
+        // Far more than 64 windows of each with each.
+        Pair { prompt: &message, response: Some(&message) },
+    ];
+    let error = guard.judge(&pairs, &Cancel::new()).unwrap_err();
+    assert!(chain(&error).contains("must fit 1024 windows"), "{}", chain(&error));
+    let judged = guard.judge_each(&pairs, &Cancel::new()).unwrap();
+    let alone = guard.judge_one(PAIRS[2], &Cancel::new()).unwrap();
+    assert!((judged[0].as_ref().unwrap().log_odds - alone.log_odds).abs() < 1e-3);
+    assert!(judged[1].as_ref().unwrap_err().is_of_a_pair() && judged[2].is_ok(), "{judged:?}");
+    assert_eq!(guard.judge_each(&PAIRS, &Cancel::new()).unwrap().len(), PAIRS.len());
+    let cancel = Cancel::new();
+    cancel.cancel();
+    let error = guard.judge_each(&pairs, &cancel).unwrap_err();
+    assert!(!error.is_of_a_pair(), "{error}");
+}
+
 #[test]
 fn a_classifier_of_single_texts_reads_each_by_itself() {
     let guard = guard("roberta", &format!("{}separate_texts = true\n", binary())).unwrap();

@@ -7,6 +7,7 @@ mod small;
 
 use std::error::Error as _;
 
+use commonweal_package::Architecture;
 use commonweal_runtime::{Cancel, Model, TrainingRow};
 use commonweal_safety::{Guard, GuardConfig, Pair, Questions};
 use serde::Deserialize;
@@ -115,9 +116,42 @@ fn each_form_asks_what_its_own_template_asks() {
 #[test]
 fn each_forms_score_is_the_models_own() {
     let (_folder, model) = model();
+    scores_are_the_models_own(&model, &FORMS);
+}
+
+/// The form over a network of its own architecture, in a package of its own, named by the base's `guard.toml`.
+#[test]
+fn shieldgemma_asks_a_gemma() {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = folder.path().join("tokenizer.json");
+    small::write_tokenizer(&tokenizer, None);
+    let package = small::write_package_of(small::GEMMA, folder.path(), "shieldgemma", &tokenizer);
+    let facts = &package.manifest().model;
+    assert_eq!(facts.architecture, Architecture::Gemma2);
+    let shortest = goldens().iter().map(|golden| golden.rendered.len()).min().unwrap();
+    assert!(facts.attention.window_of(0).unwrap() < shortest, "a token is a byte or a few");
+
+    let gemma = small::model(&package);
+    scores_are_the_models_own(&gemma, &["shieldgemma"]);
+    contract::holds(Guard::open(&gemma, config("shieldgemma"), None, &Cancel::new()).unwrap());
+    let base = small::write_package(folder.path(), "base", small::BYTES.as_ref());
+    let extra = "package = \"../shieldgemma\"\nprompt_tokens_max = 64\nresponse_tokens_max = 80\n";
+    let model = small::model(&small::with_guard(&base, &using("shieldgemma", extra)));
+    let named = Guard::from_package(&model, &Cancel::new()).unwrap();
+    let expected = Guard::open(&gemma, config("shieldgemma"), None, &Cancel::new()).unwrap();
+    assert_eq!(
+        named.judge(contract::PAIRS, &Cancel::new()).unwrap(),
+        expected.judge(contract::PAIRS, &Cancel::new()).unwrap()
+    );
+}
+
+/// Holds the log-odds of every golden question of these forms against the model's own probabilities.
+fn scores_are_the_models_own(model: &Model, forms: &[&str]) {
     let tokenizer = model.tokenizer();
     let token = |text: &str| tokenizer.token(text).unwrap();
     let mut goldens = goldens();
+    goldens.retain(|golden| forms.contains(&golden.form.as_str()));
+    assert!(!goldens.is_empty());
     goldens.sort_by_key(|golden| (golden.form.clone(), golden.prompt.clone(), golden.response.clone()));
     let same =
         |x: &Golden, y: &Golden| (&x.form, &x.prompt, &x.response) == (&y.form, &y.prompt, &y.response);
@@ -131,13 +165,13 @@ fn each_forms_score_is_the_models_own() {
         // One rendering for each category that is asked about; the worst counts.
         let odds = golden.iter().map(|golden| {
             let ids = tokenizer.encode(&(golden.rendered.clone() + &golden.answer_lead)).unwrap();
-            let unsafe_: f64 = unsafe_.iter().map(|text| logprob(&model, &ids, token(text)).exp()).sum();
-            (unsafe_.ln() - logprob(&model, &ids, token(safe)), golden.category.clone())
+            let unsafe_: f64 = unsafe_.iter().map(|text| logprob(model, &ids, token(text)).exp()).sum();
+            (unsafe_.ln() - logprob(model, &ids, token(safe)), golden.category.clone())
         });
         let (expected, category) = odds.max_by(|x, y| x.0.total_cmp(&y.0)).unwrap();
         let mut config = GuardConfig::from_toml(&using(form, "")).unwrap();
         config.threshold = 1e-9;
-        let guard = Guard::open(&model, config, None, &Cancel::new()).unwrap();
+        let guard = Guard::open(model, config, None, &Cancel::new()).unwrap();
         let pair = Pair { prompt: &golden[0].prompt, response: golden[0].response.as_deref() };
         let judgement = guard.judge_one(pair, &Cancel::new()).unwrap();
         assert!((judgement.log_odds - expected).abs() < 1e-3, "{form}: {judgement:?}, expected {expected}");

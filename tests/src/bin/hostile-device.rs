@@ -232,7 +232,7 @@ impl Attacker {
 
         let begun = Instant::now();
         let screened = filter::screen(&self.guard, &self.policy, samples, &self.cancel, |_| ())?;
-        let filter::FilterCounts { kept, dropped, refused, flagged } = filter::count(&screened);
+        let filter::FilterCounts { kept, dropped, refused, flagged, .. } = filter::count(&screened);
         self.stage(round, begun, Done::Filter { kept, dropped, refused, flagged });
 
         let begun = Instant::now();

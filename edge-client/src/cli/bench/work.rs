@@ -184,11 +184,11 @@ impl Bench {
         Ok(Work::Prefill.figure(rate, "tokens/s", 0.0, self.size.read_flops(PREFILL_TOKENS)))
     }
 
-    /// The prompt is read beforehand, so that only its last token counts beside the generated ones.
+    /// The prompt is read beforehand, so that only its last two tokens count beside the generated ones.
     fn decode(&self, work: Work, rows: usize) -> Result<Figure> {
         let behind = self.ids(0, DECODE_BEHIND);
         let prefix = self.model.share_prefix(&self.base, &behind, &Cancel::new())?;
-        let prompt = |seed| Prompt::from([behind.clone(), self.ids(seed, 1)].concat());
+        let prompt = |seed| Prompt::from([behind.clone(), self.ids(seed, 2)].concat());
         let prompts: Vec<Prompt> = (1..=rows as u64).map(prompt).collect();
         let mut tokens = 0;
         let seconds = median(self.repeats, || {

@@ -2,7 +2,7 @@
 //! no more than one layer's weights are in memory. `calibrate.rs` runs it. Attention is `infer.rs`'s operator over an
 //! empty cache; there is no adapter.
 
-use super::{Block, has_bias, shape};
+use super::{Block, activation, has_bias, rotary_names, shape};
 use crate::ModelConfig;
 use crate::architecture;
 use crate::graph::{Constant, ElementType, Graph, GraphError, TensorType, ValueId};
@@ -22,7 +22,7 @@ pub(crate) enum Gives {
 /// Builds the graph of layer `layer` for sequences of `time` tokens.
 ///
 /// Inputs: `x [1, time, hidden]`; each tensor of the layer by its name in `weights.bin` after `layers.{i}.`; and where
-/// the layer rotates, `rope.cos` and `rope.sin` `[time, head_dim / 2]`. All are floats.
+/// the layer rotates, its rotary tables `[time, head_dim / 2]`. All are floats.
 pub(crate) fn block(
     model: &ModelConfig,
     layer: usize,
@@ -62,15 +62,21 @@ impl Builder<'_> {
         let x = self.graph.input("x", TensorType::f32([1, self.time, hidden]))?;
         let normed = self.norm("attn_norm", x)?;
         let attended = self.attention(normed)?;
+        let attended = self.post_norm("attn_post_norm", attended)?;
         let x = self.graph.plus(x, attended)?;
         let normed = self.norm("mlp_norm", x)?;
         let gate_up = self.linear(2, normed)?;
         let sizes = vec![inner.into(); 2];
         let halves = self.graph.add_many(Op::Split { axis: 2, sizes }, &[gate_up])?;
-        let gate = self.graph.add(Op::QuickGelu { alpha: 1.0 }, &[halves[0]])?;
+        let gate = self.graph.add(activation(self.model), &[halves[0]])?;
         let gated = self.graph.times(gate, halves[1])?;
         let projected = self.linear(3, gated)?;
+        let projected = self.post_norm("mlp_post_norm", projected)?;
         self.graph.plus(x, projected)
+    }
+
+    fn post_norm(&mut self, name: &str, x: ValueId) -> Result<ValueId, GraphError> {
+        if self.model.gemma.is_some() { self.norm(name, x) } else { Ok(x) }
     }
 
     fn norm(&mut self, name: &str, x: ValueId) -> Result<ValueId, GraphError> {
@@ -106,11 +112,12 @@ impl Builder<'_> {
         let total = self.length(self.time as i64)?;
         inputs.extend([empty, empty, last, total]);
         if rotates {
-            for name in ["rope.cos", "rope.sin"] {
+            for name in rotary_names(self.model, self.layer) {
                 inputs.push(self.graph.input(name, TensorType::f32([self.time, head_dim / 2]))?);
             }
         }
-        let attributes = GroupedAttention { heads, kv_heads, head_dim, fused, window, rotates };
+        let (scale, cap) = (self.model.score_scale(), self.model.score_cap());
+        let attributes = GroupedAttention { heads, kv_heads, head_dim, fused, window, rotates, scale, cap };
         let context = self.graph.add(Op::GroupQueryAttention(attributes), &inputs)?;
         self.linear(1, context)
     }

@@ -1,7 +1,10 @@
 //! The decoder with a cache and adapter inputs: prefill and decoding in one graph, on the fused kernels of ONNX
 //! Runtime. The caller writes the cache in place: one buffer is bound as `past` and as `present`.
 
-use super::{Block, Linear, embed, has_bias, head_name, multiply, rotary_tables, shape, vector};
+use super::{
+    Block, Linear, activation, capped, embed, has_bias, head_name, multiply, post_norm, rotary_tables, shape,
+    vector,
+};
 use crate::graph::{Graph, GraphError, TensorType, ValueId};
 use crate::op::{GroupedAttention, Op};
 use crate::shape::{Dim, Shape};
@@ -47,7 +50,6 @@ struct Decoder<'m> {
     lengths: ValueId,
     total: ValueId,
     logit_rows: ValueId,
-    tables: (ValueId, ValueId),
     present: Vec<(ValueId, ValueId)>,
 }
 
@@ -63,21 +65,8 @@ impl<'m> Decoder<'m> {
         let lengths = graph.input("seqlens_k", TensorType::i32(shape([&batch])))?;
         let total = graph.input("total_seq", TensorType::i32([1]))?;
         let logit_rows = graph.input("logit_rows", TensorType::i64([Dim::named("rows")]))?;
-        let tables = rotary_tables(&mut graph, model)?;
         let (block, present) = (Block::of(model), Vec::new());
-        Ok(Self {
-            model,
-            quantization,
-            form,
-            block,
-            graph,
-            tokens,
-            lengths,
-            total,
-            logit_rows,
-            tables,
-            present,
-        })
+        Ok(Self { model, quantization, form, block, graph, tokens, lengths, total, logit_rows, present })
     }
 
     fn run(&mut self) -> Result<ValueId, GraphError> {
@@ -91,10 +80,14 @@ impl<'m> Decoder<'m> {
             self.graph.enter(format!("layers.{layer}"), layer);
             let context = self.attention(layer, normed)?;
             let attended = self.linear(layer, 1, context)?;
+            let name = format!("layers.{layer}.attn_post_norm");
+            let attended = post_norm(&mut self.graph, model, &name, attended)?;
             let weight = vector(&mut self.graph, &format!("layers.{layer}.mlp_norm"), hidden)?;
             (normed, residual) = self.skip_norm(attended, residual, weight, epsilon)?;
             let inner = self.gated(layer, normed)?;
             let projected = self.linear(layer, 3, inner)?;
+            let name = format!("layers.{layer}.mlp_post_norm");
+            let projected = post_norm(&mut self.graph, model, &name, projected)?;
             let weight = self.norm_weight(layer + 1)?;
             (normed, residual) = self.skip_norm(projected, residual, weight, epsilon)?;
         }
@@ -132,9 +125,10 @@ impl<'m> Decoder<'m> {
         let value = self.graph.input(format!("past.{layer}.value"), cache)?;
         inputs.extend([key, value, self.lengths, self.total]);
         if rotates {
-            inputs.extend([self.tables.0, self.tables.1]);
+            inputs.extend(rotary_tables(&mut self.graph, self.model, layer)?);
         }
-        let attributes = GroupedAttention { heads, kv_heads, head_dim, fused, window, rotates };
+        let (scale, cap) = (self.model.score_scale(), self.model.score_cap());
+        let attributes = GroupedAttention { heads, kv_heads, head_dim, fused, window, rotates, scale, cap };
         let outputs = self.graph.add_many(Op::GroupQueryAttention(attributes), &inputs)?;
         self.present.push((outputs[1], outputs[2]));
         Ok(outputs[0])
@@ -161,7 +155,7 @@ impl<'m> Decoder<'m> {
         let fused = self.linear(layer, 2, x)?;
         let sizes = vec![self.model.intermediate_size.into(); 2];
         let halves = self.graph.add_many(Op::Split { axis: 2, sizes }, &[fused])?;
-        let gate = self.graph.add(Op::QuickGelu { alpha: 1.0 }, &[halves[0]])?;
+        let gate = self.graph.add(activation(self.model), &[halves[0]])?;
         self.graph.times(gate, halves[1])
     }
 
@@ -192,6 +186,8 @@ impl<'m> Decoder<'m> {
         let positions = Dim::named("batch").times(&Dim::named("new"));
         let flat = self.graph.reshape(normed, [positions, hidden_size.into()])?;
         let chosen = self.graph.add(Op::Gather { axis: 0 }, &[flat, self.logit_rows])?;
-        multiply(&mut self.graph, self.quantization, head_name(self.model), (vocab_size, hidden_size), chosen)
+        let (head, size) = (head_name(self.model), (vocab_size, hidden_size));
+        let logits = multiply(&mut self.graph, self.quantization, head, size, chosen)?;
+        capped(&mut self.graph, self.model.logit_cap(), logits)
     }
 }

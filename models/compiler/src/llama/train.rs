@@ -6,7 +6,10 @@ use std::collections::BTreeMap;
 
 use commonweal_adapter::{AdapterLayout, Part, Target};
 
-use super::{Block, Linear, embed, has_bias, head_name, multiply, rotary_tables, shape, vector};
+use super::{
+    Block, Linear, activation, capped, embed, has_bias, head_name, multiply, post_norm, rotary_tables, shape,
+    vector,
+};
 use crate::differentiate::differentiate;
 use crate::graph::{Constant, ElementType, Graph, GraphError, Keep, TensorType, ValueId};
 use crate::op::{Op, Unary};
@@ -85,8 +88,6 @@ struct Trainer<'m> {
 #[derive(Clone, Copy)]
 struct Positions {
     start: ValueId,
-    cosines: ValueId,
-    sines: ValueId,
     mask: ValueId,
     /// The mask of layers with a window; `mask` where there are none.
     window_mask: ValueId,
@@ -145,6 +146,8 @@ impl<'m> Trainer<'m> {
             let weight = vector(&mut self.graph, &format!("layers.{layer}.attn_norm"), hidden)?;
             let normed = self.graph.add(Op::RmsNorm { epsilon }, &[x, weight])?;
             let attended = self.attention(layer, normed, positions)?;
+            let name = format!("layers.{layer}.attn_post_norm");
+            let attended = post_norm(&mut self.graph, model, &name, attended)?;
             x = self.graph.plus(x, attended)?;
             self.graph.keep(x, Keep::Activation);
             self.graph.enter(format!("layers.{layer}.mlp"), layer);
@@ -154,10 +157,12 @@ impl<'m> Trainer<'m> {
             for &half in &gate_up {
                 self.graph.keep(half, Keep::Activation);
             }
-            let gate = self.graph.add(Op::QuickGelu { alpha: 1.0 }, &[gate_up[0]])?;
+            let gate = self.graph.add(activation(model), &[gate_up[0]])?;
             let inner = self.graph.times(gate, gate_up[1])?;
             let projected = self.linear(layer, 3, inner)?;
-            x = self.graph.plus(x, projected[0])?;
+            let name = format!("layers.{layer}.mlp_post_norm");
+            let projected = post_norm(&mut self.graph, model, &name, projected[0])?;
+            x = self.graph.plus(x, projected)?;
             self.graph.keep(x, Keep::Always);
         }
         self.graph.enter("head", model.layers);
@@ -171,7 +176,6 @@ impl<'m> Trainer<'m> {
     fn positions(&mut self) -> Result<Positions, GraphError> {
         let time = Dim::named("time");
         let graph = &mut self.graph;
-        let (cosines, sines) = rotary_tables(graph, self.model)?;
         let start = graph.constant(Constant::I64(vec![0]), [1])?;
         let range = graph.add(Op::Range(time.clone()), &[])?;
         let query = graph.reshape(range, [time.clone(), 1.into()])?;
@@ -193,7 +197,7 @@ impl<'m> Trainer<'m> {
                 mask
             }
         };
-        Ok(Positions { start, cosines, sines, mask, window_mask })
+        Ok(Positions { start, mask, window_mask })
     }
 
     /// Linear layer `which` of a block over `[rows, inputs]`: `x Wᵀ + bias + scale (x Aᵀ) Bᵀ`, one output for each target.
@@ -262,7 +266,8 @@ impl<'m> Trainer<'m> {
         for operand in [query, key, value] {
             graph.keep(operand, Keep::Activation);
         }
-        let scores = graph.product((query, false), (key, true), (head_dim as f32).sqrt().recip())?;
+        let scores = graph.product((query, false), (key, true), self.model.score_scale())?;
+        let scores = capped(graph, self.model.score_cap(), scores)?;
         let scores = graph.reshape(scores, shape([&batch, &kv, &group, &time, &time]))?;
         let scores = graph.plus(scores, mask)?;
         let probabilities = graph.add(Op::Softmax, &[scores])?;
@@ -307,7 +312,8 @@ impl<'m> Trainer<'m> {
         if !self.model.attention.rotates(layer) {
             return Ok(x);
         }
-        self.graph.add(Op::RotaryEmbedding { heads }, &[x, at.start, at.cosines, at.sines])
+        let [cosines, sines] = rotary_tables(&mut self.graph, self.model, layer)?;
+        self.graph.add(Op::RotaryEmbedding { heads }, &[x, at.start, cosines, sines])
     }
 
     /// The loss and the log-probabilities of the targets, chunk by chunk of the sequence, so that the logits of all of
@@ -327,6 +333,7 @@ impl<'m> Trainer<'m> {
         for ((normed, target), weight) in normed.into_iter().zip(targets).zip(weights) {
             let size = (vocab_size, hidden_size);
             let logits = multiply(&mut self.graph, self.quantization, head, size, normed)?;
+            let logits = capped(&mut self.graph, self.model.logit_cap(), logits)?;
             let logprobs = self.graph.add(Op::LogSoftmax, &[logits])?;
             let logprob = self.graph.add(Op::GatherElements { axis: 1 }, &[logprobs, target])?;
             let weighted = self.graph.times(logprob, weight)?;

@@ -250,7 +250,7 @@ fn grouped_attention(
     attributes: GroupedAttention,
     mut inputs: Vec<String>,
 ) -> (Vec<String>, Vec<AttributeProto>) {
-    let GroupedAttention { heads, kv_heads, head_dim, fused, window, rotates } = attributes;
+    let GroupedAttention { heads, kv_heads, fused, window, rotates, scale, cap, .. } = attributes;
     if fused {
         inputs.splice(1..1, [String::new(), String::new()]);
     }
@@ -258,8 +258,9 @@ fn grouped_attention(
         integer("num_heads", heads as i64),
         integer("kv_num_heads", kv_heads as i64),
         integer("do_rotary", i64::from(rotates)),
-        float("scale", (head_dim as f32).sqrt().recip()),
+        float("scale", scale),
     ];
+    attributes.extend(cap.map(|cap| float("softcap", cap)));
     attributes.extend(window.map(|tokens| integer("local_window_size", tokens as i64)));
     (inputs, attributes)
 }

@@ -1,5 +1,7 @@
 //! Gradients of element-wise operators. `y` is the output, `dy` its gradient.
 
+use std::f32::consts::{FRAC_2_SQRT_PI, SQRT_2};
+
 use crate::differentiate::Tape;
 use crate::graph::{GraphError, Node, ValueId};
 use crate::op::{Binary, Op, Unary};
@@ -78,6 +80,30 @@ pub(super) fn quick_gelu(tape: &mut Tape<'_>, node: &Node, alpha: f32) -> Result
     let rest = complement(tape, sigmoid)?;
     let curve = tape.graph.times(y, rest)?;
     let curve = if plain { curve } else { tape.graph.times(curve, factor)? };
+    let slope = tape.graph.plus(curve, sigmoid)?;
+    let dx = tape.graph.times(dy, slope)?;
+    tape.give(x, dx)
+}
+
+/// The approximation is `y = x s` with `s = sigmoid(a x + b x³)`, `a = 2 sqrt(2 / π)` and `b = 0.044715 a`, since
+/// `(1 + tanh(u)) / 2 = sigmoid(2 u)`: `dx = dy (s + y (1 - s) (a + 3 b x²))`.
+pub(super) fn gelu_tanh(tape: &mut Tape<'_>, node: &Node) -> Result<(), GraphError> {
+    const A: f32 = SQRT_2 * FRAC_2_SQRT_PI;
+    const B: f32 = 0.044_715 * A;
+    let (x, y) = (node.inputs[0], node.outputs[0]);
+    let dy = tape.adjoint_or_zeros(y)?;
+    let graph = &mut *tape.graph;
+    let (a, b, three_b) = (graph.scalar(A)?, graph.scalar(B)?, graph.scalar(3.0 * B)?);
+    let square = graph.times(x, x)?;
+    let cubic = graph.times(square, b)?;
+    let factor = graph.plus(cubic, a)?;
+    let inner = graph.times(x, factor)?;
+    let sigmoid = graph.unary(Unary::Sigmoid, inner)?;
+    let steep = graph.times(square, three_b)?;
+    let steep = graph.plus(steep, a)?;
+    let rest = complement(tape, sigmoid)?;
+    let curve = tape.graph.times(y, rest)?;
+    let curve = tape.graph.times(curve, steep)?;
     let slope = tape.graph.plus(curve, sigmoid)?;
     let dx = tape.graph.times(dy, slope)?;
     tape.give(x, dx)

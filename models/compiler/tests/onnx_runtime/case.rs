@@ -145,12 +145,29 @@ impl Case {
                 inputs.push((format!("lora.{layer}.{linear}.b"), b));
             }
         }
+        inputs.retain(|(name, _)| session.inputs().iter().any(|input| input.name() == name));
         run(session, inputs)
     }
 
     /// Every token at once, then the same in three steps over the cache.
     pub(crate) fn logits_agree(&self, tolerance: f64) {
-        let mut session = session(&self.package.infer_graph());
+        self.logits_of_agree(&self.package.infer_graph(), tolerance);
+    }
+
+    /// The graph of the base alone gives what the other gives with an adapter of zeros.
+    pub(crate) fn base_agrees(&mut self, tolerance: f64) {
+        let Golden::Floats(shape, _) = self.expected["logits"].clone() else {
+            panic!("logits must be floats")
+        };
+        self.inputs.insert("lora_scale".into(), Golden::Floats(vec![], vec![0.0]));
+        let mut adapted = session(&self.package.infer_graph());
+        let logits = self.infer(&mut adapted, (0, shape[1]), &BTreeMap::new()).remove("logits").unwrap();
+        self.expected.insert("logits".into(), Golden::Floats(shape, logits));
+        self.logits_of_agree(&self.package.infer_base_graph().unwrap(), tolerance);
+    }
+
+    fn logits_of_agree(&self, graph: &Path, tolerance: f64) {
+        let mut session = session(graph);
         let Golden::Floats(shape, expected) = &self.expected["logits"] else {
             panic!("logits must be floats")
         };

@@ -28,6 +28,11 @@ pub(crate) fn package() -> Package {
 
 /// Compiles the tiny package inside a folder.
 pub(crate) fn build(folder: &Path) -> PathBuf {
+    build_with(folder, Accuracy::Exact)
+}
+
+/// The same with kernels of either kind.
+pub(crate) fn build_with(folder: &Path, accuracy: Accuracy) -> PathBuf {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
     let (checkpoint, out) = (folder.join("checkpoint"), folder.join("package"));
     let options = RandomOptions {
@@ -38,12 +43,7 @@ pub(crate) fn build(folder: &Path) -> PathBuf {
         seed: 1,
     };
     commonweal_compiler::random::random(&options, &mut |_, _| ()).unwrap();
-    let options = CompileOptions {
-        accuracy: Accuracy::Exact,
-        rank: 4,
-        alpha: 8.0,
-        ..CompileOptions::new(checkpoint, &out)
-    };
+    let options = CompileOptions { accuracy, rank: 4, alpha: 8.0, ..CompileOptions::new(checkpoint, &out) };
     commonweal_compiler::compile::compile(&options).unwrap();
     out
 }

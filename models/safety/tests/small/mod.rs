@@ -8,10 +8,16 @@ use commonweal_package::{Package, attach};
 use commonweal_runtime::{Library, Model, OpenOptions};
 use serde_json::{Value, json};
 
-const SHAPE: &str = r#"{"architectures":["LlamaForCausalLM"],"model_type":"llama","hidden_size":64,
+const LLAMA: &str = r#"{"architectures":["LlamaForCausalLM"],"model_type":"llama","hidden_size":64,
     "intermediate_size":96,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":16,
     "vocab_size":320,"max_position_embeddings":8192,"rope_theta":10000.0,"rms_norm_eps":1e-5,
     "tie_word_embeddings":true,"hidden_act":"silu","bos_token_id":0,"eos_token_id":2,"pad_token_id":0}"#;
+/// A Gemma 2, as ShieldGemma is, whose local layers see less than one of its questions.
+pub(crate) const GEMMA: &str = r#"{"architectures":["Gemma2ForCausalLM"],"model_type":"gemma2","hidden_size":64,
+    "intermediate_size":96,"num_hidden_layers":2,"num_attention_heads":4,"num_key_value_heads":2,"head_dim":32,
+    "vocab_size":320,"max_position_embeddings":8192,"rope_theta":10000.0,"rms_norm_eps":1e-6,
+    "query_pre_attn_scalar":32,"attn_logit_softcapping":50.0,"final_logit_softcapping":30.0,"sliding_window":128,
+    "hidden_activation":"gelu_pytorch_tanh","bos_token_id":0,"eos_token_id":2,"pad_token_id":0}"#;
 const CHATML: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}\
     {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 pub(crate) const BYTES: &str =
@@ -69,10 +75,15 @@ pub(crate) fn write_tokenizer(path: &Path, without: Option<&str>) {
     fs::write(path, tokenizer.to_string()).unwrap();
 }
 
-/// Compiles a package with a tokenizer.
+/// Compiles a package of a small Llama with a tokenizer.
 pub(crate) fn write_package(folder: &Path, name: &str, tokenizer: &Path) -> Package {
+    write_package_of(LLAMA, folder, name, tokenizer)
+}
+
+/// Compiles a package of this shape with a tokenizer.
+pub(crate) fn write_package_of(shape: &str, folder: &Path, name: &str, tokenizer: &Path) -> Package {
     let path = |extension: &str| folder.join(format!("{name}.{extension}"));
-    fs::write(path("json"), SHAPE).unwrap();
+    fs::write(path("json"), shape).unwrap();
     fs::write(path("jinja"), CHATML).unwrap();
     let options = RandomOptions {
         config: path("json"),
