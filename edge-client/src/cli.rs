@@ -133,7 +133,7 @@ pub enum Verb {
     },
     /// What the guard says of a file's conversations; nothing is kept
     #[command(
-        after_help = "Examples:\n  edge-client filter chats.jsonl\n  edge-client filter chats.jsonl --json --policy strict.toml\n  edge-client filter labelled.jsonl --evaluate"
+        after_help = "Examples:\n  edge-client filter chats.jsonl\n  edge-client filter chats.jsonl --json --policy strict.toml\n  edge-client filter labelled.jsonl --evaluate\n  edge-client filter harmful_behaviors.csv --evaluate --json"
     )]
     Filter {
         /// The file

@@ -66,7 +66,7 @@ enum Command {
         /// The package directory
         package: PathBuf,
         /// NAME=FILE, where NAME is guard.toml, constitution.toml, adapters/guard.safetensors,
-        /// adapters/reviser.safetensors, LICENSE or NOTICE; repeatable
+        /// adapters/guard.words, adapters/reviser.safetensors, LICENSE or NOTICE; repeatable
         #[arg(long = "file", value_name = "NAME=FILE", required = true, value_parser = name_and_file)]
         files: Vec<(String, PathBuf)>,
     },

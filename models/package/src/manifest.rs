@@ -24,11 +24,12 @@ pub const REQUIRED: [&str; 5] =
     ["infer.onnx", "train.onnx", "weights.bin", "tokenizer.json", "chat_template.jinja"];
 
 /// Files that a decoder's package may have.
-pub const OPTIONAL: [&str; 9] = [
+pub const OPTIONAL: [&str; 10] = [
     "infer-base.onnx",
     "train-frugal.onnx",
     "train-upper.onnx",
     "adapters/guard.safetensors",
+    "adapters/guard.words",
     "adapters/reviser.safetensors",
     "guard.toml",
     "constitution.toml",

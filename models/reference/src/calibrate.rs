@@ -1,17 +1,19 @@
-//! A dev split → calibration and thresholds in `guard.toml`.
+//! A dev split → calibration and thresholds in `guard.toml`, and how much its words count.
 
 use anyhow::{Context, Result, ensure};
 use commonweal_runtime::Cancel;
 use commonweal_safety::{
-    CategoryId, Guard, GuardConfig, Judgement, Pair,
-    calibrate::{Labelled, Platt, Scored, Target, expected_calibration_error, threshold_for},
+    CategoryId, Guard, GuardConfig, Judgement, Pair, Spoken, Words, WordsUse,
+    calibrate::{Labelled, Platt, Scored, Target, expected_calibration_error, reliability, threshold_for},
 };
 use serde_json::{Value, json};
 
 use crate::{rows::GuardRow, show::Progress};
 
 /// Bins of the expected calibration error, as in the literature.
-const BINS: usize = 10;
+pub(crate) const BINS: usize = 10;
+/// Where a package has its words.
+const WORDS_FILE: &str = "adapters/guard.words";
 /// A category keeps the guard's threshold with fewer dev rows of either label: a threshold from a handful is noise.
 const CATEGORY_ROWS_MIN: usize = 25;
 /// Pairs between two moves of the progress bar.
@@ -30,29 +32,47 @@ pub(crate) fn judge(guard: &Guard, rows: &[GuardRow], progress: Progress) -> Res
     Ok(judgements)
 }
 
-/// Fits both layouts' calibration and the thresholds; `config` is the one that `guard` runs with, thresholds lowered
-/// so that every row has a category. Gives the new configuration and what was measured.
+/// Fits both layouts' calibration and the thresholds; `judgements` are those of the guard without words, thresholds
+/// lowered so that every row has a category. With words, the guard is calibrated by itself first: the words, whose
+/// scores are log-odds already, then weigh as much as its calibrated log-odds, and the sum is calibrated again. Weights
+/// that are fitted instead lean on the manner of the rows' sources, and called more unseen ones unsafe.
+/// Gives the new configuration and what was measured.
 pub(crate) fn calibrate(
     config: &GuardConfig,
     rows: &[GuardRow],
     judgements: &[Judgement],
+    words: Option<&Words>,
     target: Target,
     per_category: bool,
 ) -> Result<(GuardConfig, Value)> {
     let mut calibrated = config.clone();
     let mut measured = serde_json::Map::new();
+    let spoken: Option<Vec<Spoken>> = words.map(|words| rows.iter().map(|row| words.say(row.pair())).collect());
+    let file = config.words.as_ref().map_or_else(|| WORDS_FILE.to_owned(), |heard| heard.file.clone());
+    calibrated.words =
+        words.map(|_| WordsUse { file, prompt: 0.0, pair_prompt: 0.0, pair: 0.0 });
+    let mut log_odds: Vec<f64> = judgements.iter().map(|judgement| judgement.log_odds).collect();
     for (name, with_response) in [("prompt", false), ("pair", true)] {
-        let of_layout =
-            || rows.iter().zip(judgements).filter(|(row, _)| row.response.is_some() == with_response);
-        let scored: Vec<Scored> = of_layout()
-            .map(|(row, judgement)| Scored { log_odds: judgement.log_odds, is_unsafe: row.is_unsafe() })
-            .collect();
-        let platt = Platt::fit(&scored).with_context(|| format!("layout {name}"))?;
+        let scored = |log_odds: &[f64]| -> Vec<Scored> {
+            let of_layout = rows.iter().zip(log_odds).filter(|(row, _)| row.response.is_some() == with_response);
+            of_layout.map(|(row, log_odds)| Scored { log_odds: *log_odds, is_unsafe: row.is_unsafe() }).collect()
+        };
+        let fit = |log_odds: &[f64]| Platt::fit(&scored(log_odds)).with_context(|| format!("layout {name}"));
+        if let (Some(heard), Some(spoken)) = (&mut calibrated.words, &spoken) {
+            heard.weigh(1.0 / fit(&log_odds)?.slope, with_response);
+            for ((row, spoken), log_odds) in rows.iter().zip(spoken).zip(&mut log_odds) {
+                if row.response.is_some() == with_response {
+                    *log_odds += heard.log_odds(*spoken, with_response);
+                }
+            }
+        }
+        let (platt, scored) = (fit(&log_odds)?, scored(&log_odds));
         let error = |platt: Platt| expected_calibration_error(&labelled(&scored, platt), BINS);
         measured.insert(
             name.to_owned(),
             json!({
                 "rows": scored.len(), "slope": platt.slope, "intercept": platt.intercept,
+                "reliability": reliability(&labelled(&scored, platt), BINS),
                 "calibration_error_before": error(Platt::default()), "calibration_error_after": error(platt),
             }),
         );
@@ -61,11 +81,11 @@ pub(crate) fn calibrate(
     }
     let probabilities: Vec<Labelled> = rows
         .iter()
-        .zip(judgements)
-        .map(|(row, judgement)| {
+        .zip(&log_odds)
+        .map(|(row, log_odds)| {
             let layout = if row.response.is_some() { &calibrated.pair } else { &calibrated.prompt };
             Labelled {
-                probability: layout.calibration.probability(judgement.log_odds),
+                probability: layout.calibration.probability(*log_odds),
                 is_unsafe: row.is_unsafe(),
             }
         })

@@ -6,12 +6,12 @@ use anyhow::Result;
 use commonweal_runtime::Cancel;
 use commonweal_safety::{
     Confusion, Flagged, Guard, GuardReport, Rate, ReviseOptions, Reviser, Revision,
-    calibrate::{Labelled, expected_calibration_error},
+    calibrate::{Bin, Labelled, expected_calibration_error, reliability},
 };
 use serde_json::{Value, json};
 
 use crate::{
-    calibrate::{CHUNK, judge},
+    calibrate::{BINS, CHUNK, judge},
     rows::{GuardRow, ReviserRow},
     show::Progress,
 };
@@ -20,6 +20,7 @@ use crate::{
 pub(crate) struct Evaluation {
     report: GuardReport,
     calibration_error: f64,
+    reliability: Vec<Bin>,
     pairs_per_second: f64,
 }
 
@@ -40,7 +41,9 @@ pub(crate) fn evaluate(guard: &Guard, rows: &[GuardRow], progress: Progress) -> 
         report.add(&source, is_unsafe, row.category.as_ref(), judgement.is_unsafe, named);
         labelled.push(Labelled { probability: judgement.probability, is_unsafe });
     }
-    Ok(Evaluation { report, calibration_error: expected_calibration_error(&labelled, 10), pairs_per_second })
+    let calibration_error = expected_calibration_error(&labelled, BINS);
+    let reliability = reliability(&labelled, BINS);
+    Ok(Evaluation { report, calibration_error, reliability, pairs_per_second })
 }
 
 impl Evaluation {
@@ -57,7 +60,8 @@ impl Evaluation {
             "found_by_category": self.report.found_by_category.iter()
                 .map(|(id, rate)| (id.to_string(), rate_json(*rate))).collect::<BTreeMap<_, _>>(),
             "category_named": rate_json(self.report.category_named),
-            "calibration_error": self.calibration_error, "pairs_per_second": self.pairs_per_second,
+            "calibration_error": self.calibration_error, "reliability": self.reliability,
+            "pairs_per_second": self.pairs_per_second,
         })
     }
 
@@ -75,8 +79,8 @@ impl Evaluation {
                 percent(confusion.recall()),
                 confusion.f1().map_or("–".into(), |f1| format!("{f1:.2}")),
             );
-            if confusion.recall().total == 0 {
-                println!("  {:<34} called unsafe: {}", "", percent(confusion.false_positive_rate()));
+            if confusion.false_positive_rate().total > 0 {
+                println!("  {:<34} safe, called unsafe: {}", "", percent(confusion.false_positive_rate()));
             }
         }
         for (id, rate) in &self.report.found_by_category {

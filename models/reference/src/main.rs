@@ -1,21 +1,19 @@
 //! `train-reference`: trains, calibrates and evaluates the adapters of the bundled guard and reviser.
 //!
-//! Flow: `rows.rs` reads JSONL → `learn_guard.rs`, `learn_reviser.rs` make tokens → `batches.rs`, `learn.rs` train →
-//! `calibrate.rs` fills in `guard.toml` → `evaluate.rs` makes the table. Everything runs on the project's own runtime,
+//! Flow: `rows.rs` reads JSONL → `learn_guard.rs`, `learn_reviser.rs` make tokens → `batches.rs`, `learn.rs` train;
+//! `learn_words.rs` learns the words by `linear.rs`, some in the clothes of `disguise.rs`, → `open_guard.rs` puts a guard together → `calibrate.rs` fills in `guard.toml` → `evaluate.rs` makes the table. Everything runs on the project's own runtime,
 //! with the gradient graph that devices use.
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed"))]
 
 use std::{fs, num::NonZeroUsize, path::PathBuf, process::ExitCode};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use commonweal_adapter::{Adapter, disk::AdapterKind};
-use commonweal_package::{EncoderPackage, Package};
-use commonweal_runtime::{
-    Cancel, Classifier, ClassifyOptions, DeviceError, Devices, Library, LibraryError, Model, OpenOptions,
-};
+use commonweal_adapter::disk::AdapterKind;
+use commonweal_package::Package;
+use commonweal_runtime::{DeviceError, Devices, Library, LibraryError, Model, OpenOptions};
 use commonweal_safety::{
-    ConfigError, Constitution, ConstitutionError, Guard, GuardConfig, Kind, Reviser, calibrate::Target,
+    ConfigError, Constitution, ConstitutionError, GuardConfig, Reviser, WordsError, calibrate::Target,
 };
 use serde_json::json;
 
@@ -25,6 +23,10 @@ mod learn_guard;
 mod learn_reviser;
 mod batches;
 mod learn;
+mod disguise;
+mod linear;
+mod learn_words;
+mod open_guard;
 mod calibrate;
 mod evaluate;
 mod loss;
@@ -32,11 +34,17 @@ mod adapter_file;
 #[cfg(test)]
 mod test_model;
 
-use crate::{learn::Recipe, show::Progress};
+use crate::{
+    learn::Recipe,
+    learn_words::WordsRecipe,
+    open_guard::{GuardFiles, read_adapter},
+    show::Progress,
+};
 
 const EXAMPLES: &str = "Examples:
   train-reference guard --package P --config guard.toml --rows guard.train.jsonl --out guard.safetensors
-  train-reference calibrate --package P --config guard.toml --guard guard.safetensors --rows guard.dev.jsonl
+  train-reference words --rows guard.train.jsonl --out guard.words
+  train-reference calibrate --package P --config guard.toml --guard guard.safetensors --words guard.words --rows guard.dev.jsonl
   train-reference evaluate --package P --config guard.toml --guard guard.safetensors --rows guard.test.jsonl
   train-reference loss --package P --rows heldout.jsonl
   train-reference reviser --package P --rows reviser.train.jsonl --out reviser.safetensors
@@ -88,6 +96,20 @@ enum Command {
         #[command(flatten)]
         recipe: Recipe,
     },
+    /// Learn the guard's words, or measure how well they are learned for sources that are left out
+    Words {
+        /// Training rows
+        #[arg(long)]
+        rows: PathBuf,
+        /// Where to write the words
+        #[arg(long, required_unless_present = "by_source")]
+        out: Option<PathBuf>,
+        /// Leave each source out in turn and print what is found of it; the safe rows of DEV give the threshold
+        #[arg(long, value_name = "DEV", conflicts_with = "out")]
+        by_source: Option<PathBuf>,
+        #[command(flatten)]
+        recipe: WordsRecipe,
+    },
     /// Fit probabilities and thresholds on a dev split, and write them into the guard's configuration
     Calibrate {
         #[command(flatten)]
@@ -96,11 +118,11 @@ enum Command {
         #[arg(long)]
         rows: PathBuf,
         /// What the thresholds are chosen for
-        #[arg(long, value_enum, default_value = "f1")]
+        #[arg(long, value_enum, default_value = "false-alarms")]
         target: TargetArg,
-        /// The recall or precision to reach, for those targets
-        #[arg(long, default_value_t = 0.9)]
-        reach: f64,
+        /// The recall or precision to reach, or the share of false alarms to stay below; 0.9, and 0.02 for false alarms
+        #[arg(long)]
+        reach: Option<f64>,
         /// Give each category a threshold of its own where there are enough rows
         #[arg(long)]
         per_category: bool,
@@ -161,24 +183,12 @@ struct TrainFiles {
     log: Option<PathBuf>,
 }
 
-#[derive(Args)]
-struct GuardFiles {
-    /// The compiled package of the base, or of the guard itself
-    #[arg(long)]
-    package: PathBuf,
-    /// The guard's configuration
-    #[arg(long, default_value = "models/reference/guard.toml")]
-    config: PathBuf,
-    /// The guard's adapter; without one the base is judged as it is
-    #[arg(long)]
-    guard: Option<PathBuf>,
-}
-
 #[derive(Clone, Copy, ValueEnum)]
 enum TargetArg {
     F1,
     Recall,
     Precision,
+    FalseAlarms,
 }
 
 fn main() -> ExitCode {
@@ -199,6 +209,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         cause.is::<rows::RowsError>()
             || cause.is::<commonweal_runtime::TextsError>()
             || cause.is::<ConfigError>()
+            || cause.is::<WordsError>()
             || cause.is::<ConstitutionError>()
             || cause.is::<commonweal_package::OpenError>()
     };
@@ -241,22 +252,39 @@ fn run(cli: Cli) -> Result<()> {
             let learned = learn_reviser::reviser_rows(&model, &constitution, &rows)?;
             files.train(&model, &learned, &recipe, AdapterKind::Reviser, progress)
         }
+        Command::Words { rows, out, by_source, recipe } => {
+            let rows = rows::read(&rows)?;
+            if let Some(dev) = by_source {
+                for row in learn_words::by_source(&rows, &rows::read(&dev)?, recipe, progress)? {
+                    progress.event(&row);
+                }
+                return Ok(());
+            }
+            let out = out.context("--out is missing")?;
+            let bytes = learn_words::learn_words(&rows, recipe)?.write();
+            learn::write_whole(&out, &bytes)?;
+            progress.event(&json!({"event": "learned", "rows": rows.len(), "bytes": bytes.len(), "out": out}));
+            Ok(())
+        }
         Command::Calibrate { guard, rows, target, reach, per_category, out } => {
             let rows = rows::read(&rows)?;
             let target = match target {
                 TargetArg::F1 => Target::F1,
-                TargetArg::Recall => Target::Recall(reach),
-                TargetArg::Precision => Target::Precision(reach),
+                TargetArg::Recall => Target::Recall(reach.unwrap_or(0.9)),
+                TargetArg::Precision => Target::Precision(reach.unwrap_or(0.9)),
+                TargetArg::FalseAlarms => Target::FalseAlarms(reach.unwrap_or(0.02)),
             };
             let text = read_text(&guard.config)?;
             let mut config = GuardConfig::from_toml(&text)?;
             // Every row gets a category, so that each category's rows can be counted.
             config.threshold = f64::MIN_POSITIVE;
             config.categories.iter_mut().for_each(|category| category.threshold = None);
-            let (judge, _) = guard.open(&library()?, config.clone())?;
+            let words = guard.read_words(&config)?;
+            let alone = GuardConfig { words: None, ..config.clone() };
+            let (judge, _) = guard.open(&library()?, alone, None)?;
             let judgements = calibrate::judge(&judge, &rows, progress)?;
             let (calibrated, measured) =
-                calibrate::calibrate(&config, &rows, &judgements, target, per_category)?;
+                calibrate::calibrate(&config, &rows, &judgements, words.as_ref(), target, per_category)?;
             let out = out.unwrap_or(guard.config);
             learn::write_whole(&out, (heading(&text) + &calibrated.to_toml()?).as_bytes())?;
             progress.event(&json!({"event": "calibrated", "out": out, "measured": measured}));
@@ -278,7 +306,8 @@ fn run(cli: Cli) -> Result<()> {
                 bail!("nothing to evaluate: give --rows or --reviser with --reviser-rows");
             }
             let config = GuardConfig::from_toml(&read_text(&guard.config)?)?;
-            let (judge, model) = guard.open(&library()?, config)?;
+            let words = guard.read_words(&config)?;
+            let (judge, model) = guard.open(&library()?, config, words)?;
             for path in rows {
                 let evaluation = evaluate::evaluate(&judge, &rows::read(&path)?, progress)?;
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -326,24 +355,6 @@ impl TrainFiles {
     }
 }
 
-impl GuardFiles {
-    /// `--package` is the guard's own, whatever path the configuration gives to others. The model is open besides,
-    /// where the guard is one that is asked.
-    fn open(&self, library: &Library, mut config: GuardConfig) -> Result<(Guard, Option<Model>)> {
-        if config.kind == Kind::Classifier {
-            ensure!(self.guard.is_none(), "a classifier has no adapter, got --guard");
-            let package = EncoderPackage::open(&self.package)?;
-            let classifier = Classifier::open(library, &package, ClassifyOptions::default())?;
-            return Ok((Guard::of_classifier(classifier, config)?, None));
-        }
-        let model = Model::open(library, &Package::open_base(&self.package)?, OpenOptions::default())?;
-        config.package = None;
-        let adapter =
-            self.guard.as_ref().map(|file| read_adapter(file, &model, AdapterKind::Guard)).transpose()?;
-        Ok((Guard::open(&model, config, adapter.as_ref(), &Cancel::new())?, Some(model)))
-    }
-}
-
 /// The comment that a file opens with: writing TOML would lose it.
 fn heading(text: &str) -> String {
     text.split_inclusive('\n').take_while(|line| line.starts_with('#')).collect()
@@ -351,11 +362,6 @@ fn heading(text: &str) -> String {
 
 fn read_text(path: &PathBuf) -> Result<String> {
     fs::read_to_string(path).with_context(|| format!("{} cannot be read", path.display()))
-}
-
-fn read_adapter(path: &PathBuf, model: &Model, kind: AdapterKind) -> Result<Adapter> {
-    let bytes = fs::read(path).with_context(|| format!("{} cannot be read", path.display()))?;
-    adapter_file::read(&bytes, model, kind).with_context(|| path.display().to_string())
 }
 
 #[cfg(test)]

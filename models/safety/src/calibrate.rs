@@ -197,12 +197,15 @@ pub enum Target {
     Recall(f64),
     /// At least this precision, then the best recall.
     Precision(f64),
+    /// At most this share of the safe rows called unsafe, then the best recall.
+    FalseAlarms(f64),
 }
 
 /// The threshold for a target, halfway between two neighbouring probabilities so that it does not lie on a row.
 /// `None` when there is no unsafe row or nothing reaches the target.
 pub fn threshold_for(rows: &[Labelled], target: Target) -> Option<f64> {
     let positives = rows.iter().filter(|row| row.is_unsafe).count();
+    let negatives = rows.len() - positives;
     if positives == 0 || rows.iter().any(|row| !row.probability.is_finite()) {
         return None;
     }
@@ -222,6 +225,7 @@ pub fn threshold_for(rows: &[Labelled], target: Target) -> Option<f64> {
             Target::F1 if hits > 0 => 2.0 * precision * recall / (precision + recall),
             Target::Recall(floor) if recall >= floor => precision,
             Target::Precision(floor) if precision >= floor && hits > 0 => recall,
+            Target::FalseAlarms(share) if hits > 0 && (taken - hits) as f64 <= share * negatives as f64 => recall,
             _ => continue,
         };
         let next = sorted.get(taken).map_or(0.0, |row| row.probability);
@@ -317,5 +321,19 @@ mod tests {
         let bad = [row(0.9, false), row(0.8, true)];
         assert_eq!(threshold_for(&bad, Target::Precision(0.99)), None);
         assert!(threshold_for(&bad, Target::Recall(1.0)).unwrap() <= 0.8);
+        assert_eq!(threshold_for(&bad, Target::FalseAlarms(0.5)), None);
+    }
+
+    #[test]
+    fn false_alarms_are_bounded_and_recall_is_what_is_left() {
+        let row = |probability, is_unsafe| Labelled { probability, is_unsafe };
+        let rows = [row(0.9, true), row(0.8, false), row(0.7, true), row(0.6, false), row(0.5, true)];
+        let close = |share, expected: f64| {
+            let got = threshold_for(&rows, Target::FalseAlarms(share)).unwrap();
+            assert!((got - expected).abs() < 1e-12, "{share}: {got}, expected {expected}");
+        };
+        close(0.0, 0.85);
+        close(0.5, 0.65);
+        close(1.0, 0.25);
     }
 }

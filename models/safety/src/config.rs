@@ -10,6 +10,7 @@ use crate::{
     category::{AskedAbout, Category, CategoryId},
     preset,
     problem::{Problem, list},
+    words::Spoken,
 };
 
 /// A guard's policy, answers and layouts fit in a few kilobytes; more is a wrong file.
@@ -81,6 +82,9 @@ pub struct GuardConfig {
     /// Asked about a prompt with its response.
     #[serde(default)]
     pub pair: Layout,
+    /// A model of words that is heard beside the guard's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub words: Option<WordsUse>,
     /// The kinds of harm; none when the guard only says safe or unsafe.
     #[serde(default)]
     pub categories: Vec<Category>,
@@ -122,6 +126,40 @@ pub struct Layout {
     /// From the raw log-odds of the labels to a probability.
     #[serde(default)]
     pub calibration: Platt,
+}
+
+/// A file of [`crate::Words`], and how much its log-odds count beside the guard's, which count 1. The sum is calibrated.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WordsUse {
+    /// The file, in the package that has `guard.toml`.
+    pub file: String,
+    /// The weight of a prompt's words, where the prompt stands alone.
+    pub prompt: f64,
+    /// Their weight where it has a response.
+    pub pair_prompt: f64,
+    /// The weight of what the words of both say together.
+    pub pair: f64,
+}
+
+impl WordsUse {
+    /// Gives every score of prompts alone, or of pairs, the same weight.
+    pub fn weigh(&mut self, weight: f64, with_response: bool) {
+        if with_response {
+            (self.pair_prompt, self.pair) = (weight, weight);
+        } else {
+            self.prompt = weight;
+        }
+    }
+
+    /// What is added to the guard's log-odds.
+    pub fn log_odds(&self, spoken: Spoken, with_response: bool) -> f64 {
+        if with_response {
+            self.pair_prompt * spoken.prompt + self.pair * spoken.pair
+        } else {
+            self.prompt * spoken.prompt
+        }
+    }
 }
 
 /// Why `guard.toml` cannot be used.

@@ -1,5 +1,6 @@
 //! The seam between a judgement and what scores the text. `guard.rs` calibrates findings and applies thresholds, and
-//! knows nothing of models; a form finds. `asked.rs` is the form of causal models. Another kind of model, such as an
+//! knows nothing of models; a form finds. `asked.rs` is the form of causal models; `add_words.rs` adds
+//! to what any of them finds. Another kind of model, such as an
 //! encoder that classifies, is another file with this trait, a [`Kind`](crate::Kind) and a line in `open.rs`; it must
 //! hold what `tests/contract/` holds every form to.
 

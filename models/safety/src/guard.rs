@@ -9,12 +9,14 @@ use commonweal_adapter::Adapter;
 use commonweal_runtime::{AdaptError, Cancel, Classifier, ClassifyError, InferError, Model, TokenizeError};
 
 use crate::{
+    add_words::WithWords,
     asked::Asked,
     category::CategoryId,
     classified::{Classified, LabelError},
     config::{ConfigError, GuardConfig, Kind},
     form::{Finding, Form},
     question::QuestionError,
+    words::{Words, WordsFileError},
 };
 
 /// What is judged: a prompt alone, or a prompt with its response.
@@ -41,7 +43,7 @@ impl fmt::Debug for Pair<'_> {
 pub struct Judgement {
     /// Calibrated probability that the pair is unsafe, 0 to 1; of the worst window where there are several.
     pub probability: f64,
-    /// The same before calibration: ln(p(unsafe) / p(safe)).
+    /// The same before calibration: ln(p(unsafe) / p(safe)), what the words say added.
     pub log_odds: f64,
     /// The most probable kind of harm; `None` when no threshold is near, or the guard knows no categories.
     pub category: Option<CategoryId>,
@@ -82,6 +84,17 @@ pub enum GuardError {
         /// The guard's name.
         name: String,
         /// What it needs.
+        expected: &'static str,
+    },
+    /// The words that the configuration names cannot be used.
+    #[error("guard's words cannot be used")]
+    Words(#[from] WordsFileError),
+    /// A model of words came without its place in the configuration, or the other way round.
+    #[error("guard {name} must come {expected} a model of words")]
+    OtherWords {
+        /// The guard's name.
+        name: String,
+        /// With or without.
         expected: &'static str,
     },
     /// The configuration does not fit the classifier's labels.
@@ -138,8 +151,8 @@ impl GuardError {
 
 impl Guard {
     /// Checks the configuration against the model, and reads the policy. `adapter` is the guard's own; `None` when
-    /// the model itself is the guard. A configuration that names a package of the guard's own is refused:
-    /// [`Guard::from_package`] opens that one.
+    /// the model itself is the guard. Words that the configuration names are those of the model's package. A
+    /// configuration that names a package of the guard's own is refused: [`Guard::from_package`] opens that one.
     pub fn open(
         model: &Model,
         config: GuardConfig,
@@ -149,7 +162,22 @@ impl Guard {
         if let Some(package) = config.package {
             return Err(GuardError::OtherPackage { package });
         }
-        Self::over(model, config, adapter, cancel)
+        let words = config.open_words(model.package())?;
+        Self::over(model, config, adapter, words, cancel)
+    }
+
+    /// Like [`Guard::open`], with words from elsewhere.
+    pub fn open_with_words(
+        model: &Model,
+        config: GuardConfig,
+        adapter: Option<&Adapter>,
+        words: Option<Words>,
+        cancel: &Cancel,
+    ) -> Result<Self, GuardError> {
+        if let Some(package) = config.package {
+            return Err(GuardError::OtherPackage { package });
+        }
+        Self::over(model, config, adapter, words, cancel)
     }
 
     /// Like [`Guard::open`], over the model that the configuration names.
@@ -157,13 +185,14 @@ impl Guard {
         model: &Model,
         config: GuardConfig,
         adapter: Option<&Adapter>,
+        words: Option<Words>,
         cancel: &Cancel,
     ) -> Result<Self, GuardError> {
         config.validate().map_err(ConfigError::Invalid)?;
         match config.kind {
             Kind::Question => {
                 let form = Box::new(Asked::open(model, &config, adapter, cancel)?);
-                Ok(Self { config, form })
+                Self::of_form(form, config, words)
             }
             Kind::Classifier => Err(GuardError::OtherKind { name: config.name, expected: "an encoder" }),
         }
@@ -171,12 +200,29 @@ impl Guard {
 
     /// Checks the configuration of a classifier against its labels. [`Guard::from_package`] opens the one that a
     /// configuration names.
-    pub fn of_classifier(classifier: Classifier, config: GuardConfig) -> Result<Self, GuardError> {
+    pub fn of_classifier(
+        classifier: Classifier,
+        config: GuardConfig,
+        words: Option<Words>,
+    ) -> Result<Self, GuardError> {
         config.validate().map_err(ConfigError::Invalid)?;
         if config.kind != Kind::Classifier {
             return Err(GuardError::OtherKind { name: config.name, expected: "a model that is asked" });
         }
         let form = Box::new(Classified::open(classifier, &config)?);
+        Self::of_form(form, config, words)
+    }
+
+    /// A guard whose configuration names words is none without them.
+    fn of_form(form: Box<dyn Form>, config: GuardConfig, words: Option<Words>) -> Result<Self, GuardError> {
+        let form = match (&config.words, words) {
+            (None, None) => form,
+            (Some(heard), Some(words)) => Box::new(WithWords { form, words, heard: heard.clone() }),
+            (heard, _) => {
+                let expected = if heard.is_some() { "with" } else { "without" };
+                return Err(GuardError::OtherWords { name: config.name, expected });
+            }
+        };
         Ok(Self { config, form })
     }
 

@@ -1,7 +1,7 @@
 //! Safety over one base: what is unsafe, why, what to write instead, and how well that works.
 //!
 //! Flow: `guard.toml` ([`GuardConfig`]) + an adapter → [`Guard::judge`] gives each [`Pair`] a calibrated
-//! [`Judgement`] → a flagged pair goes to [`Reviser::revise`] with a [`Constitution`] → [`Revision`].
+//! [`Judgement`], by the model and by the text's words ([`Words`]) → a flagged pair goes to [`Reviser::revise`] with a [`Constitution`] → [`Revision`].
 //! [`refusal`] and [`SafetyReport`] measure answers; [`calibrate`] turns raw scores into probabilities.
 //!
 //! Works on `&str` only. It keeps no person's text, and neither its errors nor its logs contain any.
@@ -17,6 +17,8 @@ mod question;
 mod form;
 mod asked;
 mod classified;
+mod words;
+mod add_words;
 mod guard;
 mod constitution;
 mod revise;
@@ -27,13 +29,14 @@ mod report;
 
 pub use category::{AskedAbout, Category, CategoryId, InvalidCategoryId};
 pub use classified::LabelError;
-pub use config::{ConfigError, GuardConfig, Kind, Layout};
+pub use config::{ConfigError, GuardConfig, Kind, Layout, WordsUse};
 pub use constitution::{Constitution, ConstitutionError, Principle, PrincipleId};
 pub use guard::{Guard, GuardError, Judgement, Pair};
 pub use open::OpenError;
 pub use problem::{Place, Problem};
 pub use question::{QuestionError, Questions};
 pub use report::{Confusion, GuardReport, Rate, SafetyReport};
+pub use words::{BUCKETS, Head, Sparse, Spoken, Vocabulary, Words, WordsError, WordsFileError};
 pub use revise::{
     Flagged, ReviseError, ReviseOptions, Reviser, Revision, critique_messages, revision_messages,
 };

@@ -18,6 +18,7 @@ use crate::{
     constitution::{Constitution, ConstitutionError},
     guard::{Guard, GuardError},
     revise::{ReviseError, Reviser},
+    words::{Words, WordsFileError},
 };
 
 /// The guard's configuration in a package.
@@ -111,17 +112,25 @@ pub enum OpenError {
 
 impl Guard {
     /// The guard that the model's package brings: `guard.toml`, and what it names: a package of the guard's own, an
-    /// adapter, or both.
+    /// adapter, or both, and words from this package.
     pub fn from_package(model: &Model, cancel: &Cancel) -> Result<Self, OpenError> {
         let config = GuardConfig::from_toml(&text(model, GUARD)?)?;
+        let words = config.open_words(model.package()).map_err(GuardError::Words)?;
         if let (Kind::Classifier, Some(path)) = (config.kind, &config.package) {
-            return Ok(Self::of_classifier(open_classifier(model, path)?, config)?);
+            return Ok(Self::of_classifier(open_classifier(model, path)?, config, words)?);
         }
         let own = config.package.as_deref().map(|path| open_own(model, path)).transpose()?;
         let model = own.as_ref().unwrap_or(model);
         let adapter =
             config.adapter.as_deref().map(|name| adapter(model, name, AdapterKind::Guard)).transpose()?;
-        Ok(Self::over(model, config, adapter.as_ref(), cancel)?)
+        Ok(Self::over(model, config, adapter.as_ref(), words, cancel)?)
+    }
+}
+
+impl GuardConfig {
+    /// The words that the configuration names, from the package that has it.
+    pub(crate) fn open_words(&self, package: &Package) -> Result<Option<Words>, WordsFileError> {
+        self.words.as_ref().map(|words| Words::of_package(package, &words.file)).transpose()
     }
 }
 

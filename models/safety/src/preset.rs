@@ -13,7 +13,7 @@ use toml::{Table, Value};
 use crate::{
     calibrate::Platt,
     category::CategoryId,
-    config::{ConfigError, GuardConfig},
+    config::{ConfigError, GuardConfig, WordsUse},
     problem::Problems,
 };
 
@@ -40,6 +40,7 @@ struct PresetUse {
     also_safe: Option<Vec<String>>,
     also_unsafe: Option<Vec<String>>,
     category_line: Option<String>,
+    words: Option<WordsUse>,
     /// From the guard's codes to our categories.
     #[serde(default)]
     map: BTreeMap<String, CategoryId>,
@@ -78,7 +79,7 @@ pub(crate) fn expand(file: Table) -> Result<GuardConfig, ConfigError> {
     let mut config: GuardConfig = preset.try_into().map_err(ConfigError::Parse)?;
     config.format = wanted.format;
     config.name = wanted.name.unwrap_or(config.name);
-    (config.package, config.adapter) = (wanted.package, wanted.adapter);
+    (config.package, config.adapter, config.words) = (wanted.package, wanted.adapter, wanted.words);
     config.threshold = wanted.threshold.unwrap_or(config.threshold);
     config.prompt_tokens_max = wanted.prompt_tokens_max.unwrap_or(config.prompt_tokens_max);
     config.response_tokens_max = wanted.response_tokens_max.unwrap_or(config.response_tokens_max);

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::{
     calibrate::Platt,
     category::{AskedAbout, CategoryId},
-    config::{GuardConfig, Kind, Layout},
+    config::{GuardConfig, Kind, Layout, WordsUse},
     problem::{Problem, Problems},
 };
 
@@ -16,6 +16,8 @@ const CATEGORIES_MAX: usize = 64;
 const WINDOW_TOKENS_MAX: usize = 32_768;
 /// Qwen3Guard answers in three ways; a rubric has a handful.
 const ANSWERS_MAX: usize = 16;
+/// Beside a model whose log-odds are three times too large, its words weigh 3.
+const WORDS_WEIGHT_MAX: f64 = 100.0;
 /// A model's log-odds are the difference of two logits, seldom above 30. A threshold that needs more is never reached.
 const LOG_ODDS_MAX: f64 = 100.0;
 /// A chat template writes about five.
@@ -34,10 +36,10 @@ impl GuardConfig {
             self.check_classifier(&mut problems);
         }
         if let Some(adapter) = &self.adapter {
-            let inside = !adapter.is_empty()
-                && !adapter.starts_with(['/', '\\'])
-                && adapter.split(['/', '\\']).all(|part| !part.is_empty() && part != "..");
-            problems.require(inside, "adapter", "expected a path inside the package");
+            problems.require(is_inside(adapter), "adapter", "expected a path inside the package");
+        }
+        if let Some(words) = &self.words {
+            check_words(&mut problems, words);
         }
         if let Some(package) = &self.package {
             problems.require(!package.is_empty(), "package", "expected a path, got nothing");
@@ -207,6 +209,27 @@ impl GuardConfig {
                 );
             }
         }
+    }
+}
+
+fn is_inside(path: &str) -> bool {
+    !path.is_empty()
+        && !path.starts_with(['/', '\\'])
+        && path.split(['/', '\\']).all(|part| !part.is_empty() && part != "..")
+}
+
+fn check_words(problems: &mut Problems, words: &WordsUse) {
+    problems.require(is_inside(&words.file), "words.file", "expected a path inside the package");
+    for (place, weight) in [
+        ("words.prompt", words.prompt),
+        ("words.pair_prompt", words.pair_prompt),
+        ("words.pair", words.pair),
+    ] {
+        problems.require(
+            (0.0..=WORDS_WEIGHT_MAX).contains(&weight),
+            place,
+            format!("expected a weight from 0 to {WORDS_WEIGHT_MAX}, got {weight}"),
+        );
     }
 }
 

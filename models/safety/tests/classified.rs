@@ -44,7 +44,7 @@ fn guard(variant: &str, text: &str) -> Result<Guard, GuardError> {
     let package = encoder(folder.path(), variant);
     let library = Library::load(None).unwrap();
     let classifier = Classifier::open(&library, &package, ClassifyOptions::default()).unwrap();
-    Guard::of_classifier(classifier, GuardConfig::from_toml(text).unwrap())
+    Guard::of_classifier(classifier, GuardConfig::from_toml(text).unwrap(), None)
 }
 
 const HEAD: &str =

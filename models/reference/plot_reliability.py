@@ -1,0 +1,57 @@
+"""Draws reliability.svg: how often rows of each probability were unsafe, from the lines that `train-reference --json` printed.
+
+    python plot_reliability.py calibration.jsonl evaluation.jsonl adapters/reliability.svg
+
+Takes `calibrated` events (one curve for prompts, one for pairs) and `evaluate` events (a curve for each file).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+SIDE, EDGE = 300, 40
+COLOURS = ["#1b6ca8", "#c8553d", "#4c8c4a", "#7a5195"]
+
+
+def curves(paths: list[str]) -> list[tuple[str, float, list[dict]]]:
+    """(name, expected calibration error, bins)"""
+    found = []
+    for line in (line for path in paths for line in Path(path).read_text().splitlines()):
+        event = json.loads(line)
+        if event["event"] == "calibrated":
+            for form in ("prompt", "pair"):
+                measured = event["measured"][form]
+                found.append((f"development, {form}s", measured["calibration_error_after"], measured["reliability"]))
+        elif event["event"] == "evaluate":
+            found.append((event["file"].removesuffix(".jsonl"), event["calibration_error"], event["reliability"]))
+    return found
+
+
+def main() -> None:
+    *sources, out = sys.argv[1:]
+    at = lambda x, y: f"{EDGE + SIDE * x:.1f},{EDGE + SIDE * (1 - y):.1f}"
+    size = SIDE + 2 * EDGE
+    drawn = curves(sources)
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size + 230} {size}" font-family="sans-serif" font-size="12">']
+    svg.append(f'<rect width="100%" height="100%" fill="white"/><rect x="{EDGE}" y="{EDGE}" width="{SIDE}" height="{SIDE}" fill="none" stroke="#888"/>')
+    svg.append(f'<polyline points="{at(0, 0)} {at(1, 1)}" stroke="#bbb" stroke-dasharray="4"/>')
+    for i, (name, error, bins) in enumerate(drawn):
+        colour, filled = COLOURS[i % len(COLOURS)], [b for b in bins if b["count"]]
+        points = [at(b["confidence"], b["frequency"]) for b in filled]
+        svg.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        for point, b in zip(points, filled):
+            x, y = point.split(",")
+            svg.append(f'<circle cx="{x}" cy="{y}" r="{2 + min(b["count"], 800) ** 0.5 / 7:.1f}" fill="{colour}" fill-opacity="0.6"/>')
+        svg.append(f'<text x="{size}" y="{EDGE + 14 + 20 * i}" fill="{colour}">{name}: {error:.3f}</text>')
+    svg.append(f'<text x="{EDGE + SIDE / 2}" y="{size - 8}" text-anchor="middle">probability of unsafe</text>')
+    svg.append(f'<text x="14" y="{EDGE + SIDE / 2}" text-anchor="middle" transform="rotate(-90 14 {EDGE + SIDE / 2})">share that was unsafe</text>')
+    for tick in (0, 0.5, 1):
+        svg.append(f'<text x="{EDGE + SIDE * tick}" y="{EDGE + SIDE + 16}" text-anchor="middle">{tick:g}</text>')
+        svg.append(f'<text x="{EDGE - 6}" y="{EDGE + SIDE * (1 - tick) + 4}" text-anchor="end">{tick:g}</text>')
+    Path(out).write_text("\n".join(svg) + "\n</svg>\n")
+
+
+if __name__ == "__main__":
+    main()
