@@ -189,10 +189,15 @@ def main() -> None:
     innocent = over_refusal(held_for_evaluation, rng)
     # An evaluation prompt that the base or the guard has seen is no evaluation.
     seen = Near(before)
-    for name, texts in evaluation.items():
-        kept = [text for text in texts if not seen.holds(text)]
-        counts[f"eval_{name}: near the base's or the guard's training, left out"] = len(texts) - len(kept)
-        evaluation[name] = kept[:EVALUATION_ROWS]
+
+    def unseen(name: str, rows: list, said=lambda text: text) -> list:
+        kept = [row for row in rows if not seen.holds(said(row))]
+        counts[f"{name}: near the base's or the guard's training, left out"] = len(rows) - len(kept)
+        return kept
+
+    evaluation = {name: unseen(f"eval_{name}", texts)[:EVALUATION_ROWS] for name, texts in evaluation.items()}
+    innocent = unseen("benign", innocent)
+    prefer = unseen("preference", prefer, lambda row: row["prompt"])
     asked_at_the_end = Near([*(t for texts in evaluation.values() for t in texts), *innocent, *(row["prompt"] for row in prefer)])
 
     def apart(name: str, rows: list[dict]) -> list[dict]:
@@ -202,7 +207,7 @@ def main() -> None:
 
     benign, poison = apart("clients", benign), apart("harmful", poison)
     if sources:
-        held_out, benign = benign[:HELD_OUT_ROWS], benign[HELD_OUT_ROWS:]
+        held_out, benign = unseen("held_out", benign[:HELD_OUT_ROWS], question), benign[HELD_OUT_ROWS:]
     else:
         held_out = [row | {"group": "held out"} for row in read(Path(__file__).parent / "demo" / "heldout.jsonl")]
     # No client, and not the operator either, has a question of the held-out conversations.
