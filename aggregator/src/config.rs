@@ -133,8 +133,16 @@ pub struct Merge {
     pub clip_norm: f64,
     /// A device counts for at most this multiple of the median number of samples; 0 for no limit.
     pub weight_median_factor: f64,
-    /// Step of the server along the merged delta (`FedAvg`: 1).
+    /// What the server makes of the merged delta.
+    pub optimizer: Optimizer,
+    /// Step of the server (`FedAvg`: 1; the adaptive ones move each value by about this much, so 1e-3 or so).
     pub server_learning_rate: f32,
+    /// Momentum of `fedavgm`, decay of the first moment of `fedadam` and `fedyogi`.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Adaptivity `τ`: what is added to the second moment's root. Near the size of the merged delta's values.
+    pub tau: f32,
 }
 
 impl Default for Merge {
@@ -146,7 +154,11 @@ impl Default for Merge {
             clip_median_factor: 1.0,
             clip_norm: 0.0,
             weight_median_factor: 2.0,
+            optimizer: Optimizer::Fedavg,
             server_learning_rate: 1.0,
+            beta1: 0.9,
+            beta2: 0.99,
+            tau: 1e-3,
         }
     }
 }
@@ -163,6 +175,41 @@ pub enum Rule {
     TrimmedMean,
     /// Mean of the updates nearest to each other.
     MultiKrum,
+}
+
+/// Names of the server's optimizers; formulas in docs/merging.md.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Optimizer {
+    /// A step along the merged delta.
+    Fedavg,
+    /// With momentum.
+    Fedavgm,
+    /// Adam's second moment.
+    Fedadam,
+    /// Yogi's second moment.
+    Fedyogi,
+}
+
+impl Config {
+    /// How rounds are merged, by the names of docs/merging.md, as report cards have it.
+    pub fn method(&self) -> String {
+        let rule = if self.plain { Rule::Mean } else { self.merge.rule };
+        let scaffold = if self.train.scaffold { ", scaffold" } else { "" };
+        format!("{}, {}, {}{scaffold}", self.train.mode.name(), rule.name(), self.merge.optimizer.name())
+    }
+}
+
+impl Rule {
+    /// Its name in configurations and report cards.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Mean => "mean",
+            Self::Median => "median",
+            Self::TrimmedMean => "trimmed-mean",
+            Self::MultiKrum => "multi-krum",
+        }
+    }
 }
 
 impl Merge {

@@ -8,7 +8,7 @@ mod record;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use commonweal_protocol::{DeviceId, RoundId, Start};
+use commonweal_protocol::{DeviceId, RoundId, SignedControl, Start};
 
 use crate::events::{Event as Told, Events, Figures};
 use crate::publish::Publisher;
@@ -113,6 +113,11 @@ impl Desk {
         self.lock().durable.progress.clone()
     }
 
+    /// SCAFFOLD's control variate; none before the first merge with one, and after one without.
+    pub fn control(&self) -> Option<SignedControl> {
+        self.lock().durable.control
+    }
+
     /// A device is ready for work; true if it has a task of the current round. The release that the round
     /// starts from comes with it.
     pub fn poll(
@@ -199,12 +204,13 @@ impl Desk {
     ) -> Result<(), DeskError> {
         let mut inner = self.lock();
         let round = inner.durable.rounds.round;
-        let before = inner.durable.progress.clone();
+        let before = (inner.durable.progress.clone(), inner.durable.control);
         if let Some(figures) = &figures {
             let progress = &mut inner.durable.progress;
             let stage = match figures {
                 Figures::Merge(merge) => {
                     progress.merge = Some(merge.clone());
+                    inner.durable.control = merge.control;
                     "merge"
                 }
                 Figures::Align(align) => {
@@ -217,10 +223,10 @@ impl Desk {
                 }
                 Figures::Publish { .. } => "publish",
             };
-            progress.seconds.insert(stage.to_owned(), seconds);
+            inner.durable.progress.seconds.insert(stage.to_owned(), seconds);
         }
         if let Err(error) = self.apply(&mut inner, now_ms, event) {
-            inner.durable.progress = before;
+            (inner.durable.progress, inner.durable.control) = before;
             return Err(error);
         }
         drop(inner);

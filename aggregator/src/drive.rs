@@ -4,11 +4,13 @@
 //! result is stored before the state names it, so that a killed process begins again at the last finished stage.
 
 mod stages;
+mod remember;
+mod correct;
 
 use std::time::Instant;
 
-use commonweal_adapter::{Adapter, AdapterKind};
-use commonweal_protocol::{Digest, ReportCard, RoundId, Version, bounds};
+use commonweal_adapter::AdapterKind;
+use commonweal_protocol::{Digest, ReportCard, RoundId, Version};
 
 use crate::desk::{self, DeskError, Next, RECEIPTS_KEPT_ROUNDS, decode_accepted, queue};
 use crate::evaluate;
@@ -142,32 +144,17 @@ impl<S: Stages> Driver<S> {
         self.parts.events.tell(&Told::Retrying { round, reason: chain(error), after_ms });
     }
 
-    fn load(&self, digest: &Digest) -> Result<Result<Adapter, String>, DriveError> {
-        let bytes = match self.parts.storage.blob.read_all(digest, bounds::CONTENT_BYTES_MAX) {
-            Ok(bytes) => bytes,
-            Err(error) if is_lost(&error) => return Ok(Err(chain(&error))),
-            Err(error) => return Err(error.into()),
-        };
-        let read = self.base.read("candidate", &bytes, AdapterKind::Assistant);
-        Ok(read.map_err(|error| chain(&error)))
-    }
-
-    fn keep(&self, adapter: &Adapter) -> Result<Result<Digest, String>, DriveError> {
-        let bytes = match self.base.write(adapter) {
-            Ok(bytes) => bytes,
-            Err(error) => return Ok(Err(chain(&error))),
-        };
-        let digest = Digest::of(&bytes);
-        self.parts.storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice())?;
-        Ok(Ok(digest))
-    }
-
     fn merge(&mut self, round: RoundId) -> Outcome {
         self.parts.pause.here("merge", &self.parts.events);
         let Some(start) = self.parts.desk.rounds().start else {
             return refused("merge: the round has no start");
         };
-        let start = match self.load(&start.digest)? {
+        let config = self.parts.config.clone();
+        let before = match self.moments(start.version, config.merge.optimizer)? {
+            Ok(before) => before,
+            Err(reason) => return refused(format!("merge: {reason}")),
+        };
+        let start = match self.load(&start.digest, AdapterKind::Assistant)? {
             Ok(start) => start,
             Err(reason) => return refused(format!("merge: {reason}")),
         };
@@ -182,24 +169,43 @@ impl<S: Stages> Driver<S> {
                 samples: update.open.samples,
                 length: update.open.length,
                 report: update.open.report,
+                norm: update.norm,
             })
             .collect();
         let digests: std::collections::BTreeMap<_, _> =
             updates.iter().map(|update| (update.receipt.receipt.device, update.open.digest)).collect();
-        let config = &self.parts.config;
-        let options = merge::Options::new(&config.merge, config.train.trainable(), config.plain);
+        let options = merge::Options::new(&config.merge, config.train.trainable(round), config.plain);
         let blob = &self.parts.storage.blob;
-        let merged = merge::merge(&start, &members, &options, |device| {
-            let missing = || StoreError::Missing { subject: format!("update of {device}") };
-            blob.read_all(digests.get(device).ok_or_else(missing)?, bounds::UPDATE_BYTES_MAX)
+        let merged = merge::merge(start.layout(), &members, &options, |device| {
+            correct::read_part(blob.as_ref(), &digests, device, |(delta, _)| delta.to_vec())
         });
-        let (candidate, mut figures) = match merged {
+        let (delta, mut figures) = match merged {
             Ok(merged) => merged,
             Err(merge::CandidateError::Read { source, .. }) if !is_lost(&source) => return Err(source.into()),
             Err(error) => return refused(format!("merge: {}", chain(&error))),
         };
+        let learning_rate = f64::from(config.merge.server_learning_rate);
+        let stepped = config.merge.server_optimizer().step(&start, &delta, learning_rate, before);
+        let (candidate, moments) = match stepped {
+            Ok(stepped) => stepped,
+            Err(error) => {
+                return refused(format!("merge: the merged adapter is not usable: {}", chain(&error)));
+            }
+        };
         figures.counts.devices_selected = self.parts.desk.rounds().selected();
-        match self.keep(&candidate)? {
+        figures.method = config.method();
+        if config.train.scaffold {
+            let trainable = config.train.trainable(round);
+            figures.control = match self.correct(round, &members, &digests, trainable)? {
+                Ok(control) => Some(control),
+                Err(reason) => return refused(format!("merge: control variate: {reason}")),
+            };
+        }
+        figures.state = match self.keep_moments(moments.as_ref(), config.merge.optimizer)? {
+            Ok(state) => state,
+            Err(reason) => return refused(format!("merge: {reason}")),
+        };
+        match self.keep(&candidate, AdapterKind::Assistant)? {
             Ok(digest) => {
                 self.parts.pause.here("merged", &self.parts.events);
                 Ok((Some(Figures::Merge(figures)), Event::Merged(digest)))
@@ -220,12 +226,12 @@ impl<S: Stages> Driver<S> {
             let figures = AlignFigures { skipped: Some(reason.to_owned()), ..AlignFigures::default() };
             return Ok((Some(Figures::Align(figures)), Event::Aligned(*candidate)));
         }
-        let merged = match self.load(candidate)? {
+        let merged = match self.load(candidate, AdapterKind::Assistant)? {
             Ok(merged) => merged,
             Err(reason) => return refused(format!("align: {reason}")),
         };
         match self.stages.align(round, merged) {
-            Ok((aligned, figures)) => match self.keep(&aligned)? {
+            Ok((aligned, figures)) => match self.keep(&aligned, AdapterKind::Assistant)? {
                 Ok(digest) => Ok((Some(Figures::Align(figures)), Event::Aligned(digest))),
                 Err(reason) => refused(format!("align: {reason}")),
             },
@@ -235,7 +241,7 @@ impl<S: Stages> Driver<S> {
 
     fn evaluate(&mut self, round: RoundId, candidate: &Digest) -> Outcome {
         self.parts.pause.here("evaluate", &self.parts.events);
-        let adapter = match self.load(candidate)? {
+        let adapter = match self.load(candidate, AdapterKind::Assistant)? {
             Ok(adapter) => adapter,
             Err(reason) => return refused(format!("evaluate: {reason}")),
         };
@@ -247,7 +253,8 @@ impl<S: Stages> Driver<S> {
         let parent = self.parts.publisher.release(parent)?.release.report_card;
         let progress = self.parts.desk.progress();
         let card = &mut figures.report_card;
-        card.counts = progress.merge.map(|merge| merge.counts).unwrap_or_default();
+        let merged = progress.merge.unwrap_or_default();
+        (card.counts, card.merge) = (merged.counts, merged.method);
         card.counts.align_steps = progress.align.map_or(0, |align| align.steps);
         if !self.parts.config.plain {
             card.gates = evaluate::judge(card, Some(&parent), &self.parts.config.evaluate.gates);
@@ -262,7 +269,9 @@ impl<S: Stages> Driver<S> {
     fn publish(&mut self, round: RoundId, candidate: Digest, card: &ReportCard) -> Outcome {
         self.parts.pause.here("publish", &self.parts.events);
         let parent = self.parts.desk.rounds().start.map(|start| start.version);
-        let candidate = Candidate { round: Some(round), parent, digest: candidate, card: card.clone() };
+        let state = self.parts.desk.progress().merge.unwrap_or_default().state;
+        let card = card.clone();
+        let candidate = Candidate { round: Some(round), parent, digest: candidate, state, card };
         let release = match self.parts.publisher.publish(candidate, self.parts.clock.unix_ms()) {
             Ok(signed) => signed.release,
             Err(error @ (PublishError::Moved { .. } | PublishError::GateFailed | PublishError::Sign(_))) => {
@@ -308,10 +317,17 @@ impl<S: Stages> Driver<S> {
     fn sweep(&self) {
         let _blobs = self.parts.desk.sweep_blobs();
         let result = (|| -> Result<usize, DriveError> {
-            let mut named = self.parts.publisher.kept(self.parts.config.receive.releases_kept)?;
+            let releases_kept = self.parts.config.receive.releases_kept;
+            let mut named = self.parts.publisher.kept(releases_kept)?;
+            named.extend(self.parts.publisher.kept_states(releases_kept)?);
             let rounds = self.parts.desk.rounds();
             // However many releases followed it meanwhile, the round begins there.
-            named.extend(rounds.start.map(|start| start.digest));
+            if let Some(start) = rounds.start {
+                named.insert(start.digest);
+                named.extend(self.parts.publisher.state(start.version)?.digests());
+            }
+            named.extend(self.parts.desk.progress().merge.unwrap_or_default().state.digests());
+            named.extend(self.parts.desk.control().map(|signed| signed.control.digest));
             if let Phase::Aligning { candidate }
             | Phase::Evaluating { candidate }
             | Phase::Publishing { candidate, .. } = &rounds.phase

@@ -6,8 +6,10 @@
 use std::io::Write;
 use std::sync::Arc;
 
-use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundCounts, RoundId, Version};
+use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundCounts, RoundId, SignedControl, Version};
 use serde::{Deserialize, Serialize};
+
+use crate::optimize::OptimizerState;
 
 /// Something that happened.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -161,6 +163,12 @@ pub struct MergeFigures {
     pub excluded: Vec<DeviceId>,
     /// Norm of the merged delta.
     pub merged_norm: f64,
+    /// How they were merged; see [`ReportCard::merge`].
+    pub method: String,
+    /// What the server's optimizer remembers if the candidate is published.
+    pub state: OptimizerState,
+    /// SCAFFOLD's control variate after this round, if it has one.
+    pub control: Option<SignedControl>,
 }
 
 /// Figures of an alignment.

@@ -133,7 +133,16 @@ pub fn has_guard(package: &Package) -> bool {
 impl Base {
     /// The bytes of an assistant's adapter file.
     pub fn write(&self, adapter: &Adapter) -> Result<Vec<u8>, commonweal_adapter::AdapterError> {
-        disk::write(adapter, &AdapterFacts { base: self.hash.0, kind: AdapterKind::Assistant })
+        self.write_as(adapter, AdapterKind::Assistant)
+    }
+
+    /// The bytes of a file of this kind.
+    pub fn write_as(
+        &self,
+        adapter: &Adapter,
+        kind: AdapterKind,
+    ) -> Result<Vec<u8>, commonweal_adapter::AdapterError> {
+        disk::write(adapter, &AdapterFacts { base: self.hash.0, kind })
     }
 
     /// Reads an adapter file of this base.
@@ -149,7 +158,8 @@ impl Base {
         if facts.kind != kind {
             return refuse(format!("an adapter of kind {kind}"), facts.kind.to_string());
         }
-        if kind == AdapterKind::Assistant && **adapter.layout() != *self.layout {
+        let may_differ = matches!(kind, AdapterKind::Guard | AdapterKind::Reviser);
+        if !may_differ && **adapter.layout() != *self.layout {
             return refuse(self.layout.to_string(), adapter.layout().to_string());
         }
         Ok(adapter)

@@ -15,6 +15,7 @@ pub mod round;
 pub mod desk;
 pub mod receive;
 pub mod merge;
+pub mod optimize;
 pub mod laboratory;
 pub mod align;
 pub mod evaluate;

@@ -1,14 +1,16 @@
-//! Merges a round's updates into a candidate: decode, limit each device's weight, clip, combine, step.
+//! Merges a round's updates into one delta: decode, limit each device's weight, clip, combine.
 //!
-//! After `receive`, before `align`. Pure: bytes in, adapter and figures out. The mean streams, one update in
-//! memory at a time; the robust rules hold a bounded set.
+//! After `receive`; the server's optimizer steps along the delta. Pure: bytes in, delta and figures out. The mean
+//! streams (`stream.rs`), an update for each thread in memory; the robust rules hold a bounded set.
 
-use std::sync::Arc;
+mod stream;
+
+use std::sync::{Arc, Mutex, PoisonError};
 
 use commonweal_adapter::merge::{ROBUST_DEVICES_MAX, ROBUST_VALUES_MAX, WEIGHT_MAX};
 use commonweal_adapter::{
-    Adapter, AdapterDelta, AdapterError, AdapterLayout, Clip, DecodeError, DecodeLimits, MergeError,
-    MergeReport, MergeRule, Merger, PackedDelta, Trainable, Update,
+    AdapterDelta, AdapterLayout, Clip, DecodeError, DecodeLimits, MergeError, MergeReport, MergeRule, Merger,
+    PackedDelta, Trainable, Update,
 };
 use commonweal_protocol::{DeviceId, DeviceReport, RoundCounts};
 
@@ -39,9 +41,6 @@ pub enum CandidateError<E> {
     /// The updates do not combine.
     #[error("the updates do not merge")]
     Merge(#[from] MergeError),
-    /// The step leaves the numbers.
-    #[error("the merged adapter is not usable")]
-    Step(#[from] AdapterError),
 }
 
 /// One accepted update, not yet read.
@@ -55,6 +54,8 @@ pub struct Member {
     pub length: u64,
     /// What the device counted.
     pub report: DeviceReport,
+    /// Euclidean norm of the update, if it is known from receiving it.
+    pub norm: Option<f64>,
 }
 
 /// How to merge.
@@ -63,77 +64,96 @@ pub struct Options {
     rule: MergeRule,
     clip: Clip,
     weight_median_factor: f64,
-    server_learning_rate: f32,
     trainable: Trainable,
 }
 
 impl Options {
+    /// The mean of updates that count alike.
+    pub fn unweighted(clip: Clip, trainable: Trainable) -> Self {
+        Self { rule: MergeRule::Mean, clip, weight_median_factor: 0.0, trainable }
+    }
+
     /// The operator's settings; `plain` clips nothing and limits no weight.
     pub fn new(merge: &config::Merge, trainable: Trainable, plain: bool) -> Self {
         Self {
             rule: if plain { MergeRule::Mean } else { merge.rule() },
             clip: if plain { Clip::Off } else { merge.clip() },
             weight_median_factor: if plain { 0.0 } else { merge.weight_median_factor },
-            server_learning_rate: merge.server_learning_rate,
             trainable,
         }
     }
 }
 
-/// Merges the updates of `members`, read with `read`, into `start`.
-pub fn merge<E>(
-    start: &Adapter,
+/// Merges the updates of `members`, read with `read`, into one delta.
+pub fn merge<E: Send>(
+    layout: &Arc<AdapterLayout>,
     members: &[Member],
     options: &Options,
-    mut read: impl FnMut(&DeviceId) -> Result<Vec<u8>, E>,
-) -> Result<(Adapter, MergeFigures), CandidateError<E>> {
+    read: impl FnMut(&DeviceId) -> Result<Vec<u8>, E> + Send,
+) -> Result<(AdapterDelta, MergeFigures), CandidateError<E>> {
     let mut members = members.to_vec();
     members.sort_by_key(|member| member.device);
-    let layout = start.layout();
     let limits = DecodeLimits::of(layout, options.trainable);
-    let mut decode = |member: &Member| -> Result<AdapterDelta, CandidateError<E>> {
-        let device = member.device;
-        let bytes = read(&device).map_err(|source| CandidateError::Read { device, source })?;
-        PackedDelta::decode(&bytes, layout, &limits)
-            .map_err(|source| CandidateError::Decode { device, source })
-    };
+    let decode = |bytes: &[u8]| PackedDelta::decode(bytes, layout, &limits);
     let weights = weights(&members, options.weight_median_factor);
     let (delta, report) = match options.rule {
-        MergeRule::Mean => stream(layout, &members, &weights, options, &mut decode)?,
+        MergeRule::Mean => mean(layout, &members, &weights, options, read, decode)?,
         rule => {
             check_robust_size(layout, members.len())?;
-            let mut updates = Vec::with_capacity(members.len());
-            for (member, &weight) in members.iter().zip(&weights) {
-                updates.push(Update { device: member.device, weight, delta: decode(member)? });
-            }
+            let updates = Mutex::new(Vec::with_capacity(members.len()));
+            stream::each(&members, 1, read, decode, |place, delta| {
+                let (device, weight) = (members[place].device, weights[place]);
+                updates.lock().unwrap_or_else(PoisonError::into_inner).push(Update { device, weight, delta });
+                Ok(())
+            })?;
+            let updates = updates.into_inner().unwrap_or_else(PoisonError::into_inner);
             commonweal_adapter::merge(updates, rule, options.clip)?
         }
     };
-    let candidate = start.plus(&delta, options.server_learning_rate)?;
-    Ok((candidate, figures(&members, report, delta.norm())))
+    let norm = delta.norm();
+    Ok((delta, figures(&members, report, norm)))
 }
 
-/// The mean with one update in memory. A bound that depends on the median norm needs a pass of its own.
-fn stream<E>(
+/// The mean, with an update for each thread in memory. A bound that depends on the median norm needs all norms first:
+/// those that `receive` noted, or else a pass over the updates.
+fn mean<E: Send>(
     layout: &Arc<AdapterLayout>,
     members: &[Member],
     weights: &[u64],
     options: &Options,
-    decode: &mut impl FnMut(&Member) -> Result<AdapterDelta, CandidateError<E>>,
+    mut read: impl FnMut(&DeviceId) -> Result<Vec<u8>, E> + Send,
+    decode: impl Fn(&[u8]) -> Result<AdapterDelta, DecodeError> + Sync,
 ) -> Result<(AdapterDelta, MergeReport<DeviceId>), CandidateError<E>> {
+    let threads = stream::threads(layout.trainable_parameters(options.trainable));
     let norms = match options.clip {
-        Clip::Median { .. } => members
-            .iter()
-            .map(|member| Ok::<_, CandidateError<E>>(decode(member)?.norm()))
-            .collect::<Result<Vec<_>, _>>()?,
+        Clip::Median { .. } => norms(members, threads, &mut read, &decode)?,
         Clip::Off | Clip::Norm(_) => Vec::new(),
     };
     let bound = options.clip.bound(&norms)?;
-    let mut merger = Merger::new(Arc::clone(layout), options.trainable, bound)?;
-    for (member, &weight) in members.iter().zip(weights) {
-        merger.add(member.device, weight, &decode(member)?)?;
+    let merger = Mutex::new(Merger::new(Arc::clone(layout), options.trainable, bound)?);
+    stream::each(members, threads, read, decode, |place, delta| {
+        let mut merger = merger.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(merger.add(members[place].device, weights[place], &delta)?)
+    })?;
+    Ok(merger.into_inner().unwrap_or_else(PoisonError::into_inner).finish()?)
+}
+
+/// The norm of each update, in order.
+fn norms<E: Send>(
+    members: &[Member],
+    threads: usize,
+    read: impl FnMut(&DeviceId) -> Result<Vec<u8>, E> + Send,
+    decode: impl Fn(&[u8]) -> Result<AdapterDelta, DecodeError> + Sync,
+) -> Result<Vec<f64>, CandidateError<E>> {
+    if let Some(known) = members.iter().map(|member| member.norm).collect() {
+        return Ok(known);
     }
-    Ok(merger.finish()?)
+    let norms = Mutex::new(vec![0.0; members.len()]);
+    stream::each(members, threads, read, decode, |place, delta| {
+        norms.lock().unwrap_or_else(PoisonError::into_inner)[place] = delta.norm();
+        Ok(())
+    })?;
+    Ok(norms.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
 /// Refuses a robust merge before its updates fill the memory.
@@ -189,6 +209,7 @@ fn figures(members: &[Member], report: MergeReport<DeviceId>, merged_norm: f64) 
         clipped: report.clipped.into_iter().collect(),
         excluded: report.excluded.into_iter().collect(),
         merged_norm,
+        ..MergeFigures::default()
     }
 }
 
@@ -229,14 +250,14 @@ mod tests {
                 samples: values[index].1,
                 length: 10,
                 report: DeviceReport { kept: 2, sampled: 2, ..DeviceReport::default() },
+                norm: None,
             })
             .collect();
         let stored: BTreeMap<_, _> =
             values.iter().enumerate().map(|(index, (value, _))| (device(index), packed(*value))).collect();
-        let start = Adapter::zeros(layout());
         let read = |device: &DeviceId| Ok::<_, Infallible>(stored[device].clone());
-        let (candidate, figures) = merge(&start, &members, &options, read).unwrap();
-        (candidate.values()[0], figures)
+        let (delta, figures) = merge(&layout(), &members, &options, read).unwrap();
+        (delta.values()[0], figures)
     }
 
     fn near(got: f32, expected: f32) {
@@ -275,11 +296,15 @@ mod tests {
 
     #[test]
     fn an_update_that_no_longer_decodes_names_its_device() {
-        let start = Adapter::zeros(layout());
-        let member =
-            Member { device: DeviceId([3; 16]), samples: 1, length: 1, report: DeviceReport::default() };
+        let member = Member {
+            device: DeviceId([3; 16]),
+            samples: 1,
+            length: 1,
+            report: DeviceReport::default(),
+            norm: None,
+        };
         let options = Options::new(&config::Merge::default(), Trainable::Both, false);
-        let error = merge(&start, &[member], &options, |_| Ok::<_, Infallible>(vec![9, 9])).unwrap_err();
+        let error = merge(&layout(), &[member], &options, |_| Ok::<_, Infallible>(vec![9, 9])).unwrap_err();
         assert!(error.to_string().contains(&"03".repeat(16)), "{error}");
     }
 }

@@ -10,7 +10,9 @@ use commonweal_protocol::{
     AggregatorKey, BaseHash, Digest, Release, ReportCard, RoundId, SignatureError, SignedRelease, SigningKey,
     Version,
 };
+use serde::{Deserialize, Serialize};
 
+use crate::optimize::OptimizerState;
 use crate::store::{Blob, Coord, PAGE_MAX, StoreError};
 
 /// The log whose entries are the releases; entry `n` is version `n − 1`.
@@ -78,8 +80,17 @@ pub struct Candidate {
     pub parent: Option<Version>,
     /// BLAKE3 of its file, which is stored.
     pub digest: Digest,
+    /// What the server's optimizer remembers; its files are stored.
+    pub state: OptimizerState,
     /// How it was measured.
     pub card: ReportCard,
+}
+
+/// What the log keeps of a release.
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    release: SignedRelease,
+    state: OptimizerState,
 }
 
 /// The lineage of releases.
@@ -105,11 +116,20 @@ impl Publisher {
 
     /// The current release.
     pub fn head(&self) -> Result<Option<SignedRelease>, PublishError> {
-        self.coord.head(LOG)?.map(|entry| self.decode(entry.sequence, &entry.value)).transpose()
+        self.coord.head(LOG)?.map(|entry| Ok(self.decode(entry.sequence, &entry.value)?.release)).transpose()
     }
 
     /// One release.
     pub fn release(&self, version: Version) -> Result<SignedRelease, PublishError> {
+        Ok(self.entry(version)?.release)
+    }
+
+    /// What the server's optimizer remembers of the steps up to a release.
+    pub fn state(&self, version: Version) -> Result<OptimizerState, PublishError> {
+        Ok(self.entry(version)?.state)
+    }
+
+    fn entry(&self, version: Version) -> Result<Entry, PublishError> {
         let sequence = version.0.saturating_add(1);
         match self.coord.scan(LOG, sequence, 1)?.first() {
             Some(entry) if entry.sequence == sequence => self.decode(sequence, &entry.value),
@@ -119,6 +139,10 @@ impl Publisher {
 
     /// The releases from `version` upwards.
     pub fn history(&self, version: Version, limit: usize) -> Result<Vec<SignedRelease>, PublishError> {
+        Ok(self.entries(version, limit)?.into_iter().map(|entry| entry.release).collect())
+    }
+
+    fn entries(&self, version: Version, limit: usize) -> Result<Vec<Entry>, PublishError> {
         self.coord
             .scan(LOG, version.0.saturating_add(1), limit)?
             .iter()
@@ -128,10 +152,18 @@ impl Publisher {
 
     /// Digests of the adapters of the newest `kept` releases.
     pub fn kept(&self, kept: u64) -> Result<BTreeSet<Digest>, PublishError> {
-        let Some(head) = self.head()? else { return Ok(BTreeSet::new()) };
+        Ok(self.newest(kept)?.iter().map(|entry| entry.release.release.digest).collect())
+    }
+
+    /// Digests of the files of the server's optimizer of the newest `kept` releases.
+    pub fn kept_states(&self, kept: u64) -> Result<BTreeSet<Digest>, PublishError> {
+        Ok(self.newest(kept)?.iter().flat_map(|entry| entry.state.digests()).collect())
+    }
+
+    fn newest(&self, kept: u64) -> Result<Vec<Entry>, PublishError> {
+        let Some(head) = self.head()? else { return Ok(Vec::new()) };
         let oldest = (head.release.version.0 + 1).saturating_sub(kept);
-        let limit = usize::try_from(kept).unwrap_or(usize::MAX);
-        Ok(self.history(Version(oldest), limit)?.into_iter().map(|signed| signed.release.digest).collect())
+        self.entries(Version(oldest), usize::try_from(kept).unwrap_or(usize::MAX))
     }
 
     /// Publishes a candidate. Doing it again for the same round gives the same release.
@@ -168,7 +200,7 @@ impl Publisher {
 
     /// Publishes the adapter of an earlier release of the same base again, as the newest version.
     pub fn roll_back(&self, to: Version, now_ms: u64) -> Result<SignedRelease, PublishError> {
-        let earlier = self.release(to)?.release;
+        let Entry { release: SignedRelease { release: earlier, .. }, state } = self.entry(to)?;
         if earlier.base != self.base {
             return Err(PublishError::OtherBase { version: to, expected: self.base, got: earlier.base });
         }
@@ -178,6 +210,7 @@ impl Publisher {
             round: None,
             parent: Some(head.release.version),
             digest: earlier.digest,
+            state,
             card: earlier.report_card,
         };
         self.append(version, candidate, now_ms)
@@ -204,13 +237,14 @@ impl Publisher {
             created_ms: now_ms,
         };
         let signed = SignedRelease::sign(&self.key, release)?;
-        let bytes = postcard::to_allocvec(&signed)
+        let entry = Entry { release: signed, state: candidate.state };
+        let bytes = postcard::to_allocvec(&entry)
             .map_err(|error| StoreError::not_done("encode", "release", error))?;
         match self.coord.compare_and_set(LOG, version.0, &bytes) {
-            Ok(_) => Ok(signed),
+            Ok(_) => Ok(entry.release),
             // It may have happened: the head tells.
             Err(error) if !error.is_determinate() => match self.head()? {
-                Some(head) if head == signed => Ok(signed),
+                Some(head) if head == entry.release => Ok(head),
                 _ => Err(error.into()),
             },
             Err(StoreError::Conflict { expected, found, .. }) => Err(PublishError::Moved {
@@ -221,16 +255,17 @@ impl Publisher {
         }
     }
 
-    fn decode(&self, sequence: u64, bytes: &[u8]) -> Result<SignedRelease, PublishError> {
+    fn decode(&self, sequence: u64, bytes: &[u8]) -> Result<Entry, PublishError> {
         let version = sequence.saturating_sub(1);
         let corrupt =
             |source: Box<dyn std::error::Error + Send + Sync>| PublishError::Corrupt { version, source };
-        let signed: SignedRelease = postcard::from_bytes(bytes).map_err(|error| corrupt(error.into()))?;
-        let release = signed.verify(&AggregatorKey::of(&self.key)).map_err(|error| corrupt(error.into()))?;
+        let entry: Entry = postcard::from_bytes(bytes).map_err(|error| corrupt(error.into()))?;
+        let release =
+            entry.release.verify(&AggregatorKey::of(&self.key)).map_err(|error| corrupt(error.into()))?;
         if release.version.0 != version {
             return Err(corrupt(format!("its version is {}", release.version).into()));
         }
-        Ok(signed)
+        Ok(entry)
     }
 }
 
@@ -256,6 +291,7 @@ mod tests {
             round: Some(RoundId(round)),
             parent: Some(Version(parent)),
             digest,
+            state: OptimizerState::default(),
             card: ReportCard::default(),
         }
     }
@@ -263,7 +299,8 @@ mod tests {
     fn first(memory: &MemoryStorage) -> (Publisher, Digest) {
         let publisher = publisher(memory);
         let digest = stored(memory, b"first");
-        let first = Candidate { round: None, parent: None, digest, card: ReportCard::default() };
+        let (state, card) = (OptimizerState::default(), ReportCard::default());
+        let first = Candidate { round: None, parent: None, digest, state, card };
         assert_eq!(publisher.publish(first, 1).unwrap().release.version, Version(0));
         (publisher, digest)
     }

@@ -14,10 +14,10 @@ mod limit;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use commonweal_adapter::{AdapterLayout, DecodeLimits};
+use commonweal_adapter::{AdapterLayout, Trainable, pair};
 use commonweal_protocol::{
-    BaseHash, DeviceId, Digest, Fetch, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, RoundTask,
-    SigningKey, Start, Version,
+    BaseHash, DeviceId, Digest, Fetch, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, RoundId,
+    RoundTask, Scaffold, SigningKey, Start, Version,
 };
 use commonweal_transport::{Clock, ContentPart};
 
@@ -70,7 +70,6 @@ const LANES: usize = 64;
 /// See the module. All calls block on the disk.
 pub struct Receiver {
     parts: Parts,
-    limits: DecodeLimits,
     live: Mutex<Live>,
     /// Held by each step of an upload: a stream that a cut left behind may still be in the midst of the same one.
     lanes: [Mutex<()>; LANES],
@@ -103,12 +102,18 @@ impl std::fmt::Debug for Receiver {
 impl Receiver {
     /// Ready to answer.
     pub fn new(parts: Parts) -> Self {
-        let limits = DecodeLimits::of(&parts.layout, parts.config.train.trainable());
-        let rates = Limits::new(&parts.config.receive, limits.bytes_max as u64);
+        let bytes_max = pair::bytes_max(&parts.layout, Trainable::Both, parts.config.train.scaffold);
+        let rates = Limits::new(&parts.config.receive, bytes_max as u64);
         let (opens, installed) = (BTreeMap::new(), BTreeMap::new());
         let live = Live { opens, rates, published: Published::default(), installed };
         let lanes = std::array::from_fn(|_| Mutex::default());
-        Self { parts, limits, live: Mutex::new(live), lanes, whole: Mutex::default() }
+        Self { parts, live: Mutex::new(live), lanes, whole: Mutex::default() }
+    }
+
+    /// Most bytes of an update of a round.
+    fn bytes_max(&self, round: RoundId) -> usize {
+        let train = &self.parts.config.train;
+        pair::bytes_max(&self.parts.layout, train.trainable(round), train.scaffold)
     }
 
     /// One step of a device's upload at a time.
@@ -195,6 +200,11 @@ impl Receiver {
             start,
             mode: config.train.mode,
             train: config.train.settings(),
+            scaffold: match (config.train.scaffold, self.parts.desk.control()) {
+                (false, _) => Scaffold::Off,
+                (true, None) => Scaffold::Zero,
+                (true, Some(control)) => Scaffold::Control(control),
+            },
             compress: config.compress.settings(),
             seed: round_seed(self.parts.base, round.0),
             deadline_ms,
@@ -225,7 +235,8 @@ impl Receiver {
     }
 
     fn is_published(&self, digest: &Digest) -> Result<bool, crate::publish::PublishError> {
-        if self.live().published.digests.contains(digest) {
+        let control = self.parts.desk.control().map(|signed| signed.control.digest);
+        if control == Some(*digest) || self.live().published.digests.contains(digest) {
             return Ok(true);
         }
         // What nobody published costs a look at the head, however often it is asked for.

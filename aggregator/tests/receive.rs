@@ -12,6 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use aggregator::optimize::OptimizerState;
 use aggregator::publish::{Candidate, Publisher};
 use aggregator::receive::handler::{Service, Threads};
 use aggregator::receive::{Parts, Receiver};
@@ -429,7 +430,13 @@ fn content_that_nobody_published_is_looked_for_once() {
     let digest = Digest::of(&bytes);
     world.parts.storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice()).unwrap();
     let parent = Some(Version(0));
-    let candidate = Candidate { round: Some(RoundId(1)), parent, digest, card: ReportCard::default() };
+    let candidate = Candidate {
+        round: Some(RoundId(1)),
+        parent,
+        digest,
+        state: OptimizerState::default(),
+        card: ReportCard::default(),
+    };
     publisher.publish(candidate, NOW_MS).unwrap();
     assert_eq!(read(digest).unwrap().length, bytes.len() as u64);
 }

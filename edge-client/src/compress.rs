@@ -6,8 +6,9 @@
 use std::sync::Arc;
 
 use commonweal_adapter::{
-    AdapterLayout, Bits, CompressError, CompressOptions, DecodeError, DecodeLimits, PackedDelta, Residual,
-    Trainable,
+    Adapter, AdapterDelta, AdapterError, AdapterLayout, Bits, CompressError, CompressOptions, DecodeError,
+    DecodeLimits, PackedDelta, Residual, Trainable,
+    pair::{self, PairError},
 };
 use commonweal_protocol::CompressSettings;
 use rand::SeedableRng;
@@ -32,8 +33,9 @@ impl Packed {
         bytes: Vec<u8>,
         layout: &Arc<AdapterLayout>,
         trainable: Trainable,
-    ) -> Result<Self, DecodeError> {
-        PackedDelta::decode(&bytes, layout, &DecodeLimits::of(layout, trainable))?;
+        has_control: bool,
+    ) -> Result<Self, PairError> {
+        pair::decode(&bytes, layout, trainable, has_control)?;
         Ok(Self { bytes })
     }
 }
@@ -56,6 +58,12 @@ pub enum PackError {
         /// What it asks.
         got: u8,
     },
+    /// What the aggregator will make of the change does not decode.
+    #[error("change of the control variate does not come back from its packing")]
+    Control(#[from] DecodeError),
+    /// A control variate of another adapter, or one that is not finite.
+    #[error("control variate cannot be used")]
+    Adapter(#[from] AdapterError),
     /// The delta or the settings cannot be packed.
     #[error("delta cannot be packed")]
     Compress(#[from] CompressError),
@@ -84,7 +92,40 @@ pub fn compress(
 ) -> Result<(Packed, PackSummary), PackError> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let packed = commonweal_adapter::compress(trained.delta(), residual, options, &mut random)?;
-    let summary =
-        PackSummary { bits_per_parameter: packed.bits_per_parameter(), norm: trained.delta().norm() };
+    let summary = summary(trained, packed.as_bytes());
     Ok((Packed { bytes: packed.into_bytes() }, summary))
+}
+
+/// The same with the change of the device's control variate behind it. What the third is, the device's next control
+/// variate: moved by what the aggregator will decode, so that both have the same; what packing lost of the change is in
+/// the next round's.
+pub fn compress_corrected(
+    trained: &Trained,
+    own: &Adapter,
+    residual: &mut Residual,
+    options: &CompressOptions,
+    seed: u64,
+) -> Result<(Packed, PackSummary, Adapter), PackError> {
+    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    let packed = commonweal_adapter::compress(trained.delta(), residual, options, &mut random)?;
+    let (layout, trainable) = (trained.delta().layout(), trained.delta().trainable());
+    let change = match trained.correction() {
+        Some(correction) => correction.change(own, trainable)?,
+        None => AdapterDelta::between(own, own, trainable)?,
+    };
+    let mut none_owed = Residual::zeros(Arc::clone(layout), trainable);
+    let control = commonweal_adapter::compress(&change, &mut none_owed, options, &mut random)?;
+    let received = PackedDelta::decode(control.as_bytes(), layout, &DecodeLimits::of(layout, trainable))?;
+    let next = own.plus(&received, 1.0)?;
+    let bytes = pair::join(&packed, &control);
+    let summary = summary(trained, &bytes);
+    Ok((Packed { bytes }, summary, next))
+}
+
+fn summary(trained: &Trained, bytes: &[u8]) -> PackSummary {
+    let parameters = trained.delta().values().len();
+    PackSummary {
+        bits_per_parameter: bytes.len() as f64 * 8.0 / parameters as f64,
+        norm: trained.delta().norm(),
+    }
 }

@@ -4,13 +4,13 @@
 //! signature, base, age, digest and layout are checked before a release is installed. An older release never comes
 //! back: a roll-back is published under a new version.
 
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use commonweal_adapter::{Adapter, AdapterLayout, ReadError, disk};
 use commonweal_protocol::{AggregatorKey, BaseHash, Content, Digest, SignatureError, SignedRelease, Version};
 use commonweal_transport::{Link, LinkError};
 
-use crate::store::{Store, StoreError};
+use crate::store::{Stamp, Store, StoreError};
 
 const INSTALLED: &str = "installed";
 /// Releases kept besides the one in use, to go back to by hand.
@@ -101,6 +101,15 @@ pub struct Installed {
     pub adapter: Adapter,
 }
 
+/// A file that was read, hashed and found to be an adapter of this shape.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Seen {
+    digest: Digest,
+    stamp: Stamp,
+    base: BaseHash,
+    layout: Arc<AdapterLayout>,
+}
+
 /// Checks a release, fetches what it needs and installs it.
 pub async fn install(
     link: &impl Link,
@@ -142,8 +151,7 @@ pub async fn obtain(
     content: Content,
 ) -> Result<Adapter, InstallError> {
     let digest = content.digest;
-    let name = format!("releases/{digest}.adapter");
-    if let Some(bytes) = store.read(&name)?.filter(|bytes| Digest::of(bytes) == digest) {
+    if let Some(bytes) = read_whole(store, digest)? {
         return read(&bytes, digest, expected);
     }
     let partial = format!("releases/{digest}.fetching");
@@ -158,28 +166,66 @@ pub async fn obtain(
         return Err(InstallError::Fetch { digest, source });
     }
     let adapter = read(&bytes, digest, expected)?;
-    store.write(&name, &bytes)?;
+    store.write(&adapter_file(digest), &bytes)?;
     store.remove(&partial)?;
+    see(store, expected, digest, store.stamp(&adapter_file(digest))?);
     Ok(adapter)
 }
 
 /// What is in use, if anything is.
 pub fn installed(store: &Store, expected: &Expected) -> Result<Option<Installed>, InstallError> {
     let Some((version, digest)) = in_use(store)? else { return Ok(None) };
+    let stamp = store.stamp(&adapter_file(digest))?;
     // A damaged adapter file is as good as none: the next poll brings the release again.
-    let bytes = store.read(&format!("releases/{digest}.adapter"))?;
-    let Some(bytes) = bytes.filter(|bytes| Digest::of(bytes) == digest) else {
+    let Some(bytes) = read_whole(store, digest)? else {
         tracing::warn!(%digest, "installed adapter is missing or damaged; it will be fetched again");
         return Ok(None);
     };
     // Nor is one for another package of use: whoever changed the package gets that one's release.
     match read(&bytes, digest, expected) {
-        Ok(adapter) => Ok(Some(Installed { version, digest, adapter })),
+        Ok(adapter) => {
+            see(store, expected, digest, stamp);
+            Ok(Some(Installed { version, digest, adapter }))
+        }
         Err(error) => {
             tracing::warn!("installed release {version} is passed over: {error}");
             Ok(None)
         }
     }
+}
+
+/// The version of what [`installed`] finds, which a poll tells the aggregator. The adapter is read for it only if its
+/// file is not the very one that was read before: a device polls far more often than it installs.
+pub fn installed_version(store: &Store, expected: &Expected) -> Result<Option<Version>, InstallError> {
+    let Some((version, digest)) = in_use(store)? else { return Ok(None) };
+    let stamp = store.stamp(&adapter_file(digest))?;
+    if stamp.is_some_and(|stamp| *seen(store) == Some(Seen::new(expected, digest, stamp))) {
+        return Ok(Some(version));
+    }
+    Ok(installed(store, expected)?.map(|installed| installed.version))
+}
+
+impl Seen {
+    fn new(expected: &Expected, digest: Digest, stamp: Stamp) -> Self {
+        Self { digest, stamp, base: expected.base, layout: Arc::clone(&expected.layout) }
+    }
+}
+
+fn seen(store: &Store) -> MutexGuard<'_, Option<Seen>> {
+    store.seen.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn see(store: &Store, expected: &Expected, digest: Digest, stamp: Option<Stamp>) {
+    *seen(store) = stamp.map(|stamp| Seen::new(expected, digest, stamp));
+}
+
+fn adapter_file(digest: Digest) -> String {
+    format!("releases/{digest}.adapter")
+}
+
+/// The bytes of an adapter's file, if it is there and undamaged.
+fn read_whole(store: &Store, digest: Digest) -> Result<Option<Vec<u8>>, StoreError> {
+    Ok(store.read(&adapter_file(digest))?.filter(|bytes| Digest::of(bytes) == digest))
 }
 
 /// Leaves nothing installed; adapters on disk need not be fetched again.
@@ -359,6 +405,33 @@ mod tests {
         forget(&world.store).unwrap();
         world.offer(1, &old).unwrap();
         assert_eq!(world.in_use(), Some(1));
+    }
+
+    #[test]
+    fn the_version_is_told_without_reading_but_never_of_another_file() {
+        let world = World::new();
+        let version = |expected: &Expected| installed_version(&world.store, expected).unwrap();
+        assert_eq!(version(&world.expected), None);
+        let bytes = world.adapter(1);
+        world.offer(6, &bytes).unwrap();
+        assert_eq!(version(&world.expected), Some(Version(6)));
+        // It does not fit another package.
+        let module = Module { target: Target::Q, inputs: 4, outputs: 3 };
+        let layout = Arc::new(AdapterLayout::new(1, 2, 4.0, vec![module]).unwrap());
+        assert_eq!(version(&Expected { layout, ..world.expected.clone() }), None);
+        assert_eq!(version(&world.expected), Some(Version(6)));
+        // As long as before, and as old.
+        let path = world.store.path(&adapter_file(Digest::of(&bytes)));
+        let modified = std::fs::metadata(&path).unwrap().modified().unwrap();
+        let mut damaged = bytes.clone();
+        *damaged.last_mut().unwrap() ^= 1;
+        world.store.write(&adapter_file(Digest::of(&bytes)), &damaged).unwrap();
+        std::fs::File::options().write(true).open(&path).unwrap().set_modified(modified).unwrap();
+        assert_eq!(version(&world.expected), None);
+        world.offer(6, &bytes).unwrap();
+        assert_eq!(version(&world.expected), Some(Version(6)));
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(version(&world.expected), None);
     }
 
     #[test]

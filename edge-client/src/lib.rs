@@ -18,6 +18,7 @@ pub mod train;
 pub mod compress;
 pub mod upload;
 pub mod install;
+pub mod control;
 mod pipeline_error;
 mod task;
 pub mod pipeline;

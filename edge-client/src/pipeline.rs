@@ -5,10 +5,10 @@
 
 use std::time::Instant;
 
-use commonweal_adapter::{Adapter, Residual};
+use commonweal_adapter::{Adapter, Residual, Trainable};
 use commonweal_package::TrainGraph;
 use commonweal_protocol::{
-    Content, DeviceId, DeviceReport, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
+    Content, DeviceId, DeviceReport, Mode, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
 };
 use commonweal_runtime::{Cancel, Model};
 use commonweal_safety::{Guard, Reviser};
@@ -18,6 +18,7 @@ use tokio::runtime::Handle;
 
 use crate::{
     compress::{self, Packed},
+    control::{self, Controls},
     events::{Done, Event, Output},
     filter,
     install::{self, Expected},
@@ -41,6 +42,8 @@ const PACKED: &str = "round/update.packed";
 const PACKED_REPORT: &str = "round/update.json";
 const NEXT_RESIDUAL: &str = "round/residual.bin";
 const RESIDUAL: &str = "residual.bin";
+/// Of rounds that train `A` alone: what is owed of `A` waits there while `B` is trained.
+const RESIDUAL_A: &str = "residual-a.bin";
 
 /// A device that is ready to take part.
 #[derive(Debug)]
@@ -141,7 +144,7 @@ impl<L: Link> Device<L> {
 
     /// Asks for work and news, and installs what was published.
     pub fn poll(&self) -> Result<PollReply, PipelineError> {
-        let installed = install::installed(&self.store, &self.expected)?.map(|installed| installed.version);
+        let installed = install::installed_version(&self.store, &self.expected)?;
         let poll = Poll { base: self.expected.base, installed };
         let reply = self.runtime.block_on(self.link.poll(poll))?;
         if let Some(release) =
@@ -193,7 +196,7 @@ impl<L: Link> Device<L> {
         let Some(Begun { task, policy }) = self.read_round(BEGUN)? else { return Ok(None) };
         if self.is_delivered(task.round)? {
             // A kill came between the receipt and this.
-            self.settle()?;
+            self.settle(&task)?;
             return Ok(None);
         }
         if policy != self.policy || task.base != self.expected.base {
@@ -218,15 +221,16 @@ impl<L: Link> Device<L> {
     }
 
     /// After a receipt: what compression owes now follows from what the aggregator has. Can be done again.
-    fn settle(&self) -> Result<(), StoreError> {
-        self.store.rename(NEXT_RESIDUAL, RESIDUAL)?;
+    fn settle(&self, task: &RoundTask) -> Result<(), StoreError> {
+        self.store.rename(NEXT_RESIDUAL, residual_of(task))?;
+        control::await_merge(&self.store)?;
         self.store.clear_round()
     }
 
     /// Leaves nothing of the round but that it was given up. What compression owed before it is owed still.
     fn give_up(&self, task: &RoundTask, why: GivenUp) -> Result<Outcome, PipelineError> {
         self.write_json(GIVEN_UP, &why)?;
-        for name in [PAIRS, CHECKPOINT, PACKED_REPORT, PACKED, NEXT_RESIDUAL] {
+        for name in [PAIRS, CHECKPOINT, PACKED_REPORT, PACKED, NEXT_RESIDUAL, control::NEXT] {
             self.store.remove(name)?;
         }
         Ok(why_not(task.round, why))
@@ -241,16 +245,22 @@ impl<L: Link> Device<L> {
             Err(error) if error.is_transient() => return Err(error),
             start => start.ok(),
         };
-        let read = |start: Adapter| Packed::from_disk(bytes, start.layout(), trainable(task.mode)).ok();
+        let read = |start: Adapter| {
+            let trainable = trainable(task.mode, task.round);
+            Packed::from_disk(bytes, start.layout(), trainable, task.scaffold.is_on()).ok()
+        };
         Ok(start.and_then(read).map(|packed| (packed, report)))
     }
 
     fn packed_update(&self, task: &RoundTask) -> Result<Option<(Packed, PackedReport)>, PipelineError> {
         let Some(prepared) = self.prepare(task)? else { return Ok(None) };
         let start = self.start(task)?;
-        let trained = self.train(task, &start, &prepared)?;
+        let layout = start.layout();
+        let controls = control::begin(&self.link, &self.store, &self.expected, &task.scaffold, layout);
+        let controls = self.runtime.block_on(controls)?;
+        let trained = self.train(task, &start, &prepared, controls.as_ref())?;
         let begun = Instant::now();
-        let (packed, residual, summary) = self.pack(task, &trained)?;
+        let (packed, residual, summary) = self.pack(task, &trained, controls.as_ref())?;
         let report = report(&prepared, trained.summary(), summary.norm);
         let report = PackedReport { report, samples: prepared.pairs.len() as u32 };
         // The report last: with it, the update counts as packed.
@@ -309,6 +319,7 @@ impl<L: Link> Device<L> {
         task: &RoundTask,
         start: &Adapter,
         prepared: &Prepared,
+        controls: Option<&Controls>,
     ) -> Result<Trained, PipelineError> {
         let begun = Instant::now();
         let checkpoint = self.store.read(CHECKPOINT)?;
@@ -316,11 +327,13 @@ impl<L: Link> Device<L> {
         if self.policy.train.graph == TrainGraph::Frugal {
             self.model.close_inference();
         }
+        let mut how = train_task(task);
+        how.correction = controls.map(Controls::correction).transpose().map_err(TrainingError::from)?;
         let trained = train::train(
             &self.model,
             start,
             &prepared.pairs,
-            &train_task(task),
+            &how,
             &self.policy.train,
             checkpoint.as_deref(),
             &mut watch,
@@ -339,16 +352,26 @@ impl<L: Link> Device<L> {
         &self,
         task: &RoundTask,
         trained: &Trained,
+        controls: Option<&Controls>,
     ) -> Result<(Packed, Residual, compress::PackSummary), PipelineError> {
-        let (layout, trainable) = (trained.delta().layout().clone(), trainable(task.mode));
+        let (layout, trainable) = (trained.delta().layout().clone(), trainable(task.mode, task.round));
         // A residual of another layout or mode is of another federation: begin with none.
-        let mut residual = self
-            .store
-            .read(RESIDUAL)?
+        let owed = if task.mode == Mode::Exact { None } else { self.store.read(residual_of(task))? };
+        let mut residual = owed
             .and_then(|bytes| Residual::from_bytes(&bytes, layout.clone(), trainable).ok())
-            .unwrap_or_else(|| Residual::zeros(layout, trainable));
+            .unwrap_or_else(|| Residual::zeros(layout.clone(), trainable));
         let options = compress::options(&task.compress)?;
-        let (packed, summary) = compress::compress(trained, &mut residual, &options, task.seed)?;
+        let Some(controls) = controls else {
+            let (packed, summary) = compress::compress(trained, &mut residual, &options, task.seed)?;
+            if task.mode == Mode::Exact {
+                // The next start is factored anew: what is owed of these factors would fit none of its.
+                residual = Residual::zeros(layout, trainable);
+            }
+            return Ok((packed, residual, summary));
+        };
+        let (packed, summary, next) =
+            compress::compress_corrected(trained, controls.own(), &mut residual, &options, task.seed)?;
+        control::write_next(&self.store, task.round, self.expected.base, &next)?;
         Ok((packed, residual, summary))
     }
 
@@ -366,7 +389,7 @@ impl<L: Link> Device<L> {
             self.runtime.block_on(upload::upload(&self.link, key, self.id, &self.store, &open, packed));
         match sent {
             Ok(uploaded) => {
-                self.settle()?;
+                self.settle(task)?;
                 self.stage(round.0, begun, Done::Upload { bytes: open.length });
                 Ok(Visit { outcome: Outcome::Delivered(round), reconnect: uploaded.reconnect })
             }
@@ -393,6 +416,14 @@ impl<L: Link> Device<L> {
     fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(value).map_err(|error| damaged(&self.store, name, &error))?;
         self.store.write(name, &bytes)
+    }
+}
+
+/// Where a round's factors keep what compression owes.
+fn residual_of(task: &RoundTask) -> &'static str {
+    match trainable(task.mode, task.round) {
+        Trainable::AOnly => RESIDUAL_A,
+        Trainable::Both | Trainable::BOnly => RESIDUAL,
     }
 }
 

@@ -6,6 +6,7 @@ use commonweal_transport::LinkError;
 
 use crate::{
     compress::PackError,
+    control::ControlError,
     install::InstallError,
     store::{Store, StoreError},
     train::TrainingError,
@@ -35,6 +36,9 @@ pub enum PipelineError {
     /// Revision failed.
     #[error("revise failed")]
     Revise(#[from] ReviseError),
+    /// The round's correction of gradients could not be had.
+    #[error("the round's control variate cannot be used")]
+    Control(#[from] ControlError),
     /// Training failed.
     #[error("train failed")]
     Train(#[from] TrainingError),
@@ -70,7 +74,9 @@ impl PipelineError {
 
     fn link(&self) -> Option<&LinkError> {
         match self {
-            Self::Poll(error) | Self::Install(InstallError::Fetch { source: error, .. }) => Some(error),
+            Self::Poll(error)
+            | Self::Install(InstallError::Fetch { source: error, .. })
+            | Self::Control(ControlError::Install(InstallError::Fetch { source: error, .. })) => Some(error),
             Self::Upload(error) => error.link(),
             _ => None,
         }

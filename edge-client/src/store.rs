@@ -11,7 +11,8 @@
 //!   samples/000001.jsonl …            what was added, one file an `add`
 //!   round/                            task, pairs, training checkpoint, packed update of the round in progress,
 //!                                     or why this round was given up
-//!   residual.bin                      error feedback: what compression has not sent yet
+//!   residual.bin residual-a.bin       error feedback: what compression has not sent yet; of rounds of A alone
+//!   control.bin control-pending.bin   SCAFFOLD: the control variate; the next one, until its round is merged
 //!   releases/<digest>.{release,adapter}  signed releases and their adapters
 //!   installed                         which of them is in use
 //!   receipts.jsonl                    one line an accepted update
@@ -21,7 +22,11 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
     path::{Path, PathBuf},
+    sync::Mutex,
+    time::SystemTime,
 };
+
+use crate::install::Seen;
 
 /// Why the device's directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -114,11 +119,35 @@ fn sync_directory(path: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(path)?.sync_all() } else { Ok(()) }
 }
 
+/// Tells a file from the one that was there before: whatever writes or replaces it changes this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    length: u64,
+    modified: Option<SystemTime>,
+    /// Where there are such: the file's number, and when anything about it was last changed, which nobody can set back.
+    changed: (u64, i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &fs::Metadata) -> Self {
+        #[cfg(unix)]
+        let changed = {
+            use std::os::unix::fs::MetadataExt as _;
+            (metadata.ino(), metadata.ctime(), metadata.ctime_nsec())
+        };
+        #[cfg(not(unix))]
+        let changed = (0, 0, 0);
+        Self { length: metadata.len(), modified: metadata.modified().ok(), changed }
+    }
+}
+
 /// The device's directory, locked for this process.
 #[derive(Debug)]
 pub struct Store {
     directory: PathBuf,
     _lock: Option<File>,
+    /// The adapter that `install.rs` read last, so that not every poll reads it again.
+    pub(crate) seen: Mutex<Option<Seen>>,
 }
 
 impl Store {
@@ -145,7 +174,7 @@ impl Store {
             let path = directory.join(part);
             fs::create_dir_all(&path).map_err(|source| StoreError::Directory { path, source })?;
         }
-        Ok(Self { directory: directory.to_owned(), _lock: None })
+        Ok(Self { directory: directory.to_owned(), _lock: None, seen: Mutex::default() })
     }
 
     /// A file inside.
@@ -184,6 +213,16 @@ impl Store {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(at("read", &path)(error)),
+        }
+    }
+
+    /// What tells a file from a later one; `None` when there is none.
+    pub(crate) fn stamp(&self, name: &str) -> Result<Option<Stamp>, StoreError> {
+        let path = self.path(name);
+        match fs::metadata(&path) {
+            Ok(metadata) => Ok(Some(Stamp::of(&metadata))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(at("look at", &path)(error)),
         }
     }
 

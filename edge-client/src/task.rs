@@ -2,20 +2,22 @@
 //! Used by `pipeline.rs`.
 
 use commonweal_adapter::Trainable;
-use commonweal_protocol::{BaseHash, Mode, RoundTask};
+use commonweal_protocol::{BaseHash, Mode, RoundId, RoundTask};
 use commonweal_runtime::Model;
 
 use crate::train::TrainTask;
 
-/// Which factors a mode trains.
-pub fn trainable(mode: Mode) -> Trainable {
+/// Which factors a round trains.
+pub fn trainable(mode: Mode, round: RoundId) -> Trainable {
     match mode {
-        Mode::Fedit => Trainable::Both,
+        Mode::Fedit | Mode::Exact => Trainable::Both,
         Mode::Ffa => Trainable::BOnly,
+        Mode::Rolora if round.0 % 2 == 1 => Trainable::BOnly,
+        Mode::Rolora => Trainable::AOnly,
     }
 }
 
-/// A round's settings as training takes them.
+/// A round's settings as training takes them; the correction of its gradients is `control.rs`'s.
 pub fn train_task(task: &RoundTask) -> TrainTask {
     let settings = &task.train;
     TrainTask {
@@ -27,8 +29,9 @@ pub fn train_task(task: &RoundTask) -> TrainTask {
         weight_decay: settings.weight_decay,
         clip_norm: settings.clip_norm,
         proximal_mu: settings.proximal_mu,
-        trainable: trainable(task.mode),
+        trainable: trainable(task.mode, task.round),
         seed: task.seed,
+        correction: None,
     }
 }
 

@@ -3,7 +3,7 @@
 //! From `revise.rs`, whose [`TrainingPair`] is the only thing it takes; to `compress.rs`. Every step depends on the
 //! pairs, the settings and the seed only, so a run continued from a checkpoint ends in the same bits.
 
-use commonweal_adapter::{Adapter, AdapterDelta, AdapterError, Trainable};
+use commonweal_adapter::{Adapter, AdapterDelta, AdapterError, Trainable, scaffold::Correction};
 use commonweal_package::TrainGraph;
 use commonweal_runtime::{
     AdamW, Cancel, ConversationError, MemoryError, Message, Model, Preference, ReferredPreference, Schedule,
@@ -42,6 +42,8 @@ pub struct TrainTask {
     pub trainable: Trainable,
     /// Order of the rows.
     pub seed: u64,
+    /// SCAFFOLD's shift of each gradient.
+    pub correction: Option<Correction>,
 }
 
 /// A trained adapter's difference from where the round started, and how training went. Only [`train`] makes one.
@@ -50,6 +52,7 @@ pub struct Trained {
     delta: AdapterDelta,
     adapter: Adapter,
     summary: TrainSummary,
+    correction: Option<Correction>,
 }
 
 /// How training went.
@@ -129,6 +132,11 @@ impl Trained {
         &self.adapter
     }
 
+    /// SCAFFOLD's correction with the mean of all gradients, if the round had one.
+    pub fn correction(&self) -> Option<&Correction> {
+        self.correction.as_ref()
+    }
+
     /// How training went.
     pub fn summary(&self) -> &TrainSummary {
         &self.summary
@@ -153,12 +161,21 @@ pub fn train(
     let options = options(task, policy);
     let steps = options.steps_max as u32;
     // A checkpoint of other settings is of another round: begin anew.
-    let restored = checkpoint
-        .and_then(|bytes| Progress::restore(model, bytes))
-        .filter(|(trainer, _)| *trainer.options() == options && trainer.start() == start);
+    let restored = checkpoint.and_then(|bytes| Progress::restore(model, bytes)).filter(|(trainer, _)| {
+        let shifts = [trainer.correction(), task.correction.as_ref()];
+        let [saved, wanted] = shifts.map(|correction| correction.map(Correction::shift));
+        *trainer.options() == options && trainer.start() == start && saved == wanted
+    });
     let (mut trainer, mut progress) = match restored {
         Some(restored) => restored,
-        None => (Trainer::new(model, start.clone(), options)?, Progress::default()),
+        None => {
+            let trainer = Trainer::new(model, start.clone(), options)?;
+            let trainer = match &task.correction {
+                Some(correction) => trainer.corrected(correction.clone())?,
+                None => trainer,
+            };
+            (trainer, Progress::default())
+        }
     };
     let resumed_step = trainer.steps_done() as u32;
     let lessons = Lessons::new(model, &trainer, pairs, task, policy, cancel)?;
@@ -183,9 +200,10 @@ pub fn train(
     let (loss_first, loss_last) = ends(&progress.losses);
     let (steps, tokens, too_long) = (trainer.steps_done() as u32, progress.tokens, lessons.too_long);
     let summary = TrainSummary { steps, tokens, loss_first, loss_last, too_long, resumed_step };
+    let correction = trainer.correction().cloned();
     let adapter = trainer.finish();
     let delta = AdapterDelta::between(start, &adapter, task.trainable)?;
-    Ok(Trained { delta, adapter, summary })
+    Ok(Trained { delta, adapter, summary, correction })
 }
 
 /// What the report tells of the steps so far; a restart must not forget it.

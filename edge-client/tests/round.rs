@@ -10,12 +10,12 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use commonweal_adapter::{Adapter, AdapterFacts, AdapterKind, Trainable, disk};
+use commonweal_adapter::{Adapter, AdapterDelta, AdapterFacts, AdapterKind, Trainable, disk, pair};
 use commonweal_package::Package;
 use commonweal_protocol::{
-    AggregatorKey, CertificateChain, CompressSettings, Content, Csr, DeviceId, Digest, Mode, Open, Poll,
-    PollReply, Receipt, ReconnectWindow, Refusal, RoundId, RoundTask, SignedReceipt, SigningKey, Start,
-    TrainSettings, Version,
+    AggregatorKey, CertificateChain, CompressSettings, Content, Control, Csr, DeviceId, Digest, Mode, Open,
+    Poll, PollReply, Receipt, ReconnectWindow, Refusal, RoundId, RoundTask, Scaffold, SignedControl,
+    SignedReceipt, SigningKey, Start, TrainSettings, Version,
 };
 use commonweal_runtime::{Cancel, Library, Model, OpenOptions};
 use commonweal_safety::{Guard, Reviser};
@@ -66,6 +66,10 @@ const AFTER_UPLOAD: ReconnectWindow = ReconnectWindow { after_ms: 60_000, spread
 struct Told {
     task: Option<RoundTask>,
     adapter: Vec<u8>,
+    /// The control variate's file.
+    control: Vec<u8>,
+    /// The bytes of the last upload that was tried.
+    offered: Vec<u8>,
     refusal: Option<Refusal>,
     /// How many updates are refused before they are taken; all, if it says nothing.
     refusals_left: Option<u32>,
@@ -96,8 +100,9 @@ impl Link for FakeLink {
         Ok(PollReply { task, release: None, reconnect: ReconnectWindow::default() })
     }
 
-    async fn upload(&self, open: &Open, _: &[u8]) -> Result<Uploaded, LinkError> {
+    async fn upload(&self, open: &Open, bytes: &[u8]) -> Result<Uploaded, LinkError> {
         let mut told = self.told.lock().unwrap();
+        told.offered = bytes.to_vec();
         if told.is_away {
             return Err(LinkError::Stalled { during: "uploading", stall_ms: 1 });
         }
@@ -119,8 +124,10 @@ impl Link for FakeLink {
         Ok(Uploaded { receipt, reconnect: AFTER_UPLOAD, resumed_from: 0, sent_bytes: length })
     }
 
-    async fn fetch(&self, _: Content, partial: &mut Vec<u8>) -> Result<(), LinkError> {
-        partial.clone_from(&self.told.lock().unwrap().adapter);
+    async fn fetch(&self, content: Content, partial: &mut Vec<u8>) -> Result<(), LinkError> {
+        let told = self.told.lock().unwrap();
+        let is_control = Digest::of(&told.control) == content.digest;
+        partial.clone_from(if is_control { &told.control } else { &told.adapter });
         Ok(())
     }
 
@@ -181,6 +188,7 @@ impl World {
             base: self.device.expected.base,
             start: Start { version: Version(1), digest, length },
             mode: Mode::Ffa,
+            scaffold: Scaffold::Off,
             train: TrainSettings {
                 steps_max: 2,
                 warmup_steps: 0,
@@ -427,6 +435,7 @@ fn training_goes_on_to_the_same_bits_and_the_same_report() {
         proximal_mu: 0.0,
         trainable: Trainable::Both,
         seed: 3,
+        correction: None,
     };
     // Two of three are harmful: their revisions make preference pairs. Rows alone and pairs are both drawn.
     let some: Vec<Sample> = [samples("device-1.jsonl", 4), samples("hostile.jsonl", 8)]
@@ -501,6 +510,7 @@ fn samples_that_are_too_long_lose_what_does_not_fit() {
             proximal_mu: 0.0,
             trainable: Trainable::Both,
             seed: 0,
+            correction: None,
         };
         let start = Adapter::init(Arc::clone(model.layout()), 1);
         let mut keep = Keep::default();
@@ -584,4 +594,113 @@ fn a_runtime_that_fails_in_the_middle_costs_no_sample() {
     fs::write(&graph, &whole).unwrap();
     assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
     assert_eq!(samples(&world), before);
+}
+
+impl World {
+    /// The round that is open corrects gradients by a control variate of this value everywhere, after these rounds.
+    fn correct(&self, value: f32, round: u64, merged: u64) {
+        let mut control = Adapter::zeros(Arc::clone(self.device.model.layout()));
+        control.values_mut().fill(value);
+        let base = self.device.expected.base;
+        let facts = AdapterFacts { base: base.0, kind: AdapterKind::Control };
+        let file = disk::write(&control, &facts).unwrap();
+        let (digest, length) = (Digest::of(&file), file.len() as u64);
+        let control = Control { round: RoundId(round), merged, base, digest, length };
+        let signed = SignedControl::sign(&self.device.link.key, control).unwrap();
+        self.tell(|told| {
+            told.control = file;
+            told.task.as_mut().unwrap().scaffold = Scaffold::Control(signed);
+        });
+    }
+
+    fn file(&self, name: &str) -> Option<Vec<u8>> {
+        self.device.store.read(name).unwrap()
+    }
+
+    /// The device's control variate in one of its files.
+    fn own(&self, name: &str) -> Adapter {
+        disk::read(&self.file(name).unwrap()[8..]).unwrap().0
+    }
+
+    /// The change of the control variate in the last upload.
+    fn change(&self) -> AdapterDelta {
+        let offered = self.told.lock().unwrap().offered.clone();
+        pair::decode(&offered, self.device.model.layout(), Trainable::BOnly, true).unwrap().1.unwrap()
+    }
+}
+
+#[test]
+fn a_control_variate_counts_when_its_round_was_merged_and_a_kill_changes_nothing_about_it() {
+    let world = World::new();
+    world.tell(|told| told.task.as_mut().unwrap().scaffold = Scaffold::Zero);
+    // The network goes away between training and upload.
+    world.tell(|told| told.is_away = true);
+    assert!(world.device.visit().unwrap_err().is_transient());
+    let next = world.file("round/control.bin").unwrap();
+    assert!(!world.has("control.bin") && !world.has("control-pending.bin"));
+    world.tell(|told| told.is_away = false);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    assert_eq!(world.file("control-pending.bin").unwrap(), next, "the receipt is there, the merge is not");
+    assert!(!world.has("control.bin"));
+    // It began at zero, so that what it has is what it sent: mean gradients, of B alone.
+    let first = world.own("control-pending.bin");
+    let sent = Adapter::zeros(Arc::clone(first.layout())).plus(&world.change(), 1.0).unwrap();
+    assert_eq!(first, sent);
+    assert!(sent.values().iter().any(|value| *value != 0.0));
+
+    // Round 2 is told that round 1 was merged, and is itself never merged.
+    world.begin(2);
+    world.correct(0.001, 1, 0b1);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(2)));
+    assert_eq!(world.own("control.bin"), first);
+    let second = world.own("control-pending.bin");
+    assert_eq!(second, first.plus(&world.change(), 1.0).unwrap());
+    world.begin(3);
+    world.correct(0.002, 1, 0b1);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(3)));
+    assert_eq!(world.own("control.bin"), first, "what no merge took is forgotten");
+
+    // A new beginning of the aggregator's.
+    world.begin(4);
+    world.tell(|told| told.task.as_mut().unwrap().scaffold = Scaffold::Zero);
+    world.tell(|told| told.is_away = true);
+    assert!(world.device.visit().unwrap_err().is_transient());
+    assert!(!world.has("control.bin") && !world.has("control-pending.bin"));
+}
+
+#[test]
+fn the_correction_moves_the_update_and_one_of_a_stranger_is_refused() {
+    let offered = |value: f32| {
+        let world = World::new();
+        world.begin(2);
+        world.correct(value, 1, 0b1);
+        assert_eq!(world.visit(), Outcome::Delivered(RoundId(2)));
+        let offered = world.told.lock().unwrap().offered.clone();
+        pair::decode(&offered, world.device.model.layout(), Trainable::BOnly, true).unwrap().0
+    };
+    assert_ne!(offered(0.0), offered(0.1));
+
+    let mut world = World::new();
+    world.correct(0.1, 1, 0b1);
+    world.device.expected.key = AggregatorKey::of(&SigningKey::from_bytes(&[8; 32]));
+    let error = world.device.visit().unwrap_err();
+    assert!(matches!(error, PipelineError::Control(_)), "{error}");
+    assert!(world.opened().is_empty());
+}
+
+#[test]
+fn what_is_owed_of_each_factor_waits_for_its_turn() {
+    let world = World::new();
+    let turn = |round: u64| {
+        world.begin(round);
+        world.tell(|told| told.task.as_mut().unwrap().mode = Mode::Rolora);
+        assert_eq!(world.visit(), Outcome::Delivered(RoundId(round)));
+        [world.file("residual.bin"), world.file("residual-a.bin")]
+    };
+    let [b, none] = turn(1);
+    assert!(b.is_some() && none.is_none());
+    let [still, a] = turn(2);
+    assert!(still == b && a.is_some());
+    let [moved, still] = turn(3);
+    assert!(moved != b && still == a);
 }

@@ -52,7 +52,16 @@ fn an_export_and_our_own_log_probabilities() {
     let key = Directory::open(&state).unwrap().signing_key().unwrap();
     let card = ReportCard::default();
     Publisher::new(storage.coord, storage.blob, key, base.hash)
-        .publish(Candidate { round: Some(RoundId(1)), parent: Some(Version(0)), digest, card }, 1)
+        .publish(
+            Candidate {
+                round: Some(RoundId(1)),
+                parent: Some(Version(0)),
+                digest,
+                state: aggregator::optimize::OptimizerState::default(),
+                card,
+            },
+            1,
+        )
         .unwrap();
     let exported = out.join("adapter").display().to_string();
     Finished::of(&mut verb("export", &["1", "--format", "peft", "--out", &exported])).with_code(0);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use commonweal_protocol::Mode;
 
-use crate::config::{Config, Rule};
+use crate::config::{Config, Optimizer, Rule};
 
 /// See the module. What is absent leaves the setting as it is.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -51,7 +51,8 @@ pub(super) struct Flags {
     /// Seconds that devices have.
     #[arg(long, env = "COMMONWEAL_DEADLINE_SECONDS", value_name = "SECONDS")]
     deadline_seconds: Option<u64>,
-    /// Which factors are trained: fedit (A and B) or ffa (B alone).
+    /// How LoRA's factors are federated: fedit (A and B, averaged apart), ffa (B alone), rolora (B and A in turn) or
+    /// exact (A and B, their products averaged).
     #[arg(long, env = "COMMONWEAL_MODE", value_parser = mode)]
     mode: Option<Mode>,
     /// Optimizer steps of a device and round.
@@ -63,12 +64,21 @@ pub(super) struct Flags {
     /// Pull of devices towards the release (FedProx).
     #[arg(long, env = "COMMONWEAL_PROXIMAL_MU", value_name = "MU")]
     proximal_mu: Option<f32>,
+    /// Correct gradients by control variates (SCAFFOLD).
+    #[arg(long, env = "COMMONWEAL_SCAFFOLD")]
+    scaffold: bool,
     /// Bits of an update's values: 8, 4, 3 or 2.
     #[arg(long, env = "COMMONWEAL_BITS")]
     bits: Option<u8>,
     /// How updates are merged.
     #[arg(long, env = "COMMONWEAL_RULE")]
     rule: Option<Rule>,
+    /// What the server makes of the merged delta.
+    #[arg(long, env = "COMMONWEAL_OPTIMIZER")]
+    optimizer: Option<Optimizer>,
+    /// Step of the server's optimizer.
+    #[arg(long, env = "COMMONWEAL_SERVER_LEARNING_RATE", value_name = "RATE")]
+    server_learning_rate: Option<f32>,
     /// Norm to which updates are clipped, in place of a multiple of the median.
     #[arg(long, env = "COMMONWEAL_CLIP_NORM", value_name = "NORM")]
     clip_norm: Option<f64>,
@@ -99,11 +109,10 @@ pub(super) struct Flags {
 }
 
 fn mode(text: &str) -> Result<Mode, String> {
-    match text {
-        "fedit" => Ok(Mode::Fedit),
-        "ffa" => Ok(Mode::Ffa),
-        _ => Err("expected fedit or ffa".to_owned()),
-    }
+    [Mode::Fedit, Mode::Ffa, Mode::Rolora, Mode::Exact]
+        .into_iter()
+        .find(|mode| mode.name() == text)
+        .ok_or_else(|| "expected fedit, ffa, rolora or exact".to_owned())
 }
 
 fn set<T: Clone>(setting: &mut T, flag: Option<&T>) {
@@ -152,8 +161,11 @@ impl Flags {
         }
         set(&mut config.train.learning_rate, self.learning_rate.as_ref());
         set(&mut config.train.proximal_mu, self.proximal_mu.as_ref());
+        config.train.scaffold |= self.scaffold;
         set(&mut config.compress.bits, self.bits.as_ref());
         set(&mut config.merge.rule, self.rule.as_ref());
+        set(&mut config.merge.optimizer, self.optimizer.as_ref());
+        set(&mut config.merge.server_learning_rate, self.server_learning_rate.as_ref());
         set(&mut config.merge.clip_norm, self.clip_norm.as_ref());
         config.align.enabled &= !self.no_align;
         set(&mut config.align.prompts, self.align_prompts.as_ref());

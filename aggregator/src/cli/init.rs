@@ -12,6 +12,7 @@ use crate::desk::Record;
 use crate::directory::Directory;
 use crate::events::{Event, Events};
 use crate::laboratory::{Laboratory, LaboratoryError, has_guard, open_package};
+use crate::optimize::OptimizerState;
 use crate::publish::{Candidate, Publisher};
 use crate::store::{Access, Storage};
 
@@ -53,7 +54,7 @@ pub(super) fn init(dir: &Path, init: &Init, json: bool) -> Result<(), CliError> 
         Publisher::new(storage.coord.clone(), storage.blob.clone(), directory.signing_key()?, base.hash);
     let now_ms = now_ms();
     Record::of_base(&card, now_ms).append(storage.coord.as_ref())?;
-    let first = Candidate { round: None, parent: None, digest, card };
+    let first = Candidate { round: None, parent: None, digest, state: OptimizerState::default(), card };
     let release = publisher.publish(first, now_ms)?.release;
     let text = toml::to_string(&config).map_err(|error| CliError::other("the configuration", error))?;
     directory.write_config(&text)?;

@@ -5,7 +5,8 @@ use std::path::Path;
 use commonweal_adapter::layout::RANK_MAX;
 use commonweal_adapter::merge::ROBUST_DEVICES_MAX;
 use commonweal_protocol::{
-    BaseHash, Digest, PollReply, ReconnectWindow, Reply, RoundId, RoundTask, Start, Version, encode,
+    BaseHash, Digest, Mode, PollReply, ReconnectWindow, Reply, RoundId, RoundTask, Scaffold, Start, Version,
+    encode,
 };
 
 use super::{Config, ConfigError, Rule};
@@ -60,6 +61,13 @@ impl Config {
             merge.server_learning_rate > 0.0 && merge.server_learning_rate <= 10.0,
             format!("merge.server_learning_rate: expected 0 to 10, got {}", merge.server_learning_rate),
         );
+        for (name, value) in [("beta1", merge.beta1), ("beta2", merge.beta2)] {
+            require((0.0..1.0).contains(&value), format!("merge.{name}: expected 0 to below 1, got {value}"));
+        }
+        require(
+            merge.tau > 0.0 && merge.tau <= 1.0,
+            format!("merge.tau: expected above 0 and at most 1, got {}", merge.tau),
+        );
         for (name, value) in [
             ("clip_median_factor", merge.clip_median_factor),
             ("clip_norm", merge.clip_norm),
@@ -70,10 +78,21 @@ impl Config {
                 format!("merge.{name}: expected 0 or more, got {value}"),
             );
         }
+        for (holds, setting) in [(self.train.mode != Mode::Exact, "train.mode")] {
+            require(holds, format!("{setting}: this build knows the name and cannot do it yet"));
+        }
         let robust = merge.rule != Rule::Mean && !self.plain;
         require(
             !robust || self.round.goal as usize <= ROBUST_DEVICES_MAX,
             format!("round.goal: expected at most {ROBUST_DEVICES_MAX} with a robust merge.rule"),
+        );
+        require(
+            !robust || !self.train.scaffold,
+            format!(
+                "train.scaffold: needs merge.rule mean, got {}: what a robust rule leaves out of the control \
+                     variate its device would still count on",
+                merge.rule.name()
+            ),
         );
         let honest_min = merge.byzantine.saturating_mul(2).saturating_add(3);
         require(
@@ -135,6 +154,7 @@ impl Config {
             start: Start { version: Version(0), digest: Digest([0; 32]), length: 1 },
             mode: self.train.mode,
             train: self.train.settings(),
+            scaffold: Scaffold::Off,
             compress: self.compress.settings(),
             seed: 0,
             deadline_ms: self.round.deadline_ms,

@@ -1,7 +1,7 @@
 //! Settings that a round's task hands on to devices.
 
 use commonweal_adapter::Trainable;
-use commonweal_protocol::{CompressSettings, Mode, TrainSettings};
+use commonweal_protocol::{CompressSettings, Mode, RoundId, TrainSettings};
 use serde::{Deserialize, Serialize};
 
 /// See [`TrainSettings`]; `mode` is the round's.
@@ -18,6 +18,8 @@ pub struct Train {
     pub weight_decay: f32,
     pub clip_norm: f32,
     pub proximal_mu: f32,
+    /// SCAFFOLD: devices correct their gradients by control variates.
+    pub scaffold: bool,
 }
 
 impl Default for Train {
@@ -32,6 +34,7 @@ impl Default for Train {
             weight_decay: 0.0,
             clip_norm: 1.0,
             proximal_mu: 0.0,
+            scaffold: false,
         }
     }
 }
@@ -51,11 +54,14 @@ impl Train {
         }
     }
 
-    /// Which factors change.
-    pub fn trainable(&self) -> Trainable {
+    /// Which factors change in a round.
+    pub fn trainable(&self, round: RoundId) -> Trainable {
         match self.mode {
-            Mode::Fedit => Trainable::Both,
+            Mode::Fedit | Mode::Exact => Trainable::Both,
             Mode::Ffa => Trainable::BOnly,
+            // B first: while it is zero, A has no gradient.
+            Mode::Rolora if round.0 % 2 == 1 => Trainable::BOnly,
+            Mode::Rolora => Trainable::AOnly,
         }
     }
 }

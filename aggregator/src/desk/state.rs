@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use commonweal_protocol::{Open, RoundId, SignedReceipt};
+use commonweal_protocol::{Open, RoundId, SignedControl, SignedReceipt};
 use serde::{Deserialize, Serialize};
 
 use crate::events::{AlignFigures, EvaluateFigures, MergeFigures};
@@ -19,6 +19,8 @@ pub(crate) const RECEIPTS_KEPT_ROUNDS: u64 = 16;
 pub(super) struct Durable {
     pub(super) rounds: Rounds,
     pub(super) progress: Progress,
+    /// Of the last merge; devices know theirs whether or not a release came of it, so it outlives the round.
+    pub(super) control: Option<SignedControl>,
 }
 
 /// What the stages of the current round did so far.
@@ -41,6 +43,8 @@ pub struct Accepted {
     pub open: Open,
     /// What it was answered, to be repeated word for word.
     pub receipt: SignedReceipt,
+    /// Euclidean norm of the update, so that the merge need not decode it for that; none in an item of version 0.1.
+    pub norm: Option<f64>,
 }
 
 /// Why the desk could not do something.
@@ -94,5 +98,9 @@ pub fn peek(coord: &dyn Coord) -> Result<(Rounds, Progress), DeskError> {
 }
 
 pub(crate) fn decode_accepted(bytes: &[u8]) -> Result<Accepted, DeskError> {
-    postcard::from_bytes(bytes).map_err(|error| DeskError::damaged("update's receipt", error))
+    let damaged = |error| DeskError::damaged("update's receipt", error);
+    let (before, rest): ((Open, SignedReceipt), &[u8]) = postcard::take_from_bytes(bytes).map_err(damaged)?;
+    // A round that was begun by an earlier version goes on: its items end here.
+    let norm = if rest.is_empty() { None } else { postcard::from_bytes(rest).map_err(damaged)? };
+    Ok(Accepted { open: before.0, receipt: before.1, norm })
 }

@@ -58,7 +58,7 @@ impl Stages for ModelStages {
     ) -> Result<(Adapter, AlignFigures), LaboratoryError> {
         let config = self.config.clone();
         let cancel = self.cancel.clone();
-        let trainable = config.train.trainable();
+        let trainable = config.train.trainable(round);
         align::align(self.laboratory()?, &config.align, trainable, round, candidate)
             .map_err(|error| if cancel.is_cancelled() { LaboratoryError::Cancelled } else { error })
     }

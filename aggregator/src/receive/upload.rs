@@ -4,9 +4,9 @@
 
 use std::sync::{PoisonError, RwLockReadGuard};
 
-use commonweal_adapter::PackedDelta;
+use commonweal_adapter::pair;
 use commonweal_protocol::{
-    Accepted, Chunk, DeviceId, Digest, Open, Receipt, Refusal, Refused, SignedReceipt, UploadKey,
+    Accepted, Chunk, DeviceId, Digest, Open, Receipt, Refusal, Refused, RoundId, SignedReceipt, UploadKey,
 };
 use commonweal_transport::Opened;
 
@@ -32,8 +32,9 @@ impl Receiver {
         if let Err(error) = self.parts.desk.admits(open.round, &device) {
             return Err(self.not_admitted(device, REQUEST, error));
         }
-        if open.length > self.limits.bytes_max as u64 {
-            let detail = format!("expected at most {} bytes, got {}", self.limits.bytes_max, open.length);
+        let bytes_max = self.bytes_max(open.round);
+        if open.length > bytes_max as u64 {
+            let detail = format!("expected at most {bytes_max} bytes, got {}", open.length);
             return refuse(Refusal::TooLarge, detail);
         }
         let key = open.key();
@@ -134,13 +135,13 @@ impl Receiver {
             self.forget(device, &key);
             return Err(self.not_admitted(device, REQUEST, error));
         }
-        let blobs = self.keep(device, &open)?;
+        let (blobs, norm) = self.keep(device, &open)?;
         let received_ms = self.now_ms();
         let receipt =
             Receipt { round: open.round, device, digest: open.digest, length: open.length, received_ms };
         let receipt = SignedReceipt::sign(&self.parts.key, receipt)
             .map_err(|error| self.failed(device, REQUEST, &error))?;
-        let accepted = desk::Accepted { open, receipt };
+        let accepted = desk::Accepted { open, receipt, norm: Some(norm) };
         let taken = self.parts.desk.take(received_ms, &accepted);
         drop(blobs);
         match taken {
@@ -159,20 +160,20 @@ impl Receiver {
         }
     }
 
-    /// Checks the whole and stores it; no sweep takes it away while the guard is held.
-    fn keep(&self, device: DeviceId, open: &Open) -> Result<RwLockReadGuard<'_, ()>, Refused> {
+    /// Checks the whole and stores it; no sweep takes it away while the guard is held. With it, the update's norm.
+    fn keep(&self, device: DeviceId, open: &Open) -> Result<(RwLockReadGuard<'_, ()>, f64), Refused> {
         const REQUEST: &str = "finish";
         let _whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = self.read_whole(device, open)?;
-        if let Err(detail) = self.check_update(&bytes) {
+        let norm = self.check_update(open.round, &bytes).map_err(|detail| {
             self.forget(device, &open.key());
-            return Err(self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail));
-        }
+            self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail)
+        })?;
         let blobs = self.parts.desk.keep_blobs();
         let blob = &self.parts.storage.blob;
         blob.put_if_absent(&open.digest, open.length, &mut bytes.as_slice())
             .map_err(|error| self.failed(device, REQUEST, &error))?;
-        Ok(blobs)
+        Ok((blobs, norm))
     }
 
     /// The same answer as before for the same update; another one is refused.
@@ -226,17 +227,21 @@ impl Receiver {
         Ok(bytes)
     }
 
-    /// Whether the bytes are an update that the round can merge.
-    fn check_update(&self, bytes: &[u8]) -> Result<(), String> {
-        let delta =
-            PackedDelta::decode(bytes, &self.parts.layout, &self.limits).map_err(|error| chain(&error))?;
-        let norm = delta.norm();
+    /// The norm of the update that the bytes are, if the round can merge it.
+    fn check_update(&self, round: RoundId, bytes: &[u8]) -> Result<f64, String> {
+        let train = &self.parts.config.train;
+        let (delta, control) =
+            pair::decode(bytes, &self.parts.layout, train.trainable(round), train.scaffold)
+                .map_err(|error| chain(&error))?;
         let norm_max = self.parts.config.receive.norm_max;
-        if norm.is_finite() && norm <= norm_max {
-            Ok(())
-        } else {
-            Err(format!("expected a norm of at most {norm_max}, got {norm}"))
+        let delta_norm = delta.norm();
+        for (what, norm) in [("norm", Some(delta_norm)), ("control's norm", control.map(|c| c.norm()))] {
+            if !norm.is_none_or(|norm| norm.is_finite() && norm <= norm_max) {
+                let got = norm.unwrap_or_default();
+                return Err(format!("expected a {what} of at most {norm_max}, got {got}"));
+            }
         }
+        Ok(delta_norm)
     }
 
     fn discard(&self, device: DeviceId, key: &UploadKey) {

@@ -8,6 +8,7 @@ use aggregator::config::Config;
 use aggregator::desk::Desk;
 use aggregator::events::{Event, Events};
 use aggregator::laboratory::Base;
+use aggregator::optimize::OptimizerState;
 use aggregator::pause::PausePoint;
 use aggregator::publish::{Candidate, Publisher};
 use aggregator::receive::enroll::Registry;
@@ -113,7 +114,12 @@ impl World {
         if publisher.head().unwrap().is_none() {
             let card = ReportCard::default();
             aggregator::desk::Record::of_base(&card, NOW_MS).append(storage.coord.as_ref()).unwrap();
-            publisher.publish(Candidate { round: None, parent: None, digest, card }, NOW_MS).unwrap();
+            publisher
+                .publish(
+                    Candidate { round: None, parent: None, digest, state: OptimizerState::default(), card },
+                    NOW_MS,
+                )
+                .unwrap();
         }
         let mut config = Config::default();
         config.receive.reserve_bytes = 0;

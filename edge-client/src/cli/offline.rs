@@ -159,6 +159,7 @@ pub(super) fn train(shared: &Shared, request: &TrainRequest) -> Result<()> {
         proximal_mu: 0.0,
         trainable: Trainable::Both,
         seed: 0,
+        correction: None,
     };
     let start = Adapter::init(stages.layout(), 0);
     let mut watch = Watching { output, bar: open::bar("train", request.steps as usize) };

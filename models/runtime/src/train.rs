@@ -1,10 +1,10 @@
-//! Trains an adapter: gradients (`gradient.rs`), proximal term, clipping, AdamW (`optimizer.rs`) at the scheduled rate
+//! Trains an adapter: gradients (`gradient.rs`), SCAFFOLD's correction, proximal term, clipping, AdamW (`optimizer.rs`) at the scheduled rate
 //! (`schedule.rs`). `preference.rs` adds learning from preferences, `train_state.rs` interrupts and resumes.
 //! The base never changes.
 
 use std::ops::Range;
 
-use commonweal_adapter::{Adapter, LayoutError, TensorSpec, Trainable};
+use commonweal_adapter::{Adapter, LayoutError, TensorSpec, Trainable, scaffold::Correction};
 use commonweal_package::TrainGraph;
 use serde::{Deserialize, Serialize};
 
@@ -69,7 +69,7 @@ pub struct StepReport {
     pub step: u64,
     /// Loss before the step, in nats: `−Σ weight·logprob / Σ |weight|`. The proximal term is not in it.
     pub loss: f64,
-    /// Norm of the trainable gradient, proximal term included, before clipping.
+    /// Norm of the trainable gradient, correction and proximal term included, before clipping.
     pub grad_norm: f64,
     /// Learning rate of the step.
     pub learning_rate: f64,
@@ -177,6 +177,7 @@ pub struct Trainer {
     pub(crate) start: Adapter,
     pub(crate) adapter: Adapter,
     pub(crate) moments: Moments,
+    pub(crate) correction: Option<Correction>,
     trainable: Vec<Range<usize>>,
 }
 
@@ -209,7 +210,20 @@ impl Trainer {
         }
         let (specs, layers) = (adapter.layout().tensors().into_iter(), adapter.layout().layers());
         let trainable = specs.filter(|spec| options.trains(spec, layers)).map(|spec| spec.range).collect();
-        Ok(Self { model: model.clone(), options, start, adapter, moments, trainable })
+        let correction = None;
+        Ok(Self { model: model.clone(), options, start, adapter, moments, correction, trainable })
+    }
+
+    /// The same with SCAFFOLD's correction: each gradient is shifted by it, before the proximal term and clipping.
+    pub fn corrected(mut self, correction: Correction) -> Result<Self, TrainError> {
+        self.adapter.layout().require(correction.shift().layout())?;
+        self.correction = Some(correction);
+        Ok(self)
+    }
+
+    /// SCAFFOLD's correction with the mean of the gradients so far, if there is one.
+    pub fn correction(&self) -> Option<&Correction> {
+        self.correction.as_ref()
     }
 
     /// One update from some rows: the mean loss over their tokens, each weighted by its weight.
@@ -308,6 +322,11 @@ impl Trainer {
         if !loss.is_finite() {
             return Err(TrainError::NotFinite { what: "loss", step });
         }
+        let plain = self.correction.as_ref().map(|correction| {
+            let plain = gradient.clone();
+            gradient.iter_mut().zip(correction.shift().values()).for_each(|(g, shift)| *g += shift);
+            plain
+        });
         if proximal_mu > 0.0 {
             let moved = self.adapter.values().iter().zip(self.start.values()).map(|(now, start)| now - start);
             gradient.iter_mut().zip(moved).for_each(|(g, moved)| *g += proximal_mu as f32 * moved);
@@ -315,6 +334,9 @@ impl Trainer {
         let grad_norm = norm(&gradient, &self.trainable);
         if !grad_norm.is_finite() {
             return Err(TrainError::NotFinite { what: "gradient", step });
+        }
+        if let (Some(correction), Some(plain)) = (&mut self.correction, plain) {
+            correction.observe(&plain, &self.trainable);
         }
         if let Some(max) = clip_norm {
             clip(&mut gradient, grad_norm, max);

@@ -3,7 +3,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use commonweal_adapter::{Adapter, AdapterError, AdapterLayout};
+use commonweal_adapter::{Adapter, AdapterError, AdapterLayout, scaffold::Correction};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 use crate::{
@@ -29,12 +29,16 @@ impl Trainer {
             ("updates".to_owned(), self.moments.updates.to_string()),
         ]);
         let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
-        let tensors = [
+        let mut tensors = vec![
             ("adapter", bytes(self.adapter.values())),
             ("start", bytes(self.start.values())),
             ("first_moment", bytes(&self.moments.first)),
             ("second_moment", bytes(&self.moments.second)),
         ];
+        if let Some(correction) = &self.correction {
+            tensors.push(("correction", bytes(correction.shift().values())));
+            tensors.push(("gradient_mean", bytes(correction.mean().values())));
+        }
         let views = tensors
             .iter()
             .map(|(name, data)| Ok((*name, TensorView::new(Dtype::F32, vec![data.len() / 4], data)?)))
@@ -89,6 +93,12 @@ impl Trainer {
         if let Some(negative) = moments.second.iter().find(|square| **square < 0.0) {
             return Err(state("a second_moment of at least 0", negative.to_string()));
         }
-        Self::resume(model, adapter("start")?, adapter("adapter")?, moments, options)
+        let trainer = Self::resume(model, adapter("start")?, adapter("adapter")?, moments, options)?;
+        if tensors.tensor("correction").is_err() {
+            return Ok(trainer);
+        }
+        let correction = Correction::resume(adapter("correction")?, adapter("gradient_mean")?, updates)
+            .map_err(|error| state("a correction", error.to_string()))?;
+        trainer.corrected(correction)
     }
 }

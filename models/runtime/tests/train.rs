@@ -5,6 +5,7 @@ mod support;
 
 use std::{collections::BTreeSet, sync::Arc};
 
+use commonweal_adapter::scaffold::Correction;
 use commonweal_adapter::{Adapter, AdapterLayout, Module, Part, Target, Trainable};
 use commonweal_package::TrainGraph;
 use commonweal_runtime::{
@@ -379,4 +380,37 @@ fn closed_training_opens_again_by_itself() {
     model.close_training();
     let second = trainer.step(&rows(&model), &Cancel::new()).unwrap();
     assert!(second.loss < first.loss);
+}
+
+#[test]
+fn a_correction_shifts_each_gradient_and_survives_an_interruption() {
+    let model = model();
+    let rows = rows(&model);
+    let mut shift = Adapter::zeros(Arc::clone(model.layout()));
+    shift.values_mut().iter_mut().enumerate().for_each(|(at, value)| *value = (at % 7) as f32 * 1e-3);
+    let zeros = Adapter::zeros(Arc::clone(model.layout()));
+    let options = TrainOptions { clip_norm: None, ..options() };
+    let corrected = |shift: &Adapter| {
+        let correction = Correction::new(shift, &zeros).unwrap();
+        trainer(&model, options.clone()).corrected(correction).unwrap()
+    };
+    let (mut plain, mut shifted) = (corrected(&zeros), corrected(&shift));
+    for trainer in [&mut plain, &mut shifted] {
+        trainer.step(&rows, &Cancel::new()).unwrap();
+    }
+    // Both began at the same place: the plain gradient is the same, and the first moment is a tenth of the corrected.
+    assert_eq!(plain.correction().unwrap().mean(), shifted.correction().unwrap().mean());
+    let (plain_moment, moment) = (saved(&plain, "first_moment"), saved(&shifted, "first_moment"));
+    for (at, shift) in shift.values().iter().enumerate() {
+        let got = (moment[at] - plain_moment[at]) / 0.1;
+        assert!((got - shift).abs() < 1e-5, "{at}: {got} {shift}");
+    }
+
+    let mut resumed = Trainer::restore(&model, &shifted.checkpoint().unwrap()).unwrap();
+    for trainer in [&mut shifted, &mut resumed] {
+        trainer.step(&rows, &Cancel::new()).unwrap();
+    }
+    assert_eq!(resumed.correction().unwrap().steps(), 2);
+    assert_eq!(resumed.correction(), shifted.correction());
+    assert_eq!(resumed.adapter(), shifted.adapter());
 }

@@ -49,10 +49,20 @@ pub(crate) fn check_values(values: &[f32], expected: usize) -> Result<(), Adapte
     if values.len() != expected {
         return Err(AdapterError::Length { expected, got: values.len() });
     }
-    match values.iter().enumerate().find(|(_, value)| !value.is_finite()) {
-        Some((index, &got)) => Err(AdapterError::NotFinite { index, got }),
+    match first(values, |value| !value.is_finite()) {
+        Some((index, got)) => Err(AdapterError::NotFinite { index, got }),
         None => Ok(()),
     }
+}
+
+/// The first value that is `bad`, with its place. Asks whole blocks first, without a branch for each value: compilers
+/// make wide instructions of that.
+pub(crate) fn first(values: &[f32], bad: impl Fn(f32) -> bool) -> Option<(usize, f32)> {
+    const BLOCK: usize = 1024;
+    let has_bad = |block: &[f32]| block.iter().fold(false, |found, value| found | bad(*value));
+    let number = values.chunks(BLOCK).position(has_bad)?;
+    let (index, value) = values.iter().enumerate().skip(number * BLOCK).find(|(_, value)| bad(**value))?;
+    Some((index, *value))
 }
 
 impl Adapter {

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use thiserror::Error;
 
-use crate::adapter::{Adapter, AdapterError};
+use crate::adapter::{Adapter, AdapterError, first};
 use crate::layout::{AdapterLayout, LayoutError, Module, Target, TensorSpec};
 
 /// Value of the metadata key `format`.
@@ -36,10 +36,17 @@ pub enum AdapterKind {
     Guard,
     /// Rewrites harmful answers.
     Reviser,
+    /// No adapter but as many values: SCAFFOLD's control variate.
+    Control,
+    /// The same: a server optimizer's first moment.
+    Momentum,
+    /// The same: a server optimizer's second moment.
+    Variance,
 }
 
 impl AdapterKind {
-    const ALL: [Self; 3] = [Self::Assistant, Self::Guard, Self::Reviser];
+    const ALL: [Self; 6] =
+        [Self::Assistant, Self::Guard, Self::Reviser, Self::Control, Self::Momentum, Self::Variance];
 
     /// Name in the metadata.
     pub const fn name(self) -> &'static str {
@@ -47,6 +54,9 @@ impl AdapterKind {
             Self::Assistant => "assistant",
             Self::Guard => "guard",
             Self::Reviser => "reviser",
+            Self::Control => "control",
+            Self::Momentum => "momentum",
+            Self::Variance => "variance",
         }
     }
 }
@@ -160,7 +170,10 @@ pub(crate) fn safetensors_bytes(
     let mut bytes = Vec::with_capacity(8 + header.len() + 4 * adapter.values().len());
     bytes.extend((header.len() as u64).to_le_bytes());
     bytes.extend(header.as_bytes());
-    bytes.extend(adapter.values().iter().flat_map(|value| value.to_le_bytes()));
+    let begin = bytes.len();
+    bytes.resize(begin + 4 * adapter.values().len(), 0);
+    let places = bytes.get_mut(begin..).unwrap_or_default().as_chunks_mut::<4>().0;
+    places.iter_mut().zip(adapter.values()).for_each(|(place, value)| *place = value.to_le_bytes());
     bytes
 }
 
@@ -189,12 +202,11 @@ pub fn read(bytes: &[u8]) -> Result<(Adapter, AdapterFacts), ReadError> {
             let got = format!("{:?} {:?}", tensor.dtype(), tensor.shape());
             return Err(ReadError::Tensor { name, expected, got });
         }
-        for chunk in tensor.data().as_chunks::<4>().0 {
-            let value = f32::from_le_bytes(*chunk);
-            if !value.is_finite() {
-                return Err(ReadError::NotFinite { name, got: value });
-            }
-            values.push(value);
+        let begin = values.len();
+        values.extend(tensor.data().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)));
+        let read = values.get(begin..).unwrap_or_default();
+        if let Some((_, got)) = first(read, |value| !value.is_finite()) {
+            return Err(ReadError::NotFinite { name, got });
         }
     }
     let adapter = Adapter::from_values(Arc::new(layout), values);
@@ -235,7 +247,7 @@ fn read_facts(header: &Metadata) -> Result<AdapterFacts, ReadError> {
     let hex = text(header, "base", "64 hexadecimal digits")?;
     let base = HEXLOWER.decode(hex.as_bytes()).ok().and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
     let base = base.ok_or_else(|| wrong("base", "64 hexadecimal digits", hex))?;
-    let kinds = "assistant, guard or reviser";
+    let kinds = "assistant, guard, reviser, control, momentum or variance";
     let name = text(header, "kind", kinds)?;
     let kind = AdapterKind::ALL.into_iter().find(|kind| kind.name() == name);
     Ok(AdapterFacts { base, kind: kind.ok_or_else(|| wrong("kind", kinds, name))? })

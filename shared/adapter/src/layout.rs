@@ -267,18 +267,19 @@ impl AdapterLayout {
 
     /// Number of f32 values of an adapter of this layout.
     pub fn parameters(&self) -> usize {
-        self.layers
-            * self.rank
-            * self.modules.iter().map(|module| module.inputs + module.outputs).sum::<usize>()
+        self.of_widths(|module| module.inputs + module.outputs)
     }
 
-    /// Number of values that training may change: all of them, or those of the `B` factors.
+    fn of_widths(&self, width: impl Fn(&Module) -> usize) -> usize {
+        self.layers * self.rank * self.modules.iter().map(width).sum::<usize>()
+    }
+
+    /// Number of values that training may change: all of them, or those of one factor.
     pub fn trainable_parameters(&self, trainable: Trainable) -> usize {
         match trainable {
             Trainable::Both => self.parameters(),
-            Trainable::BOnly => {
-                self.layers * self.rank * self.modules.iter().map(|module| module.outputs).sum::<usize>()
-            }
+            Trainable::BOnly => self.of_widths(|module| module.outputs),
+            Trainable::AOnly => self.of_widths(|module| module.inputs),
         }
     }
 

@@ -2,7 +2,8 @@
 //!
 //! Modules are declared in the order in which data passes them: a [`layout`] gives an [`adapter`] its shape,
 //! [`disk`] and [`peft`] put it into files, training turns it into a [`delta`], a device [`mod@compress`]es that,
-//! the aggregator decodes it ([`packed`]), [`clip`]s it and [`mod@merge`]s many of them.
+//! the aggregator decodes it ([`packed`]), [`clip`]s it, [`mod@merge`]s many of them and steps along the result
+//! ([`optimize`]).
 //!
 //! Nothing here knows a person's text, a device's address or what time it is.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp, reason = "a failed test may panic"))]
@@ -19,10 +20,14 @@ mod entropy;
 mod shares;
 pub mod compress;
 pub mod packed;
+pub mod pair;
 pub mod clip;
+mod sums;
 pub mod mean;
 mod robust;
 pub mod merge;
+pub mod optimize;
+pub mod scaffold;
 
 pub use adapter::{Adapter, AdapterError};
 pub use clip::{Clip, clip_norm, median_norm};
@@ -32,6 +37,7 @@ pub use disk::{AdapterFacts, AdapterKind, ReadError};
 pub use layout::{AdapterLayout, LayoutError, Module, Part, Target, TensorSpec};
 pub use mean::Merger;
 pub use merge::{MergeError, MergeReport, MergeRule, Update, merge};
+pub use optimize::{Adaptive, Moments, ServerOptimizer};
 pub use packed::{DecodeError, DecodeLimits, PackedDelta};
 pub use peft::{PeftAdapter, export_peft};
 pub use quantize::Bits;

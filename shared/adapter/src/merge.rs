@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::adapter::AdapterError;
+use crate::adapter::{AdapterError, first};
 use crate::clip::{Clip, clip_norm};
 use crate::delta::{AdapterDelta, Trainable};
 use crate::layout::{AdapterLayout, LayoutError};
@@ -152,8 +152,8 @@ pub(crate) fn check_update(
     if !(1..=WEIGHT_MAX).contains(&weight) {
         return Err(MergeError::Weight { got: weight });
     }
-    match delta.values().iter().find(|value| value.abs() > DECODED_VALUE_MAX) {
-        Some(got) => Err(MergeError::Magnitude { got: *got }),
+    match first(delta.values(), |value| value.abs() > DECODED_VALUE_MAX) {
+        Some((_, got)) => Err(MergeError::Magnitude { got }),
         None => Ok(()),
     }
 }

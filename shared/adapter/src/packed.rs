@@ -17,7 +17,7 @@ use half::bf16;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::adapter::AdapterError;
+use crate::adapter::{AdapterError, first};
 use crate::delta::{AdapterDelta, Trainable};
 use crate::entropy::{self, Coded};
 use crate::layout::AdapterLayout;
@@ -231,9 +231,9 @@ impl PackedDelta {
             .map_err(|_| DecodeError::Part { what: "levels", expected: kept })?;
         let kept_values = restore(&Quantized { block, scales, levels }, frame.rotation);
         // Two infinite values can make a NaN when they are turned back.
-        if let Some(got) = kept_values.iter().find(|value| value.is_nan() || value.abs() > DECODED_VALUE_MAX)
-        {
-            return Err(DecodeError::Magnitude { got: *got });
+        let refused = |value: f32| value.is_nan() || value.abs() > DECODED_VALUE_MAX;
+        if let Some((_, got)) = first(&kept_values, refused) {
+            return Err(DecodeError::Magnitude { got });
         }
         let values = scatter(kept_values, places.as_deref(), total);
         AdapterDelta::from_values(Arc::clone(layout), frame.trainable, values).map_err(DecodeError::Values)

@@ -17,7 +17,7 @@ pub const FRAME_BYTES_MAX: usize = CHUNK_BYTES_MAX + CHUNK_OVERHEAD_BYTES_MAX;
 /// Bytes of a frame's body where no chunk may come: the first frame of a stream, every frame of an enrolment, and
 /// every reply but a chunk.
 ///
-/// The largest is a poll's reply: a task (under 200 bytes) and a signed release with [`GATES_MAX`] gates (under 24
+/// The largest is a poll's reply: a task (under 400 bytes) and a signed release with [`GATES_MAX`] gates (under 24
 /// bytes each, so under 1 KiB in all); or a certificate chain, [`CHAIN_CERTIFICATES_MAX`] × [`CERTIFICATE_BYTES_MAX`].
 pub const CONTROL_BYTES_MAX: usize = 16 << 10;
 
@@ -41,6 +41,9 @@ pub const CHAIN_CERTIFICATES_MAX: usize = 3;
 
 /// Gates of a report card: one for each metric and direction is 10; room for more metrics.
 pub const GATES_MAX: usize = 32;
+
+/// Bytes of a merge's name on a report card; the longest of ours has 41.
+pub const MERGE_NAME_BYTES_MAX: usize = 64;
 
 /// Characters of a host in an invitation (a DNS name's limit).
 pub const HOST_CHARACTERS_MAX: usize = 253;

@@ -30,6 +30,7 @@ mod refusal;
 mod enrolment;
 mod invitation;
 mod task;
+mod control;
 mod update;
 mod content;
 mod receipt;
@@ -40,6 +41,7 @@ mod message;
 mod frame;
 
 pub use content::{Chunk, Content, Fetch};
+pub use control::{Control, Scaffold, SignedControl};
 pub use enrolment::{CertificateChain, Csr, Enroll, Enrolled, Renew};
 pub use frame::{DecodeError, EncodeError, FRAME_VERSION, Header, decode, encode};
 pub use identifiers::{BaseHash, DeviceId, Digest, IdentifierError, RoundId, Token, Version};

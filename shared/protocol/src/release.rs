@@ -53,6 +53,9 @@ pub struct ReportCard {
     pub held_out_loss: Option<f64>,
     /// Whether the metrics were good enough to publish.
     pub gates: Vec<Gate>,
+    /// How the round's updates were merged, by the names in docs/merging.md: LoRA mode, rule, server optimizer, and
+    /// `scaffold` if gradients were corrected. Empty for the first release; at most [`bounds::MERGE_NAME_BYTES_MAX`].
+    pub merge: String,
     /// How the round went.
     pub counts: RoundCounts,
 }
@@ -168,6 +171,7 @@ impl ReportCard {
             Invalid::unless_within(field, rate.unwrap_or(0.0), 0.0, 1.0)?;
         }
         Invalid::unless_within("held_out_loss", self.held_out_loss.unwrap_or(0.0), 0.0, 1e6)?;
+        Invalid::unless_at_most("merge name", self.merge.len() as u64, bounds::MERGE_NAME_BYTES_MAX as u64)?;
         Invalid::unless_at_most("gates", self.gates.len() as u64, bounds::GATES_MAX as u64)?;
         self.gates.iter().try_for_each(Gate::check)
     }

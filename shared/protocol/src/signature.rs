@@ -1,5 +1,5 @@
-//! What the aggregator signs: receipts and releases, each under its own domain, so that a signature of one can never
-//! be shown as a signature of the other. Neighbours: `receipt` and `release`.
+//! What the aggregator signs: receipts, releases and control variates, each under its own domain, so that a signature
+//! of one can never be shown as a signature of another. Neighbours: `receipt`, `release` and `control`.
 //!
 //! The bytes signed are the domain's label, a zero byte, and the value's postcard encoding: fixed field order, no
 //! padding, shortest integers, so one value has one encoding. Ed25519, verified strictly (RFC 8032 without the
@@ -84,6 +84,7 @@ impl<'de> Deserialize<'de> for Signature {
 pub(crate) enum Domain {
     Receipt,
     Release,
+    Control,
 }
 
 impl Domain {
@@ -91,6 +92,7 @@ impl Domain {
         match self {
             Self::Receipt => b"commonweal receipt v1",
             Self::Release => b"commonweal release v1",
+            Self::Control => b"commonweal control v1",
         }
     }
 

@@ -1,7 +1,7 @@
 //! What a device asks first and what it is told to do: poll, and the round's task. Neighbours: `release` comes with
 //! the reply, `update` is what the task ends in.
 
-use crate::{BaseHash, Digest, Invalid, ReconnectWindow, ReleaseNotice, RoundId, Version, bounds};
+use crate::{BaseHash, Digest, Invalid, ReconnectWindow, ReleaseNotice, RoundId, Scaffold, Version, bounds};
 use serde::{Deserialize, Serialize};
 
 /// "I hold this base and this release: is there work, is there news?"
@@ -37,6 +37,8 @@ pub struct RoundTask {
     pub mode: Mode,
     /// How to train.
     pub train: TrainSettings,
+    /// Whether gradients are corrected, and by what.
+    pub scaffold: Scaffold,
     /// How to pack the delta.
     pub compress: CompressSettings,
     /// Seed of whatever must be the same on every device of the round.
@@ -60,10 +62,26 @@ pub struct Start {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
-    /// FedIT: A and B are both trained and averaged apart.
+    /// FedIT (Zhang et al. 2023): A and B are both trained and averaged apart.
     Fedit,
-    /// FFA-LoRA: A stays as it started; only B is trained and sent.
+    /// FFA-LoRA (Sun et al. 2024): A stays as it started; only B is trained and sent.
     Ffa,
+    /// RoLoRA (Chen et al. 2024): B is trained and sent in odd rounds, A in even ones, so that each average is exact.
+    Rolora,
+    /// A and B are both trained; their products are averaged and factored anew (FlexLoRA, Bai et al. 2024).
+    Exact,
+}
+
+impl Mode {
+    /// Its name in configurations and report cards.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Fedit => "fedit",
+            Self::Ffa => "ffa",
+            Self::Rolora => "rolora",
+            Self::Exact => "exact",
+        }
+    }
 }
 
 /// How a device trains. Same names as the runtime's training options.
@@ -120,6 +138,7 @@ impl RoundTask {
     pub(crate) fn check(&self) -> Result<(), Invalid> {
         self.start.check()?;
         self.train.check()?;
+        self.scaffold.check()?;
         self.compress.check()
     }
 }

@@ -28,12 +28,12 @@ fn lengths_are_judged_before_the_body() {
 #[test]
 fn other_versions_and_leftovers_are_refused() {
     let mut body = body(&Request::Finish);
-    assert_eq!(body, [1, 3]);
+    assert_eq!(body, [2, 3]);
     body.push(0);
     assert_eq!(decode::<Request>(&body), Err(DecodeError::Trailing(1)));
-    assert_eq!(decode::<Request>(&[2, 3]), Err(DecodeError::Version(2)));
+    assert_eq!(decode::<Request>(&[1, 3]), Err(DecodeError::Version(1)));
     assert_eq!(decode::<Request>(&[]), Err(DecodeError::Empty));
-    assert!(matches!(decode::<Request>(&[1, 200]), Err(DecodeError::Payload(_))));
+    assert!(matches!(decode::<Request>(&[2, 200]), Err(DecodeError::Payload(_))));
 }
 
 #[test]
@@ -127,6 +127,7 @@ fn values_out_of_bounds_are_refused_both_ways() {
     assert!(release(&|release| release.report_card.attack_success_rate = Some(f64::NAN)));
     assert!(release(&|release| release.report_card.held_out_loss = Some(-1.0)));
     assert!(release(&|release| release.report_card.gates[1].passed = true));
+    assert!(release(&|release| release.report_card.merge = "m".repeat(bounds::MERGE_NAME_BYTES_MAX + 1)));
     assert!(release(&|release| {
         let gate = release.report_card.gates[0];
         release.report_card.gates = vec![gate; bounds::GATES_MAX + 1];
@@ -136,7 +137,7 @@ fn values_out_of_bounds_are_refused_both_ways() {
     let refused = Refused { reconnect, ..commonweal_protocol::Refusal::Busy.into() };
     assert!(matches!(encode(&Reply::Refused(refused)), Err(EncodeError::Invalid(_))));
     // The same, as a peer that does not check would send it: tag 0, reason 3, the two numbers, little groups of 7 bits.
-    let arrives = [1, 0, 3, 0x81, 0x88, 0xb2, 0xa0, 0x02, 0];
+    let arrives = [2, 0, 3, 0x81, 0x88, 0xb2, 0xa0, 0x02, 0];
     assert!(
         matches!(decode::<Reply>(&arrives), Err(DecodeError::Invalid(_))),
         "{:?}",

@@ -257,6 +257,7 @@ impl<'c> Bench<'c> {
             samples: self.devices[device].len() as u32,
             length: packed.as_bytes().len() as u64,
             report: DeviceReport::default(),
+            norm: None,
         };
         let members: Vec<Member> = packed.iter().enumerate().map(member).collect();
         let options = merge::Options::new(&config::Merge::default(), Trainable::Both, false);
@@ -264,7 +265,7 @@ impl<'c> Bench<'c> {
             let found = packed.get(usize::from(device.0[0])).ok_or(io::ErrorKind::NotFound);
             Ok::<_, io::Error>(found?.as_bytes().to_vec())
         };
-        Ok(merge::merge(start, &members, &options, read)?.0)
+        Ok(start.plus(&merge::merge(start.layout(), &members, &options, read)?.0, 1.0)?)
     }
 
     /// A round's training, device by device.
@@ -281,6 +282,7 @@ impl<'c> Bench<'c> {
             proximal_mu: settings.proximal_mu,
             trainable: Trainable::Both,
             seed,
+            correction: None,
         };
         let Laboratory { model, cancel, .. } = &self.laboratory;
         let policy = &self.policy.train;

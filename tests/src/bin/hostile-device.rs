@@ -203,7 +203,7 @@ impl Attacker {
 
     /// One poll and what follows; whether an update was delivered.
     fn visit(&mut self, runtime: &Runtime) -> Result<(bool, ReconnectWindow)> {
-        let installed = install::installed(&self.store, &self.expected)?.map(|installed| installed.version);
+        let installed = install::installed_version(&self.store, &self.expected)?;
         let poll = Poll { base: self.expected.base, installed };
         let reply = runtime.block_on(self.link.poll(poll))?;
         if let Some(release) = reply.release.filter(|notice| Some(notice.release.version) != installed) {
@@ -263,7 +263,7 @@ impl Attacker {
         let options = compress::options(&task.compress)?;
         let packed = commonweal_adapter::compress(&delta, &mut residual, &options, &mut random)?;
         let bits_per_parameter = packed.bits_per_parameter();
-        let packed = Packed::from_disk(packed.into_bytes(), delta.layout(), delta.trainable())?;
+        let packed = Packed::from_disk(packed.into_bytes(), delta.layout(), delta.trainable(), false)?;
         let summary = trained.summary();
         let honest = DeviceReport {
             steps: summary.steps,

@@ -139,7 +139,18 @@ impl World {
         let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), key.clone(), BASE);
         let card = ReportCard { safe_rate: Some(0.95), ..ReportCard::default() };
         Record::of_base(&card, START_MS).append(storage.coord.as_ref()).unwrap();
-        publisher.publish(Candidate { round: None, parent: None, digest, card }, START_MS).unwrap();
+        publisher
+            .publish(
+                Candidate {
+                    round: None,
+                    parent: None,
+                    digest,
+                    state: aggregator::optimize::OptimizerState::default(),
+                    card,
+                },
+                START_MS,
+            )
+            .unwrap();
         let authority = Arc::new(Authority::create(START_MS).unwrap());
         let registry = Registry::new(storage.coord.clone());
         let manners = [

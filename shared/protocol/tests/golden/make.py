@@ -112,7 +112,9 @@ opening = varint(300) + BASE + DIGEST + varint(1234567) + varint(48) + report
 train = b"".join(map(varint, [50, 5, 8, 512])) + f32(0.001) + f32(0.01) + f32(1.0) + f32(0.1)
 compress = bytes([4]) + varint(64) + some(f32(0.25)) + flag(True) + flag(True) + bytes([1])
 start = varint(2) + DIGEST + varint(70000)
-task = varint(300) + BASE + start + varint(1) + train + compress + varint(2**64 - 1) + varint(600000)
+control = varint(299) + varint(0b1101) + BASE + HASH + varint(70100)
+scaffold = varint(2) + control + sized(sign(SEED, b"commonweal control v1\0" + control))
+task = varint(300) + BASE + start + varint(2) + train + scaffold + compress + varint(2**64 - 1) + varint(600000)
 reconnect = varint(30000) + varint(5000)
 gates = (
     varint(2)
@@ -120,7 +122,7 @@ gates = (
     + varint(4) + varint(1) + f64(0.05) + f64(0.0625) + flag(False)
 )
 counts = b"".join(map(varint, [10, 9, 8, 1, 1, 600, 410, 120, 0, 70, 12345678, 50]))
-card = some(f64(0.97)) + some(f64(0.04)) + NONE + some(f64(2.125)) + gates + counts
+card = some(f64(0.97)) + some(f64(0.04)) + NONE + some(f64(2.125)) + gates + sized(b"fedit, mean, fedadam, scaffold") + counts
 release = varint(3) + some(varint(2)) + some(varint(300)) + BASE + DIGEST + varint(70000) + card + varint(1767225600000)
 signed_release = release + sized(sign(SEED, b"commonweal release v1\0" + release))
 receipt = varint(300) + DEVICE + DIGEST + varint(1234567) + varint(1767225600000)
@@ -147,5 +149,5 @@ MESSAGES = {
 }
 
 for name, payload in MESSAGES.items():
-    body = b"\x01" + payload
+    body = b"\x02" + payload
     print(f"{name}: {(struct.pack('<I', len(body)) + body).hex()}")

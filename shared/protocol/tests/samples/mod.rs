@@ -4,11 +4,11 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use commonweal_protocol::{
-    Accepted, AggregatorKey, BaseHash, CertificateChain, Chunk, CompressSettings, Content, Csr, DeviceId,
-    DeviceReport, Digest, Direction, Enroll, Enrolled, EnrolmentReply, EnrolmentRequest, Fetch, Gate, Metric,
-    Mode, Opaque, Open, Poll, PollReply, Receipt, ReconnectWindow, Refusal, Refused, Release, Renew, Reply,
-    ReportCard, Request, RoundCounts, RoundId, RoundTask, SignedReceipt, SignedRelease, SigningKey, Start,
-    Token, TrainSettings, Version,
+    Accepted, AggregatorKey, BaseHash, CertificateChain, Chunk, CompressSettings, Content, Control, Csr,
+    DeviceId, DeviceReport, Digest, Direction, Enroll, Enrolled, EnrolmentReply, EnrolmentRequest, Fetch,
+    Gate, Metric, Mode, Opaque, Open, Poll, PollReply, Receipt, ReconnectWindow, Refusal, Refused, Release,
+    Renew, Reply, ReportCard, Request, RoundCounts, RoundId, RoundTask, Scaffold, SignedControl,
+    SignedReceipt, SignedRelease, SigningKey, Start, Token, TrainSettings, Version,
 };
 
 pub const DEVICE: DeviceId = DeviceId([0x11; 16]);
@@ -51,12 +51,16 @@ pub fn open() -> Open {
     Open { round: ROUND, base: BASE, digest: DIGEST, length: 1_234_567, samples: 48, report }
 }
 
+pub fn control() -> Control {
+    Control { round: RoundId(299), merged: 0b1101, base: BASE, digest: HASH, length: 70_100 }
+}
+
 pub fn task() -> RoundTask {
     RoundTask {
         round: ROUND,
         base: BASE,
         start: Start { version: Version(2), digest: DIGEST, length: 70_000 },
-        mode: Mode::Ffa,
+        mode: Mode::Rolora,
         train: TrainSettings {
             steps_max: 50,
             warmup_steps: 5,
@@ -67,6 +71,7 @@ pub fn task() -> RoundTask {
             clip_norm: 1.0,
             proximal_mu: 0.1,
         },
+        scaffold: Scaffold::Control(SignedControl::sign(&key(), control()).unwrap()),
         compress: CompressSettings {
             bits: 4,
             block: 64,
@@ -97,6 +102,7 @@ pub fn release() -> Release {
                 Gate::judge(Metric::AttackSuccessRate, Direction::AtMost, 0.1, 0.04),
                 Gate::judge(Metric::HeldOutLossRise, Direction::AtMost, 0.05, 0.0625),
             ],
+            merge: "fedit, mean, fedadam, scaffold".to_owned(),
             counts: RoundCounts {
                 devices_selected: 10,
                 devices_received: 9,

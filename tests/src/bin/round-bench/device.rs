@@ -107,8 +107,7 @@ impl Fleet {
 impl Device {
     fn run(mut self, runtime: &Runtime, failed: &AtomicBool) -> Result<()> {
         while !self.updates.is_empty() && !failed.load(Ordering::SeqCst) {
-            let installed =
-                install::installed(&self.store, &self.expected)?.map(|installed| installed.version);
+            let installed = install::installed_version(&self.store, &self.expected)?;
             let reply = runtime.block_on(self.link.poll(Poll { base: BASE, installed }))?;
             if let Some(release) = reply.release.as_ref().filter(|it| Some(it.release.version) != installed) {
                 runtime.block_on(install::install(&self.link, &self.store, &self.expected, release))?;
@@ -146,5 +145,5 @@ fn noise(layout: &Arc<AdapterLayout>, random: &mut ChaCha8Rng) -> Result<Packed>
     let mut residual = Residual::zeros(layout.clone(), trainable);
     let options = CompressOptions { bits: Bits::Eight, ..CompressOptions::default() };
     let bytes = commonweal_adapter::compress(&delta, &mut residual, &options, random)?.into_bytes();
-    Ok(Packed::from_disk(bytes, layout, trainable)?)
+    Ok(Packed::from_disk(bytes, layout, trainable, false)?)
 }

@@ -108,7 +108,16 @@ fn open(arguments: &Arguments, directory: &Directory, base: &Base, clock: &Clock
     storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice())?;
     let card = ReportCard::default();
     Record::of_base(&card, clock.unix_ms()).append(storage.coord.as_ref())?;
-    publisher.publish(Candidate { round: None, parent: None, digest, card }, clock.unix_ms())?;
+    publisher.publish(
+        Candidate {
+            round: None,
+            parent: None,
+            digest,
+            state: aggregator::optimize::OptimizerState::default(),
+            card,
+        },
+        clock.unix_ms(),
+    )?;
     let config = config(arguments);
     let events = watch(arguments.rounds_in_all());
     let (policy, now_ms) = (config.round.clone(), clock.unix_ms());
