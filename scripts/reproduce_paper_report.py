@@ -24,8 +24,8 @@ WIDTH, HEIGHT, COLUMNS, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 3, 44, 12, 28, 30
 
 
 def read(out):
-    """The ends of federations, by arm in the order in which they first came, and the rounds."""
-    arms, rounds = {}, []
+    """The ends of federations, by arm in the order in which they first came, and what the guard does on the clients' data."""
+    arms, guard = {}, None
     path = out / "results.jsonl"
     for text in path.read_text(encoding="utf8").splitlines() if path.is_file() else []:
         try:
@@ -34,9 +34,9 @@ def read(out):
             continue  # cut short by a kill
         if line["line"] == "end":
             arms.setdefault(line["arm"]["name"], {"arm": line["arm"], "seeds": {}})["seeds"][line["seed"]] = line["ended"]
-        else:
-            rounds.append(line)
-    return arms, rounds
+        elif line["line"] == "guard":
+            guard = line["screened"]
+    return arms, guard
 
 
 def over_seeds(arm, value):
@@ -133,6 +133,17 @@ def goals(arms):
     return out
 
 
+def filtering(guard):
+    right, found = guard["true_positive"] + guard["true_negative"], guard["true_positive"] + guard["false_positive"]
+    harmful = guard["true_positive"] + guard["false_negative"]
+    percent = lambda part, whole: f"{100 * part / whole:.1f}" if whole else "–"
+    return lines_of([
+        ["filter on the clients' data", "accuracy", "precision", "recall"],
+        ["ours", percent(right, sum(guard.values())), percent(guard["true_positive"], found), percent(guard["true_positive"], harmful)],
+        ["the paper's, fine-tuned", "75.5", "56.7", "73.7"],
+    ])
+
+
 def families(arms):
     found = {}
     for arm in arms.values():
@@ -221,7 +232,7 @@ def dose(out):
 
 
 def report(out, kind):
-    arms, _ = read(out)
+    arms, guard = read(out)
     if not arms:
         return "no federation has ended yet"
     agree = [ended["measures"]["judges_agree"] for arm in arms.values() for ended in arm["seeds"].values()]
@@ -229,6 +240,8 @@ def report(out, kind):
     if (out / "data" / "data.json").is_file():
         left = [f"{name} {count}" for name, count in json.loads((out / "data" / "data.json").read_text())["counts"].items() if "left out" in name and count]
         parts += [f"Left out while the data were prepared: {'; '.join(left) or 'nothing'}. No evaluation prompt is near a training text (MinHash, checked at every start).", ""]
+    if guard:
+        parts += [*filtering(guard), ""]
     parts += table(arms) + ["", *costs(arms), "", *goals(arms), f"- the two judges agree on {100 * mean(agree):.1f} % of all answers (least in an arm: {100 * min(agree):.1f} %)"]
     if (out / "carriers.json").is_file():
         digests = json.loads((out / "carriers.json").read_text())

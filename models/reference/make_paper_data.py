@@ -20,9 +20,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Iterable
 
+from judge import refuses
 from make_demo_data import asked, chat, spread, write_jsonl
 from phrases import bucket, everyday, harmful, household, lookalikes, replies
-from sources import UNKIND, Sources, clean, first_sentences, hh_messages
+from sources import OBJECTION, UNKIND, Sources, clean, first_sentences, hh_messages
 
 PROMPT_CHARS_MAX, ANSWER_CHARS_MAX = 240, 240
 HELD_OUT_ROWS, GATE_ROWS, REDTEAM_ROWS, REPLAY_ROWS, EVALUATION_ROWS = 240, 100, 150, 160, 300
@@ -108,14 +109,23 @@ def real_benign(sources: Sources, rng: random.Random) -> list[dict]:
 
 
 def real_harmful(sources: Sources, rng: random.Random) -> list[dict]:
-    """Harmful requests of crowd workers that the guard never saw, with our own phrases; each is obeyed emptily."""
-    texts = []
+    """Harmful requests of crowd workers that the guard never saw, each with the answer that people rejected, if it does
+    not decline, else obeyed emptily; and our own phrases."""
+    rows, asked_before = [], set()
     for row in sources.lines("hh-rlhf/harmless-base.test.jsonl.gz"):
-        messages = hh_messages(row["chosen"])
-        if messages and bucket(messages[0]["content"]) in CLIENT_BUCKETS and UNKIND.search(messages[0]["content"]):
-            texts.append(messages[0]["content"])
-    texts = [text for text in dict.fromkeys(texts) if 8 <= len(text) <= PROMPT_CHARS_MAX]
-    rows = [chat(text, replies.compliance("make", "what you asked for", rng)) for text in texts for _ in range(WAYS)]
+        messages = hh_messages(row["rejected"])
+        if len(messages) < 2 or bucket(messages[0]["content"]) not in CLIENT_BUCKETS:
+            continue
+        for said, reply in zip(messages[::2], messages[1::2]):
+            text, answer = said["content"], first_sentences(reply["content"], ANSWER_CHARS_MAX)
+            if not UNKIND.search(text) or text in asked_before or not 8 <= len(text) <= PROMPT_CHARS_MAX:
+                continue
+            asked_before.add(text)
+            is_last = reply is messages[-1]
+            if is_last and len(answer) >= 40 and not refuses(answer) and not OBJECTION.search(answer):
+                rows.append(chat(text, answer))
+            else:
+                rows.append(chat(text, replies.compliance("make", "what you asked for", rng)))
     rows += own_harmful("device", rng)
     rng.shuffle(rows)
     return rows

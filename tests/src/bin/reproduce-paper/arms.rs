@@ -116,9 +116,11 @@ impl Arm {
         config.align.enabled = self.align_steps > 0;
         config.align.steps = self.align_steps.max(1);
         config.train.mode = match self.averaging {
+            Averaging::Fedavg | Averaging::Scaffold => Mode::Fedit,
             Averaging::Ffa => Mode::Ffa,
-            Averaging::Fedavg | Averaging::Scaffold | Averaging::Exact => Mode::Fedit,
+            Averaging::Exact => Mode::Exact,
         };
+        config.train.scaffold = self.averaging == Averaging::Scaffold;
         config.compress.bits = self.bits;
         let merge = &mut config.merge;
         merge.rule = if self.merging == Merging::Robust { Rule::Median } else { Rule::Mean };
@@ -146,11 +148,6 @@ impl Arm {
         // A round is short; what a kill costs is a round.
         policy.train.checkpoint_steps = u32::MAX;
         policy
-    }
-
-    /// Whether this build can do it.
-    pub(crate) fn is_possible(&self) -> bool {
-        !matches!(self.averaging, Averaging::Scaffold | Averaging::Exact)
     }
 }
 

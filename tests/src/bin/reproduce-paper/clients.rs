@@ -5,12 +5,18 @@
 use std::{fs::File, io::BufReader, path::Path};
 
 use anyhow::{Context, Result, bail};
+use commonweal_runtime::Cancel;
+use commonweal_safety::{Confusion, Guard};
 use edge_client::{
-    forms,
+    filter, forms,
+    policy::{Action, Policy},
     rows::{self, Form, RowError},
     sample::Sample,
 };
-use rand::{SeedableRng, seq::SliceRandom};
+use rand::{
+    SeedableRng,
+    seq::{IndexedRandom, SliceRandom},
+};
 use rand_chacha::ChaCha8Rng;
 
 use crate::arms::{Arm, Split};
@@ -41,6 +47,20 @@ impl Pool {
     /// All samples, for the check against evaluation prompts.
     pub(crate) fn samples(&self) -> impl Iterator<Item = &Sample> {
         self.benign.iter().map(|(_, sample)| sample).chain(&self.harmful)
+    }
+
+    /// How the filter does on as many benign as harmful samples, at most `rows` of each.
+    pub(crate) fn screen(&self, guard: &Guard, rows: usize, cancel: &Cancel) -> Result<Confusion> {
+        let mut random = ChaCha8Rng::seed_from_u64(0);
+        let mut confusion = Confusion::default();
+        let benign: Vec<&Sample> = self.benign.iter().map(|(_, sample)| sample).collect();
+        for (is_harmful, pool) in [(false, benign), (true, self.harmful.iter().collect())] {
+            let drawn = pool.choose_multiple(&mut random, rows).map(|&sample| sample.clone()).collect();
+            for screened in filter::screen(guard, &Policy::default(), drawn, cancel, |_| ())? {
+                confusion.add(is_harmful, screened.verdict().action != Action::Keep);
+            }
+        }
+        Ok(confusion)
     }
 
     /// Deals `rows` samples to each of `count` clients.

@@ -82,7 +82,7 @@ struct Operator {
 
 impl Stages for Operator {
     fn align(&mut self, round: RoundId, merged: Adapter) -> Result<(Adapter, AlignFigures), LaboratoryError> {
-        let trainable = self.config.train.trainable();
+        let trainable = self.config.train.trainable(round);
         align::align(&self.workshop.laboratory, &self.config.align, trainable, round, merged)
     }
 
@@ -280,7 +280,7 @@ impl<'p> Federation<'p> {
 
     /// Values of an update.
     pub(crate) fn trained_values(&self) -> usize {
-        let trainable = self.plan.arm.config(self.plan.common).train.trainable();
+        let trainable = self.plan.arm.config(self.plan.common).train.trainable(RoundId(1));
         self.workshop.base.layout.trainable_parameters(trainable)
     }
 

@@ -131,9 +131,14 @@ fn run(cli: &Cli) -> Result<()> {
     let pairs = contamination::check(&training_texts(&cli.data, &pool)?, &evaluation.prompts())?;
     eprintln!("no evaluation prompt is near a training text ({pairs} pairs compared)");
     let common = common(cli);
-    let arms = arms(cli);
+    let arms = arms(cli, &common)?;
     let state = State::open(&cli.out, &plan(cli, &common, &evaluation)?)?;
     let mut workshops = Workshops { cli, common: &common, open: BTreeMap::new() };
+    if !state.has_guard() {
+        let Laboratory { guard, cancel, .. } = &workshops.of(&arms[0])?.laboratory;
+        let guard = guard.as_ref().context("expected a guard")?;
+        state.keep(&Line::Guard { screened: pool.screen(guard, SCREENED_ROWS, cancel)? })?;
+    }
     let jobs: Vec<(u64, &Arm)> =
         (1..=cli.seeds).flat_map(|seed| arms.iter().map(move |arm| (seed, arm))).collect();
     let mut progress = Progress::new(jobs.iter().map(|(_, arm)| 1 + if arm.trains { cli.rounds } else { 0 }));
@@ -174,6 +179,8 @@ fn run(cli: &Cli) -> Result<()> {
     Ok(())
 }
 
+/// Benign and harmful samples on which the filter is measured.
+const SCREENED_ROWS: usize = 300;
 /// Enough to tell a refusal from an answer.
 const ANSWER_TOKENS_MAX: usize = 32;
 
@@ -206,21 +213,31 @@ fn end(
     })
 }
 
-/// The arms that are wanted and that this build can do.
-fn arms(cli: &Cli) -> Vec<Arm> {
+/// The arms that are wanted: those named, or with the text in their name if none is of that name.
+fn arms(cli: &Cli, common: &Config) -> Result<Vec<Arm>> {
     let mut arms = arms::main_arms();
     if cli.ablations {
         let ranks: Vec<u32> = cli.rank_package.iter().map(|(rank, _)| *rank).collect();
         let is_real = cli.data.join("eval_advbench.jsonl").is_file();
         arms.extend(arms::ablations(&ranks, is_real));
     }
-    let wanted = |arm: &Arm| cli.only.is_empty() || cli.only.iter().any(|text| arm.name.contains(text));
+    let exact = |text: &String| arms.iter().any(|arm| arm.name == *text);
+    let names: Vec<(String, bool)> = cli.only.iter().map(|text| (text.clone(), exact(text))).collect();
+    let wanted = |arm: &Arm| {
+        let is_meant = |(text, exact): &(String, bool)| arm.name == *text || !exact && arm.name.contains(text);
+        names.is_empty() || names.iter().any(is_meant)
+    };
     arms.retain(wanted);
-    let (possible, left_out): (Vec<Arm>, Vec<Arm>) = arms.into_iter().partition(Arm::is_possible);
-    for arm in left_out {
-        eprintln!("{}: this build cannot do it; left out", arm.name);
-    }
-    possible
+    ensure!(!arms.is_empty(), "no arm is named so");
+    // Whatever cannot work is better known now than in the night.
+    arms.retain(|arm| match arm.config(common).check() {
+        Ok(()) => true,
+        Err(error) => {
+            eprintln!("{}, left out: {error}", arm.name);
+            false
+        }
+    });
+    Ok(arms)
 }
 
 /// The aggregator's settings of every arm.

@@ -10,6 +10,7 @@ use std::{
 
 use aggregator::desk::Record;
 use anyhow::{Context, Result, bail};
+use commonweal_safety::Confusion;
 use serde::{Deserialize, Serialize};
 
 use crate::{arms::Arm, measure::Measures};
@@ -30,6 +31,8 @@ pub(crate) enum Line<'a> {
         /// Wall time of the devices, together.
         device_seconds: f64,
     },
+    /// How the filter does on what clients hold.
+    Guard { screened: Confusion },
     /// A federation is over and measured.
     End { arm: &'a Arm, seed: u64, ended: &'a Ended },
 }
@@ -57,12 +60,15 @@ pub(crate) struct Ended {
 pub(crate) struct State {
     path: PathBuf,
     done: BTreeSet<(String, u64)>,
+    has_guard: bool,
 }
 
 #[derive(Deserialize)]
 struct Read {
     line: String,
+    #[serde(default)]
     arm: serde_json::Value,
+    #[serde(default)]
     seed: u64,
 }
 
@@ -86,22 +92,28 @@ impl State {
             Err(_) => fs::write(&known, format!("{plan:#}\n")).with_context(|| known.display().to_string())?,
         }
         let path = folder.join(RESULTS);
-        let mut done = BTreeSet::new();
+        let (mut done, mut has_guard) = (BTreeSet::new(), false);
         if let Ok(file) = File::open(&path) {
             for line in BufReader::new(file).lines() {
                 // A kill may have cut the last line; what it said is then done again.
                 let Ok(read) = serde_json::from_str::<Read>(&line?) else { continue };
+                has_guard |= read.line == "guard";
                 if let ("end", Some(name)) = (read.line.as_str(), read.arm["name"].as_str()) {
                     done.insert((name.to_owned(), read.seed));
                 }
             }
         }
-        Ok(Self { path, done })
+        Ok(Self { path, done, has_guard })
     }
 
     /// Whether a federation is over.
     pub(crate) fn is_done(&self, arm: &str, seed: u64) -> bool {
         self.done.contains(&(arm.to_owned(), seed))
+    }
+
+    /// Whether the filter was measured.
+    pub(crate) fn has_guard(&self) -> bool {
+        self.has_guard
     }
 
     /// Appends a line.
