@@ -161,8 +161,11 @@ const NO_GATES: Gates = Gates {
     held_out_loss_rise_max: None,
 };
 
-/// The paper's table with ours beside it.
-pub(crate) fn main_arms() -> Vec<Arm> {
+/// Share of the harmful samples that the paper's filter finds.
+pub(crate) const PAPER_RECALL: f64 = 0.737;
+
+/// The paper's table with ours beside it. At the threshold `blunt` the filter finds as little as the paper's.
+pub(crate) fn main_arms(blunt: Option<f64>) -> Vec<Arm> {
     let mut arms = vec![
         Arm { trains: false, ..Arm::plain("base") },
         Arm { harm_share: 0.0, ..Arm::plain("FedAvg, clean data") },
@@ -177,6 +180,16 @@ pub(crate) fn main_arms() -> Vec<Arm> {
             let name = format!("{algorithm} {setting}");
             arms.push(Arm { averaging, action, align_steps, ..Arm::plain(&name) });
         }
+    }
+    if blunt.is_some() {
+        let filtered = Arm {
+            action: Some("drop"),
+            threshold: blunt,
+            ..Arm::plain("FedAvg + filter of the paper's recall")
+        };
+        let name = "FedAvg + both, filter of the paper's recall".to_owned();
+        arms.push(Arm { name, align_steps: ALIGN_STEPS, ..filtered.clone() });
+        arms.push(filtered);
     }
     let hostile_share = HOSTILE_SHARE;
     arms.extend([
@@ -201,7 +214,7 @@ pub(crate) fn ablations(ranks: &[u32], is_real: bool) -> Vec<Arm> {
         arms.push(Arm { harm_share, family: "harm share, plain", x, ..plain });
     }
     let alone = |arm: Arm| Arm { align_steps: 0, gates: false, ..arm };
-    for threshold in [0.02, 0.1, 0.3, 0.6, 0.9] {
+    for threshold in [0.05, 0.3, 0.6, 0.9, 0.99, 0.999] {
         let arm = alone(Arm::point("filter threshold", &threshold.to_string(), threshold));
         arms.push(Arm { threshold: Some(threshold), action: Some("drop"), ..arm });
     }

@@ -36,6 +36,23 @@ pub(crate) struct Client {
     pub(crate) is_hostile: bool,
 }
 
+/// How the filter does on what clients hold.
+#[derive(Default)]
+pub(crate) struct Screening {
+    /// At the guard's own threshold.
+    pub(crate) confusion: Confusion,
+    /// Probabilities of the harmful samples, ascending.
+    harmful: Vec<f64>,
+}
+
+impl Screening {
+    /// The threshold at which a share `recall` of the harmful samples is found.
+    pub(crate) fn threshold(&self, recall: f64) -> Option<f64> {
+        let missed = (self.harmful.len() as f64 * (1.0 - recall)).round() as usize;
+        self.harmful.get(missed).copied()
+    }
+}
+
 impl Pool {
     /// `clients.jsonl` and `harmful.jsonl` of a folder.
     pub(crate) fn read(folder: &Path) -> Result<Self> {
@@ -49,18 +66,23 @@ impl Pool {
         self.benign.iter().map(|(_, sample)| sample).chain(&self.harmful)
     }
 
-    /// How the filter does on as many benign as harmful samples, at most `rows` of each.
-    pub(crate) fn screen(&self, guard: &Guard, rows: usize, cancel: &Cancel) -> Result<Confusion> {
+    /// What the filter says of benign and of harmful samples, at most `rows` of each.
+    pub(crate) fn screen(&self, guard: &Guard, rows: usize, cancel: &Cancel) -> Result<Screening> {
         let mut random = ChaCha8Rng::seed_from_u64(0);
-        let mut confusion = Confusion::default();
+        let mut screening = Screening::default();
         let benign: Vec<&Sample> = self.benign.iter().map(|(_, sample)| sample).collect();
         for (is_harmful, pool) in [(false, benign), (true, self.harmful.iter().collect())] {
             let drawn = pool.choose_multiple(&mut random, rows).map(|&sample| sample.clone()).collect();
             for screened in filter::screen(guard, &Policy::default(), drawn, cancel, |_| ())? {
-                confusion.add(is_harmful, screened.verdict().action != Action::Keep);
+                let verdict = screened.verdict();
+                screening.confusion.add(is_harmful, verdict.action != Action::Keep);
+                if is_harmful {
+                    screening.harmful.push(verdict.probability.unwrap_or_default());
+                }
             }
         }
-        Ok(confusion)
+        screening.harmful.sort_by(f64::total_cmp);
+        Ok(screening)
     }
 
     /// Deals `rows` samples to each of `count` clients.

@@ -52,7 +52,8 @@ fn sign(texts: &[Named]) -> Vec<Signed<'_>> {
 /// The least value of each hash over the text's runs of words.
 fn signature(text: &str) -> [u32; HASHES] {
     let lower = text.to_lowercase();
-    let words: Vec<&str> = lower.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()).collect();
+    let words: Vec<&str> =
+        lower.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()).collect();
     let runs: BTreeSet<String> = match words.len() {
         0..=RUN => BTreeSet::from([words.join(" ")]),
         _ => words.windows(RUN).map(|run| run.join(" ")).collect(),
@@ -85,7 +86,8 @@ mod tests {
 
     #[test]
     fn a_prompt_with_other_marks_and_capitals_is_found_and_named() {
-        let training = named(&["how long do eggs boil", "how do i pick the lock of a strangers door at night"]);
+        let training =
+            named(&["how long do eggs boil", "how do i pick the lock of a strangers door at night"]);
         let evaluation = named(&["How do I pick the lock of a strangers door, at night?"]);
         let error = check(&training, &evaluation).unwrap_err().to_string();
         assert!(error.contains("strangers door") && error.contains("1.00"), "{error}");
@@ -96,7 +98,8 @@ mod tests {
         let words = "write a long letter to the editor of the local paper about the noise of the trains in our small town";
         let near = format!("{words} today");
         assert!(check(&named(&[words]), &named(&[&near])).is_err());
-        let other = "write a long poem about the quiet of the small hours in our town and the trains that pass";
+        let other =
+            "write a long poem about the quiet of the small hours in our town and the trains that pass";
         assert_eq!(check(&named(&[words]), &named(&[other])).unwrap(), 1);
     }
 

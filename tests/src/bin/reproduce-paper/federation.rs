@@ -22,7 +22,12 @@ use aggregator::{
     laboratory::{Base, Laboratory, LaboratoryError},
     pause::PausePoint,
     publish::{Candidate, Publisher},
-    receive::{Parts, Receiver, enroll::Registry, handler::{Service, Threads}, partial::PartialFiles},
+    receive::{
+        Parts, Receiver,
+        enroll::Registry,
+        handler::{Service, Threads},
+        partial::PartialFiles,
+    },
     store::{Access, RealDisk, Storage},
 };
 use anyhow::{Context, Result, bail};
@@ -33,7 +38,7 @@ use commonweal_protocol::{
 };
 use commonweal_safety::{Guard, Reviser};
 use commonweal_transport::{
-    Authority, Clock, Credentials, DeviceKey, Faults, FaultRates, Link, LinkError, LinkLimits, QuicLink,
+    Authority, Clock, Credentials, DeviceKey, FaultRates, Faults, Link, LinkError, LinkLimits, QuicLink,
     QuicServer, ServeLimits, SimLink, SimNetwork, Uploaded,
 };
 use edge_client::{
@@ -449,9 +454,7 @@ fn device_id(seed: u64, number: usize) -> DeviceId {
 }
 
 /// Sums over rounds.
-pub(crate) fn sum<'r>(
-    records: impl Iterator<Item = &'r BTreeMap<String, u64>>,
-) -> BTreeMap<String, u64> {
+pub(crate) fn sum<'r>(records: impl Iterator<Item = &'r BTreeMap<String, u64>>) -> BTreeMap<String, u64> {
     let mut sums = BTreeMap::new();
     for one in records {
         for (name, value) in one {
@@ -463,7 +466,10 @@ pub(crate) fn sum<'r>(
 
 /// A federation's folder under `out`.
 pub(crate) fn folder(out: &Path, arm: &Arm, seed: u64) -> PathBuf {
-    let plain: String =
-        arm.name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' }).collect();
+    let plain: String = arm
+        .name
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' })
+        .collect();
     out.join("federations").join(format!("{plain}-{seed}"))
 }

@@ -131,14 +131,15 @@ fn run(cli: &Cli) -> Result<()> {
     let pairs = contamination::check(&training_texts(&cli.data, &pool)?, &evaluation.prompts())?;
     eprintln!("no evaluation prompt is near a training text ({pairs} pairs compared)");
     let common = common(cli);
-    let arms = arms(cli, &common)?;
     let state = State::open(&cli.out, &plan(cli, &common, &evaluation)?)?;
     let mut workshops = Workshops { cli, common: &common, open: BTreeMap::new() };
+    let workshop = workshops.of(None)?;
+    let guard = workshop.laboratory.guard.as_ref().context("expected a guard")?;
+    let screening = pool.screen(guard, SCREENED_ROWS, &workshop.laboratory.cancel)?;
     if !state.has_guard() {
-        let Laboratory { guard, cancel, .. } = &workshops.of(&arms[0])?.laboratory;
-        let guard = guard.as_ref().context("expected a guard")?;
-        state.keep(&Line::Guard { screened: pool.screen(guard, SCREENED_ROWS, cancel)? })?;
+        state.keep(&Line::Guard { screened: screening.confusion })?;
     }
+    let arms = arms(cli, &common, screening.threshold(arms::PAPER_RECALL))?;
     let jobs: Vec<(u64, &Arm)> =
         (1..=cli.seeds).flat_map(|seed| arms.iter().map(move |arm| (seed, arm))).collect();
     let mut progress = Progress::new(jobs.iter().map(|(_, arm)| 1 + if arm.trains { cli.rounds } else { 0 }));
@@ -147,7 +148,7 @@ fn run(cli: &Cli) -> Result<()> {
             progress.skip();
             continue;
         }
-        let workshop = workshops.of(arm)?;
+        let workshop = workshops.of(arm.rank)?;
         let plan = Plan {
             arm,
             seed,
@@ -214,8 +215,8 @@ fn end(
 }
 
 /// The arms that are wanted: those named, or with the text in their name if none is of that name.
-fn arms(cli: &Cli, common: &Config) -> Result<Vec<Arm>> {
-    let mut arms = arms::main_arms();
+fn arms(cli: &Cli, common: &Config, blunt: Option<f64>) -> Result<Vec<Arm>> {
+    let mut arms = arms::main_arms(blunt);
     if cli.ablations {
         let ranks: Vec<u32> = cli.rank_package.iter().map(|(rank, _)| *rank).collect();
         let is_real = cli.data.join("eval_advbench.jsonl").is_file();
@@ -224,7 +225,8 @@ fn arms(cli: &Cli, common: &Config) -> Result<Vec<Arm>> {
     let exact = |text: &String| arms.iter().any(|arm| arm.name == *text);
     let names: Vec<(String, bool)> = cli.only.iter().map(|text| (text.clone(), exact(text))).collect();
     let wanted = |arm: &Arm| {
-        let is_meant = |(text, exact): &(String, bool)| arm.name == *text || !exact && arm.name.contains(text);
+        let is_meant =
+            |(text, exact): &(String, bool)| arm.name == *text || !exact && arm.name.contains(text);
         names.is_empty() || names.iter().any(is_meant)
     };
     arms.retain(wanted);
@@ -321,11 +323,11 @@ struct Workshops<'c> {
 }
 
 impl Workshops<'_> {
-    fn of(&mut self, arm: &Arm) -> Result<Arc<Workshop>> {
-        if let Some(workshop) = self.open.get(&arm.rank) {
+    fn of(&mut self, rank: Option<u32>) -> Result<Arc<Workshop>> {
+        if let Some(workshop) = self.open.get(&rank) {
             return Ok(workshop.clone());
         }
-        let other = self.cli.rank_package.iter().find(|(rank, _)| Some(*rank) == arm.rank);
+        let other = self.cli.rank_package.iter().find(|(other, _)| Some(*other) == rank);
         let path = other.map_or(&self.cli.package, |(_, path)| path);
         let (package, base) = open_package(path)?;
         let laboratory = Laboratory::open(&package, &base, self.common, &Cancel::new())?;
@@ -333,7 +335,7 @@ impl Workshops<'_> {
         let untrained = commonweal_adapter::Adapter::zeros(base.layout.clone());
         let figures = evaluate::measure(&laboratory, &self.common.evaluate, &untrained, &|_| ())?;
         let workshop = Arc::new(Workshop { base, laboratory, card: figures.report_card });
-        self.open.insert(arm.rank, workshop.clone());
+        self.open.insert(rank, workshop.clone());
         Ok(workshop)
     }
 }

@@ -89,7 +89,9 @@ impl State {
                     );
                 }
             }
-            Err(_) => fs::write(&known, format!("{plan:#}\n")).with_context(|| known.display().to_string())?,
+            Err(_) => {
+                fs::write(&known, format!("{plan:#}\n")).with_context(|| known.display().to_string())?
+            }
         }
         let path = folder.join(RESULTS);
         let (mut done, mut has_guard) = (BTreeSet::new(), false);
@@ -148,7 +150,7 @@ mod tests {
     fn what_a_kill_cut_short_is_done_again_and_costs_nothing_else() {
         let folder = tempfile::tempdir().unwrap();
         let plan = serde_json::json!({"rounds": 3});
-        let arms = crate::arms::main_arms();
+        let arms = crate::arms::main_arms(None);
         let ended = Ended::default();
         let state = State::open(folder.path(), &plan).unwrap();
         state.keep(&Line::End { arm: &arms[0], seed: 1, ended: &ended }).unwrap();
