@@ -225,7 +225,7 @@ pub(crate) fn ablations(ranks: &[u32], is_real: bool) -> Vec<Arm> {
         let arm = Arm::point("alignment steps", &align_steps.to_string(), f64::from(align_steps));
         arms.push(Arm { align_steps, action: None, gates: false, merging: Merging::Mean, ..arm });
     }
-    for bits in [1, 2, 3, 4, 8] {
+    for bits in [2, 3, 4, 8] {
         arms.push(Arm { bits, ..Arm::point("bits of a value", &bits.to_string(), f64::from(bits)) });
     }
     for &rank in ranks {

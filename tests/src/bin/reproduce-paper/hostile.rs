@@ -39,7 +39,7 @@ pub(crate) fn visit<L: Link>(device: &Device<L>, boost: f32) -> Result<Outcome> 
     let mut random = ChaCha8Rng::seed_from_u64(task.seed);
     let options = compress::options(&task.compress)?;
     let packed = commonweal_adapter::compress(&delta, &mut residual, &options, &mut random)?;
-    let packed = Packed::from_disk(packed.into_bytes(), delta.layout(), delta.trainable())?;
+    let packed = Packed::from_disk(packed.into_bytes(), delta.layout(), delta.trainable(), false)?;
     let summary = trained.summary();
     let honest = DeviceReport {
         steps: summary.steps,
