@@ -372,7 +372,10 @@ fn begin(state: &Path, workshop: &Workshop, config: &Config, seed: u64) -> Resul
     let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), key, base.hash);
     let card = workshop.card.clone();
     Record::of_base(&card, START_MS).append(storage.coord.as_ref())?;
-    publisher.publish(Candidate { round: None, parent: None, digest, state: OptimizerState::default(), card }, START_MS)?;
+    publisher.publish(
+        Candidate { round: None, parent: None, digest, state: OptimizerState::default(), card },
+        START_MS,
+    )?;
     directory.write_config(&toml::to_string(config)?)?;
     Ok(directory)
 }
