@@ -99,7 +99,7 @@ impl Stages for Operator {
 
 /// One device's way to the aggregator.
 enum Road {
-    Memory(SimLink<Service>),
+    Memory(Box<SimLink<Service>>),
     Quic(Box<QuicLink>),
 }
 
@@ -143,7 +143,9 @@ impl Server {
     fn road(&self, credentials: Credentials, clock: &Clock) -> Result<Road> {
         let limits = LinkLimits::default();
         Ok(match self {
-            Self::Memory(network) => Road::Memory(SimLink::over(network.device(credentials)?, limits)),
+            Self::Memory(network) => {
+                Road::Memory(Box::new(SimLink::over(network.device(credentials)?, limits)))
+            }
             Self::Quic(server) => {
                 let port = server.local_addr().port();
                 let link = QuicLink::new("127.0.0.1", port, credentials, limits, clock.clone())?;
@@ -391,21 +393,20 @@ impl Member {
         key: &SigningKey,
     ) -> Result<Self> {
         let store = Store::open(folder)?;
-        let credentials = match store.read(CREDENTIALS)? {
-            Some(pem) => Credentials::from_pem(&String::from_utf8(pem)?)?,
-            None => {
-                let token = Token(blake3::hash(folder.to_string_lossy().as_bytes()).into());
-                registry.invite(&token, START_MS, START_MS + LIFE_MS)?;
-                let device_key = DeviceKey::generate()?;
-                let csr = device_key.csr()?;
-                let chain = registry.enroll(authority, &token, &csr, id, START_MS, START_MS + LIFE_MS)?;
-                let enrolled = Enrolled { device: id, chain, signing_key: AggregatorKey::of(key) };
-                let credentials = Credentials::new(device_key, &enrolled, authority.digest())?;
-                let good = client.samples.iter().cloned().enumerate().collect();
-                sample::keep(&store, &Parsed { good, bad: Vec::new() })?;
-                store.write(CREDENTIALS, credentials.to_pem().as_bytes())?;
-                credentials
-            }
+        let credentials = if let Some(pem) = store.read(CREDENTIALS)? {
+            Credentials::from_pem(&String::from_utf8(pem)?)?
+        } else {
+            let token = Token(blake3::hash(folder.to_string_lossy().as_bytes()).into());
+            registry.invite(&token, START_MS, START_MS + LIFE_MS)?;
+            let device_key = DeviceKey::generate()?;
+            let csr = device_key.csr()?;
+            let chain = registry.enroll(authority, &token, &csr, id, START_MS, START_MS + LIFE_MS)?;
+            let enrolled = Enrolled { device: id, chain, signing_key: AggregatorKey::of(key) };
+            let credentials = Credentials::new(device_key, &enrolled, authority.digest())?;
+            let good = client.samples.iter().cloned().enumerate().collect();
+            sample::keep(&store, &Parsed { good, bad: Vec::new() })?;
+            store.write(CREDENTIALS, credentials.to_pem().as_bytes())?;
+            credentials
         };
         Ok(Self { id, store: Some(store), credentials, is_hostile: client.is_hostile })
     }

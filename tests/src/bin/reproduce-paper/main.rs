@@ -159,9 +159,14 @@ fn run(cli: &Cli) -> Result<()> {
         };
         let clients = pool.deal(arm, cli.clients as usize, cli.rows, seed)?;
         let folder = federation::folder(&cli.out, arm, seed);
+        let begun = state.begun(&arm.name, seed);
+        if begun.is_none() && folder.exists() {
+            // A kill may have come between a device's enrolment and its certificate on disk: begun anew, it costs a round.
+            fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        }
         let mut federation = Federation::open(&plan, &workshop, &clients, &folder)
             .with_context(|| format!("{}, seed {seed}", arm.name))?;
-        let mut device_seconds = 0.0;
+        let mut device_seconds = begun.unwrap_or_default();
         federation
             .run(|record, seconds| {
                 device_seconds += seconds;

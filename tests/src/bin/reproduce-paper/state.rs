@@ -60,6 +60,8 @@ pub(crate) struct Ended {
 pub(crate) struct State {
     path: PathBuf,
     done: BTreeSet<(String, u64)>,
+    /// Of each federation with a finished round, the devices' seconds.
+    begun: BTreeMap<(String, u64), f64>,
     has_guard: bool,
 }
 
@@ -70,6 +72,8 @@ struct Read {
     arm: serde_json::Value,
     #[serde(default)]
     seed: u64,
+    #[serde(default)]
+    device_seconds: f64,
 }
 
 impl State {
@@ -94,23 +98,31 @@ impl State {
             }
         }
         let path = folder.join(RESULTS);
-        let (mut done, mut has_guard) = (BTreeSet::new(), false);
+        let (mut done, mut begun, mut has_guard) = (BTreeSet::new(), BTreeMap::new(), false);
         if let Ok(file) = File::open(&path) {
             for line in BufReader::new(file).lines() {
                 // A kill may have cut the last line; what it said is then done again.
                 let Ok(read) = serde_json::from_str::<Read>(&line?) else { continue };
                 has_guard |= read.line == "guard";
+                if let ("round", Some(name)) = (read.line.as_str(), read.arm.as_str()) {
+                    *begun.entry((name.to_owned(), read.seed)).or_default() += read.device_seconds;
+                }
                 if let ("end", Some(name)) = (read.line.as_str(), read.arm["name"].as_str()) {
                     done.insert((name.to_owned(), read.seed));
                 }
             }
         }
-        Ok(Self { path, done, has_guard })
+        Ok(Self { path, done, begun, has_guard })
     }
 
     /// Whether a federation is over.
     pub(crate) fn is_done(&self, arm: &str, seed: u64) -> bool {
         self.done.contains(&(arm.to_owned(), seed))
+    }
+
+    /// The devices' seconds of a federation that has finished a round and not ended.
+    pub(crate) fn begun(&self, arm: &str, seed: u64) -> Option<f64> {
+        self.begun.get(&(arm.to_owned(), seed)).copied()
     }
 
     /// Whether the filter was measured.
