@@ -166,10 +166,15 @@ mod tests {
         let ended = Ended::default();
         let state = State::open(folder.path(), &plan).unwrap();
         state.keep(&Line::End { arm: &arms[0], seed: 1, ended: &ended }).unwrap();
+        let round = Line::Round { arm: "begun", seed: 1, record: &Record::default(), device_seconds: 2.0 };
+        state.keep(&round).unwrap();
+        state.keep(&round).unwrap();
         let path = folder.path().join(RESULTS);
         let whole = fs::read_to_string(&path).unwrap();
         fs::write(&path, format!("{whole}{}", &whole[..whole.len() / 2])).unwrap();
         let state = State::open(folder.path(), &plan).unwrap();
+        assert!(state.begun("begun", 1).is_some_and(|seconds| (seconds - 4.0).abs() < 1e-9));
+        assert!(state.begun("begun", 2).is_none());
         assert!(state.is_done(&arms[0].name, 1) && !state.is_done(&arms[0].name, 2));
         state.keep(&Line::End { arm: &arms[1], seed: 1, ended: &ended }).unwrap();
         assert!(State::open(folder.path(), &plan).unwrap().is_done(&arms[1].name, 1));
