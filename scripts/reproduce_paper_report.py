@@ -1,0 +1,272 @@
+"""Draws the report of scripts/reproduce-paper from its results: a table, whether the goals are met, plots as SVG.
+
+Nothing here computes a result but means, intervals over seeds and the paper's figures beside ours.
+"""
+
+import html
+import json
+import math
+import pathlib
+import statistics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "results.md"
+# arXiv 2502.16691, table of the final models: safe share on AdvBench, HHH.
+PAPER = {
+    "base": (99.6, 60.0),
+    "FedAvg plain": (72.5, 49.3), "FedAvg + filter": (81.2, 51.8), "FedAvg + constitution": (96.2, 57.3), "FedAvg + both": (96.3, 63.7),
+    "SCAFFOLD plain": (72.7, 49.5), "SCAFFOLD + filter": (78.8, 54.6), "SCAFFOLD + constitution": (96.5, 62.6), "SCAFFOLD + both": (97.1, 63.9),
+}
+# Two-sided 95 % of Student's t by degrees of freedom.
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+COLOURS = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2"]
+WIDTH, HEIGHT, COLUMNS, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 3, 44, 12, 28, 30
+
+
+def read(out):
+    """The ends of federations, by arm in the order in which they first came, and what the guard does on the clients' data."""
+    arms, guard = {}, None
+    path = out / "results.jsonl"
+    for text in path.read_text(encoding="utf8").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # cut short by a kill
+        if line["line"] == "end":
+            arms.setdefault(line["arm"]["name"], {"arm": line["arm"], "seeds": {}})["seeds"][line["seed"]] = line["ended"]
+        elif line["line"] == "guard":
+            guard = line["screened"]
+    return arms, guard
+
+
+def over_seeds(arm, value):
+    return [value(ended) for ended in arm["seeds"].values()]
+
+
+def mean(values):
+    return statistics.fmean(values)
+
+
+def interval(values):
+    """Half the width of the 95 % interval of the mean; nothing for one seed."""
+    if len(values) < 2:
+        return None
+    return STUDENT.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def figure(values, digits, scale=1.0):
+    values = [value * scale for value in values]
+    half = interval(values)
+    return f"{mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if half is not None else "")
+
+
+def safe(name, judge):
+    return lambda ended: next((one[judge] for one in ended["measures"]["safe"] if one["set"] == name), math.nan)
+
+
+def sets(arms):
+    order = ["advbench", "harmbench", "do-not-answer", "own"]
+    found = {one["set"] for arm in arms.values() for ended in arm["seeds"].values() for one in ended["measures"]["safe"]}
+    return [name for name in order if name in found]
+
+
+def lines_of(rows):
+    head, *body = rows
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return out + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in body]
+
+
+def seconds(ended):
+    return ended["device_seconds"] + sum(ended["stage_seconds"].values())
+
+
+def table(arms):
+    names = sets(arms)
+    rows = [["arm", "seeds", *(f"{name}, safe % by rules / classifier" for name in names), "paper's AdvBench", "over-refusal %", "held-out loss",
+             "preference %", "paper's HHH"]]
+    for name, arm in arms.items():
+        if arm["arm"]["family"] != "main":
+            continue
+        measure = lambda key: over_seeds(arm, lambda ended: ended["measures"][key])
+        paper = PAPER.get(name, ("–", "–"))
+        both = [" / ".join(figure(over_seeds(arm, safe(one, judge)), 1, 100) for judge in ("rules", "classifier")) for one in names]
+        rows.append([name, len(arm["seeds"]), *both, paper[0], figure(measure("over_refusal"), 1, 100), figure(measure("held_out_loss"), 3),
+                     figure(measure("preference"), 1, 100), paper[1]])
+    return lines_of(rows)
+
+
+def costs(arms):
+    rows = [["arm", "samples kept", "dropped", "replaced by a refusal", "revised", "kB sent", "bits a value", "seconds", "of which alignment", "rounds published"]]
+    for name, arm in arms.items():
+        if arm["arm"]["family"] != "main" or not arm["arm"]["trains"]:
+            continue
+        of = lambda value: mean(over_seeds(arm, value))
+        counts = [f"{of(lambda ended: ended['samples'].get(kind, 0)):.0f}" for kind in ("kept", "dropped", "refused", "revised")]
+        bits = of(lambda ended: ended["bits_per_parameter"] or 0)
+        rows.append([name, *counts, f"{of(lambda e: e['uploaded_bytes']) / 1e3:.0f}", f"{bits:.2f}", f"{of(seconds):.0f}",
+                     f"{of(lambda e: e['stage_seconds'].get('align', 0)):.0f}", f"{of(lambda e: e['published']):.1f} of {of(lambda e: e['rounds']):.0f}"])
+    return lines_of(rows)
+
+
+def goals(arms):
+    """What was hoped for, with the figures that decide it. The first harmful set, by rules."""
+    first = sets(arms)[0]
+    value = lambda name: mean(over_seeds(arms[name], safe(first, "rules"))) * 100
+    loss = lambda name: mean(over_seeds(arms[name], lambda ended: ended["measures"]["held_out_loss"]))
+    out = []
+
+    def goal(needed, holds, text):
+        if all(name in arms for name in needed):
+            out.append(f"- {'met' if holds() else '**missed**'}: {text()}")
+
+    for algorithm in ("FedAvg", "SCAFFOLD"):
+        plain, filtered, server, both = (f"{algorithm} {what}" for what in ("plain", "+ filter", "+ constitution", "+ both"))
+        order = ["base", both, server, filtered, plain]
+        goal(order, lambda: value("base") >= min(value(both), value(server)) >= value(filtered) >= value(plain),
+             lambda: f"the paper's order with {algorithm} on {first} (base, both, constitution, filter, plain): " + ", ".join(f"{value(n):.1f}" for n in order))
+    for name in ("ours", "ours, FFA", "ours, exact"):
+        goal(["base", name], lambda: value(name) >= value("base") - 1, lambda: f"{name} within 1 point of the base: {value(name):.1f} and {value('base'):.1f}")
+        goal(["FedAvg, clean data", name], lambda: loss(name) <= 1.02 * loss("FedAvg, clean data"),
+             lambda: f"{name} within 2 % of the held-out loss of training on clean data: {loss(name):.3f} and {loss('FedAvg, clean data'):.3f}")
+    robust = "ours, hostile 1 in 10, robust"
+    goal(["ours", robust], lambda: value(robust) >= value("ours") - 3, lambda: f"one hostile device in ten, robust merge, within 3 points of ours: {value(robust):.1f} and {value('ours'):.1f}")
+    return out
+
+
+def filtering(guard):
+    right, found = guard["true_positive"] + guard["true_negative"], guard["true_positive"] + guard["false_positive"]
+    harmful = guard["true_positive"] + guard["false_negative"]
+    percent = lambda part, whole: f"{100 * part / whole:.1f}" if whole else "–"
+    return lines_of([
+        ["filter on the clients' data", "accuracy", "precision", "recall"],
+        ["ours", percent(right, sum(guard.values())), percent(guard["true_positive"], found), percent(guard["true_positive"], harmful)],
+        ["the paper's, fine-tuned", "75.5", "56.7", "73.7"],
+    ])
+
+
+def families(arms):
+    found = {}
+    for arm in arms.values():
+        if arm["arm"]["family"] != "main":
+            found.setdefault(arm["arm"]["family"], []).append(arm)
+    return found
+
+
+def ablations(arms):
+    first = sets(arms)[0]
+    rows = [["varied", "value", f"{first}, safe % by rules / classifier", "over-refusal %", "held-out loss", "kB sent", "kept", "dropped", "revised", "rounds published"]]
+    for family, members in families(arms).items():
+        for arm in sorted(members, key=lambda arm: arm["arm"]["x"]):
+            of = lambda value, arm=arm: mean(over_seeds(arm, value))
+            measure = lambda key: of(lambda ended: ended["measures"][key])
+            label = arm["arm"]["name"].split(": ", 1)[1]
+            rows.append([family, label, f"{100 * of(safe(first, 'rules')):.1f} / {100 * of(safe(first, 'classifier')):.1f}", f"{100 * measure('over_refusal'):.1f}",
+                         f"{measure('held_out_loss'):.3f}", f"{of(lambda e: e['uploaded_bytes']) / 1e3:.0f}",
+                         *(f"{of(lambda e: e['samples'].get(kind, 0)):.0f}" for kind in ("kept", "dropped", "revised")), f"{of(lambda e: e['published']):.0f}"])
+    return lines_of(rows) if len(rows) > 1 else []
+
+
+def panel(column, row, title, series):
+    """Lines over a shared axis: name → [(x, y)], y a share from 0 to 100."""
+    x0, y0 = column * WIDTH, row * HEIGHT
+    xs = [x for points in series.values() for x, _ in points]
+    low, high = min(xs), max(max(xs), min(xs) + 1e-9)
+    at = lambda x, y: (x0 + LEFT + (x - low) / (high - low) * (WIDTH - LEFT - RIGHT), y0 + HEIGHT - BOTTOM - y / 100 * (HEIGHT - TOP - BOTTOM))
+    out = [f'<text x="{x0 + LEFT}" y="{y0 + 16}" font-weight="600">{html.escape(title)}</text>']
+    for tick in (0, 25, 50, 75, 100):
+        _, y = at(low, tick)
+        out.append(f'<line x1="{x0 + LEFT}" x2="{x0 + WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d1d5db"/><text x="{x0 + LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>')
+    for x in sorted(set(xs)):
+        out.append(f'<text x="{at(x, 0)[0]:.1f}" y="{y0 + HEIGHT - 12}" text-anchor="middle">{x:g}</text>')
+    for (name, points), colour in zip(series.items(), COLOURS):
+        points = sorted(points)
+        path = " ".join(f"{'M' if i == 0 else 'L'}{at(*point)[0]:.1f},{at(*point)[1]:.1f}" for i, point in enumerate(points))
+        out.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        out += [f'<circle cx="{at(*point)[0]:.1f}" cy="{at(*point)[1]:.1f}" r="3" fill="{colour}"><title>{html.escape(name)}, {point[0]:g}: {point[1]:.1f}</title></circle>' for point in points]
+    for i, (name, colour) in enumerate(zip(series, COLOURS)):
+        out.append(f'<text x="{x0 + LEFT + 6}" y="{y0 + TOP + 12 + 13 * i}" fill="{colour}" opacity="0.85">{html.escape(name)}</text>')
+    return "".join(out)
+
+
+def plots(arms):
+    """Safe share of the first set and over-refusal, each family a panel; the arms of the table as bars come first."""
+    first = sets(arms)[0]
+    rows = [(name, arm) for name, arm in arms.items() if arm["arm"]["family"] == "main"]
+    bar, body = 22, []
+    wide = COLUMNS * WIDTH
+    for i, (name, arm) in enumerate(rows):
+        y = TOP + i * bar
+        value = 100 * mean(over_seeds(arm, safe(first, "rules")))
+        half = interval([100 * v for v in over_seeds(arm, safe(first, "rules"))]) or 0
+        scale = (wide - 320) / 100
+        body.append(f'<text x="232" y="{y + 15}" text-anchor="end">{html.escape(name)}</text><rect x="240" y="{y + 3}" width="{value * scale:.1f}" height="{bar - 7}" fill="{COLOURS[0]}"/>')
+        body.append(f'<line x1="{240 + max(0, value - half) * scale:.1f}" x2="{240 + min(100, value + half) * scale:.1f}" y1="{y + 11}" y2="{y + 11}" stroke="#111827"/>')
+        paper = PAPER.get(name)
+        if paper:
+            body.append(f'<line x1="{240 + paper[0] * scale:.1f}" x2="{240 + paper[0] * scale:.1f}" y1="{y + 1}" y2="{y + bar - 3}" stroke="{COLOURS[1]}" stroke-width="3"/>')
+        body.append(f'<text x="{wide - 60}" y="{y + 15}">{value:.1f}</text>')
+    title = f'<text x="240" y="16" font-weight="600">safe answers on {html.escape(first)} in %, by rules; the red mark is the paper\'s figure</text>'
+    offset = TOP + len(rows) * bar + 20
+    grouped = {}
+    for family, members in families(arms).items():
+        # "harm share, plain" and "harm share, ours" are one panel.
+        head, _, kind = family.partition(", ")
+        points = [(arm["arm"]["x"], 100 * mean(over_seeds(arm, safe(first, "rules")))) for arm in members]
+        refused = [(arm["arm"]["x"], 100 * mean(over_seeds(arm, lambda ended: ended["measures"]["over_refusal"]))) for arm in members]
+        panels = grouped.setdefault(head, {})
+        panels[kind or "safe %"] = points
+        if not kind:
+            panels["over-refusal %"] = refused
+    panels = [panel(i % COLUMNS, i // COLUMNS, name, series) for i, (name, series) in enumerate(grouped.items())]
+    height = offset + math.ceil(len(panels) / COLUMNS) * HEIGHT
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {height}" font-family="system-ui, sans-serif" font-size="12" fill="#4b5563">'
+            f'<rect width="{wide}" height="{height}" fill="#ffffff"/>{title}{"".join(body)}<g transform="translate(0 {offset})">{"".join(panels)}</g></svg>\n')
+
+
+def dose(out):
+    plan = json.loads((out / "plan.json").read_text())
+    sizes = ", ".join(f"{name} {count}" for name, count in plan["evaluation"])
+    return (f"{plan['clients']} clients of {plan['rows']} samples, {plan['chosen']} a round, {plan['rounds']} rounds of {plan['steps']} steps of {plan['batch']} rows "
+            f"(at most {plan['row_tokens']} tokens, learning rate {plan['learning_rate']:.3g}); alignment with {plan['redteam']} prompts a round, gates on {plan['gate_rows']} rows a set; "
+            f"hostile updates are lengthened {plan['boost']:g} times and claim 100,000 samples. Rows measured: {sizes}. Answers have at most {plan['answer_tokens']} tokens, greedy.")
+
+
+def report(out, kind):
+    arms, guard = read(out)
+    if not arms:
+        return "no federation has ended yet"
+    agree = [ended["measures"]["judges_agree"] for arm in arms.values() for ended in arm["seeds"].values()]
+    parts = [dose(out), ""]
+    if (out / "data" / "data.json").is_file():
+        left = [f"{name} {count}" for name, count in json.loads((out / "data" / "data.json").read_text())["counts"].items() if "left out" in name and count]
+        parts += [f"Left out while the data were prepared: {'; '.join(left) or 'nothing'}. No evaluation prompt is near a training text (MinHash, checked at every start).", ""]
+    if guard:
+        parts += [*filtering(guard), ""]
+    parts += table(arms) + ["", *costs(arms), "", *goals(arms), f"- the two judges agree on {100 * mean(agree):.1f} % of all answers (least in an arm: {100 * min(agree):.1f} %)"]
+    if (out / "carriers.json").is_file():
+        digests = json.loads((out / "carriers.json").read_text())
+        same = digests["memory"] == digests["quic"]
+        parts.append(f"- {'met' if same else '**missed**'}: the same federation over QUIC ends with the same adapter, byte for byte ({digests['memory'][:16]}… and {digests['quic'][:16]}…)")
+    varied = ablations(arms)
+    if varied:
+        parts += ["", *varied]
+    return "\n".join(parts) + "\n"
+
+
+def write(out, kind, docs=False):
+    """Writes OUT/results.md and OUT/results.svg, and with `docs` the page's part of this kind; gives the text."""
+    text = report(out, kind)
+    (out / "results.md").write_text(text, encoding="utf8")
+    arms, _ = read(out)
+    if not arms:
+        return text
+    drawing = plots(arms)
+    (out / "results.svg").write_text(drawing, encoding="utf8")
+    if docs:
+        (ROOT / "docs" / f"results-{kind}.svg").write_text(drawing, encoding="utf8")
+        begin, end = f"<!-- scripts/reproduce-paper writes from here: {kind} -->\n", "<!-- to here -->"
+        page = PAGE.read_text(encoding="utf8")
+        before, rest = page.split(begin)
+        page = before + begin + text + f"\n![safe answers by arm, and one setting varied at a time](results-{kind}.svg)\n" + rest[rest.index(end):]
+        PAGE.write_text(page, encoding="utf8")
+    return text

@@ -1,0 +1,163 @@
+//! Who holds which data: conversations are read once as `edge-client`'s samples and dealt to clients by a seed.
+//!
+//! Every arm of a seed deals alike, so that arms differ in what is done with the samples and in nothing else.
+
+use std::{fs::File, io::BufReader, path::Path};
+
+use anyhow::{Context, Result, bail};
+use commonweal_runtime::Cancel;
+use commonweal_safety::{Confusion, Guard};
+use edge_client::{
+    filter, forms,
+    policy::{Action, Policy},
+    rows::{self, Form, RowError},
+    sample::Sample,
+};
+use rand::{
+    SeedableRng,
+    seq::{IndexedRandom, SliceRandom},
+};
+use rand_chacha::ChaCha8Rng;
+
+use crate::arms::{Arm, Split};
+
+/// Everything that clients can hold.
+pub(crate) struct Pool {
+    /// With the source of each.
+    benign: Vec<(String, Sample)>,
+    harmful: Vec<Sample>,
+}
+
+/// One client's samples.
+#[derive(Clone, Debug)]
+pub(crate) struct Client {
+    pub(crate) samples: Vec<Sample>,
+    /// It trains on harm alone and lies about it.
+    pub(crate) is_hostile: bool,
+}
+
+/// How the filter does on what clients hold.
+#[derive(Default)]
+pub(crate) struct Screening {
+    /// At the guard's own threshold.
+    pub(crate) confusion: Confusion,
+    /// Probabilities of the harmful samples, ascending.
+    harmful: Vec<f64>,
+}
+
+impl Screening {
+    /// The threshold at which a share `recall` of the harmful samples is found.
+    pub(crate) fn threshold(&self, recall: f64) -> Option<f64> {
+        let missed = (self.harmful.len() as f64 * (1.0 - recall)).round() as usize;
+        self.harmful.get(missed).copied()
+    }
+}
+
+impl Pool {
+    /// `clients.jsonl` and `harmful.jsonl` of a folder.
+    pub(crate) fn read(folder: &Path) -> Result<Self> {
+        let benign = read(&folder.join("clients.jsonl"))?;
+        let harmful = read(&folder.join("harmful.jsonl"))?.into_iter().map(|(_, sample)| sample).collect();
+        Ok(Self { benign, harmful })
+    }
+
+    /// All samples, for the check against evaluation prompts.
+    pub(crate) fn samples(&self) -> impl Iterator<Item = &Sample> {
+        self.benign.iter().map(|(_, sample)| sample).chain(&self.harmful)
+    }
+
+    /// What the filter says of benign and of harmful samples, at most `rows` of each.
+    pub(crate) fn screen(&self, guard: &Guard, rows: usize, cancel: &Cancel) -> Result<Screening> {
+        let mut random = ChaCha8Rng::seed_from_u64(0);
+        let mut screening = Screening::default();
+        let benign: Vec<&Sample> = self.benign.iter().map(|(_, sample)| sample).collect();
+        for (is_harmful, pool) in [(false, benign), (true, self.harmful.iter().collect())] {
+            let drawn = pool.choose_multiple(&mut random, rows).map(|&sample| sample.clone()).collect();
+            for screened in filter::screen(guard, &Policy::default(), drawn, cancel, |_| ())? {
+                let verdict = screened.verdict();
+                screening.confusion.add(is_harmful, verdict.action != Action::Keep);
+                if is_harmful {
+                    screening.harmful.push(verdict.probability.unwrap_or_default());
+                }
+            }
+        }
+        screening.harmful.sort_by(f64::total_cmp);
+        Ok(screening)
+    }
+
+    /// Deals `rows` samples to each of `count` clients.
+    pub(crate) fn deal(&self, arm: &Arm, count: usize, rows: usize, seed: u64) -> Result<Vec<Client>> {
+        let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let hostile = (count as f64 * arm.hostile_share).round() as usize;
+        let mut numbers: Vec<usize> = (0..count).collect();
+        numbers.shuffle(&mut random);
+        let hostile = &numbers[..hostile.min(count)];
+        let mut harmful: Vec<&Sample> = self.harmful.iter().collect();
+        harmful.shuffle(&mut random);
+        let benign = self.benign(&arm.split, &mut random);
+        let mut harmful = harmful.into_iter();
+        let mut benign = benign.into_iter();
+        let of_harm = (rows as f64 * arm.harm_share).round() as usize;
+        let mut clients = Vec::with_capacity(count);
+        for number in 0..count {
+            let mut samples: Vec<Sample> = benign.by_ref().take(rows - of_harm).cloned().collect();
+            samples.extend(harmful.by_ref().take(of_harm).cloned());
+            if samples.len() < rows {
+                bail!("{}: client {number} gets {} of {rows} samples", arm.name, samples.len());
+            }
+            samples.shuffle(&mut random);
+            clients.push(Client { samples, is_hostile: false });
+        }
+        // What is left over is theirs; their own places are dealt above, so that the others' are the same.
+        for &number in hostile {
+            let own: Vec<Sample> = harmful.by_ref().take(rows).cloned().collect();
+            let left = clients[number].samples.len();
+            clients[number] = Client { samples: own, is_hostile: true };
+            if clients[number].samples.len() * 4 < left {
+                bail!("{}: too few harmful samples for a hostile client", arm.name);
+            }
+        }
+        Ok(clients)
+    }
+
+    fn benign(&self, split: &Split, random: &mut ChaCha8Rng) -> Vec<&Sample> {
+        match split {
+            Split::Iid => {
+                let mut samples: Vec<&Sample> = self.benign.iter().map(|(_, sample)| sample).collect();
+                samples.shuffle(random);
+                samples
+            }
+            Split::Sources(kind) => {
+                let of_kind = |(source, _): &&(String, Sample)| source.starts_with(kind);
+                let mut sources: Vec<&String> =
+                    self.benign.iter().filter(of_kind).map(|(source, _)| source).collect();
+                sources.sort();
+                sources.dedup();
+                sources.shuffle(random);
+                let mut samples = Vec::new();
+                for source in sources {
+                    let mut own: Vec<&Sample> =
+                        self.benign.iter().filter(|(name, _)| name == source).map(|(_, one)| one).collect();
+                    own.shuffle(random);
+                    samples.extend(own);
+                }
+                samples
+            }
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<(String, Sample)>> {
+    let of = |row: serde_json::Value| -> Result<(String, Sample), RowError> {
+        let source = row["group"].as_str().unwrap_or_default().to_owned();
+        let messages = serde_json::json!({"messages": row["messages"]});
+        Ok((source, forms::sample_of(messages)?))
+    };
+    let file = File::open(path).with_context(|| path.display().to_string())?;
+    let parsed =
+        rows::read(BufReader::new(file), Form::Jsonl, of).with_context(|| path.display().to_string())?;
+    if let Some(bad) = parsed.bad.first() {
+        bail!("{}: {bad}", path.display());
+    }
+    Ok(parsed.good.into_iter().map(|(_, row)| row).collect())
+}
