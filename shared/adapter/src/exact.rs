@@ -196,7 +196,9 @@ impl Qr {
             }
             reflections.push(normal);
         }
-        columns.iter_mut().for_each(|column| column.truncate(count));
+        for column in &mut columns {
+            column.truncate(count);
+        }
         Self { height, reflections, upper: columns }
     }
 

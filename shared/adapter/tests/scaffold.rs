@@ -77,7 +77,7 @@ impl World {
                 let corrected = f64::from(gradient[at]) + f64::from(correction.shift().values()[at]);
                 *value = (f64::from(*value) - self.local * corrected) as f32;
             }
-            correction.observe(&gradient, &[0..14]);
+            correction.observe(&gradient, &[0..6, 6..14]);
         }
         let mut change = correction.change(own, Trainable::Both).unwrap();
         if let Some(options) = &self.packing {
