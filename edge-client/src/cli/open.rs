@@ -120,7 +120,8 @@ fn fitting(
 ) -> Result<OpenOptions> {
     let options = OpenOptions { context_max, ..OpenOptions::default() };
     let weights_bytes = std::fs::metadata(package.weights())?.len();
-    let shape = Shape { model: &package.manifest().model, weights_bytes };
+    let manifest = package.manifest();
+    let shape = Shape { model: &manifest.model, cache: manifest.cache, weights_bytes };
     let context = shape.model.context.min(context_max.unwrap_or(usize::MAX));
     let needed = shape.device_bytes(1, context, options.prefill_tokens_max.min(context));
     let lower = "--context N with fewer tokens needs less, and so does a package of fewer bits";

@@ -5,6 +5,7 @@
 mod attention;
 mod model;
 mod rounding;
+mod cache;
 mod manifest;
 mod encoder;
 mod staging;
@@ -12,6 +13,7 @@ mod write;
 mod open;
 
 pub use attention::{Attention, Bias, Window};
+pub use cache::CacheForm;
 pub use encoder::{
     ENCODER_OPTIONAL, ENCODER_REQUIRED, EncoderArchitecture, EncoderConfig, EncoderError, EncoderManifest,
     EncoderPackage, LABELS_MAX, Probabilities,
