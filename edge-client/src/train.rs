@@ -254,7 +254,8 @@ fn check_memory(
 ) -> Result<(), MemoryError> {
     // A package that was opened has its weights; if they went away since, the gradient graph says so.
     let weights_bytes = std::fs::metadata(model.package().weights()).map_or(0, |file| file.len());
-    let shape = Shape { model: &model.manifest().model, weights_bytes };
+    let manifest = model.manifest();
+    let shape = Shape { model: &manifest.model, cache: manifest.cache, weights_bytes };
     let lower = "graph = \"frugal\", a smaller batch_rows or sample_tokens_max in the policy's [train], or --context N, needs less";
     memory::check(
         "a training step",

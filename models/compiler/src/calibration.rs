@@ -1,11 +1,9 @@
-//! The calibration of `model-compiler compile --calibrate`: reads the text, and runs layers in ONNX Runtime for the
-//! library's `calibrate.rs`. A part of the command, not of the library, which runs nothing.
+//! The text of `model-compiler compile --calibrate`, as tokens. A part of the command, not of the library.
 
 use std::path::Path;
 
-use commonweal_compiler::calibrate::{Engine, EngineError, Input, Network};
 use commonweal_compiler::checkpoint::{Checkpoint, CheckpointError};
-use commonweal_runtime::{Chat, ConversationError, Library, NetworkError, Texts, TextsError, network};
+use commonweal_runtime::{Chat, ConversationError, Texts, TextsError};
 
 /// Why a calibration text gives no tokens.
 #[derive(Debug, thiserror::Error)]
@@ -38,23 +36,4 @@ pub(crate) fn read_tokens(
     }
     tokens.truncate(count);
     Ok(tokens)
-}
-
-/// ONNX Runtime.
-pub(crate) struct Runtime(pub(crate) Library);
-
-struct Layer(network::Network);
-
-impl Engine for Runtime {
-    fn open(&mut self, graph: &[u8]) -> Result<Box<dyn Network>, EngineError> {
-        Ok(Box::new(Layer(network::Network::open(&self.0, graph)?)))
-    }
-}
-
-impl Network for Layer {
-    fn run(&mut self, inputs: &[Input<'_>]) -> Result<Vec<Vec<f32>>, EngineError> {
-        let inputs: Vec<network::NamedTensor<'_>> =
-            inputs.iter().map(|input| (input.name, input.shape, input.values)).collect();
-        self.0.run(&inputs).map_err(|error: NetworkError| error.into())
-    }
 }

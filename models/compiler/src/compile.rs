@@ -6,15 +6,17 @@ use std::path::{Path, PathBuf};
 
 use commonweal_adapter::{LayoutError, Target};
 use commonweal_package::{
-    Accuracy, AdapterDefaults, Bits, Facts, Hash, Manifest, ModelConfig, ModelError, PackageWriter,
+    Accuracy, AdapterDefaults, Bits, CacheForm, Facts, Manifest, ModelConfig, ModelError, PackageWriter,
     Quantization, Rounding, StagingError, WriteError, layout,
 };
 
-use crate::calibrate::{CalibrateError, Calibration, Calibrator, used};
+use crate::cache_scales::CacheScales;
+use crate::calibrate::Calibrator;
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::config::read_bounded;
 use crate::graph::GraphError;
 use crate::graphs::graphs;
+use crate::layers::{CalibrateError, Calibration};
 use crate::quantize::{BlockFormat, Scale};
 use crate::tensors::Tensors;
 use crate::weights::{self, Codes, WeightTable, WeightsError};
@@ -28,11 +30,24 @@ pub enum Method {
     /// Each weight to the nearest code; the block's extreme weight sets the scale.
     Rtn,
     /// Each weight to the nearest code; the scale with the least squared error of the weights.
-    #[default]
     Mse,
-    /// By what the layers see over a calibration text (`gptq.rs`). The embedding and the head as with `Mse`: one matrix
+    /// As `Mse`, but the squared error of a weight counts as often as the weight is large.
+    #[default]
+    Wmse,
+    /// By what the layers see over a calibration text (`gptq.rs`). The embedding and the head as with `Wmse`: one matrix
     /// may be both, and an embedding's input is one row.
     Gptq,
+}
+
+/// How the inference graphs keep keys and values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheBits {
+    /// 32-bit floats.
+    #[default]
+    Full,
+    /// 8-bit integers, a quarter of the memory, with scales from a calibration text (`cache_scales.rs`). The processor's
+    /// kernel reads prompts more slowly with it.
+    Eight,
 }
 
 /// What to compile, and how.
@@ -48,6 +63,8 @@ pub struct CompileOptions {
     pub block_size: usize,
     /// How the codes are chosen; at 32 bits nothing is rounded, and GPTQ is refused.
     pub method: Method,
+    /// How keys and values are kept.
+    pub cache: CacheBits,
     /// How exactly the inference kernels multiply.
     pub accuracy: Accuracy,
     /// Default rank of a trained adapter.
@@ -67,7 +84,7 @@ pub struct CompileOptions {
 }
 
 impl CompileOptions {
-    /// The defaults: 4 bits in blocks of 32, fast kernels, rank 8, alpha 16, every linear.
+    /// The defaults: 4 bits in blocks of 32, a cache of floats, fast kernels, rank 8, alpha 16, every linear.
     pub fn new(checkpoint: impl Into<PathBuf>, out: impl Into<PathBuf>) -> Self {
         Self {
             checkpoint: checkpoint.into(),
@@ -75,6 +92,7 @@ impl CompileOptions {
             bits: Bits::Four,
             block_size: 32,
             method: Method::default(),
+            cache: CacheBits::default(),
             accuracy: Accuracy::Fast,
             rank: 8,
             alpha: 16.0,
@@ -105,14 +123,18 @@ pub enum CompileError {
     /// The quantization is impossible.
     #[error("the quantization is impossible")]
     Quantization(#[from] ModelError),
-    /// The method and the calibration do not go together.
-    #[error("method {method:?} at {bits} bits must have {expected} calibration text, got {got}")]
-    Method {
+    /// What was asked for and the calibration do not go together.
+    #[error(
+        "method {method:?} at {bits} bits with a cache of {cache_bits} must have {expected} calibration text, got {got}"
+    )]
+    Calibration {
         /// The method.
         method: Method,
         /// Bits of one weight.
         bits: usize,
-        /// What it needs.
+        /// Bits of a component of a key or a value.
+        cache_bits: usize,
+        /// What they need.
         expected: &'static str,
         /// What there is.
         got: &'static str,
@@ -178,7 +200,7 @@ pub fn compile(options: &CompileOptions) -> Result<Summary, CompileError> {
     compile_with(options, None, &mut |_, _| ())
 }
 
-/// Compiles a checkpoint into a package, by a calibration text where the method needs one. `progress` is told bytes of
+/// Compiles a checkpoint into a package, by a calibration text where the method or the cache needs one. `progress` is told bytes of
 /// weights written and bytes in all.
 pub fn compile_with(
     options: &CompileOptions,
@@ -190,21 +212,16 @@ pub fn compile_with(
     quantization.check()?;
     let checkpoint = Checkpoint::open(&options.checkpoint, options.chat_template.as_deref())?;
     let Checkpoint { mut model, tokens, tokenizer, chat_template, tensors } = checkpoint;
-    if let Some(got) = options.context {
-        let max = model.context;
-        model.context =
-            Some(got).filter(|got| (1..=max).contains(got)).ok_or(CompileError::Context { max, got })?;
-    }
-    if let Some(name) = &options.name {
-        model.name.clone_from(name);
-    }
+    rename_and_shorten(options.name.as_ref(), options.context, &mut model.name, &mut model.context)?;
     let adapter = AdapterDefaults { rank, alpha, targets: options.targets.clone() };
     let layout = layout(&model, &adapter)?;
     let table = WeightTable::plan(&model, &quantization);
+    check_calibration(options, calibration.is_some())?;
     // Ties the engine to this function, where what it runs over lives.
-    let calibration = calibration.map(|Calibration { tokens, engine }| Calibration { tokens, engine });
+    let mut calibration = calibration.map(|Calibration { tokens, engine }| Calibration { tokens, engine });
+    let (cache, scales) = cache(options, &model, &tensors, calibration.as_mut())?;
     let (rounding, mut codes) = codes(options, &model, &quantization, &tensors, calibration)?;
-    let graphs = graphs(&model, &quantization, &layout, &table)?;
+    let graphs = graphs(&model, &quantization, scales.as_ref(), &layout, &table)?;
 
     let mut package = PackageWriter::create(&options.out)?;
     for (name, bytes) in &graphs {
@@ -220,8 +237,27 @@ pub fn compile_with(
     })?;
     drop(codes);
     let licence = options.licence.clone();
-    let manifest = package.finish(Facts { licence, model, quantization, rounding, adapter, tokens })?;
+    let manifest =
+        package.finish(Facts { licence, model, quantization, rounding, cache, adapter, tokens })?;
     Ok(Summary { manifest, weights_bytes })
+}
+
+/// Puts what was asked for in the place of the checkpoint's name and context.
+pub(crate) fn rename_and_shorten(
+    asked_name: Option<&String>,
+    asked_context: Option<usize>,
+    name: &mut String,
+    context: &mut usize,
+) -> Result<(), CompileError> {
+    if let Some(got) = asked_context {
+        let max = *context;
+        *context =
+            Some(got).filter(|got| (1..=max).contains(got)).ok_or(CompileError::Context { max, got })?;
+    }
+    if let Some(asked) = asked_name {
+        name.clone_from(asked);
+    }
+    Ok(())
 }
 
 /// Copies the licence and the notice of a checkpoint that has them.
@@ -237,6 +273,38 @@ pub(crate) fn copy_notices(checkpoint: &Path, package: &mut PackageWriter) -> Re
     Ok(())
 }
 
+/// Refuses a calibration that nothing takes, its absence where something does, and a method with nothing to choose.
+fn check_calibration(options: &CompileOptions, given: bool) -> Result<(), CompileError> {
+    let &CompileOptions { method, bits, cache, .. } = options;
+    if method == Method::Gptq && bits == Bits::Full {
+        return Err(CompileError::Unrounded);
+    }
+    let takes_one = cache == CacheBits::Eight || method == Method::Gptq;
+    if takes_one == given {
+        return Ok(());
+    }
+    let (expected, got) = if given { ("no", "one") } else { ("a", "none") };
+    let cache_bits = if cache == CacheBits::Eight { 8 } else { 32 };
+    Err(CompileError::Calibration { method, bits: bits.count(), cache_bits, expected, got })
+}
+
+/// How keys and values will be kept, as the manifest says it and as the graphs do it.
+fn cache(
+    options: &CompileOptions,
+    model: &ModelConfig,
+    tensors: &Tensors,
+    calibration: Option<&mut Calibration<'_>>,
+) -> Result<(CacheForm, Option<CacheScales>), CompileError> {
+    match (options.cache, calibration) {
+        (CacheBits::Eight, Some(Calibration { tokens, engine })) => {
+            let calibration = Calibration { tokens, engine: &mut **engine };
+            let (tokens, text) = calibration.used(model);
+            Ok((CacheForm::Int8 { tokens, text }, Some(CacheScales::observe(model, tensors, calibration)?)))
+        }
+        _ => Ok((CacheForm::Float, None)),
+    }
+}
+
 /// How the codes will be chosen, as the manifest says it and as `weights.rs` does it.
 fn codes<'a>(
     options: &CompileOptions,
@@ -245,22 +313,16 @@ fn codes<'a>(
     tensors: &'a Tensors,
     calibration: Option<Calibration<'a>>,
 ) -> Result<(Rounding, Codes<'a>), CompileError> {
-    let refused = |expected, got| {
-        let (method, bits) = (options.method, options.bits.count());
-        Err(CompileError::Method { method, bits, expected, got })
-    };
     match (options.method, BlockFormat::of(quantization), calibration) {
         (Method::Gptq, Some(format), Some(calibration)) => {
-            let tokens = used(model, calibration.tokens);
-            let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-            let (tokens, text) = (tokens.len(), Hash::of(&bytes));
+            let (tokens, text) = calibration.used(model);
             let calibrator = Calibrator::new(model, format, tensors, calibration)?;
             Ok((Rounding::Gptq { tokens, text }, Codes::Calibrated(Box::new(calibrator))))
         }
-        (Method::Gptq, Some(_), None) => refused("a", "none"),
-        (Method::Gptq, None, None) => Err(CompileError::Unrounded),
-        (_, _, Some(_)) => refused("no", "one"),
-        (Method::Rtn, Some(_), None) => Ok((Rounding::Rtn, Codes::Nearest(Scale::Extreme))),
-        (_, _, None) => Ok((Rounding::Mse, Codes::Nearest(Scale::Search))),
+        (Method::Rtn, Some(_), _) => Ok((Rounding::Rtn, Codes::Nearest(Scale::Extreme))),
+        (Method::Mse, Some(_), _) => Ok((Rounding::Mse, Codes::Nearest(Scale::Search))),
+        (Method::Wmse, Some(_), _) => Ok((Rounding::Wmse, Codes::Nearest(Scale::Weighted))),
+        // Floats have no codes. GPTQ without a text, or of floats, was refused before.
+        _ => Ok((Rounding::default(), Codes::Nearest(Scale::Search))),
     }
 }

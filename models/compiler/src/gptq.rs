@@ -255,7 +255,7 @@ fn round_block(
         }
     }
     let best: Vec<f32> = best.iter().zip(weights).map(|(&best, weight)| (best + weight) as f32).collect();
-    let scale = format.fit(&best, offsets);
+    let scale = format.fit(&best, |_| 1.0, offsets);
     let inverse = if scale == 0.0 { 0.0 } else { scale.recip() };
     for column in 0..size {
         let wanted = (weights[column] + taken[column]) as f32;

@@ -4,6 +4,7 @@
 
 use commonweal_adapter::AdapterLayout;
 
+use crate::cache_scales::CacheScales;
 use crate::graph::{Graph, GraphError};
 use crate::llama::{self, InferForm, TrainGraph};
 use crate::lower::lower;
@@ -12,16 +13,17 @@ use crate::recompute::{Recompute, recompute};
 use crate::weights::WeightTable;
 use crate::{ModelConfig, Quantization};
 
-/// The name and the bytes of each graph of a package.
+/// The name and the bytes of each graph of a package; with `cache`, keys and values are kept as 8-bit integers.
 pub fn graphs(
     model: &ModelConfig,
     quantization: &Quantization,
+    cache: Option<&CacheScales>,
     layout: &AdapterLayout,
     table: &WeightTable,
 ) -> Result<Vec<(&'static str, Vec<u8>)>, GraphError> {
     let write = |graph: &Graph, name| lower(graph, &plan(graph).order, name, table);
     let infer = |name: &'static str, form| {
-        Ok::<_, GraphError>((name, write(&llama::infer(model, quantization, form)?, name)?))
+        Ok::<_, GraphError>((name, write(&llama::infer(model, quantization, form, cache)?, name)?))
     };
     let train = |name: &'static str, policy, first_layer| {
         let chunk_bytes = match policy {

@@ -201,7 +201,8 @@ fn arity(op: &Op) -> (usize, usize) {
         Op::RotaryEmbedding { .. } | Op::MultiHeadAttention(_) => (4, 4),
         Op::GroupQueryAttention(GroupedAttention { fused, rotates, .. }) => {
             let count = if *fused { 1 } else { 3 } + 4 + if *rotates { 2 } else { 0 };
-            (count, count)
+            // An 8-bit cache comes with its scales.
+            (count, count + 2)
         }
         Op::Concat { .. } => (1, usize::MAX),
     }
@@ -416,6 +417,19 @@ fn attention(inputs: &Inputs<'_>, attributes: GroupedAttention) -> Result<Vec<Te
     if rotates {
         inputs.rank(past + 4, "cosines", 2)?;
         inputs.equal("sines", inputs.shape(past + 4), inputs.shape(past + 5))?;
+    }
+    let scales = past + 4 + if rotates { 2 } else { 0 };
+    inputs.element(past + 1, "past value", inputs.kinds[past].element)?;
+    let scaled = inputs.kinds[past].element == ElementType::I8;
+    if inputs.kinds.len() != scales + if scaled { 2 } else { 0 } {
+        return Err(inputs.error(
+            "scales",
+            "two for a past of 8-bit integers, else none",
+            inputs.kinds.len() - scales,
+        ));
+    }
+    for index in scales..inputs.kinds.len() {
+        inputs.equal("scales", &Shape::from([kv_heads * head_dim]), inputs.shape(index))?;
     }
     Ok(vec![TensorType::f32(new(heads)), inputs.kinds[past].clone(), inputs.kinds[past + 1].clone()])
 }

@@ -145,6 +145,7 @@ fn data_type(element: ElementType) -> DataType {
         ElementType::I64 => DataType::Int64,
         ElementType::I32 => DataType::Int32,
         ElementType::U8 => DataType::Uint8,
+        ElementType::I8 => DataType::Int8,
         ElementType::Bool => DataType::Bool,
     }
 }

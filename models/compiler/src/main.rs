@@ -1,11 +1,11 @@
-//! The `model-compiler` command: arguments in, one library call, a summary or an error out. `calibration.rs` is the
-//! part of it that runs layers.
+//! The `model-compiler` command: arguments in, one library call, a summary (`describe.rs`) or an error out. `calibration.rs`
+//! reads the calibration text.
 
 mod calibration;
+mod describe;
 
-use std::fmt::Display;
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -13,22 +13,23 @@ use anyhow::{Context, Result};
 use clap::parser::ValueSource;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use commonweal_adapter::Target;
-use commonweal_compiler::calibrate::Calibration;
-use commonweal_compiler::compile::{CompileError, CompileOptions, Method, compile_with};
+use commonweal_compiler::compile::{CacheBits, CompileError, CompileOptions, Method, compile_with};
 use commonweal_compiler::encoder::{self, EncoderOptions};
+use commonweal_compiler::layers::Calibration;
 use commonweal_compiler::random::{RandomError, RandomOptions, random};
-use commonweal_compiler::{Accuracy, Bits, Quantization};
+use commonweal_compiler::{Accuracy, Bits};
 use commonweal_package::{
-    EncoderManifest, EncoderPackage, Manifest, OpenError, Package, PackageKind, Rounding, StagingError,
-    WriteError, attach, package_kind,
+    EncoderPackage, OpenError, Package, PackageKind, StagingError, WriteError, attach, package_kind,
 };
 use commonweal_runtime::{Library, LibraryError};
+use describe::{describe, describe_encoder, say};
 use indicatif::{ProgressBar, ProgressStyle};
 
 const EXAMPLES: &str = "Examples:
   model-compiler compile --checkpoint SmolLM2-135M-Instruct --out smol.package
   model-compiler compile --checkpoint my-model --out my.package --bits 8 --rank 16 --targets q,v
   model-compiler compile --checkpoint my-model --out my.package --calibrate chats.jsonl
+  model-compiler compile --checkpoint my-model --out my.package --calibrate chats.jsonl --cache 8
   model-compiler random --config config.json --tokenizer tokenizer.json --out random-checkpoint
   model-compiler inspect smol.package --json
   model-compiler attach smol.package --file guard.toml=guard.toml --file NOTICE=NOTICE.txt
@@ -86,7 +87,11 @@ struct CompileArgs {
     /// Weights that share one scale: 32, 64 or 128
     #[arg(long = "block", env = "COMMONWEAL_BLOCK", default_value_t = 32)]
     block_size: usize,
-    /// How 4-bit and 8-bit codes are chosen [default: gptq with --calibrate, else mse]
+    /// Bits of a kept key or value, 32 or 8: 8 takes a quarter of the memory, reads prompts more slowly, and needs
+    /// --calibrate
+    #[arg(long = "cache", env = "COMMONWEAL_CACHE", value_name = "BITS", default_value = "32", value_parser = cache_bits)]
+    cache: CacheBits,
+    /// How 4-bit and 8-bit codes are chosen [default: gptq with --calibrate, else wmse]
     #[arg(long, env = "COMMONWEAL_METHOD")]
     method: Option<MethodArg>,
     /// A text like those that the model will see: chat JSONL ({"messages":[…]}), JSONL with "text", or plain lines
@@ -165,6 +170,8 @@ enum MethodArg {
     Rtn,
     /// Round to nearest, the scale with the least squared error
     Mse,
+    /// The same, the error of a large weight counting more
+    Wmse,
     /// Least squared error of the layers' outputs over the calibration text
     Gptq,
 }
@@ -174,6 +181,7 @@ impl From<MethodArg> for Method {
         match method {
             MethodArg::Rtn => Self::Rtn,
             MethodArg::Mse => Self::Mse,
+            MethodArg::Wmse => Self::Wmse,
             MethodArg::Gptq => Self::Gptq,
         }
     }
@@ -182,6 +190,14 @@ impl From<MethodArg> for Method {
 fn bits(text: &str) -> Result<Bits, String> {
     let bits: u8 = text.parse().map_err(|_| "must be 4, 8 or 32".to_owned())?;
     Bits::try_from(bits).map_err(|error| error.to_string())
+}
+
+fn cache_bits(text: &str) -> Result<CacheBits, String> {
+    match text {
+        "32" => Ok(CacheBits::Full),
+        "8" => Ok(CacheBits::Eight),
+        _ => Err("must be 32 or 8".into()),
+    }
 }
 
 fn name_and_file(text: &str) -> Result<(String, PathBuf), String> {
@@ -264,11 +280,13 @@ fn run_compile(args: CompileArgs, names_library: bool) -> Result<()> {
         return Err(IdleOption::NotRounded.into());
     }
     let rank = args.rank.unwrap_or(8);
-    let default = if args.calibrate.is_some() { Method::Gptq } else { Method::Mse };
+    let calibrated = args.calibrate.is_some() && args.bits != Bits::Full;
+    let default = if calibrated { Method::Gptq } else { Method::default() };
     let options = CompileOptions {
         bits: args.bits,
         block_size: args.block_size,
         method: args.method.map_or(default, Method::from),
+        cache: args.cache,
         accuracy: args.accuracy.into(),
         rank,
         alpha: args.alpha.unwrap_or(2.0 * rank as f32),
@@ -285,7 +303,7 @@ fn run_compile(args: CompileArgs, names_library: bool) -> Result<()> {
             let (checkpoint, template) = (&options.checkpoint, options.chat_template.as_deref());
             let count = args.calibration_tokens.unwrap_or(CALIBRATION_TOKENS);
             let tokens = calibration::read_tokens(file, count, checkpoint, template)?;
-            Some((tokens, calibration::Runtime(Library::load(args.library.as_deref())?)))
+            Some((tokens, Library::load(args.library.as_deref())?))
         }
     };
     let calibration = text.as_mut().map(|(tokens, engine)| Calibration { tokens, engine });
@@ -307,6 +325,7 @@ fn run_compile_encoder(args: CompileArgs, names_library: bool) -> Result<()> {
         ("--alpha", args.alpha.is_some()),
         ("--targets", args.targets.is_some()),
         ("--chat-template", args.chat_template.is_some()),
+        ("--cache", args.cache != CacheBits::Full),
     ] {
         if given {
             return Err(IdleOption::OnlyForDecoders(option).into());
@@ -378,99 +397,6 @@ fn run_attach(package: PathBuf, files: &[(String, PathBuf)]) -> Result<()> {
     let files: Vec<(&str, &[u8])> = read.iter().map(|(name, bytes)| (*name, bytes.as_slice())).collect();
     attach(&package, &files)?;
     Ok(())
-}
-
-#[expect(clippy::needless_pass_by_value, reason = "callers make the text for this line alone")]
-fn line(key: &str, value: String) {
-    say(format_args!("  {key:<12} {value}"));
-}
-
-/// Standard output may be a pipe that nobody reads any more, as with `| head -1`; what was done stays done.
-fn say(text: impl Display) {
-    let _ = writeln!(io::stdout(), "{text}");
-}
-
-fn describe_weights(quantization: &Quantization, weights_bytes: u64) {
-    let Quantization { bits, block_size, accuracy } = quantization;
-    let megabytes = weights_bytes as f64 / 1e6;
-    let text =
-        format!("{} bits in blocks of {block_size}, {accuracy:?} kernels, {megabytes:.1} MB", bits.count());
-    line("weights", text);
-}
-
-fn describe_encoder(manifest: &EncoderManifest, weights_bytes: u64) {
-    let EncoderManifest { encoder, quantization, .. } = manifest;
-    line("name", encoder.name.clone());
-    line("licence", manifest.licence.clone().unwrap_or("not stated".into()));
-    line(
-        "encoder",
-        format!(
-            "{:?}, {} layers, hidden {}, intermediate {}, {} heads",
-            encoder.architecture,
-            encoder.layers,
-            encoder.hidden_size,
-            encoder.intermediate_size,
-            encoder.heads
-        ),
-    );
-    line("vocabulary", format!("{} tokens, padding {}", encoder.vocab_size, encoder.pad));
-    line("context", format!("{} tokens, {} kinds of them", encoder.context, encoder.token_types.max(1)));
-    line("labels", format!("{}, {:?}", encoder.labels.join(", "), encoder.probabilities));
-    describe_weights(quantization, weights_bytes);
-    line("base", manifest.base.to_string());
-    for (file, hash) in &manifest.files {
-        line(file, hash.to_string());
-    }
-}
-
-fn describe(manifest: &Manifest, weights_bytes: u64) {
-    let Manifest { model, quantization, rounding, adapter, tokens, .. } = manifest;
-    line("name", model.name.clone());
-    line("licence", manifest.licence.clone().unwrap_or("not stated".into()));
-    line(
-        "model",
-        format!(
-            "{:?}, {} layers, hidden {}, intermediate {}, {} heads ({} for keys and values) of {}",
-            model.architecture,
-            model.layers,
-            model.hidden_size,
-            model.intermediate_size,
-            model.heads,
-            model.kv_heads,
-            model.head_dim
-        ),
-    );
-    line(
-        "vocabulary",
-        format!("{} tokens, {}", model.vocab_size, if model.tied { "tied head" } else { "separate head" }),
-    );
-    line("context", format!("{} tokens", model.context));
-    line("parameters", format!("{:.1} million", parameters(manifest) as f64 / 1e6));
-    describe_weights(quantization, weights_bytes);
-    line(
-        "rounding",
-        match rounding {
-            Rounding::Rtn => "rtn: to nearest, scales by the extreme weight".into(),
-            Rounding::Mse => "mse: to nearest, scales by squared error".into(),
-            Rounding::Gptq { tokens, .. } => format!("gptq: calibrated on {tokens} tokens"),
-        },
-    );
-    let targets: Vec<&str> = adapter.targets.iter().map(|target| target.name()).collect();
-    let values = manifest.layout().map_or(0, |layout| layout.parameters());
-    line(
-        "adapter",
-        format!("rank {}, alpha {}, {}, {values} values", adapter.rank, adapter.alpha, targets.join(" ")),
-    );
-    line("tokens", format!("bos {:?}, eos {:?}, pad {}", tokens.bos, tokens.eos, tokens.pad));
-    line("base", manifest.base.to_string());
-    for (file, hash) in &manifest.files {
-        line(file, hash.to_string());
-    }
-}
-
-fn parameters(manifest: &Manifest) -> u64 {
-    let shapes = commonweal_compiler::architecture::tensor_shapes(&manifest.model);
-    shapes.iter().map(|(_, shape)| shape.iter().map(|&size| size as u64).product::<u64>()).sum()
 }
 
 fn progress_bar(stage: &'static str) -> ProgressBar {

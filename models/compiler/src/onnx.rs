@@ -154,6 +154,8 @@ pub enum DataType {
     Float = 1,
     /// 8-bit unsigned integer.
     Uint8 = 2,
+    /// 8-bit integer.
+    Int8 = 3,
     /// 32-bit integer.
     Int32 = 6,
     /// 64-bit integer.

@@ -195,8 +195,8 @@ pub enum Op {
         heads: usize,
     },
     /// `(qkv, past key, past value, lengths - 1, total length)`, with `query, key, value` in place of `qkv` if it is not
-    /// fused, and with `cosines, sines` at the end if it rotates: causal attention with a cache that it updates; gives
-    /// the context and the new keys and values.
+    /// fused, with `cosines, sines` behind them if it rotates, and with `key scales, value scales` at the end if the past is
+    /// of 8-bit integers: causal attention with a cache that it updates; gives the context and the new keys and values.
     GroupQueryAttention(GroupedAttention),
     /// `(query, key, value, bias)`: `softmax(scale · query keyᵀ + bias) value` head by head, all of
     /// `[batch, time, heads · head_dim]`; `bias` is `[batch or 1, heads or 1, time, time]`.

@@ -9,7 +9,10 @@
 //!
 //! The scale is the extreme weight's, or chosen by a small search, after `make_qx_quants` of llama.cpp's k-quants: the extreme weight is put at
 //! a few places around the end of the codes' range, every weight is rounded to the nearest code, and the scale is
-//! refitted to those codes by least squares; the try with the smallest squared error wins.
+//! refitted to those codes by least squares; the try with the smallest squared error wins. As in llama.cpp, the error of
+//! a large weight may count more: where all count alike, the search pays for many small errors with the block's few large
+//! weights, which are what a network leans on. llama.cpp counts by the square of a weight, we by its size
+//! (docs/quantization.md).
 
 use std::borrow::Cow;
 
@@ -36,7 +39,13 @@ pub enum Scale {
     Extreme,
     /// The least squared error among a few tries.
     Search,
+    /// The same with each weight's squared error counted as often as the weight is large.
+    Weighted,
 }
+
+/// The scales of the embedding and the head, where the layers between are calibrated: one matrix may be both, and an
+/// embedding's input is one row.
+pub(crate) const UNCALIBRATED: Scale = Scale::Weighted;
 
 /// Quantized rows.
 #[derive(Clone, Debug, PartialEq)]
@@ -108,7 +117,8 @@ impl BlockFormat {
         for block in blocks {
             scales.push(match scale {
                 Scale::Extreme => self.nearest(block, &mut offsets),
-                Scale::Search => self.fit(block, &mut offsets),
+                Scale::Search => self.fit(block, |_| 1.0, &mut offsets),
+                Scale::Weighted => self.fit(block, f32::abs, &mut offsets),
             });
             self.pack(&offsets, &mut codes);
         }
@@ -154,8 +164,9 @@ impl BlockFormat {
         inverse.recip()
     }
 
-    /// Finds a block's scale, and leaves its codes less the zero point in `best`.
-    pub(crate) fn fit(self, block: &[f32], best: &mut [i32]) -> f32 {
+    /// Finds a block's scale, and leaves its codes less the zero point in `best`. `counts` tells how much the squared error
+    /// of a weight counts.
+    pub(crate) fn fit(self, block: &[f32], counts: impl Fn(f32) -> f32, best: &mut [i32]) -> f32 {
         best.fill(0);
         let extreme = extreme(block);
         let mut best_scale = 0.0;
@@ -171,8 +182,9 @@ impl BlockFormat {
             let (mut product, mut square) = (0.0_f64, 0.0_f64);
             for (offset, &weight) in offsets.iter_mut().zip(block) {
                 *offset = self.offset(weight, inverse);
-                product += f64::from(weight) * f64::from(*offset);
-                square += f64::from(*offset) * f64::from(*offset);
+                let counted = f64::from(counts(weight)) * f64::from(*offset);
+                product += f64::from(weight) * counted;
+                square += f64::from(*offset) * counted;
             }
             // With the least-squares scale the squared error is that of all zeros less this gain.
             let gain = product * product / square;
@@ -264,6 +276,21 @@ mod tests {
         let searched = error(&weights, &four.dequantize(&four.quantize(&weights, Scale::Search), 1024));
         let plain = error(&weights, &four.dequantize(&four.quantize(&weights, Scale::Extreme), 1024));
         assert!(searched < 0.9 * plain, "searched {searched}, plain {plain}");
+    }
+
+    #[test]
+    fn weighted_search_spares_the_large_weights() {
+        let weights: Vec<f32> = (0..1024).map(|i| ((i * i) as f32 * 0.37).sin().powi(3)).collect();
+        let four = format(Bits::Four, 32);
+        let rounded = |scale| four.dequantize(&four.quantize(&weights, scale), 1024);
+        let counted = |rounded: &[f32]| {
+            let errors =
+                weights.iter().zip(rounded).map(|(w, r)| f64::from(w.abs()) * f64::from(w - r).powi(2));
+            errors.sum::<f64>()
+        };
+        let (alike, by_size) = (rounded(Scale::Search), rounded(Scale::Weighted));
+        assert!(counted(&by_size) < 0.98 * counted(&alike), "{} {}", counted(&by_size), counted(&alike));
+        assert!(error(&weights, &by_size) > error(&weights, &alike));
     }
 
     proptest! {

@@ -15,6 +15,8 @@ pub enum ElementType {
     I32,
     /// Byte.
     U8,
+    /// Signed byte.
+    I8,
     /// Truth value.
     Bool,
 }
@@ -25,7 +27,7 @@ impl ElementType {
         match self {
             Self::I64 => 8,
             Self::F32 | Self::I32 => 4,
-            Self::U8 | Self::Bool => 1,
+            Self::U8 | Self::I8 | Self::Bool => 1,
         }
     }
 }

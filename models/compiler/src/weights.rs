@@ -26,8 +26,9 @@ use std::thread;
 use commonweal_package::{Bits, ModelConfig, Quantization};
 
 use crate::architecture::{self, Source};
-use crate::calibrate::{CalibrateError, Calibrator};
-use crate::quantize::{BlockFormat, Quantized, Scale};
+use crate::calibrate::Calibrator;
+use crate::layers::CalibrateError;
+use crate::quantize::{BlockFormat, Quantized, Scale, UNCALIBRATED};
 use crate::tensors::{TensorError, Tensors};
 
 /// Entries begin at multiples of this, so that they can be memory-mapped one by one.
@@ -81,7 +82,7 @@ pub enum WeightsError {
 pub(crate) enum Codes<'a> {
     /// Each weight by itself.
     Nearest(Scale),
-    /// By what the layers see; the embedding and the head with [`Scale::Search`].
+    /// By what the layers see; the embedding and the head with [`UNCALIBRATED`].
     Calibrated(Box<Calibrator<'a>>),
 }
 
@@ -215,7 +216,7 @@ pub(crate) fn write_list(
                 }
                 let scale = match codes {
                     Codes::Nearest(scale) => *scale,
-                    Codes::Calibrated(_) => Scale::Search,
+                    Codes::Calibrated(_) => UNCALIBRATED,
                 };
                 let mut scales = Vec::new();
                 for (name, rows) in parts {

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use commonweal_package::{Package, Rounding};
+use commonweal_package::{CacheForm, Package, Rounding};
 use tempfile::TempDir;
 
 fn goldens(variant: &str) -> PathBuf {
@@ -72,6 +72,11 @@ fn compiles_by_a_calibration_text() {
     );
     refused(&["--calibrate", "/nowhere"], &["/nowhere cannot be read"]);
     refused(&["--method", "gptq"], &["a calibration text, got none"]);
+    refused(&["--cache", "8"], &["cache of 8 must have a calibration text, got none"]);
+    refused(
+        &[&["--cache", "8", "--method", "rtn"], &calibrate[..], &["40"]].concat(),
+        &["at least 64", "got 40"],
+    );
     let missing = compile(&[&calibrate[..], &["128", "--library", "/nowhere.so"]].concat());
     assert_eq!(missing.status.code(), Some(5));
 
@@ -105,11 +110,14 @@ fn options_without_effect_are_refused_by_name() {
     for method in ["gptq", "rtn"] {
         refused("tied", &["--method", method, "--bits", "32"], &["--method is for 4 and 8 bits"]);
     }
+    let calibrate = ["--calibrate", text(&texts), "--calibration-tokens", "64"];
+    refused("tied", &[&calibrate[..], &["--bits", "32"]].concat(), &["no calibration text, got one"]);
     for option in [
         ["--method", "rtn"],
         ["--calibrate", text(&texts)],
         ["--calibration-tokens", "9"],
         ["--library", "x"],
+        ["--cache", "8"],
     ] {
         refused("encoders/bert", &option, &[option[0], "is for decoders"]);
     }
@@ -132,6 +140,39 @@ fn a_pipe_that_nobody_reads_is_no_failure() {
     drop(inspect.stdout.take());
     let output = inspect.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn compiles_for_an_8_bit_cache() {
+    let directory = TempDir::new().unwrap();
+    let texts = directory.path().join("texts");
+    fs::write(&texts, "a line of text to calibrate by\n".repeat(20)).unwrap();
+    let checkpoint = goldens("tied");
+    let mut bases = Vec::new();
+    // A text is read for the cache alone where the method or the bits need none.
+    for (name, more) in [("nearest", &["--method", "mse"][..]), ("floats", &["--bits", "32"]), ("gptq", &[])]
+    {
+        let package = directory.path().join(name);
+        let arguments =
+            ["compile", "--checkpoint", text(&checkpoint), "--out", text(&package), "--cache", "8"];
+        // Of which two whole sequences of 64 are used.
+        let calibrate = ["--calibrate", text(&texts), "--calibration-tokens", "150"];
+        let output = model_compiler(&[&arguments[..], &calibrate, more].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(String::from_utf8(output.stdout).unwrap().contains("8 bits: calibrated on 128 tokens"));
+        let package = Package::open(&package).unwrap();
+        assert!(matches!(package.manifest().cache, CacheForm::Int8 { tokens: 128, .. }));
+        bases.push((package.base(), package.manifest().rounding));
+    }
+    assert_eq!((bases[0].1, bases[1].1), (Rounding::Mse, Rounding::Mse));
+    assert!(matches!(bases[2].1, Rounding::Gptq { .. }));
+    // The same base as without: what was trained over the one fits the other.
+    let plain = directory.path().join("plain");
+    let arguments = ["compile", "--checkpoint", text(&checkpoint), "--out", text(&plain), "--method", "mse"];
+    assert!(model_compiler(&arguments).status.success());
+    assert_eq!(Package::open(&plain).unwrap().base(), bases[0].0);
+    let other = model_compiler(&[&arguments[..], &["--cache", "16"]].concat());
+    assert_eq!(other.status.code(), Some(2));
 }
 
 #[test]

@@ -295,6 +295,9 @@ fn the_command_compiles_inspects_and_makes_random_ones() {
     let output = compiler(&["compile", "--checkpoint", &checkpoint, "--out", &out, "--rank", "4"]);
     assert_eq!(output.status.code(), Some(3));
     assert!(String::from_utf8_lossy(&output.stderr).contains("--rank is for decoders"));
+    let output = compiler(&["compile", "--checkpoint", &checkpoint, "--out", &out, "--cache", "8"]);
+    assert_eq!(output.status.code(), Some(3));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--cache is for decoders"));
     let notice = format!("NOTICE={}", encoders.join("texts.json").display());
     let output = compiler(&["attach", &package, "--file", &notice]);
     assert_eq!(output.status.code(), Some(3));

@@ -1,11 +1,12 @@
-//! GPTQ against an independent implementation in the paper's own form (`goldens/make_gptq.py`), and what it is for:
-//! less error in the outputs than rounding to nearest leaves.
+//! GPTQ and the weighted search against independent implementations (`goldens/make_gptq.py`, in the paper's own form, and
+//! `goldens/make_wmse.py`), and what the first is for: less error in the outputs than rounding to nearest leaves.
 #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
 
 use std::path::Path;
 
-use commonweal_compiler::calibrate::{tokens_min, used};
+use commonweal_compiler::calibrate::tokens_min;
 use commonweal_compiler::gptq::{DAMPING, Hessian, HessianError};
+use commonweal_compiler::layers::used;
 use commonweal_compiler::quantize::{BlockFormat, Quantized, Scale};
 use commonweal_compiler::{Accuracy, Bits, Quantization};
 use commonweal_package::ModelConfig;
@@ -17,7 +18,11 @@ struct Goldens(Vec<u8>);
 
 impl Goldens {
     fn read() -> Self {
-        Self(std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens/gptq.safetensors")).unwrap())
+        Self::of("gptq.safetensors")
+    }
+
+    fn of(name: &str) -> Self {
+        Self(std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("goldens").join(name)).unwrap())
     }
 
     fn bytes(&self, name: &str) -> Vec<u8> {
@@ -56,6 +61,19 @@ fn codes_and_scales_are_the_papers() {
         let name = format!("{bits}.{block_size}");
         let Quantized { codes, scales } =
             feedback.round(format(bits, block_size), &goldens.floats("weights"));
+        let wanted = goldens.floats(&format!("scales.{name}"));
+        let off = scales.iter().zip(&wanted).map(|(got, wanted)| (got / wanted - 1.0).abs());
+        assert!(off.fold(0.0, f32::max) < 1e-4, "scales of {name}");
+        assert_eq!(unpacked(bits, &codes), goldens.bytes(&format!("codes.{name}")), "codes of {name}");
+    }
+}
+
+#[test]
+fn weighted_codes_and_scales_are_those_of_weighted_least_squares() {
+    let (weights, goldens) = (Goldens::read().floats("weights"), Goldens::of("wmse.safetensors"));
+    for (bits, block_size) in [(4, 32), (4, 64), (4, 128), (8, 32)] {
+        let name = format!("{bits}.{block_size}");
+        let Quantized { codes, scales } = format(bits, block_size).quantize(&weights, Scale::Weighted);
         let wanted = goldens.floats(&format!("scales.{name}"));
         let off = scales.iter().zip(&wanted).map(|(got, wanted)| (got / wanted - 1.0).abs());
         assert!(off.fold(0.0, f32::max) < 1e-4, "scales of {name}");

@@ -151,7 +151,7 @@ fn is_an_order(graph: &Graph, order: &[NodeId]) -> bool {
 
 #[test]
 fn plans_are_orders() {
-    let inference = |form| infer(&model(), &quantization(Bits::Four), form).unwrap();
+    let inference = |form| infer(&model(), &quantization(Bits::Four), form, None).unwrap();
     let mut graphs = vec![inference(InferForm::Adapted), inference(InferForm::Base)];
     graphs.extend([Recompute::Nothing, Recompute::Activations, Recompute::Layers].map(training));
     for graph in &graphs {

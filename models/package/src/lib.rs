@@ -6,6 +6,7 @@ mod attention;
 mod gemma;
 mod model;
 mod rounding;
+mod cache;
 mod manifest;
 mod encoder;
 mod staging;
@@ -13,6 +14,7 @@ mod write;
 mod open;
 
 pub use attention::{Attention, Bias, Window};
+pub use cache::CacheForm;
 pub use encoder::{
     ENCODER_OPTIONAL, ENCODER_REQUIRED, EncoderArchitecture, EncoderConfig, EncoderError, EncoderManifest,
     EncoderPackage, LABELS_MAX, Probabilities,

@@ -8,7 +8,8 @@ use commonweal_adapter::{AdapterLayout, LayoutError, Module, Target};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::attention::Attention;
+use crate::attention::{Attention, is_default};
+use crate::cache::CacheForm;
 use crate::encoder::EncoderError;
 use crate::model::{ModelConfig, ModelError, Quantization, Tokens};
 use crate::rounding::Rounding;
@@ -77,6 +78,9 @@ pub struct Manifest {
     /// How the codes of the weights were chosen; not part of the base's identity, which the weights' hash is.
     #[serde(default, skip_serializing_if = "Rounding::is_default")]
     pub rounding: Rounding,
+    /// How keys and values are kept; not part of the base's identity, since the graphs alone depend on it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub cache: CacheForm,
     /// The adapter that training starts with by default.
     pub adapter: AdapterDefaults,
     /// Special tokens.

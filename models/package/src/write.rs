@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 
+use crate::cache::CacheForm;
 use crate::encoder::{ENCODER_OPTIONAL, ENCODER_REQUIRED, EncoderConfig, EncoderManifest};
 use crate::manifest::{
     AdapterDefaults, FORMAT, Hash, MANIFEST, Manifest, ManifestError, OPTIONAL, PackageKind, REQUIRED,
@@ -25,6 +26,8 @@ pub struct Facts {
     pub quantization: Quantization,
     /// How the codes of the weights were chosen.
     pub rounding: Rounding,
+    /// How keys and values are kept.
+    pub cache: CacheForm,
     /// The adapter that training starts with by default.
     pub adapter: AdapterDefaults,
     /// Special tokens.
@@ -113,11 +116,11 @@ impl PackageWriter {
     /// Hashes the files, writes a decoder's manifest and gives the directory its name.
     pub fn finish(self, facts: Facts) -> Result<Manifest, WriteError> {
         let files = self.hashes()?;
-        let Facts { licence, model, quantization, rounding, adapter, tokens } = facts;
+        let Facts { licence, model, quantization, rounding, cache, adapter, tokens } = facts;
         let base = Hash([0; 32]);
         let format = FORMAT;
         let mut manifest =
-            Manifest { format, licence, base, model, quantization, rounding, adapter, tokens, files };
+            Manifest { format, licence, base, model, quantization, rounding, cache, adapter, tokens, files };
         manifest.base = manifest.identify();
         manifest.check()?;
         self.staging.write_bytes(MANIFEST, toml::to_string(&manifest)?.as_bytes())?;

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 
 use commonweal_adapter::Target;
 use commonweal_package::{
-    Accuracy, AdapterDefaults, Architecture, Attention, Bits, Facts, Gemma, Manifest, ModelConfig, Package,
-    PackageWriter, Quantization, REQUIRED, RopeScaling, Rounding, Tokens, WriteError, attach,
+    Accuracy, AdapterDefaults, Architecture, Attention, Bits, CacheForm, Facts, Gemma, Manifest, ModelConfig,
+    Package, PackageWriter, Quantization, REQUIRED, RopeScaling, Rounding, Tokens, WriteError, attach,
 };
 use tempfile::TempDir;
 
@@ -39,6 +39,7 @@ fn facts() -> Facts {
         model,
         quantization,
         rounding: Rounding::default(),
+        cache: CacheForm::default(),
         adapter,
         tokens,
     }
@@ -204,10 +205,24 @@ fn attached_files_are_vouched_for() {
 fn the_method_is_recorded_and_no_part_of_the_identity() {
     let (_plain, out, plain) = write(facts(), "graph");
     assert!(!fs::read_to_string(out.join("package.toml")).unwrap().contains("rounding"));
-    for rounding in [Rounding::Rtn, Rounding::Gptq { tokens: 16_384, text: plain.base }] {
+    for rounding in [Rounding::Rtn, Rounding::Wmse, Rounding::Gptq { tokens: 16_384, text: plain.base }] {
         let (_directory, out, manifest) = write(Facts { rounding, ..facts() }, "graph");
         assert_eq!((Package::open(&out).unwrap().manifest().rounding, manifest.base), (rounding, plain.base));
     }
     let text = fs::read_to_string(out.join("package.toml")).unwrap();
     assert!(Manifest::parse(&format!("{text}\n[rounding]\nmethod = \"awq\"\n")).is_err());
+}
+
+#[test]
+fn the_form_of_the_cache_is_recorded_and_no_part_of_the_identity() {
+    // A package without a word about it, as all were before there was a choice, keeps floats.
+    let (_plain, out, plain) = write(facts(), "graph");
+    let text = fs::read_to_string(out.join("package.toml")).unwrap();
+    assert!(!text.contains("cache"));
+    assert_eq!((plain.cache, plain.cache.component_bytes()), (CacheForm::Float, 4));
+    let cache = CacheForm::Int8 { tokens: 16_384, text: plain.base };
+    let (_directory, out, manifest) = write(Facts { cache, ..facts() }, "graph");
+    assert_eq!((Package::open(&out).unwrap().manifest().cache, manifest.base), (cache, plain.base));
+    assert_eq!(cache.component_bytes(), 1);
+    assert!(Manifest::parse(&format!("{text}\n[cache]\nform = \"int4\"\n")).is_err());
 }

@@ -122,7 +122,6 @@ impl Model {
 
     /// Rows that run side by side: of similar length, as many as the options and the cache's memory allow.
     fn groups(&self, prompts: &[Prompt], options: &GenerateOptions) -> Vec<Vec<usize>> {
-        let config = &self.manifest().model;
         let mut order: Vec<usize> = (0..prompts.len()).collect();
         order.sort_by_key(|&row| std::cmp::Reverse(prompts[row].ids.len()));
         let mut groups: Vec<Vec<usize>> = Vec::new();
@@ -131,7 +130,7 @@ impl Model {
             match groups.last_mut() {
                 Some(group) if group.len() < group_max => group.push(row),
                 _ => {
-                    let bytes = Cache::row_bytes(config, capacity(self, &prompts[row].ids, options));
+                    let bytes = Cache::row_bytes(self.manifest(), capacity(self, &prompts[row].ids, options));
                     let most = if options.copying { 1 } else { self.options().batch_max };
                     group_max = (self.options().cache_bytes_max / bytes.max(1)).clamp(1, most);
                     groups.push(vec![row]);
@@ -279,10 +278,10 @@ impl Batch<'_> {
             let last = [ids.len() - 1];
             if let Some((mut shared, start)) = shared {
                 shared.read(self.run, ids, start, &last, |_, from| put(row, from))?;
-                lane.cache.copy_row(row, &shared.cache, 0, ids.len());
+                lane.cache.copy_row(row, &shared.cache, 0, ids.len())?;
             } else {
                 alone.read(self.run, ids, 0, &last, |_, from| put(row, from))?;
-                lane.cache.copy_row(row, &alone.cache, 0, ids.len());
+                lane.cache.copy_row(row, &alone.cache, 0, ids.len())?;
             }
         }
         Ok((lane, logits))

@@ -157,9 +157,9 @@ impl Lane {
         if adapter.model() != model.identity() {
             return Err(InferError::Foreign { what: "adapter", owner: "model" });
         }
-        let config = &model.manifest().model;
-        let cache = Cache::new(config, batch, capacity)?;
-        let logits = Tensor::new(&Allocator::default(), [batch, config.vocab_size])?;
+        let manifest = model.manifest();
+        let cache = Cache::new(manifest, batch, capacity)?;
+        let logits = Tensor::new(&Allocator::default(), [batch, manifest.model.vocab_size])?;
         Ok(Self { bound: None, cache, logits, adapter: adapter.clone(), model: model.clone() })
     }
 
@@ -181,7 +181,7 @@ impl Lane {
     pub(crate) fn kept(&self, rows: &[(usize, usize)], capacity: usize) -> Result<Self, InferError> {
         let mut lane = Self::new(&self.model, &self.adapter, rows.len(), capacity)?;
         for (to, &(from, length)) in rows.iter().enumerate() {
-            lane.cache.copy_row(to, &self.cache, from, length);
+            lane.cache.copy_row(to, &self.cache, from, length)?;
         }
         Ok(lane)
     }

@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use commonweal_package::{EncoderConfig, ModelConfig, Package, TrainGraph};
+use commonweal_package::{CacheForm, EncoderConfig, ModelConfig, Package, TrainGraph};
 
 use crate::{classify::ClassifyOptions, model::OpenOptions};
 
@@ -38,6 +38,8 @@ const FLOAT: f64 = size_of::<f32>() as f64;
 pub struct Shape<'m> {
     /// Dimensions.
     pub model: &'m ModelConfig,
+    /// How keys and values are kept.
+    pub cache: CacheForm,
     /// Bytes of `weights.bin`.
     pub weights_bytes: u64,
 }
@@ -46,7 +48,8 @@ impl<'m> Shape<'m> {
     /// The part of an open package.
     pub fn of(package: &'m Package) -> io::Result<Self> {
         let weights_bytes = fs::metadata(package.weights())?.len();
-        Ok(Self { model: &package.manifest().model, weights_bytes })
+        let manifest = package.manifest();
+        Ok(Self { model: &manifest.model, cache: manifest.cache, weights_bytes })
     }
 
     /// Options with which the package fits in the memory that is available: the base, the reading of a prompt and one
@@ -83,7 +86,8 @@ impl<'m> Shape<'m> {
 
     /// Bytes on top of an open session to read prompts `chunk` tokens at a time with `rows` caches of `tokens` each.
     pub fn answer_bytes(&self, rows: usize, tokens: usize, chunk: usize) -> u64 {
-        let cache = self.model.layers as f64 * 2.0 * self.model.kv_size() as f64 * FLOAT;
+        let component = self.cache.component_bytes() as f64;
+        let cache = self.model.layers as f64 * 2.0 * self.model.kv_size() as f64 * component;
         let reading = READ_WIDTHS * self.width() * FLOAT;
         (rows as f64 * tokens as f64 * cache + chunk as f64 * reading) as u64
     }
@@ -281,7 +285,7 @@ mod tests {
             ),
         ];
         for (model, (weights_bytes, adapter), measured) in shapes {
-            let shape = Shape { model: &model, weights_bytes };
+            let shape = Shape { model: &model, cache: CacheForm::Float, weights_bytes };
             // A prompt of 448 tokens is read, then the rows decode up to 512; the prefix has a cache of its own.
             let trained = |graph| shape.settled_bytes() + shape.train_bytes(256, graph, adapter);
             let estimated = [
@@ -298,6 +302,18 @@ mod tests {
                 assert!((1.0 / 1.3..1.3).contains(&factor), "{measured} MB, estimated {estimated}: {factor}");
             }
         }
+    }
+
+    #[test]
+    fn an_8_bit_cache_takes_a_quarter_of_the_rows() {
+        let model = config(576, 1536, 30, (9, 3), 49_152);
+        let rows = |cache| {
+            let shape = Shape { model: &model, cache, weights_bytes: 0 };
+            shape.answer_bytes(3, 1000, 0)
+        };
+        let text = commonweal_package::Hash([0; 32]);
+        assert_eq!(rows(CacheForm::Float), 3 * 1000 * 30 * 2 * 192 * 4);
+        assert_eq!(rows(CacheForm::Int8 { tokens: 512, text }) * 4, rows(CacheForm::Float));
     }
 
     #[test]

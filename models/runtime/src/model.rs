@@ -16,6 +16,7 @@ use ort::session::{Session, builder::GraphOptimizationLevel};
 
 use crate::{
     adapt::{AdaptError, PreparedAdapter},
+    cache,
     conversation::Chat,
     device::Device,
     frozen::{Frozen, FrozenError, LendError},
@@ -119,6 +120,14 @@ pub enum OpenError {
         /// The graph's file.
         file: &'static str,
     },
+    /// The package's cache is of a form that only the processor's kernels take.
+    #[error(
+        "a cache of 8 bits must run on device cpu, got {device}; compile the checkpoint with --cache 32 for it"
+    )]
+    Cache {
+        /// What was asked for.
+        device: Device,
+    },
     /// The frozen weights cannot be given to a session.
     #[error("graph {graph} does not open with the package's weights")]
     Frozen {
@@ -151,6 +160,7 @@ impl Model {
                 return Err(OpenError::Option { name });
             }
         }
+        cache::check_device(package.manifest().cache, library.device())?;
         // Rows of different lengths side by side: WebGPU's attention (1.27) goes by the longest and spoils the others.
         if library.device() != Device::Cpu {
             options.batch_max = 1;

@@ -1,14 +1,15 @@
-//! Generation on the real library: adapters over one base, ragged batches, chunks, prefixes, stops, limits.
+//! Generation on the real library: adapters over one base, ragged batches, chunks, prefixes, stops, limits. What touches
+//! the cache is held for both of its forms.
 #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
 
 mod support;
 
-use commonweal_compiler::Accuracy;
+use commonweal_compiler::{Accuracy, compile::CacheBits};
 use commonweal_package::Package;
 use commonweal_runtime::{
     Cancel, GenerateOptions, Generated, InferError, Model, OpenOptions, Prompt, StopReason,
 };
-use support::{adapter, build_with, greedy, model, model_with, prompts};
+use support::{CACHES, adapter, build_with, cached_model, greedy, model, model_with, prompts};
 
 const TEXTS: [&str; 4] = ["The sea is", "a", "Once upon a time there was a very long prompt that", "x = "];
 
@@ -22,86 +23,107 @@ fn same(left: &[Generated], right: &[Generated]) {
 
 #[test]
 fn two_adapters_over_one_base_give_what_each_gives_alone() {
-    let shared = model();
-    let (one, two) = (adapter(&shared, 1), adapter(&shared, 2));
-    let alone = |adapter| {
-        let model = model();
-        let prepared = model.prepare(adapter).unwrap();
-        model.generate(&prepared, &prompts(&model, &TEXTS), &greedy(12), &Cancel::new()).unwrap()
-    };
-    let expected = [alone(Some(&one)), alone(Some(&two)), alone(None)];
-    assert_ne!(expected[0][0].tokens, expected[1][0].tokens);
-    assert_ne!(expected[0][0].tokens, expected[2][0].tokens);
-    let prepared = [Some(&one), Some(&two), None].map(|adapter| shared.prepare(adapter).unwrap());
-    for turn in [0, 1, 2, 1, 0, 0, 2] {
-        let got = shared.generate(&prepared[turn], &prompts(&shared, &TEXTS), &greedy(12), &Cancel::new());
-        assert_eq!(got.unwrap(), expected[turn]);
+    for cache in CACHES {
+        let shared = cached_model(cache, OpenOptions::default());
+        let (one, two) = (adapter(&shared, 1), adapter(&shared, 2));
+        let alone = |adapter| {
+            let model = cached_model(cache, OpenOptions::default());
+            let prepared = model.prepare(adapter).unwrap();
+            model.generate(&prepared, &prompts(&model, &TEXTS), &greedy(12), &Cancel::new()).unwrap()
+        };
+        let expected = [alone(Some(&one)), alone(Some(&two)), alone(None)];
+        assert_ne!(expected[0][0].tokens, expected[1][0].tokens);
+        assert_ne!(expected[0][0].tokens, expected[2][0].tokens);
+        let prepared = [Some(&one), Some(&two), None].map(|adapter| shared.prepare(adapter).unwrap());
+        for turn in [0, 1, 2, 1, 0, 0, 2] {
+            let got =
+                shared.generate(&prepared[turn], &prompts(&shared, &TEXTS), &greedy(12), &Cancel::new());
+            assert_eq!(got.unwrap(), expected[turn]);
+        }
     }
 }
 
 #[test]
 fn ragged_batch_gives_what_each_row_gives_alone() {
-    let model = model();
-    let prepared = model.prepare(Some(&adapter(&model, 3))).unwrap();
-    let prompts = prompts(&model, &TEXTS);
-    let run = |prompts: &[Prompt]| model.generate(&prepared, prompts, &greedy(20), &Cancel::new()).unwrap();
-    let alone: Vec<Generated> = prompts.iter().flat_map(|prompt| run(std::slice::from_ref(prompt))).collect();
-    same(&run(&prompts), &alone);
+    for cache in CACHES {
+        let model = cached_model(cache, OpenOptions::default());
+        let prepared = model.prepare(Some(&adapter(&model, 3))).unwrap();
+        let prompts = prompts(&model, &TEXTS);
+        let run =
+            |prompts: &[Prompt]| model.generate(&prepared, prompts, &greedy(20), &Cancel::new()).unwrap();
+        let alone: Vec<Generated> =
+            prompts.iter().flat_map(|prompt| run(std::slice::from_ref(prompt))).collect();
+        same(&run(&prompts), &alone);
+    }
 }
 
 #[test]
 fn small_chunks_and_small_groups_change_nothing() {
-    let whole = model();
-    for options in [
-        OpenOptions { prefill_tokens_max: 7, ..OpenOptions::default() },
-        OpenOptions { batch_max: 3, ..OpenOptions::default() },
-        OpenOptions { cache_bytes_max: 1, ..OpenOptions::default() },
-    ] {
-        let small = model_with(options);
-        let run = |model: &Model| {
-            let prepared = model.prepare(Some(&adapter(model, 4))).unwrap();
-            model.generate(&prepared, &prompts(model, &TEXTS), &greedy(10), &Cancel::new()).unwrap()
-        };
-        same(&run(&small), &run(&whole));
+    for cache in CACHES {
+        let whole = cached_model(cache, OpenOptions::default());
+        for options in [
+            OpenOptions { prefill_tokens_max: 7, ..OpenOptions::default() },
+            OpenOptions { batch_max: 3, ..OpenOptions::default() },
+            OpenOptions { cache_bytes_max: 1, ..OpenOptions::default() },
+        ] {
+            let small = cached_model(cache, options);
+            let run = |model: &Model| {
+                let prepared = model.prepare(Some(&adapter(model, 4))).unwrap();
+                model.generate(&prepared, &prompts(model, &TEXTS), &greedy(10), &Cancel::new()).unwrap()
+            };
+            same(&run(&small), &run(&whole));
+        }
     }
 }
 
 #[test]
 fn shared_prefix_changes_nothing_even_when_prompts_outgrow_it() {
-    let model = model();
-    let prepared = model.prepare(Some(&adapter(&model, 5))).unwrap();
-    let policy = "Policy: be kind, be brief. ";
-    let long = format!("{policy}{}", "and so on ".repeat(15));
-    let texts = [&*format!("{policy}One?"), "no policy here", &*long, policy, &*format!("{policy}Two!")];
-    let prompts = prompts(&model, &texts);
-    // Short enough that the long prompt makes the prefix's buffer grow.
-    let ids = model.tokenizer().encode("Policy: be ").unwrap();
-    let prefix = model.share_prefix(&prepared, &ids, &Cancel::new()).unwrap();
-    let options = greedy(8);
-    let with = |prompts: &[Prompt]| {
-        model
-            .generate_streaming(&prepared, Some(&prefix), prompts, &options, &mut |_, _| (), &Cancel::new())
-            .unwrap()
-    };
-    // Alone, a prompt is read into the cache that decodes it: nothing is copied from another one.
-    let alone =
-        |prompt| model.generate(&prepared, std::slice::from_ref(prompt), &options, &Cancel::new()).unwrap();
-    let without: Vec<Generated> = prompts.iter().flat_map(alone).collect();
-    same(&with(&prompts), &without);
-    same(&with(&prompts), &without);
+    for cache in CACHES {
+        let model = cached_model(cache, OpenOptions::default());
+        let prepared = model.prepare(Some(&adapter(&model, 5))).unwrap();
+        let policy = "Policy: be kind, be brief. ";
+        let long = format!("{policy}{}", "and so on ".repeat(15));
+        let texts = [&*format!("{policy}One?"), "no policy here", &*long, policy, &*format!("{policy}Two!")];
+        let prompts = prompts(&model, &texts);
+        // Short enough that the long prompt makes the prefix's buffer grow.
+        let ids = model.tokenizer().encode("Policy: be ").unwrap();
+        let prefix = model.share_prefix(&prepared, &ids, &Cancel::new()).unwrap();
+        let options = greedy(8);
+        let with = |prompts: &[Prompt]| {
+            model
+                .generate_streaming(
+                    &prepared,
+                    Some(&prefix),
+                    prompts,
+                    &options,
+                    &mut |_, _| (),
+                    &Cancel::new(),
+                )
+                .unwrap()
+        };
+        // Alone, a prompt is read into the cache that decodes it: nothing is copied from another one.
+        let alone = |prompt| {
+            model.generate(&prepared, std::slice::from_ref(prompt), &options, &Cancel::new()).unwrap()
+        };
+        let without: Vec<Generated> = prompts.iter().flat_map(alone).collect();
+        same(&with(&prompts), &without);
+        same(&with(&prompts), &without);
+    }
 }
 
 #[test]
 fn guesses_from_the_prompt_change_nothing() {
-    let model = model();
-    let prepared = model.prepare(Some(&adapter(&model, 5))).unwrap();
-    // Greedy answers of a random network run in circles, so many guesses are right; sampled ones are mostly wrong.
-    let prompts = prompts(&model, &TEXTS);
-    for temperature in [0.0, 0.3, 1.5] {
-        let plain = GenerateOptions { temperature, seed: 3, ..greedy(60) };
-        let copying = GenerateOptions { copying: true, ..plain.clone() };
-        let run = |options| model.generate(&prepared, &prompts, options, &Cancel::new()).unwrap();
-        same(&run(&copying), &run(&plain));
+    for cache in CACHES {
+        let model = cached_model(cache, OpenOptions::default());
+        let prepared = model.prepare(Some(&adapter(&model, 5))).unwrap();
+        // Greedy answers of a random network run in circles, so many guesses are right; sampled ones are mostly wrong.
+        let prompts = prompts(&model, &TEXTS);
+        for temperature in [0.0, 0.3, 1.5] {
+            let plain = GenerateOptions { temperature, seed: 3, ..greedy(60) };
+            let copying = GenerateOptions { copying: true, ..plain.clone() };
+            let run = |options| model.generate(&prepared, &prompts, options, &Cancel::new()).unwrap();
+            same(&run(&copying), &run(&plain));
+        }
     }
 }
 
@@ -111,7 +133,7 @@ const FAST_DIFFERENCE_MAX: f64 = 0.1;
 
 /// The tiny package with the kernels that packages have by default.
 fn fast_model(folder: &std::path::Path, options: OpenOptions) -> Model {
-    let package = Package::open(build_with(folder, Accuracy::Fast)).unwrap();
+    let package = Package::open(build_with(folder, Accuracy::Fast, CacheBits::Full)).unwrap();
     Model::open(&support::library(), &package, options).unwrap()
 }
 
@@ -176,24 +198,26 @@ fn scores_under_fast_kernels_do_not_depend_on_what_was_shared_or_on_chunks() {
 
 #[test]
 fn an_answer_begins_as_it_is_told() {
-    let model = model();
-    let prepared = model.prepare(Some(&adapter(&model, 5))).unwrap();
-    let prompts = prompts(&model, &TEXTS);
-    let begin: Vec<u32> = (10..40).collect();
-    for copying in [false, true] {
-        let options = GenerateOptions { begin: begin.clone(), copying, ..greedy(34) };
-        let answers = model.generate(&prepared, &prompts, &options, &Cancel::new()).unwrap();
-        for (prompt, answer) in prompts.iter().zip(&answers) {
-            assert!(answer.tokens.starts_with(&begin), "{:?}", answer.tokens);
-            // What follows is what follows the same text as a prompt.
-            let longer = Prompt::from([prompt.ids.clone(), begin.clone()].concat());
-            let rest = model.generate(&prepared, &[longer], &greedy(4), &Cancel::new()).unwrap();
-            assert_eq!(answer.tokens[begin.len()..], rest[0].tokens);
+    for cache in CACHES {
+        let model = cached_model(cache, OpenOptions::default());
+        let prepared = model.prepare(Some(&adapter(&model, 5))).unwrap();
+        let prompts = prompts(&model, &TEXTS);
+        let begin: Vec<u32> = (10..40).collect();
+        for copying in [false, true] {
+            let options = GenerateOptions { begin: begin.clone(), copying, ..greedy(34) };
+            let answers = model.generate(&prepared, &prompts, &options, &Cancel::new()).unwrap();
+            for (prompt, answer) in prompts.iter().zip(&answers) {
+                assert!(answer.tokens.starts_with(&begin), "{:?}", answer.tokens);
+                // What follows is what follows the same text as a prompt.
+                let longer = Prompt::from([prompt.ids.clone(), begin.clone()].concat());
+                let rest = model.generate(&prepared, &[longer], &greedy(4), &Cancel::new()).unwrap();
+                assert_eq!(answer.tokens[begin.len()..], rest[0].tokens);
+            }
         }
+        let foreign = GenerateOptions { begin: vec![u32::MAX], ..greedy(4) };
+        let error = model.generate(&prepared, &prompts, &foreign, &Cancel::new()).unwrap_err();
+        assert!(matches!(error, InferError::Token { got: u32::MAX, .. }), "{error}");
     }
-    let foreign = GenerateOptions { begin: vec![u32::MAX], ..greedy(4) };
-    let error = model.generate(&prepared, &prompts, &foreign, &Cancel::new()).unwrap_err();
-    assert!(matches!(error, InferError::Token { got: u32::MAX, .. }), "{error}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use commonweal_package::{
 
 use super::{Config, graph, read_file, tensor_shapes, tensors};
 use crate::checkpoint::CheckpointError;
-use crate::compile::{CompileError, copy_notices};
+use crate::compile::{CompileError, copy_notices, rename_and_shorten};
 use crate::lower::lower;
 use crate::plan::plan;
 use crate::quantize::Scale;
@@ -83,14 +83,8 @@ pub fn compile_with_progress(
     let quantization = Quantization { bits, block_size, accuracy };
     quantization.check()?;
     let Checkpoint { mut config, tokenizer, tensors: weights } = open(options)?;
-    if let Some(got) = options.context {
-        let max = config.encoder.context;
-        config.encoder.context =
-            Some(got).filter(|got| (1..=max).contains(got)).ok_or(CompileError::Context { max, got })?;
-    }
-    if let Some(name) = &options.name {
-        config.encoder.name.clone_from(name);
-    }
+    let encoder = &mut config.encoder;
+    rename_and_shorten(options.name.as_ref(), options.context, &mut encoder.name, &mut encoder.context)?;
     let table = WeightTable::plan_list(tensors(&config), &quantization);
     let graph = graph(&config, &quantization)?;
     let classify = lower(&graph, &plan(&graph).order, "classify", &table)?;

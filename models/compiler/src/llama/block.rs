@@ -1,6 +1,6 @@
 //! One block of the decoder in 32-bit floats, its weights inputs, so that one graph serves every layer of its kind and
-//! no more than one layer's weights are in memory. `calibrate.rs` runs it. Attention is `infer.rs`'s operator over an
-//! empty cache; there is no adapter.
+//! no more than one layer's weights are in memory. `layers.rs` runs it. Attention is `infer.rs`'s operator over a cache
+//! that nothing was written to; there is no adapter.
 
 use super::{Block, activation, has_bias, rotary_names, shape};
 use crate::ModelConfig;
@@ -10,13 +10,15 @@ use crate::op::{GroupedAttention, Op};
 use crate::shape::Dim;
 
 /// What a block's graph gives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Gives {
     /// `y [1, time, hidden]`, the block's output.
     Output,
     /// `{name}.gram` for each of the linear layers `qkv`, `o`, `gate_up` and `down`, the `[inputs, inputs]` product `Xᵀ X` of what goes
     /// into it.
     Grams,
+    /// `y`, and `key` and `value [1, kv_heads, time, head_dim]`, what the attention keeps for later tokens.
+    Kept,
 }
 
 /// Builds the graph of layer `layer` for sequences of `time` tokens.
@@ -29,15 +31,22 @@ pub(crate) fn block(
     time: usize,
     gives: Gives,
 ) -> Result<Graph, GraphError> {
-    let mut builder = Builder { model, layer, time, graph: Graph::new(), grams: Vec::new() };
+    let mut builder =
+        Builder { model, layer, time, graph: Graph::new(), grams: Vec::new(), kept: Vec::new() };
     let output = builder.run()?;
-    let Builder { mut graph, grams, .. } = builder;
+    let Builder { mut graph, grams, kept, .. } = builder;
     match gives {
         Gives::Output => graph.output("y", output)?,
         Gives::Grams => {
             for (name, input) in grams {
                 let gram = graph.product((input, true), (input, false), 1.0)?;
                 graph.output(format!("{name}.gram"), gram)?;
+            }
+        }
+        Gives::Kept => {
+            graph.output("y", output)?;
+            for (name, kept) in ["key", "value"].into_iter().zip(kept) {
+                graph.output(name, kept)?;
             }
         }
     }
@@ -53,6 +62,7 @@ struct Builder<'m> {
     time: usize,
     graph: Graph,
     grams: Vec<(&'static str, ValueId)>,
+    kept: Vec<ValueId>,
 }
 
 impl Builder<'_> {
@@ -106,7 +116,7 @@ impl Builder<'_> {
         let window = attention.window_of(self.layer);
         let qkv = self.linear(0, x)?;
         let mut inputs = if fused { vec![qkv] } else { self.normed_heads(qkv)? };
-        let cache = shape([&Dim::fixed(1), &kv_heads.into(), &Dim::fixed(0), &head_dim.into()]);
+        let cache = shape([&Dim::fixed(1), &kv_heads.into(), &self.time.into(), &head_dim.into()]);
         let empty = self.graph.add(Op::Fill { value: 0.0, shape: cache }, &[])?;
         let last = self.length(self.time as i64 - 1)?;
         let total = self.length(self.time as i64)?;
@@ -118,8 +128,9 @@ impl Builder<'_> {
         }
         let (scale, cap) = (self.model.score_scale(), self.model.score_cap());
         let attributes = GroupedAttention { heads, kv_heads, head_dim, fused, window, rotates, scale, cap };
-        let context = self.graph.add(Op::GroupQueryAttention(attributes), &inputs)?;
-        self.linear(1, context)
+        let mut outputs = self.graph.add_many(Op::GroupQueryAttention(attributes), &inputs)?;
+        self.kept = outputs.split_off(1);
+        self.linear(1, outputs[0])
     }
 
     fn length(&mut self, tokens: i64) -> Result<ValueId, GraphError> {

@@ -5,7 +5,8 @@ use super::{
     Block, Linear, activation, capped, embed, has_bias, head_name, multiply, post_norm, rotary_tables, shape,
     vector,
 };
-use crate::graph::{Graph, GraphError, TensorType, ValueId};
+use crate::cache_scales::CacheScales;
+use crate::graph::{Constant, ElementType, Graph, GraphError, TensorType, ValueId};
 use crate::op::{GroupedAttention, Op};
 use crate::shape::{Dim, Shape};
 use crate::{ModelConfig, Quantization};
@@ -26,11 +27,16 @@ pub enum InferForm {
 ///
 /// Inputs: `input_ids [batch, new] i64`; `seqlens_k [batch] i32`, tokens in the row with the new ones, less one;
 /// `total_seq [1] i32`; `logit_rows [rows] i64`, which of the `batch · new` positions to give logits for; for each
-/// layer `past.{i}.key` and `past.{i}.value`, `[batch, kv_heads, cache, head_dim] f32`, and for each of its linear
+/// layer `past.{i}.key` and `past.{i}.value`, `[batch, kv_heads, cache, head_dim] f32`, or `i8` with `scales`, and for each of its linear
 /// layers `lora.{i}.{qkv|o|gate_up|down}.a [inputs, rank]` and `.b [rank, outputs]`.
 /// Outputs: `logits [rows, vocab]`, `present.{i}.key`, `present.{i}.value`.
-pub fn infer(model: &ModelConfig, quantization: &Quantization, form: InferForm) -> Result<Graph, GraphError> {
-    let mut decoder = Decoder::new(model, quantization, form)?;
+pub fn infer(
+    model: &ModelConfig,
+    quantization: &Quantization,
+    form: InferForm,
+    scales: Option<&CacheScales>,
+) -> Result<Graph, GraphError> {
+    let mut decoder = Decoder { scales, ..Decoder::new(model, quantization, form)? };
     let logits = decoder.run()?;
     decoder.graph.output("logits", logits)?;
     for (layer, (key, value)) in std::mem::take(&mut decoder.present).into_iter().enumerate() {
@@ -51,6 +57,8 @@ struct Decoder<'m> {
     total: ValueId,
     logit_rows: ValueId,
     present: Vec<(ValueId, ValueId)>,
+    /// Of an 8-bit cache.
+    scales: Option<&'m CacheScales>,
 }
 
 impl<'m> Decoder<'m> {
@@ -66,7 +74,19 @@ impl<'m> Decoder<'m> {
         let total = graph.input("total_seq", TensorType::i32([1]))?;
         let logit_rows = graph.input("logit_rows", TensorType::i64([Dim::named("rows")]))?;
         let (block, present) = (Block::of(model), Vec::new());
-        Ok(Self { model, quantization, form, block, graph, tokens, lengths, total, logit_rows, present })
+        Ok(Self {
+            model,
+            quantization,
+            form,
+            block,
+            graph,
+            tokens,
+            lengths,
+            total,
+            logit_rows,
+            present,
+            scales: None,
+        })
     }
 
     fn run(&mut self) -> Result<ValueId, GraphError> {
@@ -120,18 +140,31 @@ impl<'m> Decoder<'m> {
         let qkv = self.linear(layer, 0, x)?;
         let mut inputs = if fused { vec![qkv] } else { self.normed_heads(layer, qkv)? };
         let cache = [Dim::named("batch"), kv_heads.into(), Dim::named("cache"), head_dim.into()];
-        let cache = TensorType::f32(cache);
+        let element = if self.scales.is_some() { ElementType::I8 } else { ElementType::F32 };
+        let cache = TensorType { element, shape: cache.into() };
         let key = self.graph.input(format!("past.{layer}.key"), cache.clone())?;
         let value = self.graph.input(format!("past.{layer}.value"), cache)?;
         inputs.extend([key, value, self.lengths, self.total]);
         if rotates {
             inputs.extend(rotary_tables(&mut self.graph, self.model, layer)?);
         }
+        inputs.extend(self.cache_scales(layer)?);
         let (scale, cap) = (self.model.score_scale(), self.model.score_cap());
         let attributes = GroupedAttention { heads, kv_heads, head_dim, fused, window, rotates, scale, cap };
         let outputs = self.graph.add_many(Op::GroupQueryAttention(attributes), &inputs)?;
         self.present.push((outputs[1], outputs[2]));
         Ok(outputs[0])
+    }
+
+    /// The scales of a layer's keys and values, where the cache has any.
+    fn cache_scales(&mut self, layer: usize) -> Result<Vec<ValueId>, GraphError> {
+        let Some(layer) = self.scales.and_then(|scales| scales.layers.get(layer)) else {
+            return Ok(Vec::new());
+        };
+        [&layer.key, &layer.value]
+            .into_iter()
+            .map(|scales| self.graph.constant(Constant::F32(scales.clone()), [scales.len()]))
+            .collect()
     }
 
     /// Queries, keys and values apart, each head of the first two normalized.

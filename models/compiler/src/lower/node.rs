@@ -3,7 +3,7 @@
 
 use super::size::{Sizes, integer, plain};
 use super::{MICROSOFT, Writer, data_type, tensor};
-use crate::graph::{Graph, GraphError, Node};
+use crate::graph::{ElementType, Graph, GraphError, Node, ValueId};
 use crate::onnx::{AttributeProto, AttributeType, DataType, NodeProto};
 use crate::op::{GroupedAttention, MultiHeadAttention, Op};
 use crate::shape::{Dim, Shape};
@@ -130,7 +130,11 @@ impl Form<'_> {
             Op::ScatterAdd { axis: at } => ("", inputs, with(axis(*at), [text("reduction", "add")])),
             Op::RotaryEmbedding { heads } => (MICROSOFT, inputs, vec![integer("num_heads", *heads as i64)]),
             Op::GroupQueryAttention(attributes) => {
-                let (inputs, attributes) = grouped_attention(*attributes, inputs);
+                let is_int8 = |&id: &ValueId| self.graph.value(id).kind.element == ElementType::I8;
+                let scales = if self.node.inputs.iter().any(is_int8) { 2 } else { 0 };
+                let (unscaled, scales) = inputs.split_at(inputs.len() - scales);
+                let (inputs, attributes) = grouped_attention(*attributes, unscaled.to_vec());
+                let (inputs, attributes) = scaled_cache(inputs, attributes, scales);
                 (MICROSOFT, inputs, attributes)
             }
             Op::Transpose { permutation } => {
@@ -262,6 +266,26 @@ fn grouped_attention(
     ];
     attributes.extend(cap.map(|cap| float("softcap", cap)));
     attributes.extend(window.map(|tokens| integer("local_window_size", tokens as i64)));
+    (inputs, attributes)
+}
+
+/// An 8-bit cache's scales are the last two inputs, the positions, biases and sinks between absent: one for each component
+/// of each head.
+fn scaled_cache(
+    mut inputs: Vec<String>,
+    mut attributes: Vec<AttributeProto>,
+    scales: &[String],
+) -> (Vec<String>, Vec<AttributeProto>) {
+    const FIRST_SCALE: usize = 12;
+    if !scales.is_empty() {
+        inputs.resize(FIRST_SCALE, String::new());
+        inputs.extend_from_slice(scales);
+        attributes.extend([
+            text("k_quant_type", "PER_CHANNEL"),
+            text("v_quant_type", "PER_CHANNEL"),
+            integer("kv_cache_bit_width", 8),
+        ]);
+    }
     (inputs, attributes)
 }
 

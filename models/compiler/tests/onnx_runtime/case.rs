@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use commonweal_compiler::compile::{CompileOptions, compile};
+use commonweal_compiler::compile::{CompileOptions, Method, compile};
 use commonweal_compiler::{Accuracy, Bits};
 use commonweal_package::Package;
 use ort::session::Session;
@@ -41,7 +41,9 @@ impl Case {
     ) -> Self {
         let directory = TempDir::new().unwrap();
         let out = directory.path().join("package");
-        let options = CompileOptions { bits, accuracy, ..CompileOptions::new(checkpoint, &out) };
+        // The goldens' codes are of this method; `tests/gptq.rs` has the others.
+        let method = Method::Mse;
+        let options = CompileOptions { bits, accuracy, method, ..CompileOptions::new(checkpoint, &out) };
         compile(&options).unwrap();
         let package = Package::open(out).unwrap();
         Self { label: label.into(), inputs, expected, package, _directory: directory }

@@ -7,7 +7,12 @@ use std::{
 };
 
 use commonweal_adapter::Adapter;
-use commonweal_compiler::{Accuracy, compile::CompileOptions, random::RandomOptions};
+use commonweal_compiler::{
+    Accuracy,
+    compile::{CacheBits, CompileOptions, compile_with},
+    layers::Calibration,
+    random::RandomOptions,
+};
 use commonweal_package::{Facts, Manifest, Package, PackageWriter, REQUIRED};
 use commonweal_runtime::{GenerateOptions, Library, Model, OpenOptions, Prompt, TrainingRow};
 
@@ -15,12 +20,20 @@ pub(crate) fn library() -> Library {
     Library::load(None).expect("the onnx runtime library, put in place by scripts/setup")
 }
 
+/// Every form of the cache: what holds for one holds for all.
+pub(crate) const CACHES: [CacheBits; 2] = [CacheBits::Full, CacheBits::Eight];
+
 /// A random Llama of two layers with a byte-level tokenizer; exact kernels, so that numbers compare closely.
 pub(crate) fn package() -> Package {
-    static BUILT: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
-    let (_, path) = BUILT.get_or_init(|| {
+    package_with(CacheBits::Full)
+}
+
+/// The same with a cache of that form.
+pub(crate) fn package_with(cache: CacheBits) -> Package {
+    static BUILT: [OnceLock<(tempfile::TempDir, PathBuf)>; 2] = [OnceLock::new(), OnceLock::new()];
+    let (_, path) = BUILT[usize::from(cache == CacheBits::Eight)].get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
-        let path = build(folder.path());
+        let path = build_with(folder.path(), Accuracy::Exact, cache);
         (folder, path)
     });
     Package::open(path).unwrap()
@@ -28,11 +41,11 @@ pub(crate) fn package() -> Package {
 
 /// Compiles the tiny package inside a folder.
 pub(crate) fn build(folder: &Path) -> PathBuf {
-    build_with(folder, Accuracy::Exact)
+    build_with(folder, Accuracy::Exact, CacheBits::Full)
 }
 
-/// The same with kernels of either kind.
-pub(crate) fn build_with(folder: &Path, accuracy: Accuracy) -> PathBuf {
+/// The same with kernels of either kind and a cache of that form.
+pub(crate) fn build_with(folder: &Path, accuracy: Accuracy, cache: CacheBits) -> PathBuf {
     let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
     let (checkpoint, out) = (folder.join("checkpoint"), folder.join("package"));
     let options = RandomOptions {
@@ -43,8 +56,12 @@ pub(crate) fn build_with(folder: &Path, accuracy: Accuracy) -> PathBuf {
         seed: 1,
     };
     commonweal_compiler::random::random(&options, &mut |_, _| ()).unwrap();
-    let options = CompileOptions { accuracy, rank: 4, alpha: 8.0, ..CompileOptions::new(checkpoint, &out) };
-    commonweal_compiler::compile::compile(&options).unwrap();
+    let options =
+        CompileOptions { accuracy, rank: 4, alpha: 8.0, cache, ..CompileOptions::new(checkpoint, &out) };
+    let (tokens, mut engine): (Vec<u32>, _) = ((0..512).map(|at| at * at % 287).collect(), library());
+    let calibration =
+        (cache == CacheBits::Eight).then_some(Calibration { tokens: &tokens, engine: &mut engine });
+    compile_with(&options, calibration, &mut |_, _| ()).unwrap();
     out
 }
 
@@ -57,8 +74,9 @@ pub(crate) fn altered(folder: &Path, change: impl FnOnce(&mut Facts), file: &str
         let own = std::fs::read(whole.directory().join(name)).unwrap();
         writer.write_bytes(name, if name == file { bytes } else { &own }).unwrap();
     }
-    let Manifest { licence, model, quantization, rounding, adapter, tokens, .. } = whole.manifest().clone();
-    let mut facts = Facts { licence, model, quantization, rounding, adapter, tokens };
+    let manifest = whole.manifest().clone();
+    let Manifest { licence, model, quantization, rounding, cache, adapter, tokens, .. } = manifest;
+    let mut facts = Facts { licence, model, quantization, rounding, cache, adapter, tokens };
     change(&mut facts);
     writer.finish(facts).unwrap();
     Package::open(out).unwrap()
@@ -70,6 +88,10 @@ pub(crate) fn model() -> Model {
 
 pub(crate) fn model_with(options: OpenOptions) -> Model {
     Model::open(&library(), &package(), options).unwrap()
+}
+
+pub(crate) fn cached_model(cache: CacheBits, options: OpenOptions) -> Model {
+    Model::open(&library(), &package_with(cache), options).unwrap()
 }
 
 /// An adapter that changes the model's output visibly.
