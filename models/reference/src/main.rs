@@ -263,7 +263,8 @@ fn run(cli: Cli) -> Result<()> {
             let out = out.context("--out is missing")?;
             let bytes = learn_words::learn_words(&rows, recipe)?.write();
             learn::write_whole(&out, &bytes)?;
-            progress.event(&json!({"event": "learned", "rows": rows.len(), "bytes": bytes.len(), "out": out}));
+            progress
+                .event(&json!({"event": "learned", "rows": rows.len(), "bytes": bytes.len(), "out": out}));
             Ok(())
         }
         Command::Calibrate { guard, rows, target, reach, per_category, out } => {

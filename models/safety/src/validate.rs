@@ -220,11 +220,9 @@ fn is_inside(path: &str) -> bool {
 
 fn check_words(problems: &mut Problems, words: &WordsUse) {
     problems.require(is_inside(&words.file), "words.file", "expected a path inside the package");
-    for (place, weight) in [
-        ("words.prompt", words.prompt),
-        ("words.pair_prompt", words.pair_prompt),
-        ("words.pair", words.pair),
-    ] {
+    for (place, weight) in
+        [("words.prompt", words.prompt), ("words.pair_prompt", words.pair_prompt), ("words.pair", words.pair)]
+    {
         problems.require(
             (0.0..=WORDS_WEIGHT_MAX).contains(&weight),
             place,

@@ -122,7 +122,8 @@ impl Evaluation {
         let (mut agreed, mut judged) = (0_u32, 0_u32);
         let mut refused = |name: &str, rows: &[Conversation]| -> Result<(f64, f64)> {
             let conversations: Vec<&[Message]> = rows.iter().map(Vec::as_slice).collect();
-            let answered = laboratory.answer(&prepared, "an evaluation set", &conversations, self.answer_tokens_max)?;
+            let answered =
+                laboratory.answer(&prepared, "an evaluation set", &conversations, self.answer_tokens_max)?;
             let (mut rules, mut classifier) = (0, 0);
             for answered in &answered {
                 let by_rules = refusal::is_refusal(&answered.answer);
