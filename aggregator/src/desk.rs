@@ -209,7 +209,7 @@ impl Desk {
             let progress = &mut inner.durable.progress;
             let stage = match figures {
                 Figures::Merge(merge) => {
-                    progress.merge = Some(merge.clone());
+                    progress.merge = Some((**merge).clone());
                     inner.durable.control = merge.control;
                     "merge"
                 }

@@ -147,25 +147,19 @@ impl Sample {
         for (turn, said) in self.turns.iter().enumerate() {
             let open = exchanges.last_mut();
             if said.role == Role::Assistant {
-                match open {
-                    Some(exchange) => exchange.replies.push((turn, &said.content)),
-                    None => {
-                        let (prompt, replies) = (Cow::Borrowed(""), vec![(turn, said.content.as_str())]);
-                        exchanges.push(Exchange { prompt, replies });
-                    }
+                if let Some(exchange) = open {
+                    exchange.replies.push((turn, &said.content));
+                } else {
+                    let (prompt, replies) = (Cow::Borrowed(""), vec![(turn, said.content.as_str())]);
+                    exchanges.push(Exchange { prompt, replies });
                 }
+            } else if let Some(exchange) = open.filter(|exchange| exchange.replies.is_empty()) {
+                let prompt = exchange.prompt.to_mut();
+                prompt.push_str("\n\n");
+                prompt.push_str(&said.content);
             } else {
-                match open.filter(|exchange| exchange.replies.is_empty()) {
-                    Some(exchange) => {
-                        let prompt = exchange.prompt.to_mut();
-                        prompt.push_str("\n\n");
-                        prompt.push_str(&said.content);
-                    }
-                    None => {
-                        let (prompt, replies) = (Cow::Borrowed(said.content.as_str()), Vec::new());
-                        exchanges.push(Exchange { prompt, replies });
-                    }
-                }
+                let (prompt, replies) = (Cow::Borrowed(said.content.as_str()), Vec::new());
+                exchanges.push(Exchange { prompt, replies });
             }
         }
         exchanges

@@ -150,7 +150,7 @@ impl RawRope {
         if rope_type.is_none() && scales {
             return refused("a scaling without rope_type".into());
         }
-        if let Some(factor) = self.partial_rotary_factor.filter(|factor| *factor < 1.0 || *factor > 1.0) {
+        if let Some(factor) = self.partial_rotary_factor.filter(|factor| !(1.0..=1.0).contains(factor)) {
             return refused(format!("partial_rotary_factor {factor}"));
         }
         let is_known = matches!(rope_type.as_deref(), None | Some("default" | "linear" | "llama3"));

@@ -29,7 +29,7 @@ use crate::{
 const DISABLED_OPTIMIZERS: &str = "optimization.disable_specified_optimizers";
 
 /// How a model is opened.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct OpenOptions {
     /// Longest sequence in tokens; the package's own limit if that is lower. `None` for the package's limit.
     pub context_max: Option<usize>,

@@ -94,7 +94,7 @@ impl State {
                 }
             }
             Err(_) => {
-                fs::write(&known, format!("{plan:#}\n")).with_context(|| known.display().to_string())?
+                fs::write(&known, format!("{plan:#}\n")).with_context(|| known.display().to_string())?;
             }
         }
         let path = folder.join(RESULTS);
