@@ -42,7 +42,7 @@ fn the_bundled_model_says_nearly_the_same_with_an_8_bit_cache() {
     // In several runs, so that what was kept is read back.
     let options = OpenOptions { prefill_tokens_max: 32, ..OpenOptions::default() };
     let library = Library::load(None).unwrap();
-    let open = |package| Model::open(&library, package, options.clone()).unwrap();
+    let open = |package| Model::open(&library, package, options).unwrap();
     let (floats, bytes) = (open(&floats), open(&bytes));
     let rows = Texts::read(&reference().join("demo/heldout.jsonl"), floats.chat(), 3000).unwrap();
     let rows = rows.measured(512, floats.manifest().tokens.bos);
