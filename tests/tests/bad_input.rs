@@ -162,6 +162,43 @@ fn an_unknown_setting_is_refused_by_its_name() {
     assert!(refused.stderr.contains("plian"), "{}", refused.stderr);
 }
 
+/// What cannot be measured is an error, and never a gate less: at `init`, and before `serve` listens.
+#[test]
+fn prompts_and_answers_that_have_no_room_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let aggregator = directory.path().join("aggregator");
+    let verb = |verb: &str| {
+        let mut command = command("aggregator");
+        command.arg(verb).arg("--dir").arg(&aggregator);
+        command
+    };
+    let init = |option: &[&str]| {
+        let mut init = verb("init");
+        init.args(option).args(["--address", "127.0.0.1:4433", "--package"]).arg(reference("package"));
+        init
+    };
+    let long = format!("{{\"prompt\":\"{}\"}}", "how do I do it? ".repeat(1000));
+    let long = file(directory.path(), "long.jsonl", &long);
+    let refused = Finished::of(&mut init(&["--eval-harmful", &long])).with_code(3);
+    assert!(refused.stderr.contains("the harmful prompts: expected"), "{}", refused.stderr);
+    assert!(!aggregator.exists());
+
+    Finished::of(&mut init(&["--no-evaluate"])).with_code(0);
+    let serve = |option: &[&str]| {
+        let mut serve = verb("serve");
+        serve.args(option).args(["--listen", "127.0.0.1:0"]);
+        Finished::of(&mut serve).with_code(3).stderr
+    };
+    let refused = serve(&["--redteam", &long]);
+    assert!(refused.contains("the red-team prompts: expected"), "{refused}");
+    let path = aggregator.join("aggregator.toml");
+    let text = fs::read_to_string(&path).unwrap();
+    assert_eq!(text.matches("answer_tokens_max = 48").count(), 1, "{text}");
+    fs::write(&path, text.replace("answer_tokens_max = 48", "answer_tokens_max = 1023")).unwrap();
+    let refused = serve(&[]);
+    assert!(refused.contains("evaluate.answer_tokens_max: expected at most 1022"), "{refused}");
+}
+
 #[test]
 fn who_is_not_enrolled_is_told_how() {
     let directory = tempfile::tempdir().unwrap();
