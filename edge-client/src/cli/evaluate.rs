@@ -74,7 +74,9 @@ fn labelled(row: Value) -> Result<Row, RowError> {
     let given = |text: Option<String>| text.filter(|text| !text.trim().is_empty());
     let known = |fields: Fields| {
         let (prompt, is_unsafe) = match (given(fields.prompt), given(fields.goal), fields.label) {
-            (Some(prompt), None, Some(label)) | (None, Some(prompt), Some(label)) => (prompt, label.is_unsafe()?),
+            (Some(prompt), None, Some(label)) | (None, Some(prompt), Some(label)) => {
+                (prompt, label.is_unsafe()?)
+            }
             (None, Some(goal), None) => (goal, true),
             _ => return None,
         };
@@ -125,7 +127,8 @@ pub(super) fn evaluate(shared: &Shared, file: &Path) -> Result<()> {
     let cancel = Cancel::new();
     let stages = open::Stages::open(shared, &place, &place.policy(shared)?, &cancel)?;
     let bar = open::bar("judge", rows.len());
-    let (mut report, mut labelled, mut unjudged) = (GuardReport::default(), Vec::with_capacity(rows.len()), 0);
+    let (mut report, mut labelled, mut unjudged) =
+        (GuardReport::default(), Vec::with_capacity(rows.len()), 0);
     for chunk in rows.chunks(CHUNK) {
         let pairs: Vec<Pair<'_>> = chunk
             .iter()
@@ -237,7 +240,10 @@ mod tests {
                     {\"prompt\":\"a\"}\n{\"prompt\":\"a\",\"label\":2}\n{\"label\":\"safe\"}\n[]\n{\"goal\":\"g\",\"label\":0}\n";
         let parsed = parse(text, Form::Jsonl);
         assert_eq!(lines(&parsed), (vec![1, 2, 7], vec![3, 4, 5, 6]));
-        assert_eq!(parsed.good.iter().map(|(_, row)| row.is_unsafe).collect::<Vec<_>>(), [true, false, false]);
+        assert_eq!(
+            parsed.good.iter().map(|(_, row)| row.is_unsafe).collect::<Vec<_>>(),
+            [true, false, false]
+        );
     }
 
     #[test]

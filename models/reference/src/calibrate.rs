@@ -47,15 +47,18 @@ pub(crate) fn calibrate(
 ) -> Result<(GuardConfig, Value)> {
     let mut calibrated = config.clone();
     let mut measured = serde_json::Map::new();
-    let spoken: Option<Vec<Spoken>> = words.map(|words| rows.iter().map(|row| words.say(row.pair())).collect());
+    let spoken: Option<Vec<Spoken>> =
+        words.map(|words| rows.iter().map(|row| words.say(row.pair())).collect());
     let file = config.words.as_ref().map_or_else(|| WORDS_FILE.to_owned(), |heard| heard.file.clone());
-    calibrated.words =
-        words.map(|_| WordsUse { file, prompt: 0.0, pair_prompt: 0.0, pair: 0.0 });
+    calibrated.words = words.map(|_| WordsUse { file, prompt: 0.0, pair_prompt: 0.0, pair: 0.0 });
     let mut log_odds: Vec<f64> = judgements.iter().map(|judgement| judgement.log_odds).collect();
     for (name, with_response) in [("prompt", false), ("pair", true)] {
         let scored = |log_odds: &[f64]| -> Vec<Scored> {
-            let of_layout = rows.iter().zip(log_odds).filter(|(row, _)| row.response.is_some() == with_response);
-            of_layout.map(|(row, log_odds)| Scored { log_odds: *log_odds, is_unsafe: row.is_unsafe() }).collect()
+            let of_layout =
+                rows.iter().zip(log_odds).filter(|(row, _)| row.response.is_some() == with_response);
+            of_layout
+                .map(|(row, log_odds)| Scored { log_odds: *log_odds, is_unsafe: row.is_unsafe() })
+                .collect()
         };
         let fit = |log_odds: &[f64]| Platt::fit(&scored(log_odds)).with_context(|| format!("layout {name}"));
         if let (Some(heard), Some(spoken)) = (&mut calibrated.words, &spoken) {
@@ -84,10 +87,7 @@ pub(crate) fn calibrate(
         .zip(&log_odds)
         .map(|(row, log_odds)| {
             let layout = if row.response.is_some() { &calibrated.pair } else { &calibrated.prompt };
-            Labelled {
-                probability: layout.calibration.probability(*log_odds),
-                is_unsafe: row.is_unsafe(),
-            }
+            Labelled { probability: layout.calibration.probability(*log_odds), is_unsafe: row.is_unsafe() }
         })
         .collect();
     calibrated.threshold =

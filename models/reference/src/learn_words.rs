@@ -47,8 +47,9 @@ pub(crate) fn learn_words(rows: &[GuardRow], recipe: WordsRecipe) -> Result<Word
     let disguised = disguise::disguised(rows, recipe.disguises);
     let rows: Vec<&GuardRow> = rows.iter().chain(&disguised).collect();
     let texts = rows.iter().flat_map(|row| [Some(row.prompt.as_str()), row.response.as_deref()]).flatten();
-    let vocabulary = Vocabulary::of(texts, recipe.buckets)
-        .with_context(|| format!("--buckets must be a power of two in {BUCKETS:?}, got {}", recipe.buckets))?;
+    let vocabulary = Vocabulary::of(texts, recipe.buckets).with_context(|| {
+        format!("--buckets must be a power of two in {BUCKETS:?}, got {}", recipe.buckets)
+    })?;
     let read: Vec<Read> = rows.iter().map(|row| read_row(&vocabulary, row)).collect();
     let examples = |with_response: bool| -> Result<Vec<Example>> {
         let chosen = rows.iter().zip(&read).filter(|(row, _)| row.response.is_some() == with_response);
@@ -183,7 +184,9 @@ mod tests {
     #[test]
     fn rows_of_one_kind_and_odd_sizes_are_refused() {
         let safe: Vec<GuardRow> = rows().into_iter().filter(|row| !row.is_unsafe()).collect();
-        assert!(learn_words(&safe, RECIPE).unwrap_err().to_string().contains("safe and unsafe prompts alone"));
+        assert!(
+            learn_words(&safe, RECIPE).unwrap_err().to_string().contains("safe and unsafe prompts alone")
+        );
         for buckets in [0, 1000, 1 << 18] {
             assert!(learn_words(&rows(), WordsRecipe { buckets, ..RECIPE }).is_err());
         }

@@ -225,7 +225,9 @@ pub fn threshold_for(rows: &[Labelled], target: Target) -> Option<f64> {
             Target::F1 if hits > 0 => 2.0 * precision * recall / (precision + recall),
             Target::Recall(floor) if recall >= floor => precision,
             Target::Precision(floor) if precision >= floor && hits > 0 => recall,
-            Target::FalseAlarms(share) if hits > 0 && (taken - hits) as f64 <= share * negatives as f64 => recall,
+            Target::FalseAlarms(share) if hits > 0 && (taken - hits) as f64 <= share * negatives as f64 => {
+                recall
+            }
             _ => continue,
         };
         let next = sorted.get(taken).map_or(0.0, |row| row.probability);

@@ -36,7 +36,7 @@ pub use open::OpenError;
 pub use problem::{Place, Problem};
 pub use question::{QuestionError, Questions};
 pub use report::{Confusion, GuardReport, Rate, SafetyReport};
-pub use words::{BUCKETS, Head, Sparse, Spoken, Vocabulary, Words, WordsError, WordsFileError};
 pub use revise::{
     Flagged, ReviseError, ReviseOptions, Reviser, Revision, critique_messages, revision_messages,
 };
+pub use words::{BUCKETS, Head, Sparse, Spoken, Vocabulary, Words, WordsError, WordsFileError};

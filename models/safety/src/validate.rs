@@ -220,11 +220,9 @@ fn is_inside(path: &str) -> bool {
 
 fn check_words(problems: &mut Problems, words: &WordsUse) {
     problems.require(is_inside(&words.file), "words.file", "expected a path inside the package");
-    for (place, weight) in [
-        ("words.prompt", words.prompt),
-        ("words.pair_prompt", words.pair_prompt),
-        ("words.pair", words.pair),
-    ] {
+    for (place, weight) in
+        [("words.prompt", words.prompt), ("words.pair_prompt", words.pair_prompt), ("words.pair", words.pair)]
+    {
         problems.require(
             (0.0..=WORDS_WEIGHT_MAX).contains(&weight),
             place,
@@ -333,6 +331,22 @@ mod tests {
             config.category_line = line.into();
             let problems = config.validate().unwrap_err();
             assert!(problems.iter().any(|problem| problem.place.0 == "category_line"), "{problems:?}");
+        }
+    }
+
+    #[test]
+    fn words_come_from_inside_the_package_with_a_weight() {
+        let places = |file: &str, weight: f64| -> Vec<String> {
+            let mut config = GuardConfig::from_toml(GOOD).unwrap();
+            let words = WordsUse { file: file.into(), prompt: weight, pair_prompt: 1.0, pair: 1.0 };
+            config.words = Some(words);
+            let problems = config.validate().err().unwrap_or_default();
+            problems.into_iter().map(|problem| problem.place.0).collect()
+        };
+        assert_eq!(places("adapters/guard.words", 0.0), [""; 0]);
+        assert_eq!(places("../guard.words", 1.0), ["words.file"]);
+        for weight in [-0.1, 1e9, f64::NAN, f64::INFINITY] {
+            assert_eq!(places("w", weight), ["words.prompt"], "{weight}");
         }
     }
 

@@ -70,8 +70,9 @@ impl Vocabulary {
         for text in texts {
             total += 1;
             let words = pieces::words(text);
-            let found: BTreeSet<usize> =
-                pieces::windows(&words).flat_map(|window| pieces::counts(window, buckets).into_keys()).collect();
+            let found: BTreeSet<usize> = pieces::windows(&words)
+                .flat_map(|window| pieces::counts(window, buckets).into_keys())
+                .collect();
             found.into_iter().for_each(|bucket| containing[bucket] += 1);
         }
         let rarity = |count: &u32| ((1.0 + f64::from(total)) / (1.0 + f64::from(*count))).ln() as f32 + 1.0;
@@ -128,12 +129,7 @@ impl Head {
 
 impl Words {
     /// Puts the parts together. `None` where their numbers of buckets differ.
-    pub fn of(
-        vocabulary: Vocabulary,
-        prompt: Head,
-        pair_prompt: Head,
-        pair_response: Head,
-    ) -> Option<Self> {
+    pub fn of(vocabulary: Vocabulary, prompt: Head, pair_prompt: Head, pair_response: Head) -> Option<Self> {
         let buckets = vocabulary.buckets();
         let fits = [&prompt, &pair_prompt, &pair_response].iter().all(|head| head.weights.len() == buckets);
         fits.then_some(Self { vocabulary, prompt, pair_prompt, pair_response })
@@ -201,7 +197,12 @@ mod tests {
             let spoken = words.say(Pair { prompt: &row.prompt, response: row.response.as_deref() });
             let close = |got: f64, expected: f64| (got - expected).abs() < 1e-5;
             assert!(close(spoken.prompt, row.alone), "{:?}: {spoken:?}, expected {}", row.prompt, row.alone);
-            assert!(close(spoken.pair, row.together), "{:?}: {spoken:?}, expected {}", row.prompt, row.together);
+            assert!(
+                close(spoken.pair, row.together),
+                "{:?}: {spoken:?}, expected {}",
+                row.prompt,
+                row.together
+            );
         }
     }
 

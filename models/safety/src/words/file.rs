@@ -100,8 +100,8 @@ impl Words {
             || WordsFileError::Missing { package: package.directory().into(), name: name.to_owned() };
         let path = package.file(name).ok_or_else(missing)?;
         let mut bytes = Vec::new();
-        let read = File::open(&path)
-            .and_then(|file| file.take(FILE_BYTES_MAX as u64 + 1).read_to_end(&mut bytes));
+        let read =
+            File::open(&path).and_then(|file| file.take(FILE_BYTES_MAX as u64 + 1).read_to_end(&mut bytes));
         read.map_err(|source| WordsFileError::Read { path, source })?;
         Self::read(&bytes).map_err(|source| WordsFileError::Invalid { name: name.to_owned(), source })
     }
@@ -133,7 +133,11 @@ impl Words {
         let head = |index: usize| -> Result<Head, WordsError> {
             let bias = f32::from_le_bytes(fields[2 * index + 2]);
             let weights = table(index).iter().map(|byte| byte.cast_signed()).collect();
-            Ok(Head { weights, scale: scale(2 * index + 1, "scale of weights")?, bias: bounded(bias, "bias")? })
+            Ok(Head {
+                weights,
+                scale: scale(2 * index + 1, "scale of weights")?,
+                bias: bounded(bias, "bias")?,
+            })
         };
         let vocabulary = Vocabulary { rarity: table(0).to_vec(), scale: scale(2, "scale of rarities")? };
         Ok(Self { vocabulary, prompt: head(1)?, pair_prompt: head(2)?, pair_response: head(3)? })
@@ -198,7 +202,10 @@ mod tests {
         assert!(matches!(with(20, &512_u32.to_le_bytes()), WordsError::Length { expected: 2100, got: 1076 }));
         for number in [0.0_f32, -1.0, f32::NAN, f32::INFINITY, 1e6] {
             for at in [24, 28, 36, 44] {
-                assert!(matches!(with(at, &number.to_le_bytes()), WordsError::Number { .. }), "{number} at {at}");
+                assert!(
+                    matches!(with(at, &number.to_le_bytes()), WordsError::Number { .. }),
+                    "{number} at {at}"
+                );
             }
         }
         for number in [f32::NAN, f32::NEG_INFINITY, 1e6] {

@@ -27,7 +27,8 @@ pub(crate) fn words(text: &str) -> Vec<String> {
     let (mut alone, mut between) = (Vec::new(), None);
     for (word, gap) in runs(text) {
         let is_letter = word.chars().nth(1).is_none();
-        let continues = alone.len() == 1 && gap.is_some() || alone.len() > 1 && gap.is_some() && gap == between;
+        let continues =
+            alone.len() == 1 && gap.is_some() || alone.len() > 1 && gap.is_some() && gap == between;
         if !alone.is_empty() && !(is_letter && continues) {
             flush(&mut alone, &mut words);
         }
@@ -141,7 +142,10 @@ mod tests {
 
     #[test]
     fn words_are_letters_and_digits_in_a_row() {
-        assert_eq!(words("Don't  STOP—24/7, Ärger’s 'quoted'"), ["don't", "stop", "24", "7", "ärger's", "quoted"]);
+        assert_eq!(
+            words("Don't  STOP—24/7, Ärger’s 'quoted'"),
+            ["don't", "stop", "24", "7", "ärger's", "quoted"]
+        );
         assert!(words(" \n…").is_empty());
         assert_eq!(words("plan B, a 1 percent"), ["plan", "b", "a", "1", "percent"]);
         let long = words(&"x".repeat(2 * WORD_LETTERS_MAX + 3));
@@ -150,7 +154,10 @@ mod tests {
 
     #[test]
     fn disguises_are_taken_off() {
-        assert_eq!(words("H4ck th3 5erver in 2024, 40 times"), ["hack", "the", "server", "in", "2024", "40", "times"]);
+        assert_eq!(
+            words("H4ck th3 5erver in 2024, 40 times"),
+            ["hack", "the", "server", "in", "2024", "40", "times"]
+        );
         assert_eq!(words("k i l l  t h e  dog"), ["kill", "the", "dog"]);
         assert_eq!(words("k.i.l.l t.h.e b-o-m-b"), ["kill", "the", "bomb"]);
         assert_eq!(words("a b"), ["a", "b"]);
