@@ -34,7 +34,9 @@ impl Form for WithWords {
         let mut found = self.form.find(pairs, &near, cancel)?;
         for (findings, said) in found.iter_mut().zip(said) {
             // Infinite log-odds of the form stay: words are finite.
-            findings.iter_mut().for_each(|finding| finding.log_odds += said);
+            for finding in findings {
+                finding.log_odds += said;
+            }
         }
         Ok(found)
     }

@@ -73,7 +73,9 @@ impl Vocabulary {
             let found: BTreeSet<usize> = pieces::windows(&words)
                 .flat_map(|window| pieces::counts(window, buckets).into_keys())
                 .collect();
-            found.into_iter().for_each(|bucket| containing[bucket] += 1);
+            for bucket in found {
+                containing[bucket] += 1;
+            }
         }
         let rarity = |count: &u32| ((1.0 + f64::from(total)) / (1.0 + f64::from(*count))).ln() as f32 + 1.0;
         let rarity: Vec<f32> = containing.iter().map(rarity).collect();
@@ -102,7 +104,9 @@ impl Vocabulary {
         let mut vector: Sparse = counts.into_iter().map(weighed).collect();
         let length = vector.iter().map(|(_, value)| f64::from(*value).powi(2)).sum::<f64>().sqrt();
         if length > 0.0 {
-            vector.iter_mut().for_each(|(_, value)| *value = (f64::from(*value) / length) as f32);
+            for (_, value) in &mut vector {
+                *value = (f64::from(*value) / length) as f32;
+            }
         }
         vector
     }

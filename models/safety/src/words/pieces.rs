@@ -29,7 +29,7 @@ pub(crate) fn words(text: &str) -> Vec<String> {
         let is_letter = word.chars().nth(1).is_none();
         let continues =
             alone.len() == 1 && gap.is_some() || alone.len() > 1 && gap.is_some() && gap == between;
-        if !alone.is_empty() && !(is_letter && continues) {
+        if !(is_letter && continues) {
             flush(&mut alone, &mut words);
         }
         if is_letter {
