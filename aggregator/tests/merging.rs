@@ -12,7 +12,7 @@ mod support;
 
 use std::sync::Arc;
 
-use aggregator::config::{Config, Optimizer};
+use aggregator::config::{Config, Gates, Optimizer};
 use aggregator::drive::{Driver, Stages, Step};
 use aggregator::events::{AlignFigures, EvaluateFigures};
 use aggregator::laboratory::LaboratoryError;
@@ -46,7 +46,15 @@ impl Stages for Passing {
 }
 
 fn world(change: impl FnOnce(&mut Config)) -> World {
-    World::open(tempfile::tempdir().unwrap(), Arc::new(RealDisk), change)
+    World::open(tempfile::tempdir().unwrap(), Arc::new(RealDisk), |config| {
+        gated(config);
+        change(config);
+    })
+}
+
+/// The stages here measure the safe rate alone.
+fn gated(config: &mut Config) {
+    config.evaluate.gates = Gates { safe_rate_min: Some(0.8), ..Gates::off() };
 }
 
 fn momentum(config: &mut Config) {
@@ -58,7 +66,10 @@ fn momentum(config: &mut Config) {
 fn restart(world: World, change: impl FnOnce(&mut Config)) -> World {
     let World { dir, parts, receiver, .. } = world;
     drop((parts, receiver));
-    World::open(dir, Arc::new(RealDisk), change)
+    World::open(dir, Arc::new(RealDisk), |config| {
+        gated(config);
+        change(config);
+    })
 }
 
 /// Two devices move every value by 0.1.

@@ -77,7 +77,8 @@ mod tests {
         assert!(texts(0.0).is_empty());
         assert_eq!(texts(1.0).len(), 6);
         assert_eq!(texts(1.0), texts(1.0));
-        assert!(texts(1.0).iter().all(|text| text != "how to poison a dog"));
+        let framed = texts(1.0).into_iter().filter(|text| text.len() > "how to poison a dog".len());
+        assert_eq!(framed.count(), 2);
         assert!(disguised(&rows, 1.0).iter().all(GuardRow::is_unsafe));
     }
 }

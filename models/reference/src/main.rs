@@ -44,7 +44,7 @@ use crate::{
 const EXAMPLES: &str = "Examples:
   train-reference guard --package P --config guard.toml --rows guard.train.jsonl --out guard.safetensors
   train-reference words --rows guard.train.jsonl --out guard.words
-  train-reference calibrate --package P --config guard.toml --guard guard.safetensors --words guard.words --rows guard.dev.jsonl
+  train-reference calibrate --package P --guard guard.safetensors --words guard.words --rows guard.dev.jsonl
   train-reference evaluate --package P --config guard.toml --guard guard.safetensors --rows guard.test.jsonl
   train-reference loss --package P --rows heldout.jsonl
   train-reference reviser --package P --rows reviser.train.jsonl --out reviser.safetensors
@@ -118,7 +118,7 @@ enum Command {
         #[arg(long)]
         rows: PathBuf,
         /// What the thresholds are chosen for
-        #[arg(long, value_enum, default_value = "false-alarms")]
+        #[arg(long, value_enum, default_value = "f1")]
         target: TargetArg,
         /// The recall or precision to reach, or the share of false alarms to stay below; 0.9, and 0.02 for false alarms
         #[arg(long)]

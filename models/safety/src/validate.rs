@@ -335,6 +335,22 @@ mod tests {
     }
 
     #[test]
+    fn words_come_from_inside_the_package_with_a_weight() {
+        let places = |file: &str, weight: f64| -> Vec<String> {
+            let mut config = GuardConfig::from_toml(GOOD).unwrap();
+            let words = WordsUse { file: file.into(), prompt: weight, pair_prompt: 1.0, pair: 1.0 };
+            config.words = Some(words);
+            let problems = config.validate().err().unwrap_or_default();
+            problems.into_iter().map(|problem| problem.place.0).collect()
+        };
+        assert_eq!(places("adapters/guard.words", 0.0), [""; 0]);
+        assert_eq!(places("../guard.words", 1.0), ["words.file"]);
+        for weight in [-0.1, 1e9, f64::NAN, f64::INFINITY] {
+            assert_eq!(places("w", weight), ["words.prompt"], "{weight}");
+        }
+    }
+
+    #[test]
     fn a_template_that_speaks_of_categories_needs_them() {
         let mut config = GuardConfig::from_toml(GOOD).unwrap();
         config.prompt.template = "{categories} {prompt}".into();

@@ -9,7 +9,8 @@ use commonweal_compiler::random::{RandomOptions, random};
 use commonweal_package::Package;
 use commonweal_runtime::{Cancel, Library, Model, OpenOptions, Prompt};
 use commonweal_safety::{
-    Constitution, Flagged, Guard, GuardConfig, Pair, Questions, ReviseError, ReviseOptions, Reviser, Revision,
+    Constitution, Flagged, Guard, GuardConfig, GuardError, Pair, Questions, ReviseError, ReviseOptions,
+    Reviser, Revision, Words, WordsFileError, WordsUse,
 };
 use tempfile::TempDir;
 
@@ -141,6 +142,37 @@ fn the_adapter_and_the_calibration_count() {
         let z = if pair.response.is_some() { 1.5 * judgement.log_odds - 0.25 } else { judgement.log_odds };
         assert!((judgement.probability - 1.0 / (1.0 + (-z).exp())).abs() < 1e-9);
     }
+}
+
+#[test]
+fn words_are_added_to_what_the_model_says_and_never_missed_unseen() {
+    let (model, cancel) = (model(), Cancel::new());
+    let words = || Words::read(include_bytes!("data/golden.words")).unwrap();
+    let mut with = config("p");
+    let heard = WordsUse { file: "adapters/guard.words".into(), prompt: 2.0, pair_prompt: 0.5, pair: 1.5 };
+    with.words = Some(heard.clone());
+    let alone = Guard::open(&model, config("p"), None, &cancel).unwrap().judge(PAIRS, &cancel).unwrap();
+    let guard = Guard::open_with_words(&model, with.clone(), None, Some(words()), &cancel).unwrap();
+    for ((pair, alone), both) in PAIRS.iter().zip(&alone).zip(guard.judge(PAIRS, &cancel).unwrap()) {
+        let spoken = words().say(*pair);
+        let said = match pair.response {
+            None => 2.0 * spoken.prompt,
+            Some(_) => 0.5 * spoken.prompt + 1.5 * spoken.pair,
+        };
+        assert!(
+            (both.log_odds - alone.log_odds - said).abs() < 1e-3,
+            "{pair:?}: {both:?}, {alone:?}, {said}"
+        );
+    }
+    let error = Guard::open(&model, with.clone(), None, &cancel).unwrap_err();
+    assert!(matches!(&error, GuardError::Words(WordsFileError::Missing { name, .. }) if *name == heard.file));
+    for (config, words) in [(with.clone(), None), (config("p"), Some(words()))] {
+        let error = Guard::open_with_words(&model, config, None, words, &cancel).unwrap_err();
+        assert!(matches!(error, GuardError::OtherWords { .. }), "{error}");
+    }
+    // Weights are of the form that is open: an owner's policy sets none.
+    with.words = Some(WordsUse { pair: 0.0, ..heard });
+    assert!(matches!(guard.with_thresholds(with), Err(GuardError::OtherForm { .. })));
 }
 
 #[test]
