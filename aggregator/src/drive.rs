@@ -216,7 +216,7 @@ impl<S: Stages> Driver<S> {
         match self.keep(&candidate, AdapterKind::Assistant)? {
             Ok(digest) => {
                 self.parts.pause.here("merged", &self.parts.events);
-                Ok((Some(Figures::Merge(figures)), Event::Merged(digest)))
+                Ok((Some(Figures::Merge(Box::new(figures))), Event::Merged(digest)))
             }
             Err(reason) => refused(format!("merge: {reason}")),
         }

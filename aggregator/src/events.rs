@@ -138,7 +138,7 @@ pub enum Event {
 #[serde(tag = "stage", rename_all = "snake_case")]
 pub enum Figures {
     /// Updates became a candidate.
-    Merge(MergeFigures),
+    Merge(Box<MergeFigures>),
     /// The candidate was tuned.
     Align(AlignFigures),
     /// The candidate was measured.

@@ -166,16 +166,15 @@ pub fn train(
         let [saved, wanted] = shifts.map(|correction| correction.map(Correction::shift));
         *trainer.options() == options && trainer.start() == start && saved == wanted
     });
-    let (mut trainer, mut progress) = match restored {
-        Some(restored) => restored,
-        None => {
-            let trainer = Trainer::new(model, start.clone(), options)?;
-            let trainer = match &task.correction {
-                Some(correction) => trainer.corrected(correction.clone())?,
-                None => trainer,
-            };
-            (trainer, Progress::default())
-        }
+    let (mut trainer, mut progress) = if let Some(restored) = restored {
+        restored
+    } else {
+        let trainer = Trainer::new(model, start.clone(), options)?;
+        let trainer = match &task.correction {
+            Some(correction) => trainer.corrected(correction.clone())?,
+            None => trainer,
+        };
+        (trainer, Progress::default())
     };
     let resumed_step = trainer.steps_done() as u32;
     let lessons = Lessons::new(model, &trainer, pairs, task, policy, cancel)?;

@@ -75,7 +75,7 @@ fn scaffolds_control_variates_agree_after_three_rounds_in_the_first_of_which_all
     let largest = server.values().iter().fold(0.0_f32, |largest, value| largest.max(value.abs()));
     assert!(largest > 0.0, "nothing was merged into it");
     for (at, value) in server.values().iter().enumerate() {
-        let mean = (own[0].values()[at] + own[1].values()[at]) / 2.0;
+        let mean = f32::midpoint(own[0].values()[at], own[1].values()[at]);
         assert!(
             (value - mean).abs() <= 1e-5 * largest,
             "value {at}: server {value}, mean of the devices {mean}"
