@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 use commonweal_protocol::{DeviceId, RoundId, SignedControl, Start};
 
-use crate::events::{Event as Told, Events, Figures};
+use crate::events::{Event as Told, Events, Figures, MergeFigures};
 use crate::publish::Publisher;
 use crate::round::{Action, Event, NotAdmitted, Outcome, Phase, Policy, Rounds, Summary};
 use crate::store::{Append, Storage, StoreError};
@@ -209,7 +209,7 @@ impl Desk {
             let progress = &mut inner.durable.progress;
             let stage = match figures {
                 Figures::Merge(merge) => {
-                    progress.merge = Some((**merge).clone());
+                    progress.merge = Some(MergeFigures::clone(merge));
                     inner.durable.control = merge.control;
                     "merge"
                 }
