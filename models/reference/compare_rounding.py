@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=64)
     parser.add_argument("--orders", type=int, default=6)
     options = parser.parse_args()
+    torch.set_num_threads(1)  # so that sums, and with them the last digits, do not depend on the machine
     model, tokenizer = checkpoint.load(options.checkpoint)
     rows = measured_rows(tokenizer, options.text, options.tokens)
     weights = {name: value.clone() for name, value in model.state_dict().items()}

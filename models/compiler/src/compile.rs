@@ -197,8 +197,8 @@ pub fn compile(options: &CompileOptions) -> Result<Summary, CompileError> {
     compile_with(options, None, &mut |_, _| ())
 }
 
-/// Compiles a checkpoint into a package, by a calibration text where the method or the cache needs one. `progress` is told bytes of
-/// weights written and bytes in all.
+/// Compiles a checkpoint into a package, by a calibration text where the method or the cache needs one. `progress` is told
+/// bytes of weights written and bytes in all.
 pub fn compile_with(
     options: &CompileOptions,
     calibration: Option<Calibration<'_>>,

@@ -24,8 +24,8 @@ pub enum InferForm {
 ///
 /// Inputs: `input_ids [batch, new] i64`; `seqlens_k [batch] i32`, tokens in the row with the new ones, less one;
 /// `total_seq [1] i32`; `logit_rows [rows] i64`, which of the `batch · new` positions to give logits for; for each
-/// layer `past.{i}.key` and `past.{i}.value`, `[batch, kv_heads, cache, head_dim] f32`, or `i8` with `scales`, and for each of its linear
-/// layers `lora.{i}.{qkv|o|gate_up|down}.a [inputs, rank]` and `.b [rank, outputs]`.
+/// layer `past.{i}.key` and `past.{i}.value`, `[batch, kv_heads, cache, head_dim] f32`, or `i8` with `scales`, and for
+/// each of its linear layers `lora.{i}.{qkv|o|gate_up|down}.a [inputs, rank]` and `.b [rank, outputs]`.
 /// Outputs: `logits [rows, vocab]`, `present.{i}.key`, `present.{i}.value`.
 pub fn infer(
     model: &ModelConfig,
