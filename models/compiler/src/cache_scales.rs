@@ -114,9 +114,9 @@ mod tests {
     use crate::compile::{CacheBits, CompileOptions, compile_with};
     use crate::layers::tests::{VARIANTS, goldens, library, tokens};
 
-    /// Differences of log-probabilities in nats: the mean's and the largest's. The goldens' weights are large, so that an
-    /// error shows; `tests/int8_cache.rs` has a trained model.
-    const TOLERANCES: [f32; 2] = [0.03, 0.15];
+    /// Differences of log-probabilities in nats: the mean's and the largest's; measured are 0.03 and 0.11 at most. The
+    /// goldens' weights are large, so that an error shows; `tests/int8_cache.rs` has a trained model.
+    const TOLERANCES: [f32; 2] = [0.04, 0.2];
 
     #[test]
     fn a_component_reaches_as_far_as_its_pair_can_turn_and_a_quarter_more() {
