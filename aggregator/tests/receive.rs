@@ -395,18 +395,19 @@ fn only_published_content_can_be_fetched() {
     assert_eq!(reason(read(Digest::of(&bytes), 0)), Refusal::ContentUnknown, "another device's update");
 }
 
-/// Counts how often releases are read.
-struct Counting(Arc<dyn Coord>, AtomicU64);
+/// Tells which operation comes before it is done.
+struct Spy<F>(Arc<dyn Coord>, F);
 
-impl Coord for Counting {
+impl<F: Fn(&'static str) + Send + Sync> Coord for Spy<F> {
     fn head(&self, log: &str) -> Result<Option<Entry>, StoreError> {
+        self.1("head");
         self.0.head(log)
     }
     fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
         self.0.compare_and_set(log, expected, value)
     }
     fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
-        self.1.fetch_add(1, Ordering::SeqCst);
+        self.1("scan");
         self.0.scan(log, from, limit)
     }
     fn logs(&self, prefix: &str, after: &str, limit: usize) -> Result<Vec<String>, StoreError> {
@@ -420,7 +421,11 @@ impl Coord for Counting {
 #[test]
 fn content_that_nobody_published_is_looked_for_once() {
     let world = world();
-    let coord = Arc::new(Counting(world.parts.storage.coord.clone(), AtomicU64::new(0)));
+    let scans = Arc::new(AtomicU64::new(0));
+    let count = scans.clone();
+    let coord = Arc::new(Spy(world.parts.storage.coord.clone(), move |operation| {
+        count.fetch_add(u64::from(operation == "scan"), Ordering::SeqCst);
+    }));
     let (blob, key) = (world.parts.storage.blob.clone(), world.parts.key.clone());
     let publisher = Publisher::new(coord.clone(), blob, key, BASE);
     let receiver = Receiver::new(Parts { publisher: publisher.clone(), ..world.parts.clone() });
@@ -428,7 +433,7 @@ fn content_that_nobody_published_is_looked_for_once() {
     for number in 1..=50 {
         assert_eq!(reason(read(Digest([number; 32]))), Refusal::ContentUnknown);
     }
-    assert_eq!(coord.1.load(Ordering::SeqCst), 1);
+    assert_eq!(scans.load(Ordering::SeqCst), 1);
     // What is published from then on is found.
     let bytes = world.base.write(&Adapter::init(layout(), 7)).unwrap();
     let digest = Digest::of(&bytes);
@@ -443,31 +448,6 @@ fn content_that_nobody_published_is_looked_for_once() {
     };
     publisher.publish(candidate, NOW_MS).unwrap();
     assert_eq!(read(digest).unwrap().length, bytes.len() as u64);
-}
-
-/// Runs something the first time that the releases' head is looked at: what another request does meanwhile.
-struct Interrupted<F>(Arc<dyn Coord>, Mutex<Option<F>>);
-
-impl<F: FnOnce() + Send> Coord for Interrupted<F> {
-    fn head(&self, log: &str) -> Result<Option<Entry>, StoreError> {
-        let meanwhile = self.1.lock().unwrap().take();
-        if let Some(meanwhile) = meanwhile {
-            meanwhile();
-        }
-        self.0.head(log)
-    }
-    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
-        self.0.compare_and_set(log, expected, value)
-    }
-    fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
-        self.0.scan(log, from, limit)
-    }
-    fn logs(&self, prefix: &str, after: &str, limit: usize) -> Result<Vec<String>, StoreError> {
-        self.0.logs(prefix, after, limit)
-    }
-    fn truncate(&self, log: &str, below: u64) -> Result<(), StoreError> {
-        self.0.truncate(log, below)
-    }
 }
 
 /// Two devices fetch a release that is new. The second one's request begins and ends while the first one's is between
@@ -490,7 +470,13 @@ fn a_fetch_beside_another_that_has_just_looked_at_a_new_head_is_answered() {
         let answered = answered.clone();
         move || *answered.lock().unwrap() = Some(second())
     };
-    let coord = Arc::new(Interrupted(world.parts.storage.coord.clone(), Mutex::new(Some(meanwhile))));
+    let meanwhile = Mutex::new(Some(meanwhile));
+    let coord = Arc::new(Spy(world.parts.storage.coord.clone(), move |operation| {
+        let other = if operation == "head" { meanwhile.lock().unwrap().take() } else { None };
+        if let Some(other) = other {
+            other();
+        }
+    }));
     let publisher = Publisher::new(coord, blob, key, BASE);
     let made = Receiver::new(Parts { publisher, ..world.parts.clone() });
     assert!(receiver.set(made).is_ok());

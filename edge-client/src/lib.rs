@@ -23,6 +23,7 @@ mod pipeline_error;
 mod task;
 mod begun;
 mod owed;
+mod work;
 pub mod pipeline;
 pub mod cli;
 

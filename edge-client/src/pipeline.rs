@@ -1,17 +1,16 @@
 //! What a device does with a poll's answer: install what was published, then the round's stages in order.
 //!
-//! This file decides; the stages compute. Each stage leaves its result in `round/`, so that after a kill the round goes
-//! on with the stage that was not finished: pairs, training checkpoint, packed update, receipt.
+//! This file decides; `work.rs` has the stages done one after the other. Each leaves its result in `round/`, so that
+//! after a kill the round goes on with the stage that was not finished: pairs, training checkpoint, packed update, receipt.
 
 use std::{
     future::Future,
     time::{Duration, Instant},
 };
 
-use commonweal_adapter::{Adapter, Residual};
-use commonweal_package::TrainGraph;
+use commonweal_adapter::Adapter;
 use commonweal_protocol::{
-    Content, DeviceId, DeviceReport, Mode, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
+    DeviceId, DeviceReport, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
 };
 use commonweal_runtime::{Cancel, Model};
 use commonweal_safety::{Guard, Reviser};
@@ -21,18 +20,14 @@ use tokio::runtime::Handle;
 
 use crate::{
     begun::{BEGUN, Begun},
-    compress::{self, Packed},
-    control::{self, Controls},
+    compress::Packed,
+    control,
     events::{Done, Event, Output},
-    filter,
     install::{self, Expected},
-    owed::{NEXT_RESIDUAL, residual_of},
     pipeline_error::damaged,
     policy::Policy,
-    revise::{self, ReviseCounts, TrainingPair},
-    sample,
     store::{Store, StoreError},
-    train::{self, TrainSummary, Trained, TrainingError},
+    train::TrainingError,
     upload::{self, UploadError},
 };
 
@@ -40,10 +35,10 @@ pub use crate::pipeline_error::PipelineError;
 pub use crate::task::{base_of, train_task, trainable};
 
 const GIVEN_UP: &str = "round/given-up.json";
-const PAIRS: &str = "round/pairs.json";
-const CHECKPOINT: &str = "round/training.safetensors";
-const PACKED: &str = "round/update.packed";
-const PACKED_REPORT: &str = "round/update.json";
+pub(crate) const PAIRS: &str = "round/pairs.json";
+pub(crate) const CHECKPOINT: &str = "round/training.safetensors";
+pub(crate) const PACKED: &str = "round/update.packed";
+pub(crate) const PACKED_REPORT: &str = "round/update.json";
 /// How soon a cancelled handle ends what waits for the network.
 const CANCEL_LOOK: Duration = Duration::from_millis(50);
 
@@ -108,19 +103,11 @@ enum GivenUp {
     Refused(Refusal),
 }
 
-/// The screened and revised samples of a round, as kept on disk.
-#[derive(Serialize, Deserialize)]
-struct Prepared {
-    sampled: usize,
-    counts: ReviseCounts,
-    pairs: Vec<TrainingPair>,
-}
-
 /// The packed update's report, as kept on disk beside it.
 #[derive(Serialize, Deserialize)]
-struct PackedReport {
-    report: DeviceReport,
-    samples: u32,
+pub(crate) struct PackedReport {
+    pub(crate) report: DeviceReport,
+    pub(crate) samples: u32,
 }
 
 impl<L: Link> Device<L> {
@@ -154,7 +141,7 @@ impl<L: Link> Device<L> {
 
     /// Waits for the network's answer, or until the visit is cancelled. What is dropped then loses nothing: bytes that
     /// came are kept, and bytes that went are where the aggregator's durable ones end.
-    fn ask<T>(&self, asked: impl Future<Output = T>) -> Result<T, PipelineError> {
+    pub(crate) fn ask<T>(&self, asked: impl Future<Output = T>) -> Result<T, PipelineError> {
         self.runtime.block_on(async {
             tokio::select! {
                 biased;
@@ -259,130 +246,6 @@ impl<L: Link> Device<L> {
         Ok(start.and_then(read).map(|packed| (packed, report)))
     }
 
-    fn packed_update(&self, task: &RoundTask) -> Result<Option<(Packed, PackedReport)>, PipelineError> {
-        let Some(prepared) = self.prepare(task)? else { return Ok(None) };
-        let start = self.start(task)?;
-        let layout = start.layout();
-        let controls = control::begin(&self.link, &self.store, &self.expected, &task.scaffold, layout);
-        let controls = self.ask(controls)??;
-        let trained = self.train(task, &start, &prepared, controls.as_ref())?;
-        let begun = Instant::now();
-        let (packed, residual, summary) = self.pack(task, &trained, controls.as_ref())?;
-        let report = report(&prepared, trained.summary(), summary.norm);
-        let report = PackedReport { report, samples: prepared.pairs.len() as u32 };
-        // The report last: with it, the update counts as packed.
-        self.store.write(NEXT_RESIDUAL, &residual.to_bytes())?;
-        self.store.write(PACKED, packed.bytes())?;
-        self.write_json(PACKED_REPORT, &report)?;
-        let (bytes, bits_per_parameter) = (packed.bytes().len(), summary.bits_per_parameter);
-        self.stage(task.round.0, begun, Done::Compress { bytes, bits_per_parameter, norm: summary.norm });
-        Ok(Some((packed, report)))
-    }
-
-    /// Sample, filter, revise.
-    fn prepare(&self, task: &RoundTask) -> Result<Option<Prepared>, PipelineError> {
-        if let Some(prepared) = self.read_round(PAIRS)? {
-            return Ok(Some(prepared));
-        }
-        let round = task.round.0;
-        let begun = Instant::now();
-        let samples = sample::draw(sample::stored(&self.store)?, self.policy.train.samples_max, task.seed);
-        let sampled = samples.len();
-        if sampled == 0 {
-            return Ok(None);
-        }
-        self.stage(round, begun, Done::Sample { samples: sampled });
-
-        let begun = Instant::now();
-        let screened = filter::screen(&self.guard, &self.policy, samples, &self.cancel, |_| ())?;
-        let found = filter::count(&screened);
-        let filter::FilterCounts { kept, dropped, refused, flagged, .. } = found;
-        self.stage(round, begun, Done::Filter { kept, dropped, refused, flagged });
-
-        let begun = Instant::now();
-        let (pairs, counts) = revise::revise(
-            &self.guard,
-            &self.reviser,
-            &self.policy,
-            screened,
-            task.seed,
-            &self.cancel,
-            |_| (),
-        )?;
-        let ReviseCounts { revised, refused, dropped, attempts, .. } = counts;
-        self.stage(round, begun, Done::Revise { revised, refused, dropped, attempts });
-        let prepared = Prepared { sampled, counts, pairs };
-        self.write_json(PAIRS, &prepared)?;
-        Ok(Some(prepared))
-    }
-
-    fn start(&self, task: &RoundTask) -> Result<Adapter, PipelineError> {
-        let content = Content { digest: task.start.digest, length: task.start.length };
-        Ok(self.ask(install::obtain(&self.link, &self.store, &self.expected, content))??)
-    }
-
-    fn train(
-        &self,
-        task: &RoundTask,
-        start: &Adapter,
-        prepared: &Prepared,
-        controls: Option<&Controls>,
-    ) -> Result<Trained, PipelineError> {
-        let begun = Instant::now();
-        let checkpoint = self.store.read(CHECKPOINT)?;
-        let mut watch = Watching { store: &self.store, output: self.output, round: task.round.0 };
-        if self.policy.train.graph == TrainGraph::Frugal {
-            self.model.close_inference();
-            self.guard.close_inference();
-        }
-        let mut how = train_task(task);
-        how.correction = controls.map(Controls::correction).transpose().map_err(TrainingError::from)?;
-        let trained = train::train(
-            &self.model,
-            start,
-            &prepared.pairs,
-            &how,
-            &self.policy.train,
-            checkpoint.as_deref(),
-            &mut watch,
-            &self.cancel,
-        )?;
-        // Activations are needed for minutes a day; the base stays.
-        self.model.close_training();
-        let TrainSummary { steps, tokens, loss_first, loss_last, too_long, resumed_step } =
-            *trained.summary();
-        train::tell_too_long(too_long);
-        self.stage(task.round.0, begun, Done::Train { steps, tokens, loss_first, loss_last, resumed_step });
-        Ok(trained)
-    }
-
-    fn pack(
-        &self,
-        task: &RoundTask,
-        trained: &Trained,
-        controls: Option<&Controls>,
-    ) -> Result<(Packed, Residual, compress::PackSummary), PipelineError> {
-        let (layout, trainable) = (trained.delta().layout().clone(), trainable(task.mode, task.round));
-        // A residual of another layout or mode is of another federation: begin with none.
-        let owed = if task.mode == Mode::Exact { None } else { self.store.read(residual_of(task))? };
-        let mut residual = owed
-            .and_then(|bytes| Residual::from_bytes(&bytes, layout.clone(), trainable).ok())
-            .unwrap_or_else(|| Residual::zeros(layout.clone(), trainable));
-        let options = compress::options(&task.compress)?;
-        let Some(controls) = controls else {
-            let (packed, summary) = compress::compress(trained, &mut residual, &options, task.seed)?;
-            if task.mode == Mode::Exact {
-                // The next start is factored anew: what is owed of these factors would fit none of its.
-                residual = Residual::zeros(layout, trainable);
-            }
-            return Ok((packed, residual, summary));
-        };
-        let (packed, summary, next) =
-            compress::compress_corrected(trained, controls.own(), &mut residual, &options, task.seed)?;
-        control::write_next(&self.store, task.round, self.expected.base, &next)?;
-        Ok((packed, residual, summary))
-    }
-
     fn deliver(
         &self,
         task: &RoundTask,
@@ -409,11 +272,11 @@ impl<L: Link> Device<L> {
         }
     }
 
-    fn stage(&self, round: u64, begun: Instant, done: Done) {
+    pub(crate) fn stage(&self, round: u64, begun: Instant, done: Done) {
         self.output.show(&Event::Stage { round, seconds: begun.elapsed().as_secs_f64(), done });
     }
 
-    fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), StoreError> {
+    pub(crate) fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), StoreError> {
         let bytes = serde_json::to_vec(value).map_err(|error| damaged(&self.store, name, &error))?;
         self.store.write(name, &bytes)
     }
@@ -435,46 +298,11 @@ pub(crate) async fn until_cancelled(cancel: &Cancel) {
     }
 }
 
-/// Shows steps and keeps checkpoints.
-struct Watching<'s> {
-    store: &'s Store,
-    output: Output,
-    round: u64,
-}
-
-impl train::Watch for Watching<'_> {
-    fn step(&mut self, step: u32, loss: f32) {
-        self.output.show(&Event::Step { round: self.round, step, loss });
-    }
-
-    fn checkpoint(&mut self, bytes: Vec<u8>) -> Result<(), StoreError> {
-        self.store.write(CHECKPOINT, &bytes)
-    }
-}
-
 fn why_not(round: RoundId, why: GivenUp) -> Outcome {
     match why {
         GivenUp::NothingToLearn => Outcome::NoSamples,
         GivenUp::Diverged => Outcome::Diverged(round),
         GivenUp::Refused(refusal) => Outcome::Refused(round, refusal),
-    }
-}
-
-fn report(prepared: &Prepared, summary: &TrainSummary, norm: f64) -> DeviceReport {
-    let ReviseCounts { kept, revised, refused, dropped, attempts } = prepared.counts;
-    let count = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
-    DeviceReport {
-        sampled: count(prepared.sampled),
-        kept: count(kept),
-        dropped: count(dropped),
-        refused: count(refused),
-        revised: count(revised),
-        revision_attempts: count(attempts),
-        steps: summary.steps,
-        trained_tokens: summary.tokens,
-        loss_first: summary.loss_first,
-        loss_last: summary.loss_last,
-        delta_norm: norm as f32,
     }
 }
 

@@ -1,11 +1,51 @@
 //! What a hostile device does to an honest one's work: it scales the update up and lies about how it came to be. Pure;
-//! `bin/hostile-device.rs` carries it out over the real protocol.
+//! `bin/hostile-device.rs` carries it out over the real protocol, `bin/reproduce-paper/` within its federations.
 
-use commonweal_adapter::{AdapterDelta, AdapterError};
-use commonweal_protocol::{BaseHash, DeviceReport, Digest, Open, RoundId};
+use anyhow::Result;
+use commonweal_adapter::{AdapterDelta, AdapterError, Residual};
+use commonweal_protocol::{BaseHash, DeviceReport, Digest, Open, RoundId, RoundTask};
+use edge_client::compress::{self, Packed};
+use edge_client::train::Trained;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
 
 /// Samples that the attacker claims: its weight in a mean that believes it.
 pub const CLAIMED_SAMPLES: u32 = 100_000;
+
+/// An update that is ready to go.
+#[derive(Debug)]
+pub struct Poison {
+    /// Its announcement.
+    pub open: Open,
+    /// Its bytes.
+    pub packed: Packed,
+    /// What packing made of it.
+    pub bits_per_parameter: f64,
+    /// Its true length.
+    pub norm: f64,
+}
+
+/// Packs what was trained, `boost` times as long, behind a lie.
+pub fn pack(task: &RoundTask, base: BaseHash, trained: &Trained, boost: f32) -> Result<Poison> {
+    let delta = boosted(trained.delta(), boost)?;
+    let mut residual = Residual::zeros(delta.layout().clone(), delta.trainable());
+    let mut random = ChaCha8Rng::seed_from_u64(task.seed);
+    let options = compress::options(&task.compress)?;
+    let packed = commonweal_adapter::compress(&delta, &mut residual, &options, &mut random)?;
+    let bits_per_parameter = packed.bits_per_parameter();
+    let packed = Packed::from_disk(packed.into_bytes(), delta.layout(), delta.trainable(), false)?;
+    let summary = trained.summary();
+    let honest = DeviceReport {
+        steps: summary.steps,
+        trained_tokens: summary.tokens,
+        loss_first: summary.loss_first,
+        loss_last: summary.loss_last,
+        delta_norm: trained.delta().norm() as f32,
+        ..DeviceReport::default()
+    };
+    let open = lie(task.round, base, packed.bytes(), honest);
+    Ok(Poison { open, packed, bits_per_parameter, norm: delta.norm() })
+}
 
 /// The delta times `boost`, to outweigh the honest devices of a mean (model replacement, Bagdasaryan et al. 2020).
 pub fn boosted(delta: &AdapterDelta, boost: f32) -> Result<AdapterDelta, AdapterError> {

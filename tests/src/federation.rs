@@ -8,7 +8,7 @@ use std::{
     process::Command,
 };
 
-use aggregator::config::Config;
+use aggregator::config::{Config, Gates};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -32,16 +32,7 @@ pub struct Device {
 
 /// Gates that any finite candidate passes, so that what is tested is the way and not the model.
 fn open_gates(config: &mut Config) {
-    let gates = &mut config.evaluate.gates;
-    *gates = aggregator::config::Gates {
-        safe_rate_min: Some(0.0),
-        safe_rate_drop_max: None,
-        attack_success_rate_max: None,
-        over_refusal_max: None,
-        over_refusal_rise_max: None,
-        held_out_loss_max: Some(1e3),
-        held_out_loss_rise_max: None,
-    };
+    config.evaluate.gates = Gates { safe_rate_min: Some(0.0), held_out_loss_max: Some(1e3), ..Gates::off() };
 }
 
 impl Federation {

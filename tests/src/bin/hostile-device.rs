@@ -15,16 +15,14 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
-use commonweal_adapter::Residual;
 use commonweal_package::Package;
-use commonweal_protocol::{Content, DeviceId, DeviceReport, Open, Poll, ReconnectWindow, RoundId, RoundTask};
+use commonweal_protocol::{Content, DeviceId, Poll, ReconnectWindow, RoundId, RoundTask};
 use commonweal_runtime::{Cancel, Library, Model, OpenOptions};
 use commonweal_safety::{Guard, Reviser};
-use commonweal_tests::attack;
+use commonweal_tests::attack::{self, Poison};
 use commonweal_transport::{Clock, Credentials, Link, LinkLimits, QuicLink};
 use edge_client::{
     cli::{self, Cli, Shared, Verb},
-    compress::{self, Packed},
     events::{Done, Event, Output},
     filter,
     install::{self, Expected},
@@ -121,12 +119,6 @@ fn run(shared: &Shared, boost: f32, rounds: Option<u64>) -> Result<()> {
     }
 }
 
-/// An update that is ready to go, kept until the aggregator has decided on it.
-struct Poison {
-    open: Open,
-    packed: Packed,
-}
-
 struct Attacker {
     id: DeviceId,
     store: Store,
@@ -139,6 +131,7 @@ struct Attacker {
     output: Output,
     cancel: Cancel,
     boost: f32,
+    /// Kept until the aggregator has decided on it.
     poison: Option<Poison>,
     given_up: Option<RoundId>,
 }
@@ -257,30 +250,15 @@ impl Attacker {
 
     fn pack(&self, task: &RoundTask, trained: &Trained) -> Result<Poison> {
         let begun = Instant::now();
-        let delta = attack::boosted(trained.delta(), self.boost)?;
-        let mut residual = Residual::zeros(delta.layout().clone(), delta.trainable());
-        let mut random = ChaCha8Rng::seed_from_u64(task.seed);
-        let options = compress::options(&task.compress)?;
-        let packed = commonweal_adapter::compress(&delta, &mut residual, &options, &mut random)?;
-        let bits_per_parameter = packed.bits_per_parameter();
-        let packed = Packed::from_disk(packed.into_bytes(), delta.layout(), delta.trainable(), false)?;
-        let summary = trained.summary();
-        let honest = DeviceReport {
-            steps: summary.steps,
-            trained_tokens: summary.tokens,
-            loss_first: summary.loss_first,
-            loss_last: summary.loss_last,
-            delta_norm: trained.delta().norm() as f32,
-            ..DeviceReport::default()
-        };
-        let open = attack::lie(task.round, self.expected.base, packed.bytes(), honest);
-        let (bytes, norm) = (packed.bytes().len(), delta.norm());
+        let poison = attack::pack(task, self.expected.base, trained, self.boost)?;
+        let Poison { bits_per_parameter, norm, .. } = poison;
+        let bytes = poison.packed.bytes().len();
         self.stage(task.round.0, begun, Done::Compress { bytes, bits_per_parameter, norm });
-        Ok(Poison { open, packed })
+        Ok(poison)
     }
 
     fn deliver(&mut self, runtime: &Runtime) -> Result<bool> {
-        let Some(Poison { open, packed }) = &self.poison else { return Ok(false) };
+        let Some(Poison { open, packed, .. }) = &self.poison else { return Ok(false) };
         let begun = Instant::now();
         let (round, bytes) = (open.round, open.length);
         let Self { link, store, expected, id, .. } = self;

@@ -130,7 +130,7 @@ impl Arm {
         if !self.gates {
             // Nothing reads this measurement: the shortest.
             (config.evaluate.rows_max, config.evaluate.answer_tokens_max) = (1, 1);
-            config.evaluate.gates = NO_GATES;
+            config.evaluate.gates = Gates::off();
         }
         config
     }
@@ -150,16 +150,6 @@ impl Arm {
         policy
     }
 }
-
-const NO_GATES: Gates = Gates {
-    safe_rate_min: None,
-    safe_rate_drop_max: None,
-    attack_success_rate_max: None,
-    over_refusal_max: None,
-    over_refusal_rise_max: None,
-    held_out_loss_max: None,
-    held_out_loss_rise_max: None,
-};
 
 /// Share of the harmful samples that the paper's filter finds.
 pub(crate) const PAPER_RECALL: f64 = 0.737;

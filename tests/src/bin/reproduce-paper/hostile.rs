@@ -2,12 +2,10 @@
 //! came to be (`attack.rs`). The link, the polls and the receipts are an honest device's.
 
 use anyhow::Result;
-use commonweal_adapter::Residual;
-use commonweal_protocol::{Content, DeviceReport};
-use commonweal_tests::attack;
+use commonweal_protocol::Content;
+use commonweal_tests::attack::{self, Poison};
 use commonweal_transport::Link;
 use edge_client::{
-    compress::{self, Packed},
     filter, install,
     pipeline::{Device, Outcome, train_task},
     policy::Policy,
@@ -15,8 +13,6 @@ use edge_client::{
     store::StoreError,
     train, upload,
 };
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
 
 /// One poll and what follows, with the update `boost` times as long.
 pub(crate) fn visit<L: Link>(device: &Device<L>, boost: f32) -> Result<Outcome> {
@@ -34,22 +30,7 @@ pub(crate) fn visit<L: Link>(device: &Device<L>, boost: f32) -> Result<Outcome> 
     let start = device.runtime.block_on(install::obtain(&device.link, store, expected, content))?;
     let how = train_task(&task);
     let trained = train::train(model, &start, &pairs, &how, &policy.train, None, &mut Unwatched, cancel)?;
-    let delta = attack::boosted(trained.delta(), boost)?;
-    let mut residual = Residual::zeros(delta.layout().clone(), delta.trainable());
-    let mut random = ChaCha8Rng::seed_from_u64(task.seed);
-    let options = compress::options(&task.compress)?;
-    let packed = commonweal_adapter::compress(&delta, &mut residual, &options, &mut random)?;
-    let packed = Packed::from_disk(packed.into_bytes(), delta.layout(), delta.trainable(), false)?;
-    let summary = trained.summary();
-    let honest = DeviceReport {
-        steps: summary.steps,
-        trained_tokens: summary.tokens,
-        loss_first: summary.loss_first,
-        loss_last: summary.loss_last,
-        delta_norm: trained.delta().norm() as f32,
-        ..DeviceReport::default()
-    };
-    let open = attack::lie(task.round, expected.base, packed.bytes(), honest);
+    let Poison { open, packed, .. } = attack::pack(&task, expected.base, &trained, boost)?;
     let sent = upload::upload(&device.link, &expected.key, device.id, store, &open, &packed);
     match device.runtime.block_on(sent) {
         Ok(_) => Ok(Outcome::Delivered(task.round)),

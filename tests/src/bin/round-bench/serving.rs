@@ -151,15 +151,7 @@ fn config(arguments: &Arguments) -> Config {
         ..Config::default()
     };
     config.align.enabled = false;
-    config.evaluate.gates = Gates {
-        safe_rate_min: None,
-        safe_rate_drop_max: None,
-        attack_success_rate_max: None,
-        over_refusal_max: None,
-        over_refusal_rise_max: None,
-        held_out_loss_max: None,
-        held_out_loss_rise_max: None,
-    };
+    config.evaluate.gates = Gates::off();
     (config.receive.reconnect_after_ms, config.receive.reconnect_spread_ms) = (10, 10);
     config.receive.requests_per_second = 1_000.0;
     config

@@ -1,0 +1,200 @@
+//! The work of a round: sample, filter, revise, train, compress, one stage after the other.
+//!
+//! Of `pipeline.rs`, which decides whether there is work and what becomes of its update. Each stage leaves its result in
+//! `round/`, so that after a kill the next one begins where that is.
+
+use std::time::Instant;
+
+use commonweal_adapter::{Adapter, Residual};
+use commonweal_package::TrainGraph;
+use commonweal_protocol::{Content, DeviceReport, Mode, RoundTask};
+use commonweal_transport::Link;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    compress::{self, Packed},
+    control::{self, Controls},
+    events::{Done, Event, Output},
+    filter, install,
+    owed::{NEXT_RESIDUAL, residual_of},
+    pipeline::{CHECKPOINT, Device, PACKED, PACKED_REPORT, PAIRS, PackedReport, PipelineError},
+    revise::{self, ReviseCounts, TrainingPair},
+    sample,
+    store::{Store, StoreError},
+    task::{train_task, trainable},
+    train::{self, TrainSummary, Trained, TrainingError},
+};
+
+/// The screened and revised samples of a round, as kept on disk.
+#[derive(Serialize, Deserialize)]
+struct Prepared {
+    sampled: usize,
+    counts: ReviseCounts,
+    pairs: Vec<TrainingPair>,
+}
+
+impl<L: Link> Device<L> {
+    /// The update of this task: what a kill left of its stages is gone on with. `None` without samples.
+    pub(crate) fn packed_update(
+        &self,
+        task: &RoundTask,
+    ) -> Result<Option<(Packed, PackedReport)>, PipelineError> {
+        let Some(prepared) = self.prepare(task)? else { return Ok(None) };
+        let start = self.start(task)?;
+        let layout = start.layout();
+        let controls = control::begin(&self.link, &self.store, &self.expected, &task.scaffold, layout);
+        let controls = self.ask(controls)??;
+        let trained = self.train(task, &start, &prepared, controls.as_ref())?;
+        let begun = Instant::now();
+        let (packed, residual, summary) = self.pack(task, &trained, controls.as_ref())?;
+        let report = report(&prepared, trained.summary(), summary.norm);
+        let report = PackedReport { report, samples: prepared.pairs.len() as u32 };
+        // The report last: with it, the update counts as packed.
+        self.store.write(NEXT_RESIDUAL, &residual.to_bytes())?;
+        self.store.write(PACKED, packed.bytes())?;
+        self.write_json(PACKED_REPORT, &report)?;
+        let (bytes, bits_per_parameter) = (packed.bytes().len(), summary.bits_per_parameter);
+        self.stage(task.round.0, begun, Done::Compress { bytes, bits_per_parameter, norm: summary.norm });
+        Ok(Some((packed, report)))
+    }
+
+    /// Sample, filter, revise.
+    fn prepare(&self, task: &RoundTask) -> Result<Option<Prepared>, PipelineError> {
+        if let Some(prepared) = self.read_round(PAIRS)? {
+            return Ok(Some(prepared));
+        }
+        let round = task.round.0;
+        let begun = Instant::now();
+        let samples = sample::draw(sample::stored(&self.store)?, self.policy.train.samples_max, task.seed);
+        let sampled = samples.len();
+        if sampled == 0 {
+            return Ok(None);
+        }
+        self.stage(round, begun, Done::Sample { samples: sampled });
+
+        let begun = Instant::now();
+        let screened = filter::screen(&self.guard, &self.policy, samples, &self.cancel, |_| ())?;
+        let found = filter::count(&screened);
+        let filter::FilterCounts { kept, dropped, refused, flagged, .. } = found;
+        self.stage(round, begun, Done::Filter { kept, dropped, refused, flagged });
+
+        let begun = Instant::now();
+        let (pairs, counts) = revise::revise(
+            &self.guard,
+            &self.reviser,
+            &self.policy,
+            screened,
+            task.seed,
+            &self.cancel,
+            |_| (),
+        )?;
+        let ReviseCounts { revised, refused, dropped, attempts, .. } = counts;
+        self.stage(round, begun, Done::Revise { revised, refused, dropped, attempts });
+        let prepared = Prepared { sampled, counts, pairs };
+        self.write_json(PAIRS, &prepared)?;
+        Ok(Some(prepared))
+    }
+
+    /// The adapter that the round starts from.
+    pub(crate) fn start(&self, task: &RoundTask) -> Result<Adapter, PipelineError> {
+        let content = Content { digest: task.start.digest, length: task.start.length };
+        Ok(self.ask(install::obtain(&self.link, &self.store, &self.expected, content))??)
+    }
+
+    fn train(
+        &self,
+        task: &RoundTask,
+        start: &Adapter,
+        prepared: &Prepared,
+        controls: Option<&Controls>,
+    ) -> Result<Trained, PipelineError> {
+        let begun = Instant::now();
+        let checkpoint = self.store.read(CHECKPOINT)?;
+        let mut watch = Watching { store: &self.store, output: self.output, round: task.round.0 };
+        if self.policy.train.graph == TrainGraph::Frugal {
+            self.model.close_inference();
+            self.guard.close_inference();
+        }
+        let mut how = train_task(task);
+        how.correction = controls.map(Controls::correction).transpose().map_err(TrainingError::from)?;
+        let trained = train::train(
+            &self.model,
+            start,
+            &prepared.pairs,
+            &how,
+            &self.policy.train,
+            checkpoint.as_deref(),
+            &mut watch,
+            &self.cancel,
+        )?;
+        // Activations are needed for minutes a day; the base stays.
+        self.model.close_training();
+        let TrainSummary { steps, tokens, loss_first, loss_last, too_long, resumed_step } =
+            *trained.summary();
+        train::tell_too_long(too_long);
+        self.stage(task.round.0, begun, Done::Train { steps, tokens, loss_first, loss_last, resumed_step });
+        Ok(trained)
+    }
+
+    fn pack(
+        &self,
+        task: &RoundTask,
+        trained: &Trained,
+        controls: Option<&Controls>,
+    ) -> Result<(Packed, Residual, compress::PackSummary), PipelineError> {
+        let (layout, trainable) = (trained.delta().layout().clone(), trainable(task.mode, task.round));
+        // A residual of another layout or mode is of another federation: begin with none.
+        let owed = if task.mode == Mode::Exact { None } else { self.store.read(residual_of(task))? };
+        let mut residual = owed
+            .and_then(|bytes| Residual::from_bytes(&bytes, layout.clone(), trainable).ok())
+            .unwrap_or_else(|| Residual::zeros(layout.clone(), trainable));
+        let options = compress::options(&task.compress)?;
+        let Some(controls) = controls else {
+            let (packed, summary) = compress::compress(trained, &mut residual, &options, task.seed)?;
+            if task.mode == Mode::Exact {
+                // The next start is factored anew: what is owed of these factors would fit none of its.
+                residual = Residual::zeros(layout, trainable);
+            }
+            return Ok((packed, residual, summary));
+        };
+        let (packed, summary, next) =
+            compress::compress_corrected(trained, controls.own(), &mut residual, &options, task.seed)?;
+        control::write_next(&self.store, task.round, self.expected.base, &next)?;
+        Ok((packed, residual, summary))
+    }
+}
+
+/// Shows steps and keeps checkpoints.
+struct Watching<'s> {
+    store: &'s Store,
+    output: Output,
+    round: u64,
+}
+
+impl train::Watch for Watching<'_> {
+    fn step(&mut self, step: u32, loss: f32) {
+        self.output.show(&Event::Step { round: self.round, step, loss });
+    }
+
+    fn checkpoint(&mut self, bytes: Vec<u8>) -> Result<(), StoreError> {
+        self.store.write(CHECKPOINT, &bytes)
+    }
+}
+
+fn report(prepared: &Prepared, summary: &TrainSummary, norm: f64) -> DeviceReport {
+    let ReviseCounts { kept, revised, refused, dropped, attempts } = prepared.counts;
+    let count = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+    DeviceReport {
+        sampled: count(prepared.sampled),
+        kept: count(kept),
+        dropped: count(dropped),
+        refused: count(refused),
+        revised: count(revised),
+        revision_attempts: count(attempts),
+        steps: summary.steps,
+        trained_tokens: summary.tokens,
+        loss_first: summary.loss_first,
+        loss_last: summary.loss_last,
+        delta_norm: norm as f32,
+    }
+}
