@@ -1,9 +1,5 @@
-//! Generates text: reads the prompts (`infer.rs`), chooses tokens (`sample_token.rs`) and decodes row by row until each
-//! stops.
-
-use commonweal_package::Tokens;
-use rand::SeedableRng;
-use rand_chacha::ChaCha8Rng;
+//! Generates text for prompts that are all there at the start: reads them (`infer.rs`), then decodes them side by side
+//! until each has stopped (`row.rs`). Prompts that come and go are `together.rs`'s.
 
 use crate::{
     adapt::PreparedAdapter,
@@ -14,8 +10,7 @@ use crate::{
     infer::{InferError, Lane, check_prompt, check_tokens},
     model::Model,
     prefix::SharedPrefix,
-    sample_token::{Choice, choose, logprobs},
-    tokenize::TextStream,
+    row::Row,
 };
 
 /// How text is generated.
@@ -142,7 +137,7 @@ impl Model {
 }
 
 impl GenerateOptions {
-    fn check(&self) -> Result<(), InferError> {
+    pub(crate) fn check(&self) -> Result<(), InferError> {
         let refuse = |name, expected, got| Err(InferError::Option { name, expected, got });
         if self.max_new_tokens == 0 {
             return refuse("max_new_tokens", "at least 1", 0.0);
@@ -161,7 +156,7 @@ impl GenerateOptions {
 }
 
 /// Cache positions that a prompt and its answer need.
-fn capacity(model: &Model, ids: &[u32], options: &GenerateOptions) -> usize {
+pub(crate) fn capacity(model: &Model, ids: &[u32], options: &GenerateOptions) -> usize {
     model.context().min(ids.len().saturating_add(options.max_new_tokens))
 }
 
@@ -285,122 +280,5 @@ impl Batch<'_> {
             }
         }
         Ok((lane, logits))
-    }
-}
-
-/// One answer on its way.
-struct Row<'m> {
-    /// Index of the prompt among those of the call.
-    prompt: usize,
-    /// Tokens in the cache.
-    length: usize,
-    context: usize,
-    tokens: &'m Tokens,
-    random: ChaCha8Rng,
-    text: Option<TextStream<'m>>,
-    /// Bytes of the text that `on_text` has received.
-    shown: usize,
-    /// Where the stop text begins.
-    cut: Option<usize>,
-    last: u32,
-    logprob: f64,
-    stop: Option<StopReason>,
-}
-
-impl<'m> Row<'m> {
-    fn new(model: &'m Model, options: &GenerateOptions, prompt: usize, length: usize) -> Self {
-        let mut random = ChaCha8Rng::seed_from_u64(options.seed);
-        random.set_stream(prompt as u64);
-        let text = Some(model.tokenizer().text_stream());
-        let (context, tokens) = (model.context(), &model.manifest().tokens);
-        Self {
-            prompt,
-            length,
-            context,
-            tokens,
-            random,
-            text,
-            shown: 0,
-            cut: None,
-            last: 0,
-            logprob: 0.0,
-            stop: None,
-        }
-    }
-
-    fn choose(
-        &mut self,
-        options: &GenerateOptions,
-        logits: &[f32],
-        on_text: OnText<'_>,
-    ) -> Result<(), InferError> {
-        let (None, Some(stream)) = (self.stop, &mut self.text) else { return Ok(()) };
-        let seen = stream.tokens().len();
-        let choice = match options.begin.get(seen) {
-            Some(&token) => logprobs(logits, &[token]).map(|logprobs| Choice { token, logprob: logprobs[0] }),
-            None => choose(logits, options.temperature, options.top_p, &mut self.random),
-        };
-        let choice = choice.ok_or(InferError::NotFinite { row: self.prompt })?;
-        self.last = choice.token;
-        self.logprob += f64::from(choice.logprob);
-        let text = stream.push(choice.token)?;
-        // A stop text that begins before `shown` would have been found, or held back, earlier.
-        self.cut = options.stop.iter().filter_map(|stop| text[self.shown..].find(stop)).min();
-        self.cut = self.cut.map(|cut| cut + self.shown);
-        self.stop = if self.tokens.eos.contains(&choice.token) {
-            Some(StopReason::EndToken)
-        } else if self.cut.is_some() {
-            Some(StopReason::StopText)
-        } else if seen + 1 >= options.max_new_tokens {
-            Some(StopReason::Length)
-        } else if self.length + 1 >= self.context {
-            Some(StopReason::Context)
-        } else {
-            None
-        };
-        if self.stop.is_none() {
-            let safe = text.len() - held_back(&text[self.shown..], &options.stop);
-            show(self.prompt, text, &mut self.shown, safe, on_text);
-        }
-        Ok(())
-    }
-
-    fn answer(&mut self, on_text: OnText<'_>) -> Result<Generated, InferError> {
-        let (mut text, tokens) = self.text.take().map(TextStream::finish).transpose()?.unwrap_or_default();
-        text.truncate(self.cut.unwrap_or(text.len()));
-        let end = text.len();
-        show(self.prompt, &text, &mut self.shown, end, on_text);
-        let stop = self.stop.unwrap_or(StopReason::Length);
-        Ok(Generated { text, tokens, stop, logprob: self.logprob })
-    }
-}
-
-fn show(prompt: usize, text: &str, shown: &mut usize, end: usize, on_text: OnText<'_>) {
-    if let Some(piece) = text.get(*shown..end).filter(|piece| !piece.is_empty()) {
-        on_text(prompt, piece);
-        *shown = end;
-    }
-}
-
-/// Bytes at the end of a text that may be the beginning of a stop text.
-fn held_back(text: &str, stops: &[String]) -> usize {
-    let begins = |stop: &String| {
-        let longest = text.len().min(stop.len() - 1);
-        (1..=longest).rev().find(|&length| stop.is_char_boundary(length) && text.ends_with(&stop[..length]))
-    };
-    stops.iter().filter_map(begins).max().unwrap_or(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn text_that_may_become_a_stop_text_is_held_back() {
-        let stops = ["\n\nUser:".to_owned(), "</s>".to_owned()];
-        assert_eq!(held_back("hello", &stops), 0);
-        assert_eq!(held_back("hello\n", &stops), 1);
-        assert_eq!(held_back("hello\n\nUs", &stops), 4);
-        assert_eq!(held_back("a<", &stops), 1);
     }
 }

@@ -198,17 +198,11 @@ impl Lane {
     ) -> Result<(), InferError> {
         let vocab_size = self.vocab_size();
         let mut wanted = wanted.iter().copied().peekable();
-        let chunk_max = self.model.options().prefill_tokens_max;
         let mut at = start;
         while at < ids.len() {
-            let mut chunk = chunk_max.min(ids.len() - at);
-            // A last chunk of one token would be rounded by another kernel than the others.
-            if at + chunk + 1 == ids.len() && chunk > 2 {
-                chunk -= 1;
-            }
             let picked = LOGITS_MAX / vocab_size;
             // The graph wants at least one row of logits; a chunk without any wanted gives its last, unread.
-            let (mut positions, mut end) = (Vec::new(), at + chunk);
+            let (mut positions, mut end) = (Vec::new(), chunk_end(&self.model, at, ids.len()));
             while let Some(position) = wanted.next_if(|&position| position < end) {
                 positions.push(position);
                 if positions.len() >= picked.max(1) {
@@ -337,6 +331,13 @@ impl fmt::Debug for Lane {
             .field("capacity", &capacity)
             .finish_non_exhaustive()
     }
+}
+
+/// Where the chunk ends that is read next of a prompt.
+pub(crate) fn chunk_end(model: &Model, at: usize, length: usize) -> usize {
+    let chunk = model.options().prefill_tokens_max.min(length - at);
+    // A last chunk of one token would be rounded by another kernel than the others.
+    if at + chunk + 1 == length && chunk > 2 { at + chunk - 1 } else { at + chunk }
 }
 
 /// Refuses tokens that are none of the model's, before they reach a kernel that would read outside its table.

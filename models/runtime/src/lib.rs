@@ -2,7 +2,7 @@
 //!
 //! In the order of the flow: a [`library`] is loaded and a [`device`] chosen ([`choose`]), a package is opened as a [`model`], an adapter is prepared for it
 //! ([`adapt`]), text becomes tokens ([`template`], [`conversation`], [`texts`], [`tokenize`]), which are run ([`generate`],
-//! [`score`], with a shared [`prefix`]) or learned from ([`train`], [`preference`], [`train_state`]). Every long call takes a [`cancel`] handle.
+//! [`together`], [`score`], with a shared [`prefix`]) or learned from ([`train`], [`preference`], [`train_state`]). Every long call takes a [`cancel`] handle.
 //! [`network`] runs a graph that belongs to no package. An encoder's package is opened and run by [`classify`] alone. What does not fit is read in [`windows`].
 //!
 //! It opens no socket and writes no file. It never logs a person's text.
@@ -24,7 +24,9 @@ mod cache;
 mod infer;
 pub mod prefix;
 mod sample_token;
+mod row;
 pub mod generate;
+pub mod together;
 pub mod score;
 pub mod schedule;
 pub mod optimizer;
@@ -59,4 +61,5 @@ pub use score::{RowScore, mean_loss};
 pub use template::{ChatTemplate, Message, Role, SpecialTokens, TemplateError};
 pub use texts::{Texts, TextsError};
 pub use tokenize::{TokenizeError, Tokenizer};
+pub use together::{Alternative, Said, Spoken, Ticket, Together};
 pub use train::{StepReport, TrainError, TrainOptions, Trainer};

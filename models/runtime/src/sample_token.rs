@@ -26,6 +26,20 @@ pub(crate) fn logprobs(logits: &[f32], tokens: &[u32]) -> Option<Vec<f32>> {
     tokens.iter().map(|&token| Some(logits.get(token as usize)? - normalizer)).collect()
 }
 
+/// The most probable tokens, the best first, the lowest id first among equals; `None` when the row is unusable.
+pub(crate) fn best(logits: &[f32], count: usize) -> Option<Vec<Choice>> {
+    let normalizer = log_sum_exp(logits)?;
+    let order = |left: &usize, right: &usize| logits[*right].total_cmp(&logits[*left]).then(left.cmp(right));
+    let mut tokens: Vec<usize> = (0..logits.len()).collect();
+    if let Some(last) = count.checked_sub(1).filter(|last| *last < tokens.len()) {
+        tokens.select_nth_unstable_by(last, order);
+    }
+    tokens.truncate(count);
+    tokens.sort_by(order);
+    let choice = |token| Choice { token: token as u32, logprob: logits[token] - normalizer };
+    Some(tokens.into_iter().map(choice).collect())
+}
+
 fn log_sum_exp(logits: &[f32]) -> Option<f32> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     // f32::max ignores NaN, the sum does not.
@@ -118,6 +132,16 @@ mod tests {
         let counts = shares(1.0, 0.85);
         assert!(counts[0] == 0.0 && counts[3] == 0.0, "{counts:?}");
         assert!((counts[1] - 0.731).abs() < 0.015, "{counts:?}");
+    }
+
+    #[test]
+    fn the_best_come_in_order_and_no_more_than_there_are() {
+        let tokens = |count| best(&LOGITS, count).unwrap().iter().map(|choice| choice.token).collect::<Vec<_>>();
+        assert_eq!(tokens(2), [1, 2]);
+        assert_eq!((tokens(0), tokens(9)), (vec![], vec![1, 2, 0, 3]));
+        assert!((best(&LOGITS, 1).unwrap()[0].logprob - -0.419_716_65).abs() < 1e-5);
+        assert_eq!(best(&[2.0, 5.0, 5.0], 2).unwrap().iter().map(|one| one.token).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(best(&[f32::NAN], 1), None);
     }
 
     #[test]

@@ -175,6 +175,19 @@ impl TextStream<'_> {
         Ok(&self.text)
     }
 
+    /// The text that a token would add; nothing while its last character is incomplete.
+    pub(crate) fn piece(&self, token: u32) -> Result<String, TokenizeError> {
+        let known = self.tokenizer.decode(&self.ids[self.prefix..self.read])?;
+        let grown = self.tokenizer.decode(&[&self.ids[self.prefix..], &[token]].concat())?;
+        let is_whole = !grown.ends_with(char::REPLACEMENT_CHARACTER);
+        Ok(grown.strip_prefix(&known).filter(|_| is_whole).unwrap_or_default().to_owned())
+    }
+
+    /// The text so far.
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+
     /// The tokens so far.
     pub(crate) fn tokens(&self) -> &[u32] {
         &self.ids
