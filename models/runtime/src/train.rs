@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use commonweal_adapter::{Adapter, LayoutError, TensorSpec, Trainable, scaffold::Correction};
+use commonweal_adapter::{Adapter, LayoutError, TensorSpec, Trainable, scaffold::Correction, stack};
 use commonweal_package::TrainGraph;
 use serde::{Deserialize, Serialize};
 
@@ -218,6 +218,22 @@ impl Trainer {
     pub fn corrected(mut self, correction: Correction) -> Result<Self, TrainError> {
         self.adapter.layout().require(correction.shift().layout())?;
         self.correction = Some(correction);
+        Ok(self)
+    }
+
+    /// The same with the ranks below the first one as they are: an adapter beside another, which training sees and does
+    /// not change. A checkpoint does not keep this.
+    pub fn from_rank(mut self, first: usize) -> Result<Self, TrainError> {
+        let layout = self.adapter.layout();
+        if first >= layout.rank() {
+            let (name, expected) = ("first rank", "below the adapter's rank");
+            return Err(TrainError::Option { name, expected, got: first as f64 });
+        }
+        let is_trained = |place: &Range<usize>| {
+            self.trainable.iter().any(|whole| whole.start <= place.start && place.end <= whole.end)
+        };
+        let places = stack::places(layout, &(first..layout.rank()));
+        self.trainable = places.into_iter().filter(is_trained).collect();
         Ok(self)
     }
 

@@ -6,7 +6,7 @@ mod support;
 use std::{collections::BTreeSet, sync::Arc};
 
 use commonweal_adapter::scaffold::Correction;
-use commonweal_adapter::{Adapter, AdapterLayout, Module, Part, Target, Trainable};
+use commonweal_adapter::{stack, Adapter, AdapterLayout, Module, Part, Target, Trainable};
 use commonweal_package::TrainGraph;
 use commonweal_runtime::{
     AdamW, AdaptError, Cancel, Model, Schedule, TrainError, TrainOptions, Trainer, TrainingRow, mean_loss,
@@ -413,4 +413,34 @@ fn a_correction_shifts_each_gradient_and_survives_an_interruption() {
     assert_eq!(resumed.correction().unwrap().steps(), 2);
     assert_eq!(resumed.correction(), shifted.correction());
     assert_eq!(resumed.adapter(), shifted.adapter());
+}
+
+#[test]
+fn ranks_beside_those_that_are_trained_stay_and_are_seen() {
+    let model = model();
+    let rows = rows(&model);
+    let (release, own) = (adapter(&model, 3), Adapter::init(Arc::clone(model.layout()), 4));
+    let both = stack(&release, &[&own]).unwrap();
+    let kept = release.layout().rank();
+    let trained = |start: &Adapter, first: usize| {
+        let mut trainer = Trainer::new(&model, start.clone(), options()).unwrap().from_rank(first).unwrap();
+        let losses: Vec<f64> = (0..20).map(|_| trainer.step(&rows, &Cancel::new()).unwrap().loss).collect();
+        (trainer.finish(), losses)
+    };
+    let (beside, losses) = trained(&both, kept);
+    assert_eq!(stack::part(&beside, 0..kept).unwrap().values(), release.values());
+    assert!(losses[19] < losses[0] * 0.8, "{losses:?}");
+    // What is trained is trained for the release that it lies beside: alone, it is another one.
+    let (alone, first) = trained(&own, 0);
+    assert!((first[0] - losses[0]).abs() > 1e-3);
+    let part = stack::part(&beside, kept..2 * kept).unwrap();
+    assert!(distance(&part, &alone) > 1e-3);
+    // The inference graph makes the same of both as the gradient graph does.
+    let prepared = model.prepare(Some(&beside)).unwrap();
+    let scored = mean_loss(&model.score_rows(&prepared, &rows, &Cancel::new()).unwrap()).unwrap();
+    assert!(scored < losses[0] * 0.8, "{scored} {losses:?}");
+    assert!(matches!(
+        Trainer::new(&model, both, options()).unwrap().from_rank(2 * kept),
+        Err(TrainError::Option { name: "first rank", .. })
+    ));
 }

@@ -5,6 +5,8 @@
 //! the aggregator decodes it ([`packed`]), [`clip`]s it, [`mod@merge`]s many of them and steps along the result
 //! ([`optimize`]).
 //!
+//! A device lays an adapter of its own beside the federation's ([`mod@stack`]).
+//!
 //! Nothing here knows a person's text, a device's address or what time it is.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp, reason = "a failed test may panic"))]
 
@@ -29,6 +31,7 @@ pub mod merge;
 pub mod exact;
 pub mod optimize;
 pub mod scaffold;
+pub mod stack;
 
 pub use adapter::{Adapter, AdapterError};
 pub use clip::{Clip, clip_norm, median_norm};
@@ -42,3 +45,4 @@ pub use optimize::{Adaptive, Moments, ServerOptimizer};
 pub use packed::{DecodeError, DecodeLimits, PackedDelta};
 pub use peft::{PeftAdapter, export_peft};
 pub use quantize::Bits;
+pub use stack::stack;
