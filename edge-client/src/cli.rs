@@ -7,13 +7,14 @@ mod open;
 mod identity;
 mod enroll;
 mod evaluate;
-mod serve;
+mod voices;
+pub mod serve;
 mod add;
 mod offline;
 mod rounds;
 mod status;
 mod devices;
-mod chat;
+pub mod chat;
 pub mod bench;
 
 use std::path::PathBuf;
@@ -152,14 +153,21 @@ pub enum Verb {
     },
     /// Filter, revise and train on a file; writes an adapter, sends nothing
     #[command(
-        after_help = "Examples:\n  edge-client train chats.jsonl\n  edge-client train chats.jsonl --steps 300 --out mine.safetensors --json"
+        after_help = "Examples:\n  edge-client train chats.jsonl\n  edge-client train chats.jsonl --steps 300 --out mine.safetensors --json\n  edge-client train chats.jsonl --personal   an adapter of your own beside the release, on this device only"
     )]
     Train {
         /// The file
         file: PathBuf,
         /// Where the adapter goes
-        #[arg(long, default_value = "adapter.safetensors", value_name = "FILE")]
+        #[arg(long, default_value = "adapter.safetensors", value_name = "FILE", conflicts_with = "personal")]
         out: PathBuf,
+        /// Go on with the personal adapter, which `chat --personal` and `serve` use beside the installed release; it is
+        /// never sent
+        #[arg(long)]
+        personal: bool,
+        /// Begin the personal adapter anew
+        #[arg(long, requires = "personal")]
+        anew: bool,
         /// Optimizer steps
         #[arg(long, default_value_t = 100, value_name = "N")]
         steps: u32,
@@ -169,28 +177,14 @@ pub enum Verb {
     },
     /// Talk to the installed model
     #[command(
-        after_help = "Examples:\n  edge-client chat\n  edge-client chat --prompt 'How long do eggs keep?' --temperature 0"
+        after_help = "Examples:\n  edge-client chat\n  edge-client chat --prompt 'How long do eggs keep?' --temperature 0\n  printf 'hello\\n/save talk.jsonl\\n' | edge-client chat --json\n\nIn the chat, /help tells what can be typed. Ctrl-C stops an answer, Ctrl-D ends. Nothing is kept but by /save."
     )]
-    Chat {
-        /// Answer this and end, instead of reading from the terminal
-        #[arg(long, value_name = "TEXT")]
-        prompt: Option<String>,
-        /// 0 always takes the most probable word
-        #[arg(long, default_value_t = 0.7)]
-        temperature: f32,
-        /// Tokens of an answer at most
-        #[arg(long, default_value_t = 256, value_name = "N")]
-        max_tokens: usize,
-    },
+    Chat(chat::Request),
     /// An OpenAI-compatible endpoint on this machine for the installed model
     #[command(
-        after_help = "Examples:\n  edge-client serve\n  edge-client serve --listen 127.0.0.1:0 --json   any free port, told as JSON\n  curl http://127.0.0.1:8080/v1/chat/completions -H 'content-type: application/json' \\\n       -d '{\"messages\":[{\"role\":\"user\",\"content\":\"hello\"}]}'"
+        after_help = "Examples:\n  edge-client serve\n  edge-client serve --listen 127.0.0.1:0 --json   any free port, told as JSON\n  curl http://127.0.0.1:8080/v1/chat/completions -H 'content-type: application/json' \\\n       -d '{\"messages\":[{\"role\":\"user\",\"content\":\"hello\"}]}'\n\nNothing that is said is kept, unless policy.toml allows it and --keep-chats or the request asks for it (docs/serve.md)."
     )]
-    Serve {
-        /// Where to listen; the loopback only, unless you say otherwise
-        #[arg(long, default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
-        listen: std::net::SocketAddr,
-    },
+    Serve(serve::Request),
     /// Measure what this device does a second, kind by kind, and against the machine's limits
     #[command(
         after_help = "Examples:\n  edge-client bench\n  edge-client bench --only decode,train --json\n  edge-client bench --package smol.package --threads 2"
@@ -221,16 +215,16 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         Verb::Filter { file, evaluate: false } => offline::filter(shared, file),
         Verb::Filter { file, evaluate: true } => evaluate::evaluate(shared, file),
         Verb::Revise { file } => offline::revise(shared, file),
-        Verb::Train { file, out, steps, learning_rate } => {
+        Verb::Train { file, out, personal, anew, steps, learning_rate } => {
+            let goal = match (personal, anew) {
+                (false, _) => offline::Goal::File(out.clone()),
+                (true, anew) => offline::Goal::Personal { anew: *anew },
+            };
             let (steps, learning_rate) = (*steps, *learning_rate);
-            let request =
-                offline::TrainRequest { file: file.clone(), out: out.clone(), steps, learning_rate };
-            offline::train(shared, &request)
+            offline::train(shared, &offline::TrainRequest { file: file.clone(), goal, steps, learning_rate })
         }
-        Verb::Chat { prompt, temperature, max_tokens } => {
-            chat::chat(shared, prompt.clone(), *temperature, *max_tokens)
-        }
-        Verb::Serve { listen } => serve::serve(shared, *listen),
+        Verb::Chat(request) => chat::chat(shared, request),
+        Verb::Serve(request) => serve::serve(shared, request),
         Verb::Bench(request) => bench::bench(shared, request),
         Verb::Devices => devices::devices(shared),
         Verb::Pause => status::pause(shared),

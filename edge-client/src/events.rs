@@ -50,6 +50,12 @@ pub enum Event {
     Serving {
         /// Where.
         url: String,
+        /// The models that can be named; the first answers requests that name none.
+        models: Vec<String>,
+        /// Where the guard stands.
+        guard: String,
+        /// What becomes of what is said, in plain words.
+        chats: String,
     },
     /// The owner wants no rounds.
     Paused,
@@ -170,7 +176,9 @@ impl fmt::Display for Event {
             }
             Self::Stage { round, seconds, done } => write!(f, "round {round}: {done} ({seconds:.1} s)"),
             Self::Step { round, step, loss } => write!(f, "round {round}: step {step}, loss {loss:.3}"),
-            Self::Serving { url } => write!(f, "serving {url}"),
+            Self::Serving { url, models, guard, chats } => {
+                write!(f, "serving {} at {url}; guard {guard}; {chats}", models.join(", "))
+            }
             Self::Paused => f.write_str("paused"),
             Self::Resumed => f.write_str("resumed"),
             Self::Waiting { seconds, why } => write!(f, "waiting {seconds:.1} s: {why}"),

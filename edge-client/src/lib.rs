@@ -18,6 +18,8 @@ pub mod train;
 pub mod compress;
 pub mod upload;
 pub mod install;
+pub mod personal;
+pub mod serve;
 pub mod control;
 mod pipeline_error;
 mod task;

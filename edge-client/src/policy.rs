@@ -22,6 +22,8 @@ pub struct Policy {
     pub revise: RevisePolicy,
     /// How much is trained at most.
     pub train: TrainPolicy,
+    /// What the local endpoint may do.
+    pub serve: ServePolicy,
 }
 
 /// What happens to a sample that the guard finds unsafe.
@@ -130,6 +132,38 @@ pub struct TrainPolicy {
     pub samples_max: usize,
     /// Steps between two checkpoints on disk: what a crash can cost.
     pub checkpoint_steps: u32,
+}
+
+/// Where the guard stands when the local endpoint answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Guarding {
+    /// Nowhere: it judges what it is asked about (`/v1/moderations`).
+    #[default]
+    Off,
+    /// Before and behind: what it finds unsafe is answered by the constitution's refusal. An answer goes out once it is
+    /// whole.
+    Refuse,
+}
+
+impl Guarding {
+    /// The word of `policy.toml`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Refuse => "refuse",
+        }
+    }
+}
+
+/// The local endpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ServePolicy {
+    /// Where the guard stands.
+    pub guard: Guarding,
+    /// Whether chats may become samples: then those for which it is asked, by `--keep-chats` or by a request, do.
+    pub keep_chats: bool,
 }
 
 impl Default for FilterPolicy {
@@ -312,6 +346,14 @@ mod tests {
         assert_eq!((own.threshold_for(Some(&drugs)), own.threshold_for(Some(&weapons))), (0.9, 0.2));
         let error = set("[filter.categories.wepons]\naction = \"drop\"\n").unwrap_err();
         assert!(error.to_string().contains("wepons") && error.to_string().contains("weapons"), "{error}");
+    }
+
+    #[test]
+    fn nothing_that_is_said_to_the_endpoint_is_kept_unless_the_owner_says_so() {
+        assert!(!Policy::from_toml("").unwrap().serve.keep_chats);
+        let policy = Policy::from_toml("[serve]\nguard = \"refuse\"\nkeep_chats = true\n").unwrap();
+        assert_eq!(policy.serve, ServePolicy { guard: Guarding::Refuse, keep_chats: true });
+        assert!(Policy::from_toml("[serve]\nguard = \"maybe\"\n").is_err());
     }
 
     #[test]

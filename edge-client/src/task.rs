@@ -32,6 +32,7 @@ pub fn train_task(task: &RoundTask) -> TrainTask {
         trainable: trainable(task.mode, task.round),
         seed: task.seed,
         correction: None,
+        first_rank: 0,
     }
 }
 

@@ -44,6 +44,8 @@ pub struct TrainTask {
     pub seed: u64,
     /// SCAFFOLD's shift of each gradient.
     pub correction: Option<Correction>,
+    /// Ranks below this one stay as they are: those of an adapter beside which another is trained. 0 trains all.
+    pub first_rank: usize,
 }
 
 /// A trained adapter's difference from where the round started, and how training went. Only [`train`] makes one.
@@ -176,6 +178,9 @@ pub fn train(
         };
         (trainer, Progress::default())
     };
+    if task.first_rank > 0 {
+        trainer = trainer.from_rank(task.first_rank)?;
+    }
     let resumed_step = trainer.steps_done() as u32;
     let lessons = Lessons::new(model, &trainer, pairs, task, policy, cancel)?;
     for step in resumed_step..steps {

@@ -156,3 +156,29 @@ fn a_missing_device_and_another_versions_package_have_their_exit_codes() {
     assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
     assert!(stderr(&output).contains("has format 2, this program reads format 1"), "{}", stderr(&output));
 }
+
+#[test]
+fn keeping_chats_needs_the_policys_word_first_and_status_tells_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = run(directory.path(), &["serve", "--keep-chats"]);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert!(stderr(&output).contains("keep_chats = true"), "{}", stderr(&output));
+    let status = object(&run(directory.path(), &["status"]));
+    assert_eq!((&status["keep_chats"], &status["chats"]), (&false.into(), &"chats are not kept".into()));
+    fs::write(directory.path().join("policy.toml"), "[serve]\nkeep_chats = true\n").unwrap();
+    let status = object(&run(directory.path(), &["status"]));
+    assert_eq!(status["keep_chats"], true);
+    assert!(status["chats"].as_str().unwrap().contains("x-commonweal-keep: yes"), "{status}");
+}
+
+#[test]
+fn a_key_that_can_be_guessed_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let output = run(directory.path(), &["serve", "--api-key", "short"]);
+    assert_eq!(output.status.code(), Some(3), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("--api-key") && !stderr(&output).contains("short"),
+        "{}",
+        stderr(&output)
+    );
+}

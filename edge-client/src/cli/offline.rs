@@ -7,10 +7,11 @@ use commonweal_adapter::{Adapter, AdapterFacts, AdapterKind, Trainable, disk};
 use commonweal_runtime::Cancel;
 use serde_json::json;
 
-use super::{Shared, exit::BadInput, open};
+use super::{Shared, exit::BadInput, open, voices};
 use crate::{
     events::{Event, Output},
     filter::{self, Screened},
+    personal,
     policy::Policy,
     revise::{self, ReviseCounts, TrainingPair},
     sample::Sample,
@@ -20,6 +21,7 @@ use crate::{
 
 /// A file's conversations on their way through the stages.
 struct Work {
+    place: open::Place,
     output: Output,
     policy: Policy,
     stages: open::Stages,
@@ -37,7 +39,7 @@ impl Work {
         let policy = place.policy(shared)?;
         let cancel = Cancel::new();
         let stages = open::Stages::open(shared, &place, &policy, &cancel)?;
-        Ok(Self { output: shared.output(), policy, stages, lines, samples, cancel })
+        Ok(Self { place, output: shared.output(), policy, stages, lines, samples, cancel })
     }
 
     fn screen(&mut self) -> Result<Vec<Screened>> {
@@ -119,9 +121,18 @@ pub(super) fn revise(shared: &Shared, file: &Path) -> Result<()> {
 #[derive(Debug)]
 pub(super) struct TrainRequest {
     pub(super) file: PathBuf,
-    pub(super) out: PathBuf,
+    pub(super) goal: Goal,
     pub(super) steps: u32,
     pub(super) learning_rate: f32,
+}
+
+/// What becomes of the trained adapter.
+#[derive(Debug)]
+pub(super) enum Goal {
+    /// A file for its owner to use elsewhere.
+    File(PathBuf),
+    /// The personal adapter, beside the installed release.
+    Personal { anew: bool },
 }
 
 struct Watching {
@@ -147,13 +158,16 @@ pub(super) fn train(shared: &Shared, request: &TrainRequest) -> Result<()> {
             BadInput("--steps must be at least 1, --learning-rate above 0 and at most 1".into()).into()
         );
     }
-    let folder = store::directory_of(&request.out);
-    if !folder.is_dir() {
-        return Err(BadInput(format!("--out: there is no folder {}", folder.display())).into());
+    if let Goal::File(out) = &request.goal {
+        let folder = store::directory_of(out);
+        if !folder.is_dir() {
+            return Err(BadInput(format!("--out: there is no folder {}", folder.display())).into());
+        }
     }
     let mut work = Work::open(shared, &request.file)?;
+    let (start, first_rank) = start(&work, &request.goal)?;
     let pairs = work.pairs()?;
-    let Work { output, policy, stages, cancel, .. } = work;
+    let Work { place, output, policy, stages, cancel, .. } = work;
     let task = TrainTask {
         steps_max: request.steps,
         warmup_steps: request.steps / 10,
@@ -166,30 +180,46 @@ pub(super) fn train(shared: &Shared, request: &TrainRequest) -> Result<()> {
         trainable: Trainable::Both,
         seed: 0,
         correction: None,
+        first_rank,
     };
-    let start = Adapter::init(stages.layout(), 0);
     let mut watch = Watching { output, bar: open::bar("train", request.steps as usize) };
     let trained =
         train::train(&stages.model, &start, &pairs, &task, &policy.train, None, &mut watch, &cancel)?;
     watch.bar.finish_and_clear();
-    let facts = AdapterFacts { base: stages.base().0, kind: AdapterKind::Assistant };
-    let bytes = disk::write(trained.adapter(), &facts).context("adapter")?;
-    store::replace(&request.out, &bytes)?;
+    let out = match &request.goal {
+        Goal::File(out) => {
+            let facts = AdapterFacts { base: stages.base().0, kind: AdapterKind::Assistant };
+            store::replace(out, &disk::write(trained.adapter(), &facts).context("adapter")?)?;
+            out.display().to_string()
+        }
+        Goal::Personal { .. } => {
+            let adapter = personal::take(trained.adapter(), first_rank).context("personal adapter")?;
+            personal::write(&place.look()?, &adapter, stages.base())?;
+            "personal adapter".to_owned()
+        }
+    };
     let summary = trained.summary();
     train::tell_too_long(summary.too_long);
     let line = json!({
-        "event": "trained", "out": request.out, "steps": summary.steps, "tokens": summary.tokens,
+        "event": "trained", "out": out, "steps": summary.steps, "tokens": summary.tokens,
         "loss_first": summary.loss_first, "loss_last": summary.loss_last,
     });
     match output {
         Output::Json => output.say(&line),
         Output::Text => output.say(&format!(
-            "{}: {} steps, loss {:.3} → {:.3}",
-            request.out.display(),
-            summary.steps,
-            summary.loss_first,
-            summary.loss_last
+            "{out}: {} steps, loss {:.3} → {:.3}",
+            summary.steps, summary.loss_first, summary.loss_last
         )),
     }
     Ok(())
+}
+
+/// What training begins with, and how many of its ranks stay as they are.
+fn start(work: &Work, goal: &Goal) -> Result<(Adapter, usize)> {
+    let Goal::Personal { anew } = goal else { return Ok((Adapter::init(work.stages.layout(), 0), 0)) };
+    let store = work.place.look()?;
+    let release = voices::release(&work.stages.model, &store)?;
+    let personal = if *anew { None } else { personal::read(&store, work.stages.base())? };
+    let release = release.as_ref().map(|installed| &installed.adapter);
+    personal::begin(release, personal, &work.stages.layout()).context("personal adapter")
 }

@@ -6,7 +6,9 @@ use serde_json::json;
 use super::{Shared, identity::Identity, open, rounds};
 use crate::{
     events::{Event, Output},
-    sample, upload,
+    personal, sample,
+    serve::Consent,
+    upload,
 };
 
 pub(super) fn status(shared: &Shared) -> Result<()> {
@@ -20,13 +22,16 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
     let device = Identity::read(&store)?.map(|identity| identity.credentials.device().to_string());
     let paused = store.read(rounds::PAUSED)?.is_some();
     let in_progress = store.read("round/task.json")?.is_some();
+    let consent = Consent { policy: place.policy(shared)?.serve.keep_chats, all: false };
+    let has_personal = personal::exists(&store);
     let last_round = receipts.last().map(|delivered| delivered.round.0);
     let output = shared.output();
     if output == Output::Json {
         let line = json!({
             "device": device, "enrolled": device.is_some(), "paused": paused, "samples": samples,
             "installed": installed, "updates_accepted": receipts.len(), "last_round": last_round,
-            "round_in_progress": in_progress,
+            "round_in_progress": in_progress, "chats": consent.words(), "keep_chats": consent.policy,
+            "personal": has_personal,
         });
         output.say(&line);
         return Ok(());
@@ -45,6 +50,10 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
         Some(version) => output.say(&format!("release {version} installed")),
         None => output.say("no release installed yet"),
     }
+    if has_personal {
+        output.say("a personal adapter, on this device only");
+    }
+    output.say(&format!("the local endpoint: {}", consent.words()));
     if in_progress {
         output.say("a round is in progress");
     }

@@ -2,9 +2,13 @@
 
 use std::{fs, sync::Arc};
 
+use commonweal_adapter::Adapter;
 use commonweal_protocol::{DeviceId, Digest, ReconnectWindow, Refusal, RoundId};
 use commonweal_runtime::Cancel;
-use edge_client::pipeline::{Outcome, PipelineError};
+use edge_client::{
+    personal,
+    pipeline::{Outcome, PipelineError},
+};
 
 use crate::world::*;
 
@@ -200,4 +204,19 @@ fn the_window_of_an_updates_answer_counts_and_not_the_polls() {
     world.begin(3);
     world.tell(|told| told.refusal = Some(Refusal::Busy));
     assert_eq!(world.device.visit().unwrap_err().reconnect(), Some(AFTER_UPLOAD));
+}
+
+#[test]
+fn a_personal_adapter_changes_no_bit_of_what_is_sent() {
+    let (with, without) = (World::new(), World::new());
+    let mut own = Adapter::init(Arc::clone(with.device.model.layout()), 9);
+    own.values_mut().iter_mut().for_each(|value| *value += 0.5);
+    personal::write(&with.device.store, &own, with.device.expected.base).unwrap();
+    for world in [&with, &without] {
+        assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    }
+    let sent = |world: &World| world.told.lock().unwrap().offered.clone();
+    assert!(!sent(&with).is_empty());
+    assert_eq!(sent(&with), sent(&without));
+    assert_eq!(personal::read(&with.device.store, with.device.expected.base).unwrap(), Some(own));
 }

@@ -166,6 +166,7 @@ fn training_goes_on_to_the_same_bits_and_the_same_report() {
         trainable: Trainable::Both,
         seed: 3,
         correction: None,
+        first_rank: 0,
     };
     // Two of three are harmful: their revisions make preference pairs. Rows alone and pairs are both drawn.
     let some: Vec<Sample> = [samples("device-1.jsonl", 4), samples("hostile.jsonl", 8)]

@@ -79,6 +79,7 @@ fn samples_that_are_too_long_lose_what_does_not_fit() {
             trainable: Trainable::Both,
             seed: 0,
             correction: None,
+            first_rank: 0,
         };
         let start = Adapter::init(Arc::clone(model.layout()), 1);
         let mut keep = Keep::default();

@@ -60,6 +60,6 @@ pub use schedule::Schedule;
 pub use score::{RowScore, mean_loss};
 pub use template::{ChatTemplate, Message, Role, SpecialTokens, TemplateError};
 pub use texts::{Texts, TextsError};
-pub use tokenize::{TokenizeError, Tokenizer};
 pub use together::{Alternative, Said, Spoken, Ticket, Together};
+pub use tokenize::{TokenizeError, Tokenizer};
 pub use train::{StepReport, TrainError, TrainOptions, Trainer};

@@ -136,11 +136,15 @@ mod tests {
 
     #[test]
     fn the_best_come_in_order_and_no_more_than_there_are() {
-        let tokens = |count| best(&LOGITS, count).unwrap().iter().map(|choice| choice.token).collect::<Vec<_>>();
+        let tokens =
+            |count| best(&LOGITS, count).unwrap().iter().map(|choice| choice.token).collect::<Vec<_>>();
         assert_eq!(tokens(2), [1, 2]);
         assert_eq!((tokens(0), tokens(9)), (vec![], vec![1, 2, 0, 3]));
         assert!((best(&LOGITS, 1).unwrap()[0].logprob - -0.419_716_65).abs() < 1e-5);
-        assert_eq!(best(&[2.0, 5.0, 5.0], 2).unwrap().iter().map(|one| one.token).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(
+            best(&[2.0, 5.0, 5.0], 2).unwrap().iter().map(|one| one.token).collect::<Vec<_>>(),
+            [1, 2]
+        );
         assert_eq!(best(&[f32::NAN], 1), None);
     }
 

@@ -254,7 +254,8 @@ impl<'m> Together<'m> {
         };
         let manifest = self.model.manifest();
         let pad = manifest.tokens.pad;
-        let last = |seat: &Option<Seat<'_>>| seat.as_ref().map_or((pad, 0), |seat| (seat.row.last, seat.row.length));
+        let last =
+            |seat: &Option<Seat<'_>>| seat.as_ref().map_or((pad, 0), |seat| (seat.row.last, seat.row.length));
         let (tokens, lengths): (Vec<u32>, Vec<usize>) = self.seats.iter().map(last).unzip();
         let logits = lane.decode(run, &tokens, &lengths)?;
         for (place, logits) in self.seats.iter_mut().zip(logits.chunks_exact(manifest.model.vocab_size)) {

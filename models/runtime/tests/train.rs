@@ -6,7 +6,7 @@ mod support;
 use std::{collections::BTreeSet, sync::Arc};
 
 use commonweal_adapter::scaffold::Correction;
-use commonweal_adapter::{stack, Adapter, AdapterLayout, Module, Part, Target, Trainable};
+use commonweal_adapter::{Adapter, AdapterLayout, Module, Part, Target, Trainable, stack};
 use commonweal_package::TrainGraph;
 use commonweal_runtime::{
     AdamW, AdaptError, Cancel, Model, Schedule, TrainError, TrainOptions, Trainer, TrainingRow, mean_loss,

@@ -10,7 +10,7 @@ use ndarray::{Axis, concatenate, s};
 
 use crate::{
     adapter::{Adapter, AdapterError},
-    layout::{AdapterLayout, LayoutError, Part},
+    layout::{AdapterLayout, LayoutError, Part, TensorSpec},
 };
 
 /// The adapter whose change is the sum of these. They must adapt the same linears; ranks and alphas may differ.
@@ -65,15 +65,14 @@ pub fn part(whole: &Adapter, ranks: Range<usize>) -> Result<Adapter, AdapterErro
 
 /// Where the values of some ranks lie in an adapter of this layout, in rising order.
 pub fn places(layout: &AdapterLayout, ranks: &Range<usize>) -> Vec<Range<usize>> {
-    let of_tensor = |spec: crate::layout::TensorSpec| -> Vec<Range<usize>> {
+    let of_tensor = |spec: TensorSpec| {
         let (start, columns) = (spec.range.start, spec.columns);
-        match spec.part {
-            Part::A => vec![start + ranks.start * columns..start + ranks.end * columns],
-            Part::B => (0..spec.rows)
-                .map(|row| start + row * columns)
-                .map(|row| row + ranks.start..row + ranks.end)
-                .collect(),
-        }
+        // Rows of A are ranks, one after the other; each row of B has its ranks side by side.
+        let (runs, from, to) = match spec.part {
+            Part::A => (1, ranks.start * columns, ranks.end * columns),
+            Part::B => (spec.rows, ranks.start, ranks.end),
+        };
+        (0..runs).map(move |run| start + run * columns + from..start + run * columns + to)
     };
     layout.tensors().into_iter().flat_map(of_tensor).collect()
 }
@@ -101,8 +100,7 @@ mod tests {
         let modules = [(Target::Q, 5, 4), (Target::Down, 3, 6)]
             .map(|(target, inputs, outputs)| Module { target, inputs, outputs })
             .to_vec();
-        let mut adapter =
-            Adapter::init(Arc::new(AdapterLayout::new(2, rank, alpha, modules).unwrap()), seed);
+        let mut adapter = Adapter::init(Arc::new(AdapterLayout::new(2, rank, alpha, modules).unwrap()), seed);
         for (index, value) in adapter.values_mut().iter_mut().enumerate() {
             *value += ((index as u64 * 31 + seed * 7) % 13) as f32 * 0.1 - 0.6;
         }
@@ -112,7 +110,7 @@ mod tests {
     /// What an adapter adds to a linear's output, linear by linear.
     fn changes(adapter: &Adapter) -> Vec<Array1<f32>> {
         let specs = adapter.layout().tensors();
-        let change = |pair: &[crate::layout::TensorSpec]| {
+        let change = |pair: &[TensorSpec]| {
             let (a, b) = (adapter.matrix(&pair[0]).unwrap(), adapter.matrix(&pair[1]).unwrap());
             let x: Array1<f32> = (0..a.ncols()).map(|at| (at as f32 * 1.7).cos()).collect();
             b.dot(&a.dot(&x)) * adapter.layout().scale()

@@ -283,6 +283,7 @@ impl<'c> Bench<'c> {
             trainable: Trainable::Both,
             seed,
             correction: None,
+            first_rank: 0,
         };
         let Laboratory { model, cancel, .. } = &self.laboratory;
         let policy = &self.policy.train;

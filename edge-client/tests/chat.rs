@@ -1,0 +1,114 @@
+//! `chat` as a person sees it, on the bundled model: piped, and in a terminal of its own.
+#![cfg(unix)]
+#![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
+
+use std::{
+    fs,
+    io::Write,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use rexpect::session::spawn_command;
+
+/// Longest wait for the terminal; a loaded machine may take long.
+const WAIT_MS: u64 = 300_000;
+
+fn chat(directory: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_edge-client"));
+    command.arg("chat").args(arguments);
+    command.arg("--dir").arg(directory).env("COMMONWEAL_KEYS", directory.join("keys"));
+    command.args([
+        "--package".as_ref(),
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/reference/package").as_os_str(),
+    ]);
+    command.env("RUST_LOG", "info").env("NO_COLOR", "1").env("TERM", "xterm");
+    command
+}
+
+/// Every file below a folder that holds a text.
+fn holding(folder: &Path, text: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(holding(&path, text));
+        } else if fs::read(&path).unwrap().windows(text.len()).any(|window| window == text.as_bytes()) {
+            found.push(path.display().to_string());
+        }
+    }
+    found
+}
+
+#[test]
+fn a_pipe_is_answered_and_only_what_is_saved_is_on_disk() {
+    let directory = tempfile::tempdir().unwrap();
+    let saved = directory.path().join("saved.jsonl");
+    let mut child = chat(
+        directory.path(),
+        &["--json", "--temperature", "0", "--max-tokens", "12", "--system", "Be brief."],
+    )
+    .stdin(Stdio::piped())
+    .stdout(Stdio::piped())
+    .stderr(Stdio::piped())
+    .spawn()
+    .unwrap();
+    let typed = format!(
+        "my forgotten words\n/reset\nfirst line\\\nand second\n/nonsense\n\"\"\"\na block\nof lines\n\"\"\"\n\
+         /save {0}\n/save {0}\n/quit\nnever said\n",
+        saved.display()
+    );
+    child.stdin.take().unwrap().write_all(typed.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert!(output.status.success(), "{err}");
+    let answers: Vec<serde_json::Value> =
+        out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(answers.len(), 3, "{out}");
+    assert!(err.contains("no command /nonsense") && err.contains("not saved"), "{err}");
+    let row: serde_json::Value = serde_json::from_str(&fs::read_to_string(&saved).unwrap()).unwrap();
+    let said: Vec<&str> =
+        row["messages"].as_array().unwrap().iter().map(|one| one["content"].as_str().unwrap()).collect();
+    assert_eq!((said.len(), said[0]), (5, "Be brief."));
+    assert_eq!((said[1], said[3]), ("first line\nand second", "a block\nof lines"));
+    assert_eq!(
+        (said[2], said[4]),
+        (answers[1]["content"].as_str().unwrap(), answers[2]["content"].as_str().unwrap())
+    );
+    assert_eq!(holding(directory.path(), "and second"), [saved.display().to_string()]);
+    assert_eq!(holding(directory.path(), "forgotten"), Vec::<String>::new());
+    // What was saved is what `add` reads.
+    let mut add = Command::new(env!("CARGO_BIN_EXE_edge-client"));
+    add.args(["add", "--json", "--dir"]).arg(directory.path()).arg(&saved);
+    let added = add.env("COMMONWEAL_KEYS", directory.path().join("keys")).output().unwrap();
+    assert!(String::from_utf8_lossy(&added.stdout).contains("\"added\":1"), "{added:?}");
+}
+
+#[test]
+fn in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let history = directory.path().join("typed");
+    let history_name = history.to_str().unwrap();
+    // An answer as long as the context allows.
+    let command =
+        chat(directory.path(), &["--max-tokens", "4000", "--temperature", "1.5", "--history", history_name]);
+    let mut terminal = spawn_command(command, Some(WAIT_MS)).unwrap();
+    terminal.exp_string("> ").unwrap();
+    terminal.send_line("/system Speak at length.").unwrap();
+    terminal.exp_string("> ").unwrap();
+    // At the prompt, Ctrl-C gives up what was begun.
+    terminal.send("half a ").unwrap();
+    terminal.send_control('c').unwrap();
+    terminal.exp_string("> ").unwrap();
+    terminal.send_line("Tell me a long story").unwrap();
+    terminal.exp_string("story").unwrap();
+    terminal.exp_regex("[A-Za-z]{2}").unwrap();
+    terminal.send_control('c').unwrap();
+    terminal.exp_string("> ").unwrap();
+    terminal.send_line("/help").unwrap();
+    terminal.exp_string("/save FILE").unwrap();
+    terminal.exp_string("> ").unwrap();
+    terminal.send_control('d').unwrap();
+    terminal.exp_eof().unwrap();
+    assert!(fs::read_to_string(&history).unwrap().contains("Speak at length."));
+}
