@@ -194,9 +194,18 @@ impl Talk {
     /// From here on, Ctrl-C ends the answer under way, and never the program. The runtime must be held.
     fn stop_answers_on_ctrl_c(&self) -> Result<tokio::runtime::Runtime> {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        // Before the line editor begins: it puts its own handler in the place of what it finds, and afterwards that back.
+        let mut interrupts = {
+            let _context = runtime.enter();
+            #[cfg(unix)]
+            let interrupts = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
+            #[cfg(windows)]
+            let interrupts = tokio::signal::windows::ctrl_c()?;
+            interrupts
+        };
         let answering = Arc::clone(&self.answering);
         runtime.spawn(async move {
-            while tokio::signal::ctrl_c().await.is_ok() {
+            while interrupts.recv().await.is_some() {
                 answering.lock().unwrap_or_else(PoisonError::into_inner).cancel();
             }
         });

@@ -45,7 +45,7 @@ impl Heard {
             .unwrap();
     }
 
-    fn to_the_end(&mut self, together: &mut Together<'_>) {
+    fn hear_all(&mut self, together: &mut Together<'_>) {
         while !together.is_idle() {
             self.step(together);
         }
@@ -91,7 +91,7 @@ fn whoever_joins_and_leaves_each_answer_is_what_it_is_alone() {
                     gone.push(ticket);
                 }
             }
-            heard.to_the_end(&mut together);
+            heard.hear_all(&mut together);
             assert!(most >= 3, "no more than {most} at once");
             for ticket in 0..12_u64 {
                 match heard.ended.get(&(ticket, 0)) {
@@ -117,7 +117,7 @@ fn several_answers_to_a_prompt_are_the_rows_of_a_call() {
     assert_ne!(expected[0].tokens, expected[1].tokens);
     let (mut together, mut heard) = (Together::new(&model, &prepared), Heard::default());
     together.ask(Ticket(1), &prompt, &sampled(8), 3, None).unwrap();
-    heard.to_the_end(&mut together);
+    heard.hear_all(&mut together);
     for (answer, expected) in expected.iter().enumerate() {
         same(&heard.ended[&(1, answer)], expected);
     }
@@ -140,7 +140,7 @@ fn a_full_cache_lets_one_after_the_other_in() {
             }
             together.ask(Ticket(ticket), prompt, &greedy(6), 2, None).unwrap();
         }
-        heard.to_the_end(&mut together);
+        heard.hear_all(&mut together);
         assert_eq!(heard.ended.len(), 2 * prompts.len());
         assert_eq!(most, if options.batch_max == 2 { 2 } else { 1 });
         for (ticket, prompt) in (0..).zip(&prompts) {
@@ -173,7 +173,7 @@ fn tokens_are_told_with_their_probability_and_what_else_was_likely() {
     let prompt = prompts(&model, &TEXTS[..1]).remove(0);
     let (mut together, mut heard) = (Together::new(&model, &prepared), Heard::default());
     together.ask(Ticket(7), &prompt, &greedy(8), 1, Some(3)).unwrap();
-    heard.to_the_end(&mut together);
+    heard.hear_all(&mut together);
     let (answer, tokens) = (&heard.ended[&(7, 0)], &heard.tokens[&(7, 0)]);
     let is_end = answer.stop == StopReason::EndToken;
     assert_eq!(tokens.len(), answer.tokens.len() - usize::from(is_end));
@@ -221,6 +221,6 @@ fn a_cancelled_step_says_so_and_a_cleared_batch_begins_anew() {
     assert!(together.is_idle());
     together.ask(Ticket(1), &prompt, &greedy(4), 1, None).unwrap();
     let mut heard = Heard::default();
-    heard.to_the_end(&mut together);
+    heard.hear_all(&mut together);
     same(&heard.ended[&(1, 0)], &alone(&model, &prepared, &prompt, &greedy(4)));
 }
