@@ -15,8 +15,12 @@ use rexpect::session::{PtySession, spawn_command};
 const WAIT_MS: u64 = 30_000;
 
 fn chat(directory: &Path, arguments: &[&str]) -> Command {
+    edge(directory, "chat", arguments)
+}
+
+fn edge(directory: &Path, verb: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_edge-client"));
-    command.arg("chat").args(arguments);
+    command.arg(verb).args(arguments);
     command.arg("--dir").arg(directory).env("COMMONWEAL_KEYS", directory.join("keys"));
     command.args([
         "--package".as_ref(),
@@ -122,4 +126,33 @@ fn in_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends() {
     terminal.send_control('d').unwrap();
     terminal.exp_eof().unwrap();
     assert!(fs::read_to_string(&history).unwrap().contains("Speak at length."));
+}
+
+#[test]
+fn what_is_learned_for_oneself_is_said_with_the_personal_adapter_alone() {
+    let directory = tempfile::tempdir().unwrap();
+    let rows = directory.path().join("rows.jsonl");
+    let row = r#"{"messages":[{"role":"user","content":"Who feeds the cat?"},{"role":"assistant","content":"Ada feeds her."}]}"#;
+    fs::write(&rows, format!("{row}\n")).unwrap();
+    let says = |more: &[&str]| {
+        let asked = ["--prompt", "Who feeds the cat?", "--temperature", "0", "--max-tokens", "12", "--json"];
+        let output = chat(directory.path(), &[&asked, more].concat()).output().unwrap();
+        let answer: Result<serde_json::Value, _> = serde_json::from_slice(&output.stdout);
+        (output.status.code(), answer.map_or_else(|_| String::new(), |answer| answer["content"].to_string()))
+    };
+    assert_eq!(says(&["--personal"]).0, Some(3));
+    let before = says(&[]);
+    let train = |more: &[&str]| {
+        let asked =
+            [rows.to_str().unwrap(), "--personal", "--steps", "20", "--learning-rate", "0.01", "--json"];
+        let output = edge(directory.path(), "train", &[&asked, more].concat()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let last = String::from_utf8(output.stdout).unwrap().lines().last().unwrap().to_owned();
+        serde_json::from_str::<serde_json::Value>(&last).unwrap()
+    };
+    let (first, again, anew) = (train(&[]), train(&[]), train(&["--anew"]));
+    assert!(again["loss_first"].as_f64() < first["loss_first"].as_f64(), "{first} {again}");
+    assert_eq!(anew, first);
+    assert!(says(&["--personal"]).1.contains("Ada"), "{:?}", says(&["--personal"]));
+    assert_eq!(says(&[]), before);
 }
