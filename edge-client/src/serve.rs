@@ -8,6 +8,7 @@
 //! (`keep.rs`).
 
 mod refusals;
+mod fields;
 mod requests;
 mod answers;
 mod door;

@@ -1,14 +1,17 @@
 //! What a body asks for: the parameters of OpenAI's chat and text completions, checked. A parameter that would change the
 //! answer is obeyed or refused by name; one that nobody knows is refused too; those that concern another place are passed
-//! over. Pure; `routes.rs` reads the bodies, `answers.rs` writes what is answered.
+//! over (`fields.rs`). Pure; `routes.rs` reads the bodies, `answers.rs` writes what is answered.
 
 use std::collections::BTreeMap;
 
 use commonweal_runtime::{GenerateOptions, Message, Role};
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use super::refusals::Refusal;
+use super::{
+    fields::{Content, Fields, Part},
+    refusals::Refusal,
+};
 
 /// Answers to one request: rows that wait for the same reader.
 pub(super) const ANSWERS_MAX: usize = 8;
@@ -26,17 +29,6 @@ const CHAT_TOKENS: usize = 256;
 const TEXT_TOKENS: usize = 16;
 /// Far above any context; where the context ends, so does the answer.
 const TOKENS_MAX: usize = 1 << 20;
-/// What concerns accounts and other places, and no answer.
-const PASSED_OVER: [&str; 8] = [
-    "user",
-    "metadata",
-    "service_tier",
-    "store",
-    "safety_identifier",
-    "prompt_cache_key",
-    "verbosity",
-    "reasoning_effort",
-];
 
 /// What either kind of request asks for, but for the prompt.
 #[derive(Clone, Debug, PartialEq)]
@@ -104,109 +96,7 @@ struct Said {
     name: Option<String>,
 }
 
-/// Text, as a whole or in parts.
-#[derive(Deserialize)]
-#[serde(untagged)]
-pub(super) enum Content {
-    Whole(String),
-    Parts(Vec<Part>),
-}
-
-#[derive(Deserialize)]
-pub(super) struct Part {
-    #[serde(rename = "type")]
-    kind: String,
-    #[serde(default)]
-    text: Option<String>,
-}
-
-impl Content {
-    /// The text; parts of other kinds are refused by name.
-    pub(super) fn text(self, param: &str) -> Result<String, Refusal> {
-        match self {
-            Self::Whole(text) => Ok(text),
-            Self::Parts(parts) => parts.into_iter().map(|part| part.text(param)).collect(),
-        }
-    }
-}
-
-impl Part {
-    fn text(self, param: &str) -> Result<String, Refusal> {
-        match self.text {
-            Some(text) if self.kind == "text" => Ok(text),
-            _ => Err(Refusal::value(
-                param,
-                format!("{param}: expected parts of type text, got {:?}", self.kind),
-            )),
-        }
-    }
-}
-
-/// The parameters of a body, taken one by one; what is left at the end nobody knows.
-struct Fields(Map<String, Value>);
-
 impl Fields {
-    fn of(body: &[u8]) -> Result<Self, Refusal> {
-        match serde_json::from_slice(body) {
-            Ok(Value::Object(fields)) => Ok(Self(fields)),
-            Ok(_) => Err(Refusal::body("expected a JSON object")),
-            Err(error) => Err(Refusal::body(format!("body is not JSON: {error}"))),
-        }
-    }
-
-    /// A parameter, if it is there; null is the same as absent.
-    fn take<T: DeserializeOwned>(&mut self, name: &str, expected: &str) -> Result<Option<T>, Refusal> {
-        match self.0.remove(name) {
-            None | Some(Value::Null) => Ok(None),
-            Some(value) => serde_json::from_value(value)
-                .map(Some)
-                .map_err(|_| Refusal::value(name, format!("{name}: expected {expected}"))),
-        }
-    }
-
-    /// A number within bounds.
-    fn number(&mut self, name: &str, min: f64, max: f64) -> Result<Option<f64>, Refusal> {
-        let expected = format!("a number from {min} to {max}");
-        let number: Option<f64> = self.take(name, &expected)?;
-        match number {
-            Some(number) if !(min..=max).contains(&number) => {
-                Err(Refusal::value(name, format!("{name}: expected {expected}, got {number}")))
-            }
-            number => Ok(number),
-        }
-    }
-
-    /// A whole number within bounds.
-    fn count(&mut self, name: &str, min: usize, max: usize) -> Result<Option<usize>, Refusal> {
-        let expected = format!("a whole number from {min} to {max}");
-        let number: Option<u64> = self.take(name, &expected)?;
-        match number.map(|number| usize::try_from(number).unwrap_or(usize::MAX)) {
-            Some(number) if !(min..=max).contains(&number) => {
-                Err(Refusal::value(name, format!("{name}: expected {expected}, got {number}")))
-            }
-            number => Ok(number),
-        }
-    }
-
-    /// Refuses a parameter unless it says what happens here anyway.
-    fn only(&mut self, name: &str, expected: &str, harmless: impl Fn(&Value) -> bool) -> Result<(), Refusal> {
-        match self.0.remove(name) {
-            Some(value) if !value.is_null() && !harmless(&value) => Err(Refusal::unsupported(name, expected)),
-            _ => Ok(()),
-        }
-    }
-
-    fn end(mut self) -> Result<(), Refusal> {
-        for name in PASSED_OVER {
-            self.0.remove(name);
-        }
-        match self.0.keys().next() {
-            // As much of a stranger's name as a person reads.
-            Some(name) => Err(Refusal::unknown_parameter(&name.chars().take(100).collect::<String>())),
-            None => Ok(()),
-        }
-    }
-
     /// What both kinds of requests have; `tokens` is the length of an answer that names none.
     fn wish(&mut self, tokens: Option<usize>, default_tokens: usize) -> Result<Wish, Refusal> {
         let temperature = self.number("temperature", 0.0, 2.0)?.unwrap_or(1.0) as f32;
