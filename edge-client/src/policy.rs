@@ -315,7 +315,10 @@ mod tests {
             assert_eq!(own, (guards.threshold_for(None, with_response), guards.threshold));
         }
         let own = set("[filter]\nthreshold = 0.9\n[filter.categories.weapons]\nthreshold = 0.2\n").unwrap();
-        assert_eq!((own.threshold_for(Some(&drugs), true), own.threshold_for(Some(&weapons), true)), (0.9, 0.2));
+        assert_eq!(
+            (own.threshold_for(Some(&drugs), true), own.threshold_for(Some(&weapons), true)),
+            (0.9, 0.2)
+        );
         let error = set("[filter.categories.wepons]\naction = \"drop\"\n").unwrap_err();
         assert!(error.to_string().contains("wepons") && error.to_string().contains("weapons"), "{error}");
     }

@@ -115,8 +115,11 @@ pub(crate) fn calibrate(
         measured.insert(name.into(), json!(threshold));
     }
     for category in &mut calibrated.categories {
-        category.threshold =
-            if own.per_category { of_category(&category.id, judgements, &probabilities, target) } else { None };
+        category.threshold = if own.per_category {
+            of_category(&category.id, judgements, &probabilities, target)
+        } else {
+            None
+        };
     }
     let problems = calibrated.validate();
     ensure!(problems.is_ok(), "calibrated configuration is not valid: {problems:?}");

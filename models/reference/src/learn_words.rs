@@ -180,7 +180,8 @@ mod tests {
 
     #[test]
     fn a_word_of_no_row_says_what_its_cluster_says() {
-        let table = [("poison", [1, 1, 1]), ("cyanide", [1, 1, 1]), ("feed", [2, 2, 2]), ("nourish", [2, 2, 2])];
+        let table =
+            [("poison", [1, 1, 1]), ("cyanide", [1, 1, 1]), ("feed", [2, 2, 2]), ("nourish", [2, 2, 2])];
         let clusters = Clusters::of(table).unwrap();
         let say = |clusters, word| {
             let words = learn_words(&rows(), clusters, RECIPE).unwrap();
@@ -206,7 +207,10 @@ mod tests {
     fn rows_of_one_kind_and_odd_sizes_are_refused() {
         let safe: Vec<GuardRow> = rows().into_iter().filter(|row| !row.is_unsafe()).collect();
         assert!(
-            learn_words(&safe, None, RECIPE).unwrap_err().to_string().contains("safe and unsafe prompts alone")
+            learn_words(&safe, None, RECIPE)
+                .unwrap_err()
+                .to_string()
+                .contains("safe and unsafe prompts alone")
         );
         for buckets in [0, 1000, 1 << 18] {
             assert!(learn_words(&rows(), None, WordsRecipe { buckets, ..RECIPE }).is_err());

@@ -59,7 +59,14 @@ mod tests {
         };
         let expected = Clusters::of([("bread", [1, 2, 3]), ("cake", [1, 2, 65_535])]);
         assert_eq!(of("bread\t1\t2\t3\ncake\t1\t2\t65535\n").ok(), expected);
-        for bad in ["bread\t1\t2", "bread\t1\t2\t3\t4", "bread\t1\t2\t65536", "bread 1 2 3", "\t1\t2\t3", "bread\t1\t2\t-3"] {
+        for bad in [
+            "bread\t1\t2",
+            "bread\t1\t2\t3\t4",
+            "bread\t1\t2\t65536",
+            "bread 1 2 3",
+            "\t1\t2\t3",
+            "bread\t1\t2\t-3",
+        ] {
             let error = of(&format!("cake\t1\t2\t3\n{bad}\n")).unwrap_err();
             assert!(matches!(error, ClustersError::Line { line: 2, .. }), "{bad:?}: {error}");
         }

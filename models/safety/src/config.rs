@@ -307,7 +307,8 @@ mod tests {
     fn thresholds_fall_back_to_the_guards_own() {
         let config = GuardConfig::from_toml(GOOD).unwrap();
         let id = |text: &str| text.parse().unwrap();
-        let close = |got: f64, expected: f64| assert!((got - expected).abs() < 1e-12, "{got}, not {expected}");
+        let close =
+            |got: f64, expected: f64| assert!((got - expected).abs() < 1e-12, "{got}, not {expected}");
         close(config.threshold_for(Some(&id("violence")), true), 0.4);
         close(config.threshold_for(Some(&id("privacy")), true), 0.5);
         close(config.threshold_for(None, true), 0.5);

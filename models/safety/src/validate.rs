@@ -62,7 +62,9 @@ impl GuardConfig {
     /// Every threshold must be within reach of a model's log-odds: one that is not switches the guard off unseen.
     fn check_reach(&self, problems: &mut Problems, name: &str, calibration: Platt) {
         let Platt { slope, intercept } = calibration;
-        for threshold in self.own_thresholds().chain([self.threshold]).filter(|threshold| is_threshold(*threshold)) {
+        for threshold in
+            self.own_thresholds().chain([self.threshold]).filter(|threshold| is_threshold(*threshold))
+        {
             let needed = ((threshold / (1.0 - threshold)).ln() - intercept) / slope;
             // Not a number only where slope or intercept is not finite, which is a problem of its own.
             if needed > LOG_ODDS_MAX {

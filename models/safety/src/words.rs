@@ -246,7 +246,8 @@ mod tests {
 
     #[test]
     fn an_unseen_word_counts_as_those_of_its_cluster() {
-        let say = |model, prompt: &str| Words::read(model).unwrap().say(Pair { prompt, response: None }).prompt;
+        let say =
+            |model, prompt: &str| Words::read(model).unwrap().say(Pair { prompt, response: None }).prompt;
         // "cyanide" was in no training row, "poison" was, and the table has both in one cluster.
         let told = |model| say(model, "cyanide") - say(model, "oatmeal");
         assert!(told(CLUSTERED) > told(MODEL) + 0.3, "{} {}", told(CLUSTERED), told(MODEL));

@@ -83,7 +83,8 @@ mod tests {
     use super::*;
 
     fn clusters() -> Clusters {
-        Clusters::of([("cyanide", [1, 2, 3]), ("arsenic", [1, 2, 3]), ("tea", [4, 5, 6]), ("tea", [7, 7, 7])]).unwrap()
+        Clusters::of([("cyanide", [1, 2, 3]), ("arsenic", [1, 2, 3]), ("tea", [4, 5, 6]), ("tea", [7, 7, 7])])
+            .unwrap()
     }
 
     fn counts(text: &str) -> BTreeMap<usize, u32> {

@@ -272,6 +272,20 @@ mod tests {
     }
 
     #[test]
+    fn any_changed_byte_is_refused_or_still_gives_a_number() {
+        let good = clustered().write();
+        for at in 0..good.len() {
+            for byte in [0, 1, 0x7f, 0x80, 0xff] {
+                let mut changed = good.clone();
+                changed[at] = byte;
+                let Ok(words) = Words::read(&changed) else { continue };
+                let spoken = words.say(crate::Pair { prompt: "Pick a lock", response: Some("bake bread") });
+                assert!(spoken.prompt.is_finite() && spoken.pair.is_finite(), "byte {at} as {byte}");
+            }
+        }
+    }
+
+    #[test]
     fn what_is_no_words_model_is_refused_by_name() {
         let good = words(None).write();
         let with = |at: usize, bytes: &[u8]| {
