@@ -286,7 +286,10 @@ impl Policy {
             let known = guard.categories.iter().map(|category| category.id.to_string()).collect();
             return Err(PolicyError::Categories { unknown, known });
         }
-        guard.threshold = filter.threshold.unwrap_or(guard.threshold);
+        if let Some(threshold) = filter.threshold {
+            guard.threshold = threshold;
+            (guard.prompt.threshold, guard.pair.threshold) = (None, None);
+        }
         for category in &mut guard.categories {
             let rule = filter.categories.get(&category.id).and_then(|rule| rule.threshold);
             category.threshold = rule.or(filter.threshold).or(category.threshold);
@@ -339,11 +342,17 @@ mod tests {
         let (weapons, drugs) = ("weapons".parse().unwrap(), "drugs".parse().unwrap());
         // A category's low threshold makes the guard ask for categories from there on.
         let own = set("[filter.categories.weapons]\nthreshold = 0.1\n").unwrap();
-        assert_eq!((own.threshold_for(Some(&weapons)), own.threshold_min()), (0.1, 0.1));
-        let own = (own.threshold_for(Some(&drugs)), own.threshold);
-        assert_eq!(own, (set("").unwrap().threshold, set("").unwrap().threshold));
+        assert_eq!((own.threshold_for(Some(&weapons), true), own.threshold_min()), (0.1, 0.1));
+        let guards = set("").unwrap();
+        for with_response in [false, true] {
+            let own = (own.threshold_for(Some(&drugs), with_response), own.threshold);
+            assert_eq!(own, (guards.threshold_for(None, with_response), guards.threshold));
+        }
         let own = set("[filter]\nthreshold = 0.9\n[filter.categories.weapons]\nthreshold = 0.2\n").unwrap();
-        assert_eq!((own.threshold_for(Some(&drugs)), own.threshold_for(Some(&weapons))), (0.9, 0.2));
+        assert_eq!(
+            (own.threshold_for(Some(&drugs), true), own.threshold_for(Some(&weapons), true)),
+            (0.9, 0.2)
+        );
         let error = set("[filter.categories.wepons]\naction = \"drop\"\n").unwrap_err();
         assert!(error.to_string().contains("wepons") && error.to_string().contains("weapons"), "{error}");
     }

@@ -11,6 +11,8 @@ from pathlib import Path
 
 # Reply-in-context and function-word tests: their safe rows sound unsafe by design.
 CONTRASTIVE = ("diasafety", "hatecheck")
+# Much of what it asks sounds like any other question.
+HARMLESS_SOUNDING = ("do-not-answer",)
 
 
 def rate(r: dict) -> str:
@@ -22,9 +24,12 @@ def evaluated(event: dict) -> None:
     print("| source | rows | precision | unsafe found | safe, called unsafe |\n|---|---|---|---|---|")
     for source, f in [*event["by_source"].items(), ("all", event["overall"])]:
         print(f"| {source} | {f['rows']} | {rate(f['precision'])} | {rate(f['recall'])} | {rate(f['false_positive_rate'])} |")
-    kept = [f["counts"] for source, f in event["by_source"].items() if not source.startswith(CONTRASTIVE)]
-    tp, fp, fn, tn = (sum(c[k] for c in kept) for k in ("true_positive", "false_positive", "false_negative", "true_negative"))
-    print(f"\nwithout {' and '.join(CONTRASTIVE)}: precision {tp / (tp + fp):.3f}, recall {tp / (tp + fn):.3f}, safe called unsafe {fp / (fp + tn):.3f}\n")
+    print()
+    for left_out in (CONTRASTIVE, CONTRASTIVE + HARMLESS_SOUNDING):
+        kept = [f["counts"] for source, f in event["by_source"].items() if not source.startswith(left_out)]
+        tp, fp, fn, tn = (sum(c[k] for c in kept) for k in ("true_positive", "false_positive", "false_negative", "true_negative"))
+        print(f"without {', '.join(left_out)}: precision {tp / (tp + fp):.3f}, recall {tp / (tp + fn):.3f}, safe called unsafe {fp / (fp + tn):.3f}")
+    print()
     print("| category | unsafe rows | found |\n|---|---|---|")
     for category, found in event["found_by_category"].items():
         print(f"| {category} | {found['total']} | {rate(found)} |")

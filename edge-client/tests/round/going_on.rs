@@ -43,6 +43,7 @@ fn what_another_guard_or_constitution_said_is_not_gone_on_with() {
     let mut config = world.device.guard.config().clone();
     (config.threshold, config.categories) = (1e-9, config.categories.clone());
     config.categories.iter_mut().for_each(|category| category.threshold = None);
+    (config.prompt.threshold, config.pair.threshold) = (None, None);
     let guard = Guard::from_package(&world.device.model, &world.device.cancel).unwrap();
     world.device.guard = guard.with_thresholds(config).unwrap();
     world.device.visit().unwrap_err();

@@ -1,6 +1,7 @@
 //! A dev split → calibration and thresholds in `guard.toml`, and how much its words count.
 
 use anyhow::{Context, Result, ensure};
+use clap::Args;
 use commonweal_runtime::Cancel;
 use commonweal_safety::{
     CategoryId, Guard, GuardConfig, Judgement, Pair, Spoken, Words, WordsUse,
@@ -32,6 +33,17 @@ pub(crate) fn judge(guard: &Guard, rows: &[GuardRow], progress: Progress) -> Res
     Ok(judgements)
 }
 
+/// What gets a threshold of its own, besides the guard as a whole.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct OwnThresholds {
+    /// Give prompts alone and pairs a threshold each
+    #[arg(long)]
+    per_form: bool,
+    /// Give each category a threshold of its own where there are enough rows
+    #[arg(long)]
+    per_category: bool,
+}
+
 /// Fits both layouts' calibration and the thresholds; `judgements` are those of the guard without words, thresholds
 /// lowered so that every row has a category. With words, the guard is calibrated by itself first: the words, whose
 /// scores are log-odds already, then weigh as much as its calibrated log-odds, and the sum is calibrated again. Weights
@@ -43,7 +55,7 @@ pub(crate) fn calibrate(
     judgements: &[Judgement],
     words: Option<&Words>,
     target: Target,
-    per_category: bool,
+    own: OwnThresholds,
 ) -> Result<(GuardConfig, Value)> {
     let mut calibrated = config.clone();
     let mut measured = serde_json::Map::new();
@@ -93,9 +105,21 @@ pub(crate) fn calibrate(
     calibrated.threshold =
         threshold_for(&probabilities, target).context("no threshold reaches the target")?;
     measured.insert("threshold".into(), json!(calibrated.threshold));
+    for (name, with_response) in [("prompt_threshold", false), ("pair_threshold", true)] {
+        let of_form = rows.iter().zip(&probabilities);
+        let of_form = of_form.filter(|(row, _)| row.response.is_some() == with_response);
+        let of_form: Vec<Labelled> = of_form.map(|(_, labelled)| *labelled).collect();
+        let threshold = own.per_form.then(|| threshold_for(&of_form, target)).flatten();
+        let layout = if with_response { &mut calibrated.pair } else { &mut calibrated.prompt };
+        layout.threshold = threshold;
+        measured.insert(name.into(), json!(threshold));
+    }
     for category in &mut calibrated.categories {
-        category.threshold =
-            if per_category { of_category(&category.id, judgements, &probabilities, target) } else { None };
+        category.threshold = if own.per_category {
+            of_category(&category.id, judgements, &probabilities, target)
+        } else {
+            None
+        };
     }
     let problems = calibrated.validate();
     ensure!(problems.is_ok(), "calibrated configuration is not valid: {problems:?}");

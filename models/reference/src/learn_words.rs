@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
-use commonweal_safety::{BUCKETS, Head, Rate, Sparse, Vocabulary, Words};
+use commonweal_safety::{BUCKETS, Clusters, Head, Rate, Sparse, Vocabulary, Words};
 use serde_json::{Value, json};
 
 use crate::{
@@ -27,7 +27,7 @@ pub(crate) struct WordsRecipe {
     #[arg(long, default_value_t = 1 << 16)]
     buckets: usize,
     /// How closely the rows are fitted: the C of logistic regression
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 4.0)]
     strength: f64,
     /// Share of the prompts alone that are learned in each disguise besides: letters as digits, typing errors, role play
     #[arg(long, default_value_t = 0.3)]
@@ -40,30 +40,35 @@ struct Read {
     response: Option<Sparse>,
 }
 
-/// Learns from rows; the same rows give the same bytes.
-pub(crate) fn learn_words(rows: &[GuardRow], recipe: WordsRecipe) -> Result<Words> {
+/// Learns from rows, and with clusters of words of like meaning; the same of both give the same bytes.
+pub(crate) fn learn_words(
+    rows: &[GuardRow],
+    clusters: Option<&Clusters>,
+    recipe: WordsRecipe,
+) -> Result<Words> {
     ensure!(recipe.strength > 0.0 && recipe.strength.is_finite(), "--strength must be above 0");
     ensure!((0.0..=1.0).contains(&recipe.disguises), "--disguises must be from 0 to 1");
     let disguised = disguise::disguised(rows, recipe.disguises);
     let rows: Vec<&GuardRow> = rows.iter().chain(&disguised).collect();
     let texts = rows.iter().flat_map(|row| [Some(row.prompt.as_str()), row.response.as_deref()]).flatten();
-    let vocabulary = Vocabulary::of(texts, recipe.buckets).with_context(|| {
+    let vocabulary = Vocabulary::of(texts, recipe.buckets, clusters.cloned()).with_context(|| {
         format!("--buckets must be a power of two in {BUCKETS:?}, got {}", recipe.buckets)
     })?;
+    let columns = vocabulary.columns();
     let read: Vec<Read> = rows.iter().map(|row| read_row(&vocabulary, row)).collect();
     let examples = |with_response: bool| -> Result<Vec<Example>> {
         let chosen = rows.iter().zip(&read).filter(|(row, _)| row.response.is_some() == with_response);
         let examples: Vec<Example> = chosen
-            .map(|(row, read)| Example { vector: read.joined(recipe.buckets), is_unsafe: row.is_unsafe() })
+            .map(|(row, read)| Example { vector: read.joined(columns), is_unsafe: row.is_unsafe() })
             .collect();
         let positives = examples.iter().filter(|example| example.is_unsafe).count();
         let what = if with_response { "pairs" } else { "prompts alone" };
         ensure!(positives > 0 && positives < examples.len(), "rows must have safe and unsafe {what}");
         Ok(examples)
     };
-    let prompt = fit(&examples(false)?, recipe.buckets, recipe.strength);
-    let pair = fit(&examples(true)?, 2 * recipe.buckets, recipe.strength);
-    let (pair_prompt, pair_response) = pair.weights.split_at(recipe.buckets);
+    let prompt = fit(&examples(false)?, columns, recipe.strength);
+    let pair = fit(&examples(true)?, 2 * columns, recipe.strength);
+    let (pair_prompt, pair_response) = pair.weights.split_at(columns);
     let heads = [(prompt.weights.as_slice(), prompt.bias), (pair_prompt, 0.0), (pair_response, pair.bias)];
     let [Some(prompt), Some(pair_prompt), Some(pair_response)] = heads.map(|(weights, bias)| {
         let weights: Vec<f32> = weights.iter().map(|weight| *weight as f32).collect();
@@ -81,9 +86,9 @@ fn read_row(vocabulary: &Vocabulary, row: &GuardRow) -> Read {
 }
 
 impl Read {
-    /// The response's buckets stand behind the prompt's.
-    fn joined(&self, buckets: usize) -> Sparse {
-        let response = self.response.iter().flatten().map(|(at, value)| (at + buckets, *value));
+    /// The response's columns stand behind the prompt's.
+    fn joined(&self, columns: usize) -> Sparse {
+        let response = self.response.iter().flatten().map(|(at, value)| (at + columns, *value));
         self.prompt.iter().copied().chain(response).collect()
     }
 }
@@ -93,6 +98,7 @@ impl Read {
 pub(crate) fn by_source(
     rows: &[GuardRow],
     dev: &[GuardRow],
+    clusters: Option<&Clusters>,
     recipe: WordsRecipe,
     progress: Progress,
 ) -> Result<Vec<Value>> {
@@ -101,7 +107,7 @@ pub(crate) fn by_source(
     let mut table = Vec::new();
     for left_out in sources {
         let kept: Vec<GuardRow> = rows.iter().filter(|row| source(row) != left_out).cloned().collect();
-        let words = learn_words(&kept, recipe)?;
+        let words = learn_words(&kept, clusters, recipe)?;
         for with_response in [false, true] {
             let of_form = |row: &&GuardRow| row.response.is_some() == with_response;
             let safe = dev.iter().filter(of_form).filter(|row| source(row) != left_out && !row.is_unsafe());
@@ -165,37 +171,53 @@ mod tests {
 
     #[test]
     fn what_went_with_harm_is_found_in_other_sentences() {
-        let words = learn_words(&rows(), RECIPE).unwrap();
+        let words = learn_words(&rows(), None, RECIPE).unwrap();
         let say = |prompt, response| words.say(commonweal_safety::Pair { prompt, response });
         assert!(say("poisoning cats", None).prompt > 0.0 && say("feeding cats", None).prompt < 0.0);
         assert!(say("poison", Some("sure, here")).pair > 0.0 && say("poison", Some("i will not")).pair < 0.0);
-        assert_eq!(words.write(), learn_words(&rows(), RECIPE).unwrap().write());
+        assert_eq!(words.write(), learn_words(&rows(), None, RECIPE).unwrap().write());
+    }
+
+    #[test]
+    fn a_word_of_no_row_says_what_its_cluster_says() {
+        let table =
+            [("poison", [1, 1, 1]), ("cyanide", [1, 1, 1]), ("feed", [2, 2, 2]), ("nourish", [2, 2, 2])];
+        let clusters = Clusters::of(table).unwrap();
+        let say = |clusters, word| {
+            let words = learn_words(&rows(), clusters, RECIPE).unwrap();
+            words.say(commonweal_safety::Pair { prompt: word, response: None }).prompt
+        };
+        assert!(say(Some(&clusters), "cyanide") > 0.5 && say(Some(&clusters), "nourish") < -0.5);
+        assert!(say(None, "cyanide").abs() < 0.5 && say(None, "nourish").abs() < 0.5);
     }
 
     #[test]
     fn a_source_is_measured_by_a_model_that_never_saw_it() {
-        let table = by_source(&rows(), &rows(), RECIPE, Progress::new(true)).unwrap();
+        let table = by_source(&rows(), &rows(), None, RECIPE, Progress::new(true)).unwrap();
         assert_eq!(table.len(), 4);
         assert_eq!((&table[0]["source"], &table[0]["form"]), (&json!("a"), &json!("prompt")));
         assert_eq!((&table[0]["unsafe_rows"], &table[0]["safe_rows"]), (&json!(2), &json!(2)));
         assert_eq!(table[0]["found"], json!(1.0));
         // "b" alone has nothing to learn from where it is left out of rows that have no other source.
         let only: Vec<GuardRow> = rows().into_iter().filter(|row| source(row) == "b").collect();
-        assert!(by_source(&only, &rows(), RECIPE, Progress::new(true)).is_err());
+        assert!(by_source(&only, &rows(), None, RECIPE, Progress::new(true)).is_err());
     }
 
     #[test]
     fn rows_of_one_kind_and_odd_sizes_are_refused() {
         let safe: Vec<GuardRow> = rows().into_iter().filter(|row| !row.is_unsafe()).collect();
         assert!(
-            learn_words(&safe, RECIPE).unwrap_err().to_string().contains("safe and unsafe prompts alone")
+            learn_words(&safe, None, RECIPE)
+                .unwrap_err()
+                .to_string()
+                .contains("safe and unsafe prompts alone")
         );
         for buckets in [0, 1000, 1 << 18] {
-            assert!(learn_words(&rows(), WordsRecipe { buckets, ..RECIPE }).is_err());
+            assert!(learn_words(&rows(), None, WordsRecipe { buckets, ..RECIPE }).is_err());
         }
         for strength in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-            assert!(learn_words(&rows(), WordsRecipe { strength, ..RECIPE }).is_err());
+            assert!(learn_words(&rows(), None, WordsRecipe { strength, ..RECIPE }).is_err());
         }
-        assert!(learn_words(&rows(), WordsRecipe { disguises: 1.5, ..RECIPE }).is_err());
+        assert!(learn_words(&rows(), None, WordsRecipe { disguises: 1.5, ..RECIPE }).is_err());
     }
 }

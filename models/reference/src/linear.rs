@@ -1,16 +1,21 @@
 //! Logistic regression over sparse rows: what `learn_words.rs` trains.
 //!
 //! Minimizes |w|²/2 + b²/2 + C · Σ weight · ln(1 + exp(∓(w·x + b))), with safe and unsafe rows weighing the same in sum:
-//! liblinear's objective with balanced classes. By Nesterov's accelerated gradient for strongly convex functions
-//! (Nesterov 2004, scheme 2.2.11), so that the same rows always give the same weights and no step needs choosing.
+//! liblinear's objective with balanced classes, and its method but for the region of trust: Newton's steps, each found by
+//! conjugate gradients and shortened until the objective falls (Nocedal and Wright 2006, algorithm 7.1), so that the same
+//! rows always give the same weights and no step needs choosing.
 
 use commonweal_safety::Sparse;
 
-/// Steps after which it ends. The error falls by e^(-1/√κ) a step, with κ of some 1,000 for 10,000 rows.
-const STEPS_MAX: usize = 3000;
-/// The largest change of a weight at which it ends before: the weights are rounded to 8 bits after.
-const CHANGE_MIN: f64 = 1e-5;
-const CURVATURE_STEPS: usize = 20;
+/// Newton's steps after which it ends; ten or so are needed.
+const STEPS_MAX: usize = 100;
+/// The largest derivative at which it ends before. Weights are off by no more, since the objective bends by at least 1; they
+/// are rounded to 8 bits after.
+const DERIVATIVE_MIN: f64 = 1e-5;
+/// Conjugate gradients within a step.
+const INNER_STEPS_MAX: usize = 250;
+/// Halvings of a step.
+const HALVINGS_MAX: usize = 40;
 
 /// A row and whether it is unsafe.
 pub(crate) struct Example {
@@ -24,71 +29,117 @@ pub(crate) struct Linear {
     pub(crate) bias: f64,
 }
 
-impl Linear {
-    pub(crate) fn score(&self, vector: &Sparse) -> f64 {
-        vector.iter().map(|(at, value)| self.weights[*at] * f64::from(*value)).sum::<f64>() + self.bias
+/// The objective over rows; a point is the weights and, behind them, the bias.
+struct Objective<'e> {
+    examples: &'e [Example],
+    /// What each row counts.
+    counts: Vec<f64>,
+}
+
+impl Objective<'_> {
+    fn product(example: &Example, point: &[f64]) -> f64 {
+        let sum: f64 = example.vector.iter().map(|(at, value)| point[*at] * f64::from(*value)).sum();
+        sum + point[point.len() - 1]
+    }
+
+    fn products(&self, point: &[f64]) -> Vec<f64> {
+        self.examples.iter().map(|example| Self::product(example, point)).collect()
+    }
+
+    /// `point` + Σ factor · row.
+    fn plus_rows(&self, point: &[f64], factors: impl Iterator<Item = f64>) -> Vec<f64> {
+        let mut sum = point.to_vec();
+        let bias = sum.len() - 1;
+        for (example, factor) in self.examples.iter().zip(factors) {
+            example.vector.iter().for_each(|(at, value)| sum[*at] += factor * f64::from(*value));
+            sum[bias] += factor;
+        }
+        sum
+    }
+
+    fn value(&self, point: &[f64], products: &[f64]) -> f64 {
+        let rows = self.examples.iter().zip(&self.counts).zip(products);
+        let loss = rows.map(|((example, count), product)| {
+            let margin = if example.is_unsafe { *product } else { -product };
+            // ln(1 + e^-margin) without overflow.
+            count * ((-margin).max(0.0) + (-margin.abs()).exp().ln_1p())
+        });
+        dot(point, point) / 2.0 + loss.sum::<f64>()
+    }
+
+    /// Where a step from a point with this gradient should go: nearly the solution of H · step = −gradient.
+    fn step(&self, gradient: &[f64], curvatures: &[f64]) -> Vec<f64> {
+        let bent = |direction: &[f64]| {
+            let factors = self.examples.iter().zip(curvatures);
+            self.plus_rows(direction, factors.map(|(example, c)| c * Self::product(example, direction)))
+        };
+        let length = dot(gradient, gradient).sqrt();
+        // The nearer the end, the more exact.
+        let enough = length * length.sqrt().min(0.1);
+        let mut step = vec![0.0; gradient.len()];
+        let mut residual: Vec<f64> = gradient.iter().map(|g| -g).collect();
+        let mut direction = residual.clone();
+        let mut square = dot(&residual, &residual);
+        for _ in 0..INNER_STEPS_MAX {
+            if square.sqrt() <= enough {
+                break;
+            }
+            let bent = bent(&direction);
+            let along = square / dot(&direction, &bent);
+            add(&mut step, along, &direction);
+            add(&mut residual, -along, &bent);
+            let next = dot(&residual, &residual);
+            direction.iter_mut().zip(&residual).for_each(|(d, r)| *d = r + next / square * *d);
+            square = next;
+        }
+        step
     }
 }
 
-/// The largest second derivative of the objective, by the power method on the rows' own: that of a row's loss is at most
-/// a quarter of x·xᵀ. Rows have no negative values, so that a beginning of ones is near the answer; a twentieth more
-/// makes up for what is left.
-fn curvature(examples: &[Example], width: usize, weight: impl Fn(&Example) -> f64) -> f64 {
-    let mut at = Linear { weights: vec![1.0; width], bias: 1.0 };
-    let mut largest = 0.0;
-    for _ in 0..CURVATURE_STEPS {
-        let mut next = Linear { weights: vec![0.0; width], bias: 0.0 };
-        for example in examples {
-            let product = weight(example) / 4.0 * at.score(&example.vector);
-            example.vector.iter().for_each(|(i, x)| next.weights[*i] += product * f64::from(*x));
-            next.bias += product;
-        }
-        let squares = next.weights.iter().map(|weight| weight * weight).sum::<f64>() + next.bias * next.bias;
-        largest = squares.sqrt();
-        if largest > 0.0 {
-            next.weights.iter_mut().for_each(|weight| *weight /= largest);
-            next.bias /= largest;
-        }
-        at = next;
-    }
-    1.0 + 1.05 * largest
+fn dot(x: &[f64], y: &[f64]) -> f64 {
+    x.iter().zip(y).map(|(x, y)| x * y).sum()
+}
+
+fn add(to: &mut [f64], factor: f64, what: &[f64]) {
+    to.iter_mut().zip(what).for_each(|(to, what)| *to += factor * what);
 }
 
 /// Fits examples of `width` columns; `strength` is the C of the objective.
 pub(crate) fn fit(examples: &[Example], width: usize, strength: f64) -> Linear {
     let positives = examples.iter().filter(|example| example.is_unsafe).count();
-    let share = |of: usize| examples.len() as f64 / (2 * of.max(1)) as f64;
-    let balance = |is_unsafe: bool| {
-        strength * if is_unsafe { share(positives) } else { share(examples.len() - positives) }
+    let share = |of: usize| strength * examples.len() as f64 / (2 * of.max(1)) as f64;
+    let count = |example: &Example| {
+        if example.is_unsafe { share(positives) } else { share(examples.len() - positives) }
     };
-    let curvature = curvature(examples, width, |example| balance(example.is_unsafe));
-    let momentum = (curvature.sqrt() - 1.0) / (curvature.sqrt() + 1.0);
-    let mut at = Linear { weights: vec![0.0; width], bias: 0.0 };
-    let mut ahead = Linear { weights: vec![0.0; width], bias: 0.0 };
+    let objective = Objective { examples, counts: examples.iter().map(count).collect() };
+    let mut point = vec![0.0; width + 1];
+    let mut products = objective.products(&point);
     for _ in 0..STEPS_MAX {
-        let mut gradient = Linear { weights: ahead.weights.clone(), bias: ahead.bias };
-        for example in examples {
-            let target = if example.is_unsafe { 1.0 } else { 0.0 };
-            let probability = 1.0 / (1.0 + (-ahead.score(&example.vector)).exp());
-            let error = balance(example.is_unsafe) * (probability - target);
-            example.vector.iter().for_each(|(i, x)| gradient.weights[*i] += error * f64::from(*x));
-            gradient.bias += error;
-        }
-        let mut change_max: f64 = 0.0;
-        let mut step = |at: &mut f64, ahead: &mut f64, gradient: f64| {
-            let next = *ahead - gradient / curvature;
-            change_max = change_max.max((next - *at).abs());
-            *ahead = next + momentum * (next - *at);
-            *at = next;
-        };
-        let weights = at.weights.iter_mut().zip(&mut ahead.weights).zip(&gradient.weights);
-        weights.for_each(|((at, ahead), gradient)| step(at, ahead, *gradient));
-        step(&mut at.bias, &mut ahead.bias, gradient.bias);
-        if change_max < CHANGE_MIN {
+        let probabilities: Vec<f64> = products.iter().map(|product| 1.0 / (1.0 + (-product).exp())).collect();
+        let rows = examples.iter().zip(&objective.counts).zip(&probabilities);
+        let errors =
+            rows.map(|((example, count), p)| count * (p - if example.is_unsafe { 1.0 } else { 0.0 }));
+        let gradient = objective.plus_rows(&point, errors);
+        if gradient.iter().all(|derivative| derivative.abs() < DERIVATIVE_MIN) {
             break;
         }
+        let bends = objective.counts.iter().zip(&probabilities).map(|(count, p)| count * p * (1.0 - p));
+        let step = objective.step(&gradient, &bends.collect::<Vec<f64>>());
+        let (value, along) = (objective.value(&point, &products), objective.products(&step));
+        let falls = dot(&gradient, &step);
+        let candidate = |size: f64| {
+            let (mut point, mut products) = (point.clone(), products.clone());
+            add(&mut point, size, &step);
+            add(&mut products, size, &along);
+            (objective.value(&point, &products) <= value + 1e-4 * size * falls).then_some((point, products))
+        };
+        let sizes = std::iter::successors(Some(1.0), |size| Some(size / 2.0)).take(HALVINGS_MAX);
+        // At the limit of f64 no step is better than none.
+        let Some(better) = sizes.map(candidate).find_map(|found| found) else { break };
+        (point, products) = better;
     }
-    at
+    let bias = point.pop().unwrap_or_default();
+    Linear { weights: point, bias }
 }
 
 #[cfg(test)]
@@ -129,6 +180,6 @@ mod tests {
     fn one_class_alone_is_fitted_without_nonsense() {
         let examples = [Example { vector: vec![(0, 1.0)], is_unsafe: true }];
         let fitted = fit(&examples, 1, 1.0);
-        assert!(fitted.weights[0].is_finite() && fitted.score(&vec![(0, 1.0)]) > 0.0);
+        assert!(fitted.weights[0].is_finite() && fitted.weights[0] + fitted.bias > 0.0);
     }
 }

@@ -25,6 +25,7 @@ mod batches;
 mod learn;
 mod disguise;
 mod linear;
+mod read_clusters;
 mod learn_words;
 mod open_guard;
 mod calibrate;
@@ -35,6 +36,7 @@ mod adapter_file;
 mod test_model;
 
 use crate::{
+    calibrate::OwnThresholds,
     learn::Recipe,
     learn_words::WordsRecipe,
     open_guard::{GuardFiles, read_adapter},
@@ -43,7 +45,7 @@ use crate::{
 
 const EXAMPLES: &str = "Examples:
   train-reference guard --package P --config guard.toml --rows guard.train.jsonl --out guard.safetensors
-  train-reference words --rows guard.train.jsonl --out guard.words
+  train-reference words --rows guard.train.jsonl --clusters clusters.tsv --out guard.words
   train-reference calibrate --package P --guard guard.safetensors --words guard.words --rows guard.dev.jsonl
   train-reference evaluate --package P --config guard.toml --guard guard.safetensors --rows guard.test.jsonl
   train-reference loss --package P --rows heldout.jsonl
@@ -107,6 +109,9 @@ enum Command {
         /// Leave each source out in turn and print what is found of it; the safe rows of DEV give the threshold
         #[arg(long, value_name = "DEV", conflicts_with = "out")]
         by_source: Option<PathBuf>,
+        /// Clusters of words of like meaning, from cluster_words.py, so that words that no row has say something too
+        #[arg(long)]
+        clusters: Option<PathBuf>,
         #[command(flatten)]
         recipe: WordsRecipe,
     },
@@ -123,9 +128,8 @@ enum Command {
         /// The recall or precision to reach, or the share of false alarms to stay below; 0.9, and 0.02 for false alarms
         #[arg(long)]
         reach: Option<f64>,
-        /// Give each category a threshold of its own where there are enough rows
-        #[arg(long)]
-        per_category: bool,
+        #[command(flatten)]
+        own: OwnThresholds,
         /// Where to write the configuration [default: in place]
         #[arg(long)]
         out: Option<PathBuf>,
@@ -210,6 +214,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             || cause.is::<commonweal_runtime::TextsError>()
             || cause.is::<ConfigError>()
             || cause.is::<WordsError>()
+            || cause.is::<read_clusters::ClustersError>()
             || cause.is::<ConstitutionError>()
             || cause.is::<commonweal_package::OpenError>()
     };
@@ -252,22 +257,24 @@ fn run(cli: Cli) -> Result<()> {
             let learned = learn_reviser::reviser_rows(&model, &constitution, &rows)?;
             files.train(&model, &learned, &recipe, AdapterKind::Reviser, progress)
         }
-        Command::Words { rows, out, by_source, recipe } => {
+        Command::Words { rows, out, by_source, clusters, recipe } => {
             let rows = rows::read(&rows)?;
+            let clusters = clusters.map(|path| read_clusters::read(&path)).transpose()?;
+            let clusters = clusters.as_ref();
             if let Some(dev) = by_source {
-                for row in learn_words::by_source(&rows, &rows::read(&dev)?, recipe, progress)? {
+                for row in learn_words::by_source(&rows, &rows::read(&dev)?, clusters, recipe, progress)? {
                     progress.event(&row);
                 }
                 return Ok(());
             }
             let out = out.context("--out is missing")?;
-            let bytes = learn_words::learn_words(&rows, recipe)?.write();
+            let bytes = learn_words::learn_words(&rows, clusters, recipe)?.write();
             learn::write_whole(&out, &bytes)?;
             progress
                 .event(&json!({"event": "learned", "rows": rows.len(), "bytes": bytes.len(), "out": out}));
             Ok(())
         }
-        Command::Calibrate { guard, rows, target, reach, per_category, out } => {
+        Command::Calibrate { guard, rows, target, reach, own, out } => {
             let rows = rows::read(&rows)?;
             let target = match target {
                 TargetArg::F1 => Target::F1,
@@ -280,12 +287,13 @@ fn run(cli: Cli) -> Result<()> {
             // Every row gets a category, so that each category's rows can be counted.
             config.threshold = f64::MIN_POSITIVE;
             config.categories.iter_mut().for_each(|category| category.threshold = None);
+            (config.prompt.threshold, config.pair.threshold) = (None, None);
             let words = guard.read_words(&config)?;
             let alone = GuardConfig { words: None, ..config.clone() };
             let (judge, _) = guard.open(&library()?, alone, None)?;
             let judgements = calibrate::judge(&judge, &rows, progress)?;
             let (calibrated, measured) =
-                calibrate::calibrate(&config, &rows, &judgements, words.as_ref(), target, per_category)?;
+                calibrate::calibrate(&config, &rows, &judgements, words.as_ref(), target, own)?;
             let out = out.unwrap_or(guard.config);
             learn::write_whole(&out, (heading(&text) + &calibrated.to_toml()?).as_bytes())?;
             progress.event(&json!({"event": "calibrated", "out": out, "measured": measured}));

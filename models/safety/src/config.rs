@@ -123,6 +123,9 @@ pub struct Layout {
     /// none: it reads the texts as its tokenizer frames them.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub template: String,
+    /// Unsafe from this calibrated probability on; the guard's own threshold where absent. A category's goes before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<f64>,
     /// From the raw log-odds of the labels to a probability.
     #[serde(default)]
     pub calibration: Platt,
@@ -208,17 +211,29 @@ impl GuardConfig {
         toml::to_string(self)
     }
 
-    /// The threshold for a category, or the guard's own.
-    pub fn threshold_for(&self, category: Option<&CategoryId>) -> f64 {
+    /// The threshold for a category of a prompt alone or of a pair, or that of all of these, or the guard's own.
+    pub fn threshold_for(&self, category: Option<&CategoryId>, with_response: bool) -> f64 {
         category
             .and_then(|id| self.categories.iter().find(|c| c.id == *id))
             .and_then(|c| c.threshold)
+            .or(self.layout(with_response).threshold)
             .unwrap_or(self.threshold)
     }
 
-    /// Below this probability no category can make a text unsafe.
+    /// Below this probability nothing can make a text unsafe.
     pub fn threshold_min(&self) -> f64 {
-        self.categories.iter().filter_map(|c| c.threshold).fold(self.threshold, f64::min)
+        self.own_thresholds().fold(self.threshold, f64::min)
+    }
+
+    /// The thresholds of layouts and categories.
+    pub(crate) fn own_thresholds(&self) -> impl Iterator<Item = f64> {
+        let layouts = [self.prompt.threshold, self.pair.threshold];
+        layouts.into_iter().chain(self.categories.iter().map(|category| category.threshold)).flatten()
+    }
+
+    /// What is asked about a prompt alone, or about a pair.
+    pub(crate) fn layout(&self, with_response: bool) -> &Layout {
+        if with_response { &self.pair } else { &self.prompt }
     }
 
     /// Every answer with its field, the safe ones first; whether it is an unsafe one.
@@ -246,7 +261,7 @@ impl GuardConfig {
 
     /// The questions about a prompt or a pair, categories written in: one, or one for each category.
     pub(crate) fn templates(&self, with_response: bool) -> Vec<(Option<CategoryId>, String)> {
-        let layout = if with_response { &self.pair } else { &self.prompt };
+        let layout = self.layout(with_response);
         let applies = |category: &&Category| AskedAbout::applies(category.only, with_response);
         let categories = || self.categories.iter().filter(applies);
         let lines: Vec<String> = categories().map(|category| category.fill(&self.category_line)).collect();
@@ -262,6 +277,7 @@ impl GuardConfig {
         let mut form = self.clone();
         form.threshold = 1.0;
         form.categories.iter_mut().for_each(|category| category.threshold = None);
+        (form.prompt.threshold, form.pair.threshold) = (None, None);
         (form.prompt.calibration, form.pair.calibration) = (Platt::default(), Platt::default());
         form
     }
@@ -291,10 +307,18 @@ mod tests {
     fn thresholds_fall_back_to_the_guards_own() {
         let config = GuardConfig::from_toml(GOOD).unwrap();
         let id = |text: &str| text.parse().unwrap();
-        assert!((config.threshold_for(Some(&id("violence"))) - 0.4).abs() < 1e-12);
-        assert!((config.threshold_for(Some(&id("privacy"))) - 0.5).abs() < 1e-12);
-        assert!((config.threshold_for(None) - 0.5).abs() < 1e-12);
-        assert!((config.threshold_min() - 0.4).abs() < 1e-12);
+        let close =
+            |got: f64, expected: f64| assert!((got - expected).abs() < 1e-12, "{got}, not {expected}");
+        close(config.threshold_for(Some(&id("violence")), true), 0.4);
+        close(config.threshold_for(Some(&id("privacy")), true), 0.5);
+        close(config.threshold_for(None, true), 0.5);
+        close(config.threshold_min(), 0.4);
+        let config = GuardConfig { pair: Layout { threshold: Some(0.3), ..config.pair.clone() }, ..config };
+        assert_eq!(GuardConfig::from_toml(&config.to_toml().unwrap()).unwrap(), config);
+        close(config.threshold_for(Some(&id("violence")), true), 0.4);
+        close(config.threshold_for(Some(&id("privacy")), true), 0.3);
+        close(config.threshold_for(None, false), 0.5);
+        close(config.threshold_min(), 0.3);
     }
 
     #[test]

@@ -290,14 +290,13 @@ impl Guard {
     }
 
     fn probability(&self, pair: Pair<'_>, log_odds: f64) -> f64 {
-        let layout = if pair.response.is_some() { &self.config.pair } else { &self.config.prompt };
-        layout.calibration.probability(log_odds)
+        self.config.layout(pair.response.is_some()).calibration.probability(log_odds)
     }
 
     /// What a finding means; its category matters from the lowest threshold on.
     fn judgement(&self, pair: Pair<'_>, finding: &Finding, lowest: f64) -> Judgement {
         let probability = self.probability(pair, finding.log_odds);
-        let threshold = self.config.threshold_for(finding.category.as_ref());
+        let threshold = self.config.threshold_for(finding.category.as_ref(), pair.response.is_some());
         let category = finding.category.clone().filter(|_| probability >= lowest);
         let is_unsafe = probability >= threshold;
         Judgement { probability, log_odds: finding.log_odds, category, threshold, is_unsafe }

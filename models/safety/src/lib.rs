@@ -39,4 +39,7 @@ pub use report::{Confusion, GuardReport, Rate, SafetyReport};
 pub use revise::{
     Flagged, ReviseError, ReviseOptions, Reviser, Revision, critique_messages, revision_messages,
 };
-pub use words::{BUCKETS, Head, Sparse, Spoken, Vocabulary, Words, WordsError, WordsFileError};
+pub use words::{
+    BUCKETS, CLUSTERED_MAX, Clusters, Head, LEVELS, Sparse, Spoken, Vocabulary, Words, WordsError,
+    WordsFileError,
+};

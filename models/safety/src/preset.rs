@@ -165,8 +165,8 @@ mod tests {
         assert_eq!(config.pair.calibration, Platt { slope: 2.0, intercept: 1.0 });
         assert_eq!(config.prompt.calibration, Platt::default());
         let other = "other".parse().unwrap();
-        assert!((config.threshold_for(Some(&other)) - 0.2).abs() < 1e-12);
-        assert!((config.threshold_for(None) - 0.3).abs() < 1e-12);
+        assert!((config.threshold_for(Some(&other), true) - 0.2).abs() < 1e-12);
+        assert!((config.threshold_for(None, true) - 0.3).abs() < 1e-12);
         assert_eq!(config.also_safe, [" Controversial"]);
         assert!(config.also_unsafe.is_empty());
     }

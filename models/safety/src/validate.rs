@@ -49,6 +49,9 @@ impl GuardConfig {
                 check_template(&mut problems, name, layout, with_response);
             }
             check_calibration(&mut problems, name, layout.calibration);
+            if let Some(threshold) = layout.threshold {
+                check_probability(&mut problems, &format!("{name}.threshold"), threshold);
+            }
             self.check_reach(&mut problems, name, layout.calibration);
         }
         self.check_categories(&mut problems);
@@ -59,8 +62,9 @@ impl GuardConfig {
     /// Every threshold must be within reach of a model's log-odds: one that is not switches the guard off unseen.
     fn check_reach(&self, problems: &mut Problems, name: &str, calibration: Platt) {
         let Platt { slope, intercept } = calibration;
-        let own = self.categories.iter().filter_map(|category| category.threshold);
-        for threshold in own.chain([self.threshold]).filter(|threshold| is_threshold(*threshold)) {
+        for threshold in
+            self.own_thresholds().chain([self.threshold]).filter(|threshold| is_threshold(*threshold))
+        {
             let needed = ((threshold / (1.0 - threshold)).ln() - intercept) / slope;
             // Not a number only where slope or intercept is not finite, which is a problem of its own.
             if needed > LOG_ODDS_MAX {
@@ -318,6 +322,7 @@ mod tests {
         };
         assert_eq!(places(|config| config.threshold = 1.0), ["threshold"]);
         assert_eq!(places(|config| config.categories[0].threshold = Some(1.0)), ["categories[0].threshold"]);
+        assert_eq!(places(|config| config.pair.threshold = Some(0.0)), ["pair.threshold"]);
         assert_eq!(places(|config| config.prompt.calibration.intercept = -1e9), ["prompt.calibration"]);
         assert_eq!(places(|config| config.pair.calibration.slope = 1e-9), ["pair.calibration"]);
         assert_eq!(places(|config| config.threshold = 1.0 - 1e-12), [""; 0]);

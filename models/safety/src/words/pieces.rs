@@ -114,13 +114,15 @@ pub(crate) fn windows(words: &[String]) -> impl Iterator<Item = &[String]> {
     })
 }
 
+/// The bucket of a piece. `buckets` is a power of two.
+pub(crate) fn bucket(piece: &str, buckets: usize) -> usize {
+    murmur::hash(piece.as_bytes()) as usize & (buckets - 1)
+}
+
 /// How often each bucket occurs among the pieces of `words`. `buckets` is a power of two.
 pub(crate) fn counts(words: &[String], buckets: usize) -> BTreeMap<usize, u32> {
     let mut counts = BTreeMap::new();
-    let mut add = |piece: &str| {
-        let bucket = murmur::hash(piece.as_bytes()) as usize & (buckets - 1);
-        *counts.entry(bucket).or_insert(0) += 1;
-    };
+    let mut add = |piece: &str| *counts.entry(bucket(piece, buckets)).or_insert(0) += 1;
     for (index, word) in words.iter().enumerate() {
         add(&format!("w{word}"));
         if index > 0 {
