@@ -50,7 +50,7 @@ impl GuardConfig {
             }
             check_calibration(&mut problems, name, layout.calibration);
             if let Some(threshold) = layout.threshold {
-                check_probability(&mut problems, &format!("{name}.threshold"), threshold);
+                check_probability(&mut problems, format!("{name}.threshold"), threshold);
             }
             self.check_reach(&mut problems, name, layout.calibration);
         }
