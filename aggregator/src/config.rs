@@ -198,7 +198,13 @@ impl Config {
     pub fn method(&self) -> String {
         let rule = if self.plain { Rule::Mean } else { self.merge.rule };
         let scaffold = if self.train.scaffold { ", scaffold" } else { "" };
-        format!("{}, {}, {}{scaffold}", self.train.mode.name(), rule.name(), self.merge.optimizer.name())
+        let buffered = if self.round.is_buffered() { ", buffered" } else { "" };
+        format!(
+            "{}, {}, {}{scaffold}{buffered}",
+            self.train.mode.name(),
+            rule.name(),
+            self.merge.optimizer.name()
+        )
     }
 }
 

@@ -17,16 +17,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use commonweal_adapter::{AdapterLayout, Trainable, pair};
 use commonweal_protocol::{
     BaseHash, DeviceId, Digest, Fetch, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, RoundId,
-    RoundTask, Scaffold, SigningKey, Start, Version,
+    RoundTask, Scaffold, SigningKey, Version,
 };
 use commonweal_transport::{Clock, ContentPart};
 
 use crate::config::Config;
-use crate::desk::Desk;
+use crate::desk::{Desk, start_of};
 use crate::events::{Event, Events};
 use crate::pause::PausePoint;
 use crate::publish::Publisher;
-use crate::round::NotAdmitted;
+use crate::round::{NotAdmitted, ROUNDS_BACK_MAX};
 use crate::store::Storage;
 use limit::Limits;
 use partial::Partials;
@@ -116,6 +116,12 @@ impl Receiver {
         pair::bytes_max(&self.parts.layout, train.trainable(round), train.scaffold)
     }
 
+    /// The earliest round whose updates are still taken when this one's are.
+    fn oldest_round(&self, round: RoundId) -> RoundId {
+        let back = if self.parts.config.round.is_buffered() { ROUNDS_BACK_MAX } else { 0 };
+        RoundId(round.0.saturating_sub(back))
+    }
+
     /// One step of a device's upload at a time.
     fn lane(&self, device: DeviceId) -> MutexGuard<'_, ()> {
         let lane = usize::from(device.0[0]) % LANES;
@@ -166,8 +172,13 @@ impl Receiver {
 
     fn not_admitted(&self, device: DeviceId, request: &'static str, error: NotAdmitted) -> Refused {
         let reason = match error {
-            NotAdmitted::StaleRound { .. } => Refusal::StaleRound,
+            NotAdmitted::StaleRound { .. } | NotAdmitted::TooStale { .. } => Refusal::StaleRound,
             NotAdmitted::NotSelected => Refusal::NotInRound,
+            NotAdmitted::Merging { .. } => {
+                // Ordinary, and as often as devices look again: nothing to tell an operator.
+                tracing::debug!(%device, request, %error, "to come back");
+                return Refused { reason: Refusal::Busy, reconnect: self.reconnect() };
+            }
         };
         self.refuse(Some(device), request, reason, error)
     }
@@ -186,8 +197,7 @@ impl Receiver {
         if let Some(installed) = poll.installed {
             self.live().installed.insert(device, installed);
         }
-        let start =
-            Start { version: head.release.version, digest: head.release.digest, length: head.release.length };
+        let start = start_of(&head.release);
         let assigned = self
             .parts
             .desk

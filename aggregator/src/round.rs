@@ -6,21 +6,27 @@
 //!               └──────────────── Abandoned (no quorum) ─────────────────┘
 //! ```
 //!
+//! Buffered rounds (`buffer.rs`) open by themselves and are abandoned only when nothing came.
+//!
 //! `receive` turns a device's messages into events, `serve` carries the actions out in order and reports
 //! back with events. Nothing here reads a clock or a disk. A device that fails or vanishes never stops a
 //! round: the goal, the quorum and the deadline decide.
 
 mod vocabulary;
 mod policy;
+mod buffer;
 #[cfg(test)]
 mod simulate;
+#[cfg(test)]
+mod simulate_buffer;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundId, Start};
 use serde::{Deserialize, Serialize};
 
-pub use policy::{GOAL_MAX, Policy, PolicyError};
+pub use buffer::{ROUNDS_BACK_MAX, Task};
+pub use policy::{GOAL_MAX, Policy, PolicyError, RoundMode};
 pub use vocabulary::{Action, Event, NotAdmitted, Outcome, Summary};
 
 /// Longest reason kept for a rejected round.
@@ -93,6 +99,8 @@ pub struct Rounds {
     closed_ms: u64,
     selected: u32,
     received: u32,
+    /// Of buffered rounds: who is at work on what.
+    tasks: BTreeMap<DeviceId, Task>,
 }
 
 impl Default for Rounds {
@@ -111,11 +119,15 @@ impl Rounds {
             closed_ms: 0,
             selected: 0,
             received: 0,
+            tasks: BTreeMap::new(),
         }
     }
 
     /// Whether an update of `device` for `round` would be counted now. `Ok(true)`: it already was.
-    pub fn admits(&self, round: RoundId, device: &DeviceId) -> Result<bool, NotAdmitted> {
+    pub fn admits(&self, policy: &Policy, round: RoundId, device: &DeviceId) -> Result<bool, NotAdmitted> {
+        if policy.is_buffered() {
+            return self.admits_buffered(policy, round, device);
+        }
         let stale = NotAdmitted::StaleRound { named: round.0, current: self.round.0 };
         if round != self.round {
             return Err(stale);
@@ -146,6 +158,14 @@ impl Rounds {
     pub fn tick(&mut self, policy: &Policy, now_ms: u64, event: Event) -> Vec<Action> {
         match (&mut self.phase, event) {
             (_, Event::Resumed) => self.resume(policy, now_ms),
+            (Phase::Waiting { .. }, Event::Head(start)) if policy.is_buffered() => {
+                self.open_buffer(policy, now_ms, start)
+            }
+            (Phase::Waiting { .. }, Event::Polled(device, start)) if policy.is_buffered() => {
+                let mut actions = self.open_buffer(policy, now_ms, start);
+                actions.extend(self.give_task(policy, now_ms, device, start));
+                actions
+            }
             (Phase::Waiting { .. }, Event::Polled(device, start)) => {
                 self.enlist(policy, now_ms, device, start)
             }
@@ -155,6 +175,15 @@ impl Rounds {
                     // Opening needs a device's poll, which names the release; so only keep the timer.
                     if now_ms < open_ms { vec![Action::WakeAt(open_ms)] } else { Vec::new() }
                 })
+            }
+            (Phase::Collecting { .. }, Event::Polled(device, start)) if policy.is_buffered() => {
+                self.give_task(policy, now_ms, device, start)
+            }
+            (Phase::Collecting { .. }, Event::Received(device)) if policy.is_buffered() => {
+                self.count_buffered(now_ms, device)
+            }
+            (Phase::Collecting { .. }, Event::TimePassed) if policy.is_buffered() => {
+                self.check_buffer(policy, now_ms)
             }
             (Phase::Collecting { .. }, Event::Polled(device, _)) => self.assign(policy, device),
             (Phase::Collecting { .. }, Event::Received(device)) => self.count(now_ms, &device),
@@ -278,7 +307,8 @@ impl Rounds {
             received: self.received,
             outcome,
         };
-        *self = Self::waiting(RoundId(self.round.0.saturating_add(1)));
+        let tasks = std::mem::take(&mut self.tasks);
+        *self = Self { tasks, ..Self::waiting(RoundId(self.round.0.saturating_add(1))) };
         // The record comes first: after a crash between the two the round ends again, the same way.
         let mut actions = vec![Action::Finish(summary), Action::Save];
         if policy.is_past_last(self.round) {

@@ -1,4 +1,4 @@
-//! A thousand rounds with everything that can go wrong, from seeds: the real state machine, receiver, desk, merge and
+//! A thousand rounds of either mode with everything that can go wrong, from seeds: the real state machine, receiver, desk, merge and
 //! publisher over stores that pass the contract suites, and devices over the simulated link.
 //!
 //! Streams are cut, doubled and corrupted; devices vanish, lie and repeat themselves; the store fails, knowingly and
@@ -15,6 +15,7 @@ mod stages;
 #[path = "simulation/invariants.rs"]
 mod invariants;
 
+use aggregator::round::RoundMode;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use world::World;
@@ -34,11 +35,13 @@ pub struct Tally {
     receipts: u64,
     kills: u64,
     faults: u64,
+    /// Updates merged into a later release than the one that they were trained from.
+    stale: u64,
 }
 
-async fn simulate(seed: u64) -> Tally {
+async fn simulate(seed: u64, mode: RoundMode) -> Tally {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let mut world = World::new(seed);
+    let mut world = World::new(seed, mode);
     let mut steps = 0;
     while world.round() <= ROUNDS {
         steps += 1;
@@ -59,14 +62,14 @@ async fn simulate(seed: u64) -> Tally {
     invariants::check_end(&world)
 }
 
-fn run(seed: u64) -> Tally {
+fn run(seed: u64, mode: RoundMode) -> Tally {
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
-    runtime.block_on(simulate(seed))
+    runtime.block_on(simulate(seed, mode))
 }
 
 /// Runs a seed and names it if it fails.
-fn run_named(seed: u64) -> Tally {
+fn run_named(seed: u64, mode: RoundMode) -> Tally {
     struct Name(u64);
     impl Drop for Name {
         fn drop(&mut self) {
@@ -79,11 +82,11 @@ fn run_named(seed: u64) -> Tally {
         }
     }
     let _name = Name(seed);
-    run(seed)
+    run(seed, mode)
 }
 
-#[test]
-fn a_thousand_rounds_keep_the_invariants() {
+/// Seeds of a mode; a simulation in which nothing happens proves nothing.
+fn run_all(mode: RoundMode, wanted: impl Fn(&Tally) -> Vec<(&'static str, u64)>) {
     let seeds = match std::env::var("COMMONWEAL_SEED") {
         Ok(seed) => seed.parse().unwrap()..seed.parse::<u64>().unwrap() + 1,
         Err(_) => 0..SEEDS,
@@ -91,7 +94,7 @@ fn a_thousand_rounds_keep_the_invariants() {
     let count = seeds.end - seeds.start;
     let mut total = Tally::default();
     for seed in seeds {
-        let tally = run_named(seed);
+        let tally = run_named(seed, mode);
         total.rounds += tally.rounds;
         total.published += tally.published;
         total.rejected += tally.rejected;
@@ -99,24 +102,47 @@ fn a_thousand_rounds_keep_the_invariants() {
         total.receipts += tally.receipts;
         total.kills += tally.kills;
         total.faults += tally.faults;
+        total.stale += tally.stale;
     }
     eprintln!("{total:?}");
     assert_eq!(total.rounds, count * ROUNDS);
-    // A simulation in which nothing happens proves nothing.
     if count == SEEDS {
-        for (what, number) in [
-            ("published rounds", total.published),
-            ("rejected rounds", total.rejected),
-            ("abandoned rounds", total.abandoned),
-            ("kills", total.kills),
-            ("faults of the link", total.faults),
-        ] {
+        for (what, number) in wanted(&total) {
             assert!(number >= 50, "only {number} {what}");
         }
     }
 }
 
 #[test]
+fn a_thousand_rounds_keep_the_invariants() {
+    run_all(RoundMode::Synchronous, |total| {
+        assert_eq!(total.stale, 0);
+        vec![
+            ("published rounds", total.published),
+            ("rejected rounds", total.rejected),
+            ("abandoned rounds", total.abandoned),
+            ("kills", total.kills),
+            ("faults of the link", total.faults),
+        ]
+    });
+}
+
+#[test]
+fn a_thousand_buffered_rounds_keep_the_invariants() {
+    run_all(RoundMode::Buffered, |total| {
+        vec![
+            ("published rounds", total.published),
+            ("rejected rounds", total.rejected),
+            ("updates that lay behind", total.stale),
+            ("kills", total.kills),
+            ("faults of the link", total.faults),
+        ]
+    });
+}
+
+#[test]
 fn a_seed_replays_exactly() {
-    assert_eq!(run_named(7), run_named(7));
+    for mode in [RoundMode::Synchronous, RoundMode::Buffered] {
+        assert_eq!(run_named(7, mode), run_named(7, mode));
+    }
 }

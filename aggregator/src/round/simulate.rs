@@ -42,7 +42,7 @@ fn policies() -> impl Strategy<Value = Policy> {
                 quorum,
                 wait_ms: wait,
                 deadline_ms: deadline,
-                last: None,
+                ..Policy::default()
             })
         },
     )
@@ -69,7 +69,10 @@ impl Shell {
                 Action::Save => self.saved = self.rounds.clone(),
                 Action::Assign(device) => {
                     self.assigned.insert((self.rounds.round.0, *device));
-                    assert!(self.saved.admits(self.rounds.round, device).is_ok(), "assigned before saved");
+                    assert!(
+                        self.saved.admits(policy, self.rounds.round, device).is_ok(),
+                        "assigned before saved"
+                    );
                 }
                 Action::Finish(summary) => match self.records.last() {
                     Some(last) if last.round == summary.round => {}
@@ -131,7 +134,7 @@ proptest! {
                 }
                 Step::Upload(number) => {
                     let round = shell.rounds.round;
-                    if let Ok(already) = shell.rounds.admits(round, &device(number)) {
+                    if let Ok(already) = shell.rounds.admits(&policy, round, &device(number)) {
                         let new = shell.inbox.insert((round.0, device(number)));
                         prop_assert_eq!(already, !new, "the state and the inbox disagree");
                         shell.tick(&policy, Event::Received(device(number)));
@@ -185,15 +188,15 @@ fn collecting(policy: &Policy, devices: u8) -> Rounds {
 fn a_round_closes_at_its_goal_and_takes_nothing_after() {
     let policy = policy();
     let mut rounds = collecting(&policy, 6);
-    assert_eq!(rounds.admits(RoundId(1), &device(5)), Ok(false), "over-selected: ceil(4 · 1.3)");
-    assert_eq!(rounds.admits(RoundId(1), &device(6)), Err(NotAdmitted::NotSelected));
+    assert_eq!(rounds.admits(&policy, RoundId(1), &device(5)), Ok(false), "over-selected: ceil(4 · 1.3)");
+    assert_eq!(rounds.admits(&policy, RoundId(1), &device(6)), Err(NotAdmitted::NotSelected));
     for number in 0..3 {
         assert_eq!(rounds.tick(&policy, 30_000, Event::Received(device(number))), []);
     }
     let actions = rounds.tick(&policy, 30_000, Event::Received(device(5)));
     assert_eq!(actions, [Action::Save, Action::Closed, Action::Merge]);
     let stale = NotAdmitted::StaleRound { named: 1, current: 1 };
-    assert_eq!(rounds.admits(RoundId(1), &device(4)), Err(stale), "late");
+    assert_eq!(rounds.admits(&policy, RoundId(1), &device(4)), Err(stale), "late");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use aggregator::receive::enroll::Registry;
 use aggregator::receive::handler::{Service, Threads};
 use aggregator::receive::partial::PartialMemory;
 use aggregator::receive::{Parts, Receiver};
-use aggregator::round::Policy;
+use aggregator::round::{Policy, RoundMode};
 use aggregator::store::{Blob, Faults as StoreFaults, MemoryStorage};
 use commonweal_adapter::{Adapter, AdapterLayout, Module, Target};
 use commonweal_protocol::{
@@ -106,7 +106,7 @@ pub fn layout() -> Arc<AdapterLayout> {
     Arc::new(AdapterLayout::new(1, 2, 4.0, modules).unwrap())
 }
 
-fn config(random: &mut ChaCha8Rng) -> Config {
+fn config(random: &mut ChaCha8Rng, mode: RoundMode) -> Config {
     let mut config = Config::default();
     let goal = random.random_range(1..5);
     config.round = Policy {
@@ -115,8 +115,14 @@ fn config(random: &mut ChaCha8Rng) -> Config {
         quorum: random.random_range(1..=goal),
         wait_ms: random.random_range(0..30_000),
         deadline_ms: random.random_range(20_000..90_000),
-        last: None,
+        ..Policy::default()
     };
+    if mode == RoundMode::Buffered {
+        config.round.mode = mode;
+        config.round.over_selection = random.random_range(1.0..3.0);
+        config.round.staleness_max = random.random_range(1..4);
+        config.round.staleness_exponent = random.random_range(0.0..1.5);
+    }
     config.receive.releases_kept = 6;
     config.receive.reserve_bytes = 0;
     config.receive.requests_burst = 1_000;
@@ -127,7 +133,7 @@ fn config(random: &mut ChaCha8Rng) -> Config {
 }
 
 impl World {
-    pub fn new(seed: u64) -> Self {
+    pub fn new(seed: u64, mode: RoundMode) -> Self {
         let mut random = ChaCha8Rng::seed_from_u64(seed ^ 0x5eed);
         let memory = MemoryStorage::default();
         let storage = memory.storage();
@@ -194,7 +200,7 @@ impl World {
             base,
             devices,
             kills: 0,
-            config: Arc::new(config(&mut random)),
+            config: Arc::new(config(&mut random, mode)),
             clock: Clock::manual(START_MS),
             authority,
             faults: Faults::seeded(seed, rates, u32::MAX),
