@@ -22,6 +22,8 @@ pub mod evaluate;
 pub mod publish;
 pub mod drive;
 pub mod directory;
+pub mod observe;
+pub mod admin;
 pub mod serve;
 pub mod cli;
 pub mod pause;
