@@ -20,8 +20,7 @@ use crate::observe::Observer;
 pub use door::Token;
 
 /// Where it listens if nothing is said.
-pub const ADDRESS: SocketAddr =
-    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 4434);
+pub const ADDRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 4434);
 
 /// What the port needs.
 #[derive(Clone, Debug)]

@@ -6,7 +6,9 @@
 use std::io::Write;
 use std::sync::Arc;
 
-use commonweal_protocol::{DeviceId, Digest, Refusal, ReportCard, RoundCounts, RoundId, SignedControl, Version};
+use commonweal_protocol::{
+    DeviceId, Digest, Refusal, ReportCard, RoundCounts, RoundId, SignedControl, Version,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::optimize::OptimizerState;
@@ -242,6 +244,7 @@ impl Events {
     }
 
     /// The same, and `hear` is told first.
+    #[must_use]
     pub fn heard_by(&self, hear: impl Fn(&Event) + Send + Sync + 'static) -> Self {
         let events = self.clone();
         Self::to(move |event| {
@@ -276,8 +279,9 @@ impl Event {
     pub fn sentence(&self) -> String {
         match self {
             Self::Listening { address, admin, version, round } => {
-                let admin =
-                    admin.as_ref().map_or_else(String::new, |admin| format!(", for operators on http://{admin}"));
+                let admin = admin
+                    .as_ref()
+                    .map_or_else(String::new, |admin| format!(", for operators on http://{admin}"));
                 format!("listening on {address}{admin}; release {version}, round {round} is next")
             }
             Self::Enrolled { device } => format!("device {device} enrolled"),

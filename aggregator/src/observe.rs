@@ -107,8 +107,9 @@ impl Observer {
         let reserve = self.view.parts.config.receive.reserve_bytes;
         match self.view.parts.storage.blob.free_bytes() {
             Ok(free) if free > reserve => {}
-            Ok(free) => obstacles
-                .push(format!("disk: expected more than {reserve} free bytes (receive.reserve_bytes), got {free}")),
+            Ok(free) => obstacles.push(format!(
+                "disk: expected more than {reserve} free bytes (receive.reserve_bytes), got {free}"
+            )),
             Err(error) => obstacles.push(format!("disk: {}", crate::receive::chain(&error))),
         }
         obstacles

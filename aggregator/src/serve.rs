@@ -198,7 +198,17 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
     let authority = Arc::new(directory.authority()?);
     let registry = Registry::new(storage.coord.clone());
     let service = Service::new(receiver.clone(), registry, authority.clone(), Threads::Blocking);
-    let shell = Shell { parts, receiver, authority, directory, counts, recent, cancel, stop: Arc::default(), linger_ms };
+    let shell = Shell {
+        parts,
+        receiver,
+        authority,
+        directory,
+        counts,
+        recent,
+        cancel,
+        stop: Arc::default(),
+        linger_ms,
+    };
     shell.run(service, Driver::new(shell.parts.clone(), base, stages))?;
     let version = publisher.head()?.map_or(head.version, |signed| signed.release.version);
     events.tell(&Event::Stopped { version });

@@ -165,7 +165,8 @@ fn a_port_that_is_taken_is_named_and_off_is_off() {
     });
     let mut serve = federation.verb("serve");
     serve.arg("--json").env_remove("COMMONWEAL_ADMIN");
-    let mut running = commonweal_tests::program::Running::start("aggregator", &mut serve, &federation.path("off.log"));
+    let mut running =
+        commonweal_tests::program::Running::start("aggregator", &mut serve, &federation.path("off.log"));
     assert!(running.event("listening")["admin"].is_null());
     assert_eq!(running.stop(), 0);
 }

@@ -1,12 +1,12 @@
 //! `/api/v1`: what the dashboard shows, as JSON. Fields are those of `observe`'s types; docs/operations.md lists the
 //! requests. Routed by `routes.rs`, behind the door.
 
+use axum::Json;
 use axum::Router;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use axum::Json;
 use commonweal_protocol::DeviceId;
 use serde::{Deserialize, Serialize};
 

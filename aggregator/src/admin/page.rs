@@ -14,11 +14,17 @@ pub(super) const POLICY: &str = "default-src 'none'; script-src 'self'; style-sr
 
 pub(super) fn routes() -> Router<Served> {
     Router::new()
-        .route("/", get(|| file("text/html; charset=utf-8", include_str!("page/dashboard.html"))))
-        .route("/dashboard.js", get(|| file("text/javascript; charset=utf-8", include_str!("page/dashboard.js"))))
-        .route("/dashboard.css", get(|| file("text/css; charset=utf-8", include_str!("page/dashboard.css"))))
+        .route("/", get(|| async { file("text/html; charset=utf-8", include_str!("page/dashboard.html")) }))
+        .route(
+            "/dashboard.js",
+            get(|| async { file("text/javascript; charset=utf-8", include_str!("page/dashboard.js")) }),
+        )
+        .route(
+            "/dashboard.css",
+            get(|| async { file("text/css; charset=utf-8", include_str!("page/dashboard.css")) }),
+        )
 }
 
-async fn file(media_type: &'static str, text: &'static str) -> impl IntoResponse {
+fn file(media_type: &'static str, text: &'static str) -> impl IntoResponse {
     ([(header::CONTENT_TYPE, media_type)], text)
 }

@@ -57,9 +57,7 @@ async fn harden(mut response: Response) -> Response {
 async fn ready(State(served): State<Served>) -> Response {
     match served.look(|observer| Ok(observer.obstacles())).await {
         Ok(obstacles) if obstacles.is_empty() => "ready\n".into_response(),
-        Ok(obstacles) => {
-            (StatusCode::SERVICE_UNAVAILABLE, obstacles.join("\n") + "\n").into_response()
-        }
+        Ok(obstacles) => (StatusCode::SERVICE_UNAVAILABLE, obstacles.join("\n") + "\n").into_response(),
         Err(failure) => failure,
     }
 }
@@ -81,7 +79,8 @@ impl Served {
             tracing::warn!("the admin port cannot answer: {reason}");
             (StatusCode::INTERNAL_SERVER_ERROR, format!("{reason}\n")).into_response()
         };
-        let place = Arc::clone(&self.looks).acquire_owned().await.map_err(|error| failed(error.to_string()))?;
+        let place =
+            Arc::clone(&self.looks).acquire_owned().await.map_err(|error| failed(error.to_string()))?;
         let observer = Arc::clone(&self.observer);
         let looked = tokio::task::spawn_blocking(move || {
             let _place = place;

@@ -20,7 +20,9 @@ pub(super) fn dashboard(dir: &Path, verb: &DashboardVerb, json: bool) -> Result<
     let directory = Directory::open(dir)?;
     let listen = verb.admin.unwrap_or(Config::read(dir)?.admin.listen);
     let Listen::At(address) = listen else {
-        return Err(CliError::Input("admin.listen: expected an address, got \"off\": there is no dashboard".to_owned()));
+        return Err(CliError::Input(
+            "admin.listen: expected an address, got \"off\": there is no dashboard".to_owned(),
+        ));
     };
     if address.port() == 0 {
         return Err(CliError::Input(

@@ -91,7 +91,11 @@ impl Counts {
         let retries = Counter::default();
         registry.register("stage_retries", "Stages that will be tried again", retries.clone());
         let refusals = Family::<Refused, Counter>::default();
-        registry.register("refusals", "Requests of devices and strangers that were refused", refusals.clone());
+        registry.register(
+            "refusals",
+            "Requests of devices and strangers that were refused",
+            refusals.clone(),
+        );
         // A series that is there from the start can be watched for its first step.
         for outcome in ["accepted", "refused"] {
             drop(updates.get_or_create(&Outcome { outcome: outcome.to_owned() }));
@@ -118,8 +122,12 @@ impl Counts {
     /// Counts an event.
     pub fn hear(&self, event: &Event) {
         match event {
-            Event::Enrolled { .. } => drop(self.enrolments.inc()),
-            Event::Assigned { .. } => drop(self.tasks.inc()),
+            Event::Enrolled { .. } => {
+                self.enrolments.inc();
+            }
+            Event::Assigned { .. } => {
+                self.tasks.inc();
+            }
             Event::Received { bytes, .. } => {
                 self.update("accepted", 1);
                 self.update_bytes.inc_by(*bytes);
@@ -129,7 +137,9 @@ impl Counts {
                 if ["open", "chunk", "finish"].contains(request) {
                     self.update("refused", count);
                 }
-                self.refusals.get_or_create(&Refused { request, refusal: refusal_name(*refusal) }).inc_by(count);
+                self.refusals
+                    .get_or_create(&Refused { request, refusal: refusal_name(*refusal) })
+                    .inc_by(count);
             }
             Event::Stage { seconds, figures, .. } => {
                 let stage = match figures {
@@ -140,8 +150,12 @@ impl Counts {
                 };
                 self.stage_seconds.get_or_create(&Stage { stage }).observe(*seconds);
             }
-            Event::Published { .. } => drop(self.releases.inc()),
-            Event::Retrying { .. } => drop(self.retries.inc()),
+            Event::Published { .. } => {
+                self.releases.inc();
+            }
+            Event::Retrying { .. } => {
+                self.retries.inc();
+            }
             _ => {}
         }
     }
@@ -158,7 +172,7 @@ impl Counts {
             let page = desk::records(coord, *next, RECORDS_PAGE)?;
             let Some(last) = page.last() else { return Ok(()) };
             for record in &page {
-                drop(self.rounds.get_or_create(&Outcome { outcome: record.outcome.clone() }).inc());
+                self.rounds.get_or_create(&Outcome { outcome: record.outcome.clone() }).inc();
             }
             *next = RoundId(last.round.0.saturating_add(1));
         }

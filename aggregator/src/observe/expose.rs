@@ -71,7 +71,11 @@ fn release(registry: &mut Registry, standing: &Standing) {
     let Some(card) = &standing.card else { return };
     for (name, help, value) in [
         ("candidate_safe_rate", "Share of safe answers to harmful prompts", card.safe_rate),
-        ("candidate_attack_success_rate", "Share of harmful prompts that are answered", card.attack_success_rate),
+        (
+            "candidate_attack_success_rate",
+            "Share of harmful prompts that are answered",
+            card.attack_success_rate,
+        ),
         ("candidate_over_refusal_rate", "Share of benign prompts that are refused", card.over_refusal_rate),
         ("candidate_held_out_loss", "Loss on held-out conversations, nats a token", card.held_out_loss),
     ] {
@@ -143,11 +147,9 @@ fn devices(registry: &mut Registry, standing: &Standing) {
 fn store(registry: &mut Registry, standing: &Standing) {
     let store = &standing.store;
     let parts = Gauges::<Part>::default();
-    for (part, bytes) in [
-        ("database", store.database_bytes),
-        ("blobs", store.blobs_bytes),
-        ("partials", store.partials_bytes),
-    ] {
+    for (part, bytes) in
+        [("database", store.database_bytes), ("blobs", store.blobs_bytes), ("partials", store.partials_bytes)]
+    {
         parts.get_or_create(&Part { part }).set(bytes as f64);
     }
     registry.register_with_unit("store", "What the state directory holds", Unit::Bytes, parts);

@@ -41,7 +41,8 @@ impl Recent {
 
     /// Remembers an event, and forgets the oldest one.
     pub fn hear(&self, event: &Event) {
-        let name = serde_json::to_value(event).ok().and_then(|value| value["event"].as_str().map(str::to_owned));
+        let name =
+            serde_json::to_value(event).ok().and_then(|value| value["event"].as_str().map(str::to_owned));
         let sentence = event.sentence().chars().take(SENTENCE_CHARS_MAX).collect();
         let at_ms = self.clock.unix_ms();
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);

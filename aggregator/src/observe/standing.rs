@@ -98,13 +98,17 @@ pub(super) fn look(observer: &Observer) -> Result<Standing, ObserveError> {
     let release = parts.publisher.head()?.map(|signed| signed.release);
     let (rounds, progress) = (parts.desk.rounds(), parts.desk.progress());
     let (received, target) = rounds.progress();
-    let last = parts.storage.coord.head(desk::RECORDS)?.map_or(RoundId(0), |entry| {
-        RoundId(entry.sequence.saturating_sub(1))
-    });
+    let last = parts
+        .storage
+        .coord
+        .head(desk::RECORDS)?
+        .map_or(RoundId(0), |entry| RoundId(entry.sequence.saturating_sub(1)));
     let candidate = progress.evaluate.as_ref().map(|evaluate| evaluate.report_card.clone());
     let candidate = match candidate {
         Some(card) => Some(card),
-        None => desk::records(parts.storage.coord.as_ref(), last, 1)?.pop().and_then(|record| record.candidate),
+        None => {
+            desk::records(parts.storage.coord.as_ref(), last, 1)?.pop().and_then(|record| record.candidate)
+        }
     };
     Ok(Standing {
         now_ms,
@@ -154,7 +158,8 @@ fn count_devices(
             counts.expired += 1;
         } else {
             counts.active += 1;
-            let is_online = seen.get(&device).is_some_and(|seen_ms| now_ms.saturating_sub(*seen_ms) < ONLINE_MS);
+            let is_online =
+                seen.get(&device).is_some_and(|seen_ms| now_ms.saturating_sub(*seen_ms) < ONLINE_MS);
             counts.online += usize::from(is_online);
             counts.current += usize::from(version.is_some() && installed.get(&device).copied() == version);
         }
