@@ -126,6 +126,9 @@ def look(page, federation, out):
     expect(rows(page, "releases-table").first.locator("td").nth(2)).to_have_text("init")
     page.reload()
     expect(page.locator("#main")).to_be_visible()
+    # By keyboard alone: the first stop is the way to the content.
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "To the content"
 
     invitations = call(BIN / "aggregator", "token", "--dir", federation.state, "--count", 3, "--json")[0]["invitations"]
     for number, invitation in enumerate(invitations[:2], 1):
@@ -143,7 +146,8 @@ def look(page, federation, out):
     for stage in ["merge", "align", "evaluate"]:
         assert stage in cells.nth(8).inner_text(), cells.nth(8).inner_text()
     expect(page.locator("#gates tbody tr", has_text="safe rate").locator("td").last).to_have_text("passed")
-    expect(page.locator("#plot circle.loss").nth(1)).to_be_attached()
+    expect(page.locator("#rounds-table tbody td.good", has_text="published").nth(2)).to_be_visible(timeout=WAIT_MS)
+    expect(page.locator("#plot circle.loss").nth(2)).to_be_attached()
 
     # A device that is revoked is shown so, without a reload; its refusals come among the events.
     first = call(BIN / "aggregator", "devices", "--dir", federation.state, "--json")[0]["device"]
@@ -157,11 +161,7 @@ def look(page, federation, out):
     expect(rows(page, "devices-table")).to_have_count(1)
     page.get_by_label("Show").select_option("")
 
-    # By keyboard alone, from the top: the first stop is the way to the content.
     page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.textContent") == "To the content"
-
     out.mkdir(parents=True, exist_ok=True)
     for scheme in ["light", "dark"]:
         page.emulate_media(color_scheme=scheme)
