@@ -5,6 +5,7 @@
 //! decode, fit the base and are finite and not too long. A peer is told a coarse reason, the operator's
 //! event has the rest.
 
+mod pace;
 mod upload;
 pub mod partial;
 pub mod enroll;
@@ -29,6 +30,7 @@ use crate::publish::Publisher;
 use crate::round::{NotAdmitted, ROUNDS_BACK_MAX};
 use crate::store::Storage;
 use limit::Limits;
+use pace::Crowd;
 use partial::Partials;
 
 /// What an aggregator needs to answer devices.
@@ -71,6 +73,8 @@ const LANES: usize = 64;
 pub struct Receiver {
     parts: Parts,
     live: Mutex<Live>,
+    /// Who comes, for when to come back.
+    crowd: Mutex<Crowd>,
     /// Held by each step of an upload: a stream that a cut left behind may still be in the midst of the same one.
     lanes: [Mutex<()>; LANES],
     /// Held while an update is in memory whole, so that memory is bounded by one update and not by devices.
@@ -107,7 +111,8 @@ impl Receiver {
         let (opens, installed) = (BTreeMap::new(), BTreeMap::new());
         let live = Live { opens, rates, published: Published::default(), installed };
         let lanes = std::array::from_fn(|_| Mutex::default());
-        Self { parts, live: Mutex::new(live), lanes, whole: Mutex::default() }
+        let crowd = Mutex::new(Crowd::default());
+        Self { parts, live: Mutex::new(live), crowd, lanes, whole: Mutex::default() }
     }
 
     /// Most bytes of an update of a round.
@@ -152,10 +157,11 @@ impl Receiver {
     }
 
     fn reconnect(&self) -> ReconnectWindow {
-        ReconnectWindow {
-            after_ms: self.parts.config.receive.reconnect_after_ms,
-            spread_ms: self.parts.config.receive.reconnect_spread_ms,
-        }
+        let receive = &self.parts.config.receive;
+        let least =
+            ReconnectWindow { after_ms: receive.reconnect_after_ms, spread_ms: receive.reconnect_spread_ms };
+        let devices = self.crowd.lock().unwrap_or_else(PoisonError::into_inner).devices();
+        pace::window(devices, receive.visits_per_second, least)
     }
 
     /// Tells the operator why, the peer only what to do. Of strangers, who have no budget of requests, not every one.
@@ -204,6 +210,7 @@ impl Receiver {
             self.parts.publisher.head().map_err(|error| self.failed(device, REQUEST, &error))?.ok_or_else(
                 || self.refuse(Some(device), REQUEST, Refusal::Internal, "there is no release"),
             )?;
+        self.crowd.lock().unwrap_or_else(PoisonError::into_inner).see(&device, self.now_ms());
         if let Some(installed) = poll.installed {
             self.live().installed.insert(device, installed);
         }

@@ -57,6 +57,7 @@ pub(super) fn init(dir: &Path, init: &Init, json: bool) -> Result<(), CliError> 
     Record::of_base(&card, now_ms).append(storage.coord.as_ref())?;
     let first = Candidate { round: None, parent: None, digest, state: OptimizerState::default(), card };
     let release = publisher.publish(first, now_ms)?.release;
+    config.round.sampling_seed = rand::random::<u32>().into();
     let text = toml::to_string(&config).map_err(|error| CliError::other("the configuration", error))?;
     directory.admin_token()?;
     directory.write_config(&text)?;

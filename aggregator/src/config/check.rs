@@ -53,6 +53,10 @@ impl Config {
             receive.resends_max >= 1 && receive.releases_kept >= 2 && receive.norm_max > 0.0,
             "receive: expected resends_max ≥ 1, releases_kept ≥ 2, norm_max > 0".to_owned(),
         );
+        require(
+            (0.01..=1e6).contains(&receive.visits_per_second),
+            format!("receive.visits_per_second: expected 0.01 to 1000000, got {}", receive.visits_per_second),
+        );
         let merge = &self.merge;
         require(
             (0.0..0.5).contains(&merge.trimmed_share),

@@ -3,7 +3,7 @@
 use commonweal_protocol::RoundId;
 use serde::{Deserialize, Serialize};
 
-use super::ROUNDS_BACK_MAX;
+use super::{ROUNDS_BACK_MAX, Sampling};
 
 /// Most updates of one round: robust merging holds them all, and the state lists their devices.
 pub const GOAL_MAX: u32 = 10_000;
@@ -31,9 +31,14 @@ pub struct Policy {
     /// Tasks handed out for each update wanted, since some devices vanish; in buffered mode, devices at work at once for
     /// each place in the buffer.
     pub over_selection: f64,
+    /// Whom a synchronous round asks.
+    pub sampling: Sampling,
+    /// Seed of the draws, so that no device can tell its turn. Set by `aggregator init`.
+    pub sampling_seed: u64,
     /// Updates without which the deadline ends the round with nothing.
     pub quorum: u32,
-    /// How long to wait for `goal` devices before opening with at least `quorum`.
+    /// How long to wait for `goal` devices before opening with at least `quorum`; with a draw, how long devices can
+    /// come to be drawn from.
     pub wait_ms: u64,
     /// How long devices have.
     pub deadline_ms: u64,
@@ -51,6 +56,8 @@ impl Default for Policy {
             mode: RoundMode::Synchronous,
             goal: 8,
             over_selection: 1.3,
+            sampling: Sampling::First,
+            sampling_seed: 0,
             quorum: 4,
             wait_ms: 60_000,
             deadline_ms: 30 * 60_000,
@@ -119,6 +126,12 @@ impl Policy {
             "staleness_exponent",
             "0.0 to 4.0".to_owned(),
             self.staleness_exponent.to_string(),
+        );
+        check(
+            self.sampling == Sampling::First || !self.is_buffered(),
+            "sampling",
+            "first in buffered mode, where whoever comes is asked".to_owned(),
+            format!("{:?}", self.sampling).to_lowercase(),
         );
         problems
     }

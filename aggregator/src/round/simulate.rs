@@ -34,14 +34,16 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 fn policies() -> impl Strategy<Value = Policy> {
-    (1..8_u32, 1.0..2.0_f64, 0..20_000_u64, 1_000..60_000_u64).prop_flat_map(
-        |(goal, over, wait, deadline)| {
+    let sampling = prop_oneof![Just(Sampling::First), Just(Sampling::Uniform), Just(Sampling::Fair)];
+    (1..8_u32, 1.0..2.0_f64, 0..20_000_u64, 1_000..60_000_u64, sampling).prop_flat_map(
+        |(goal, over, wait, deadline, sampling)| {
             (1..=goal).prop_map(move |quorum| Policy {
                 goal,
                 over_selection: over,
                 quorum,
                 wait_ms: wait,
                 deadline_ms: deadline,
+                sampling,
                 ..Policy::default()
             })
         },
@@ -149,7 +151,8 @@ proptest! {
             }
             let selected = match &shell.rounds.phase {
                 Phase::Collecting { selected, .. } => selected.len(),
-                Phase::Waiting { ready, .. } => ready.len(),
+                // A draw is of all that are ready.
+                Phase::Waiting { ready, .. } if policy.sampling == Sampling::First => ready.len(),
                 _ => 0,
             };
             prop_assert!(selected as u32 <= policy.selected_max(policy.goal), "the state grows");
@@ -230,6 +233,35 @@ fn fewer_devices_than_the_goal_begin_after_the_wait() {
     rounds.tick(&policy, 0, Event::Polled(device(0), START));
     rounds.tick(&policy, 90_000, Event::Polled(device(0), START));
     assert!(matches!(rounds.phase, Phase::Waiting { .. }), "one is below the quorum");
+}
+
+#[test]
+fn a_drawn_round_asks_those_that_were_drawn_and_nobody_else() {
+    let policy = Policy { sampling: Sampling::Fair, over_selection: 1.0, sampling_seed: 9, ..policy() };
+    let mut rounds = Rounds::default();
+    let mut asked_in_all = BTreeSet::new();
+    for round in 1..=3 {
+        let opened_ms = round * 1_000_000;
+        for number in 0..12 {
+            let actions = rounds.tick(&policy, opened_ms - 20_000, Event::Polled(device(number), START));
+            assert!(matches!(actions[..], [Action::WakeAt(_)]), "before the time is over: {actions:?}");
+        }
+        let asked: BTreeSet<u8> = (0..12)
+            .filter(|number| {
+                let actions = rounds.tick(&policy, opened_ms, Event::Polled(device(*number), START));
+                actions.contains(&Action::Assign(device(*number)))
+            })
+            .collect();
+        assert_eq!((asked.len(), rounds.selected()), (4, 4));
+        let late = rounds.tick(&policy, opened_ms, Event::Polled(device(50), START));
+        assert_eq!(late, [], "one that was not drawn");
+        for number in &asked {
+            rounds.tick(&policy, opened_ms + 1, Event::Received(device(*number)));
+        }
+        asked_in_all.extend(asked);
+        rounds.tick(&policy, opened_ms + 2, Event::Refused("no".to_owned()));
+    }
+    assert_eq!(asked_in_all.len(), 12, "in three rounds of four, each of twelve once");
 }
 
 #[test]

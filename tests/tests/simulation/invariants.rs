@@ -7,9 +7,10 @@ use aggregator::receive::partial::Partials;
 use aggregator::store::Blob;
 use commonweal_adapter::{AdapterDelta, AdapterKind, DecodeLimits, PackedDelta, Trainable};
 use commonweal_protocol::{DeviceId, Digest, Release, RoundId, Version};
+use commonweal_transport::Fault;
 
-use crate::Tally;
-use crate::world::World;
+use super::world::World;
+use super::{ROUNDS, Tally};
 
 /// Bounds that hold at every moment.
 pub fn check_running(world: &World) {
@@ -39,7 +40,7 @@ pub fn check_end(world: &World) -> Tally {
         .into_iter()
         .map(|signed| signed.release)
         .collect();
-    let mut tally = Tally { kills: world.kills, faults: world.link_faults(), ..Tally::default() };
+    let mut tally = faults(world);
     check_lineage(seed, &records, &releases);
     for (index, record) in records.iter().enumerate() {
         assert_eq!(record.round.0, index as u64, "seed {seed}: rounds follow each other");
@@ -57,7 +58,7 @@ pub fn check_end(world: &World) -> Tally {
             tally.receipts += check_updates(world, record);
         }
         if record.published {
-            check_merge(world, record, &releases);
+            tally.merges_checked += u64::from(check_merge(world, record, &releases));
         }
     }
     if world.config.round.is_buffered() {
@@ -69,7 +70,28 @@ pub fn check_end(world: &World) -> Tally {
         }
     }
     // One more round may just have begun.
-    tally.rounds = tally.rounds.min(crate::ROUNDS);
+    tally.rounds = tally.rounds.min(ROUNDS);
+    tally
+}
+
+/// What went wrong.
+fn faults(world: &World) -> Tally {
+    let mut tally = Tally {
+        kills: world.kills,
+        crashes: world.crashes,
+        store_faults: world.store_faults,
+        partitions: world.partitions,
+        clock_steps_back: world.clock_steps_back,
+        ..Tally::default()
+    };
+    for fault in world.link_faults() {
+        match fault {
+            Fault::CutBefore | Fault::CutInside | Fault::CutAfter => tally.cuts += 1,
+            Fault::Duplicate => tally.duplicates += 1,
+            Fault::Delay { .. } => tally.delays += 1,
+            Fault::Corrupt | Fault::CorruptAnswer => tally.corruptions += 1,
+        }
+    }
     tally
 }
 
@@ -185,7 +207,7 @@ fn check_receipts(world: &World, records: &[Record]) -> u64 {
 
 /// The release is the start moved by the weighted mean of exactly the merged updates, each of which counts less the further it
 /// lies behind.
-fn check_merge(world: &World, record: &Record, releases: &[Release]) {
+fn check_merge(world: &World, record: &Record, releases: &[Release]) -> bool {
     let (seed, round) = (world.seed, record.round);
     let release = releases.iter().find(|release| release.round == Some(round)).unwrap();
     let parent = &releases[release.parent.unwrap().0 as usize];
@@ -195,7 +217,7 @@ fn check_merge(world: &World, record: &Record, releases: &[Release]) {
         Some(adapter.into_values())
     };
     // Old adapters are no longer kept.
-    let (Some(before), Some(after)) = (values(parent), values(release)) else { return };
+    let (Some(before), Some(after)) = (values(parent), values(release)) else { return false };
     let layout = &world.base.layout;
     let limits = DecodeLimits::of(layout, Trainable::Both);
     let exponent = world.config.round.staleness_exponent;
@@ -229,4 +251,5 @@ fn check_merge(world: &World, record: &Record, releases: &[Release]) {
             "seed {seed}, round {round}: value {index}: expected {expected}, got {after}"
         );
     }
+    true
 }
