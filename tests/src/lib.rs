@@ -1,6 +1,11 @@
-//! Everything that crosses crates: the hostile device (`bin/hostile-device.rs`, over `attack.rs`) and what the tests
-//! share to run the real programs (`program.rs`) against each other (`federation.rs`).
+//! Everything that crosses crates: the hostile device (`bin/hostile-device.rs`, over `attack.rs`), what the tests share to
+//! run the real programs (`program.rs`) against each other (`federation.rs`), and what the programs of measuring share: an
+//! aggregator without a model (`modelless.rs`), devices without one (`visitor.rs`), each in a process of its own
+//! (`child.rs`).
 
 pub mod attack;
+pub mod child;
+pub mod modelless;
+pub mod visitor;
 pub mod program;
 pub mod federation;
