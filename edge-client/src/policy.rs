@@ -244,6 +244,7 @@ impl Policy {
     }
 
     /// What a round's work follows from. The rest can change while a round is in progress without beginning it anew.
+    #[must_use]
     pub fn of_work(&self) -> Self {
         Self { serve: ServePolicy::default(), store: StorePolicy::default(), ..self.clone() }
     }

@@ -281,6 +281,10 @@ impl Store {
     }
 
     /// A kill may come here.
+    #[cfg_attr(
+        not(test),
+        expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "kills are the tests'")
+    )]
     fn step(&self) -> Result<(), StoreError> {
         #[cfg(test)]
         {

@@ -66,7 +66,8 @@ impl From<Span> for String {
 /// In the largest unit that needs no fraction.
 impl fmt::Display for Span {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let whole = SPAN_UNITS.iter().find(|(_, seconds)| self.seconds % seconds == 0 && self.seconds > 0);
+        let whole =
+            SPAN_UNITS.iter().find(|(_, seconds)| self.seconds > 0 && self.seconds.is_multiple_of(*seconds));
         let (unit, seconds) = whole.unwrap_or(&("s", 1));
         write!(f, "{}{unit}", self.seconds / seconds)
     }

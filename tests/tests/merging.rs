@@ -8,6 +8,7 @@ use commonweal_tests::{
     federation::{Device, Federation},
     program::Running,
 };
+use edge_client::store::Store;
 
 /// The values of an adapter that an event names.
 fn adapter(federation: &Federation, digest: &str) -> Adapter {

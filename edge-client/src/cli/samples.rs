@@ -1,6 +1,6 @@
 //! `samples` and `forget`: what is kept for training, and its end.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, fmt::Write as _};
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -86,7 +86,7 @@ fn as_text(kept: &Kept, id: SampleId, state: &str, with_text: bool) -> String {
     if with_text {
         for turn in sample.turns() {
             let role = json!(turn.role);
-            line += &format!("\n    {}: {}", role.as_str().unwrap_or_default(), turn.content);
+            let _ = write!(line, "\n    {}: {}", role.as_str().unwrap_or_default(), turn.content);
         }
     }
     line

@@ -13,11 +13,11 @@ use commonweal_protocol::RoundId;
 use commonweal_runtime::{Cancel, Library, Model, OpenOptions};
 use commonweal_safety::{Guard, Reviser};
 use edge_client::{
-    filter,
+    filter, kept,
     pipeline::{Outcome, PipelineError},
     policy::{Action, Policy},
     revise::{self},
-    sample::{self, Sample},
+    sample::Sample,
     train,
 };
 
