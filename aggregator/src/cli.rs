@@ -7,6 +7,7 @@ mod init;
 mod inspect;
 mod adapters;
 mod tokens;
+mod dashboard;
 
 use std::path::{Path, PathBuf};
 
@@ -87,6 +88,10 @@ enum Verb {
     #[command(after_help = "Examples:\n  aggregator evaluate --dir state\n  \
         aggregator evaluate --dir state --adapter candidate.safetensors\n\nExits with 4 if a gate fails.")]
     Evaluate(Box<adapters::EvaluateVerb>),
+    /// Print the dashboard's address, token included.
+    #[command(after_help = "Examples:\n  aggregator dashboard --dir state\n  \
+        aggregator dashboard --admin 127.0.0.1:4434 --dir state")]
+    Dashboard(dashboard::DashboardVerb),
     /// The enrolled devices.
     #[command(after_help = "Example:\n  aggregator devices --dir state")]
     Devices,
@@ -173,7 +178,7 @@ impl CliError {
                 | ServeError::Exact(_),
             ) => 3,
             Self::Gate(_) => 4,
-            Self::Serve(ServeError::Listen { .. }) => 5,
+            Self::Serve(ServeError::Listen { .. } | ServeError::Admin { .. }) => 5,
             Self::Directory(error) | Self::Serve(ServeError::Directory(error)) => directory_code(error),
             Self::Laboratory(error) | Self::Serve(ServeError::Laboratory(error)) => laboratory_code(error),
             _ => 1,
@@ -183,7 +188,10 @@ impl CliError {
 
 fn directory_code(error: &DirectoryError) -> u8 {
     match error {
-        DirectoryError::Absent { .. } | DirectoryError::Present { .. } | DirectoryError::File { .. } => 3,
+        DirectoryError::Absent { .. }
+        | DirectoryError::Present { .. }
+        | DirectoryError::File { .. }
+        | DirectoryError::Token { .. } => 3,
         DirectoryError::Locked { .. } => 5,
         DirectoryError::Key { .. } | DirectoryError::Authority { .. } => 1,
     }
@@ -251,6 +259,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Rollback { version } => adapters::rollback(&Opened::open(&dir)?, version, json),
         Verb::Export(export) => adapters::export(&Opened::open(&dir)?, &export, json),
         Verb::Evaluate(evaluate) => adapters::evaluate(Opened::open(&dir)?, &evaluate, json),
+        Verb::Dashboard(verb) => dashboard::dashboard(&dir, &verb, json),
         Verb::Devices => inspect::devices(&Opened::open(&dir)?, json),
         Verb::Revoke { device } => tokens::revoke(&Opened::open(&dir)?, &device, json),
     }

@@ -3,6 +3,7 @@
 //! Every problem is listed at start, before a socket is opened. `plain` switches clipping, alignment and
 //! gates off, for comparison; nothing else changes.
 
+mod admin;
 mod check;
 mod device;
 mod gates;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::round::Policy;
 
+pub use admin::{Admin, Listen};
 pub use device::{Compress, Train};
 pub use gates::Gates;
 
@@ -57,6 +59,8 @@ pub struct Config {
     pub align: Align,
     /// How the candidate is measured.
     pub evaluate: Evaluate,
+    /// The operator's port.
+    pub admin: Admin,
 }
 
 impl Default for Config {
@@ -78,6 +82,7 @@ impl Default for Config {
             merge: Merge::default(),
             align: Align::default(),
             evaluate: Evaluate::default(),
+            admin: Admin::default(),
         }
     }
 }

@@ -58,6 +58,7 @@ pub(super) fn init(dir: &Path, init: &Init, json: bool) -> Result<(), CliError> 
     let first = Candidate { round: None, parent: None, digest, state: OptimizerState::default(), card };
     let release = publisher.publish(first, now_ms)?.release;
     let text = toml::to_string(&config).map_err(|error| CliError::other("the configuration", error))?;
+    directory.admin_token()?;
     directory.write_config(&text)?;
     Events::to_stdout(json).tell(&Event::Published {
         round: release.round,
