@@ -8,6 +8,7 @@ mod inspect;
 mod adapters;
 mod tokens;
 mod dashboard;
+mod settings;
 
 use std::path::{Path, PathBuf};
 
@@ -33,7 +34,8 @@ Examples:
   aggregator rollback 3 --dir state
   aggregator export 5 --format peft --out adapter --dir state
 
-Settings come from STATE/aggregator.toml (written by init), then the environment, then flags.
+Settings come from STATE/aggregator.toml (written by init), then the environment
+(COMMONWEAL_AGGREGATOR_ROUND__GOAL=8), then flags, then --set round.goal=8; `aggregator config` prints them all.
 Exit codes: 0 done, 2 usage, 3 bad input, 4 refused by a gate, 5 unavailable, 1 anything else.";
 
 /// Rounds of federated fine-tuning: receive, merge, align, evaluate, publish.
@@ -46,6 +48,9 @@ pub struct Cli {
     /// JSON lines on stdout in place of sentences.
     #[arg(long, global = true, env = "COMMONWEAL_JSON")]
     json: bool,
+    /// Change a setting, such as round.goal=8; may be repeated, overrules all else.
+    #[arg(long, global = true, value_name = "KEY=VALUE")]
+    set: Vec<String>,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -88,6 +93,10 @@ enum Verb {
     #[command(after_help = "Examples:\n  aggregator evaluate --dir state\n  \
         aggregator evaluate --dir state --adapter candidate.safetensors\n\nExits with 4 if a gate fails.")]
     Evaluate(Box<adapters::EvaluateVerb>),
+    /// Print every setting in force, and where it comes from; every problem, if there are any.
+    #[command(after_help = "Examples:\n  aggregator config --dir state\n  \
+        aggregator config --dir state --set round.goal=8 --json\n\nExits with 3 if `serve` would not start with them.")]
+    Config(Box<settings::ConfigVerb>),
     /// Print the dashboard's address, token included.
     #[command(after_help = "Examples:\n  aggregator dashboard --dir state\n  \
         aggregator dashboard --admin 127.0.0.1:4434 --dir state")]
@@ -219,9 +228,9 @@ struct Opened {
 }
 
 impl Opened {
-    fn open(dir: &Path) -> Result<Self, CliError> {
+    fn open(dir: &Path, set: &[String]) -> Result<Self, CliError> {
         let directory = Directory::open(dir)?;
-        let config = Config::read(dir)?;
+        let config = settings::of(dir)?.with_set(set).formed()?;
         let storage = Storage::open(dir, Access::Shared)?;
         Ok(Self { directory, config, storage })
     }
@@ -237,14 +246,14 @@ impl Opened {
 
 /// Runs what was asked.
 pub fn run(cli: Cli) -> Result<(), CliError> {
-    let Cli { dir, json, verb } = cli;
+    let Cli { dir, json, set, verb } = cli;
+    let opened = || Opened::open(&dir, &set);
     match verb {
-        Verb::Init(init) => init::init(&dir, &init, json),
+        Verb::Init(init) => init::init(&dir, &init, &set, json),
         Verb::Serve(serve) => {
             Directory::open(&dir)?;
-            let mut config = Config::read(&dir)?;
-            serve.flags.apply(&mut config);
-            config.check()?;
+            let settings = settings::of(&dir)?;
+            let config = settings.with_flags(|config| serve.flags.apply(config)).with_set(&set).checked()?;
             let options = crate::serve::Options {
                 dir,
                 config,
@@ -253,15 +262,16 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
             };
             Ok(crate::serve::serve(options, &Events::to_stdout(json))?)
         }
-        Verb::Token(token) => tokens::token(&Opened::open(&dir)?, &token, json),
-        Verb::Status => inspect::status(&Opened::open(&dir)?, json),
-        Verb::Rounds(rounds) => inspect::rounds(&Opened::open(&dir)?, &rounds, json),
-        Verb::Rollback { version } => adapters::rollback(&Opened::open(&dir)?, version, json),
-        Verb::Export(export) => adapters::export(&Opened::open(&dir)?, &export, json),
-        Verb::Evaluate(evaluate) => adapters::evaluate(Opened::open(&dir)?, &evaluate, json),
-        Verb::Dashboard(verb) => dashboard::dashboard(&dir, &verb, json),
-        Verb::Devices => inspect::devices(&Opened::open(&dir)?, json),
-        Verb::Revoke { device } => tokens::revoke(&Opened::open(&dir)?, &device, json),
+        Verb::Token(token) => tokens::token(&opened()?, &token, json),
+        Verb::Status => inspect::status(&opened()?, json),
+        Verb::Rounds(rounds) => inspect::rounds(&opened()?, &rounds, json),
+        Verb::Rollback { version } => adapters::rollback(&opened()?, version, json),
+        Verb::Export(export) => adapters::export(&opened()?, &export, json),
+        Verb::Evaluate(evaluate) => adapters::evaluate(opened()?, &evaluate, json),
+        Verb::Config(verb) => settings::config(&dir, &verb, &set, json),
+        Verb::Dashboard(verb) => dashboard::dashboard(&dir, &verb, &set, json),
+        Verb::Devices => inspect::devices(&opened()?, json),
+        Verb::Revoke { device } => tokens::revoke(&opened()?, &device, json),
     }
 }
 
