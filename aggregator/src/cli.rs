@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
 
+use crate::backup::BackupError;
 use crate::config::{Config, ConfigError};
 use crate::desk::DeskError;
 use crate::directory::{Directory, DirectoryError};
@@ -101,6 +102,13 @@ enum Verb {
     #[command(after_help = "Examples:\n  aggregator dashboard --dir state\n  \
         aggregator dashboard --admin 127.0.0.1:4434 --dir state")]
     Dashboard(dashboard::DashboardVerb),
+    /// Copy the state directory, also while it is served.
+    #[command(after_help = "Examples:\n  aggregator backup /backup/2026-01-31 --dir state\n  \
+        aggregator serve --dir /backup/2026-01-31")]
+    Backup {
+        /// Where to; no state directory may be there.
+        to: PathBuf,
+    },
     /// The enrolled devices.
     #[command(after_help = "Example:\n  aggregator devices --dir state")]
     Devices,
@@ -148,6 +156,9 @@ pub enum CliError {
     /// Tokens and devices.
     #[error(transparent)]
     Enroll(#[from] EnrollError),
+    /// A copy of the state directory.
+    #[error(transparent)]
+    Backup(#[from] BackupError),
     /// The server.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -188,7 +199,9 @@ impl CliError {
             ) => 3,
             Self::Gate(_) => 4,
             Self::Serve(ServeError::Listen { .. } | ServeError::Admin { .. }) => 5,
-            Self::Directory(error) | Self::Serve(ServeError::Directory(error)) => directory_code(error),
+            Self::Directory(error)
+            | Self::Backup(BackupError::Directory(error))
+            | Self::Serve(ServeError::Directory(error)) => directory_code(error),
             Self::Laboratory(error) | Self::Serve(ServeError::Laboratory(error)) => laboratory_code(error),
             _ => 1,
         }
@@ -270,6 +283,20 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Evaluate(evaluate) => adapters::evaluate(opened()?, &evaluate, json),
         Verb::Config(verb) => settings::config(&dir, &verb, &set, json),
         Verb::Dashboard(verb) => dashboard::dashboard(&dir, &verb, &set, json),
+        Verb::Backup { to } => {
+            let copied = crate::backup::back_up(&Directory::open(&dir)?, &to)?;
+            if json {
+                return say_json(&copied);
+            }
+            say(&format!(
+                "{}: {} adapters and updates, {} bytes; database, {} bytes; keys and settings",
+                to.display(),
+                copied.blobs,
+                copied.blobs_bytes,
+                copied.database_bytes
+            ));
+            Ok(())
+        }
         Verb::Devices => inspect::devices(&opened()?, json),
         Verb::Revoke { device } => tokens::revoke(&opened()?, &device, json),
     }
