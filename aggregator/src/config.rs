@@ -1,11 +1,14 @@
-//! The operator's configuration: `aggregator.toml` in the state directory, then environment, then flags.
+//! The operator's configuration: `aggregator.toml` in the state directory, then environment, then flags
+//! (`settings.rs`).
 //!
 //! Every problem is listed at start, before a socket is opened. `plain` switches clipping, alignment and
 //! gates off, for comparison; nothing else changes.
 
+mod admin;
 mod check;
 mod device;
 mod gates;
+mod settings;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -15,8 +18,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::round::Policy;
 
+pub use admin::{Admin, Listen};
 pub use device::{Compress, Train};
 pub use gates::Gates;
+pub use settings::{PREFIX, Setting, Settings, Source};
 
 /// Name of the file in the state directory.
 pub const FILE: &str = "aggregator.toml";
@@ -57,6 +62,8 @@ pub struct Config {
     pub align: Align,
     /// How the candidate is measured.
     pub evaluate: Evaluate,
+    /// The operator's port.
+    pub admin: Admin,
 }
 
 impl Default for Config {
@@ -78,6 +85,7 @@ impl Default for Config {
             merge: Merge::default(),
             align: Align::default(),
             evaluate: Evaluate::default(),
+            admin: Admin::default(),
         }
     }
 }

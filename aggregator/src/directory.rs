@@ -2,12 +2,12 @@
 //!
 //! ```text
 //! STATE/  aggregator.toml  aggregator.db  blobs/  partials/
-//!         authority.pem (0600)  signing.pem (0600)  lock
+//!         authority.pem (0600)  signing.pem (0600)  admin.token (0600)  lock
 //! ```
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use commonweal_protocol::SigningKey;
@@ -15,6 +15,9 @@ use commonweal_transport::{Authority, IdentityError};
 use ed25519_dalek::pkcs8::{DecodePrivateKey, EncodePrivateKey, spki::der::pem::LineEnding};
 
 use crate::store::sync_dir;
+
+/// Shortest admin token: nobody guesses 16 characters that were drawn at random.
+const TOKEN_BYTES_MIN: usize = 16;
 
 /// Why a state directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +57,12 @@ pub enum DirectoryError {
         /// Why.
         #[source]
         source: ed25519_dalek::pkcs8::Error,
+    },
+    /// Others can read the admin token, or it is too short to be one.
+    #[error("{}: expected at least {TOKEN_BYTES_MIN} characters that their owner alone may read (chmod 600)", path.display())]
+    Token {
+        /// Which file.
+        path: PathBuf,
     },
     /// The authority is damaged.
     #[error("{}: expected a certificate authority", path.display())]
@@ -178,6 +187,36 @@ impl Directory {
         Authority::from_pem(&text).map_err(|source| DirectoryError::Authority { path, source })
     }
 
+    /// What opens the operator's port; made now if there is none.
+    pub fn admin_token(&self) -> Result<zeroize::Zeroizing<String>, DirectoryError> {
+        let path = self.path.join("admin.token");
+        if !path.exists() {
+            let mut drawn = zeroize::Zeroizing::new([0_u8; 32]);
+            rand::RngCore::fill_bytes(&mut rand::rng(), drawn.as_mut());
+            let token = zeroize::Zeroizing::new(format!("{}\n", blake3::hash(drawn.as_ref()).to_hex()));
+            self.write_secret(&path, token.as_bytes())?;
+        }
+        let failed = |source| DirectoryError::File { path: path.clone(), source };
+        let is_shared = fs::metadata(&path).map_err(failed)?.mode() & 0o077 != 0;
+        let token = zeroize::Zeroizing::new(read(&path)?.trim().to_owned());
+        if is_shared || token.len() < TOKEN_BYTES_MIN {
+            return Err(DirectoryError::Token { path });
+        }
+        Ok(token)
+    }
+
+    /// Copies keys, token and, last, the configuration, which makes a directory of `to`.
+    pub fn copy_to(&self, to: &Path) -> Result<(), DirectoryError> {
+        let copy = Self { path: to.to_owned() };
+        for name in ["signing.pem", "authority.pem", "admin.token"] {
+            let path = self.path.join(name);
+            if name != "admin.token" || path.exists() {
+                copy.write_secret(&to.join(name), read(&path)?.as_bytes())?;
+            }
+        }
+        copy.write_config(&read(&self.path.join(crate::config::FILE))?)
+    }
+
     /// Becomes the one server.
     pub fn lock(&self) -> Result<Lock, DirectoryError> {
         let path = self.path.join("lock");
@@ -221,6 +260,20 @@ mod tests {
         }
         directory.signing_key().unwrap();
         directory.authority().unwrap();
+    }
+
+    #[test]
+    fn the_admin_token_is_made_once_and_for_its_owner_only() {
+        let (_dir, directory) = made();
+        let token = directory.admin_token().unwrap();
+        assert_eq!((token.len(), directory.admin_token().unwrap()), (64, token.clone()));
+        let path = directory.path().join("admin.token");
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        assert!(matches!(directory.admin_token(), Err(DirectoryError::Token { .. })));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        fs::write(&path, "short\n").unwrap();
+        assert!(directory.admin_token().unwrap_err().to_string().contains("at least 16 characters"));
     }
 
     #[test]

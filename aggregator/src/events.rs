@@ -6,7 +6,9 @@
 use std::io::Write;
 use std::sync::Arc;
 
-use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundCounts, RoundId, SignedControl, Version};
+use commonweal_protocol::{
+    DeviceId, Digest, Refusal, ReportCard, RoundCounts, RoundId, SignedControl, Version,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::optimize::OptimizerState;
@@ -19,6 +21,8 @@ pub enum Event {
     Listening {
         /// Where.
         address: String,
+        /// Where the operator's port is, if there is one.
+        admin: Option<String>,
         /// The current release.
         version: Version,
         /// The round to come or to be resumed.
@@ -66,8 +70,12 @@ pub enum Event {
         device: Option<DeviceId>,
         /// What it asked for.
         request: &'static str,
+        /// Why, as the peer is told.
+        refusal: Refusal,
         /// Why, in the operator's words.
         reason: String,
+        /// Refusals of strangers before it of which nothing was told.
+        untold: u64,
     },
     /// The round takes no more updates.
     RoundClosed {
@@ -235,6 +243,16 @@ impl Events {
         })
     }
 
+    /// The same, and `hear` is told first.
+    #[must_use]
+    pub fn heard_by(&self, hear: impl Fn(&Event) + Send + Sync + 'static) -> Self {
+        let events = self.clone();
+        Self::to(move |event| {
+            hear(event);
+            events.tell(event);
+        })
+    }
+
     /// Tells of an event.
     pub fn tell(&self, event: &Event) {
         (self.0)(event);
@@ -260,8 +278,11 @@ impl Event {
     /// The event for a person.
     pub fn sentence(&self) -> String {
         match self {
-            Self::Listening { address, version, round } => {
-                format!("listening on {address}; release {version}, round {round} is next")
+            Self::Listening { address, admin, version, round } => {
+                let admin = admin
+                    .as_ref()
+                    .map_or_else(String::new, |admin| format!(", for operators on http://{admin}"));
+                format!("listening on {address}{admin}; release {version}, round {round} is next")
             }
             Self::Enrolled { device } => format!("device {device} enrolled"),
             Self::RoundOpened { round, start, target } => {
@@ -271,7 +292,7 @@ impl Event {
             Self::Received { round, device, bytes, received, target, .. } => {
                 format!("round {round}: {received}/{target} updates, {bytes} bytes from {device}")
             }
-            Self::Refused { device, request, reason } => match device {
+            Self::Refused { device, request, reason, .. } => match device {
                 Some(device) => format!("refused {request} of {device}: {reason}"),
                 None => format!("refused {request}: {reason}"),
             },

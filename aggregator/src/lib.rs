@@ -6,7 +6,7 @@
 //! ```
 //!
 //! `serve` owns sockets, timers and disks; `store` is the seam to what must not be lost; `cli` is the
-//! operator's side. No type here can hold a person's text: alignment and evaluation read the operator's files.
+//! operator's side, `observe` what can be seen of it all, `admin` the port that shows it. No type here can hold a person's text: alignment and evaluation read the operator's files.
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed"))]
 
 pub mod config;
@@ -22,6 +22,9 @@ pub mod evaluate;
 pub mod publish;
 pub mod drive;
 pub mod directory;
+pub mod backup;
+pub mod observe;
+pub mod admin;
 pub mod serve;
 pub mod cli;
 pub mod pause;

@@ -135,6 +135,16 @@ impl Receiver {
         self.live().installed.clone()
     }
 
+    /// When each device asked last, of those that did since this start.
+    pub fn seen(&self) -> BTreeMap<DeviceId, u64> {
+        self.live().rates.seen()
+    }
+
+    /// Requests refused because they came too fast.
+    pub fn throttled(&self) -> u64 {
+        self.live().rates.throttled()
+    }
+
     fn reconnect(&self) -> ReconnectWindow {
         ReconnectWindow {
             after_ms: self.parts.config.receive.reconnect_after_ms,
@@ -151,12 +161,12 @@ impl Receiver {
         detail: impl std::fmt::Display,
     ) -> Refused {
         let untold = if device.is_some() { Some(0) } else { self.live().rates.tell_stranger(self.now_ms()) };
+        let Some(untold) = untold else { return Refused { reason, reconnect: self.reconnect() } };
         let told = match untold {
-            Some(0) => format!("{reason}: {detail}"),
-            Some(untold) => format!("{reason}: {detail}; {untold} refusals before it were not told"),
-            None => return Refused { reason, reconnect: self.reconnect() },
+            0 => format!("{reason}: {detail}"),
+            _ => format!("{reason}: {detail}; {untold} refusals before it were not told"),
         };
-        self.parts.events.tell(&Event::Refused { device, request, reason: told });
+        self.parts.events.tell(&Event::Refused { device, request, refusal: reason, reason: told, untold });
         Refused { reason, reconnect: self.reconnect() }
     }
 

@@ -14,12 +14,14 @@ use commonweal_protocol::{CertificateChain, Csr, DeviceId, Mode, RoundId, Versio
 use commonweal_runtime::Cancel;
 use commonweal_transport::{Authority, Clock, IdentityError, QuicServer, ServeLimits};
 
-use crate::config::{Config, ConfigError};
+use crate::admin::{Admin, Token};
+use crate::config::{Config, ConfigError, Listen};
 use crate::desk::{self, Desk, DeskError};
 use crate::directory::{Directory, DirectoryError};
 use crate::drive::{Driver, ModelStages, Stages, Step};
 use crate::events::{Event, Events};
 use crate::laboratory::{LaboratoryError, has_guard, open_package};
+use crate::observe::{Counts, Observer, Recent, View};
 use crate::pause::PausePoint;
 use crate::publish::{PublishError, Publisher};
 use crate::receive::enroll::{Certify, Registry};
@@ -81,6 +83,15 @@ pub enum ServeError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The operator's socket.
+    #[error("cannot listen on {address} for operators (admin.listen; `off` for no such port)")]
+    Admin {
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// The thread of the stages.
     #[error("the stages ended with a panic, which the log tells; the round goes on at the next start")]
     Driver,
@@ -124,9 +135,17 @@ impl Certify for Authority {
 /// Serves until a signal, or until the wanted rounds are over.
 pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
     let Options { dir, mut config, rounds, linger_ms } = options;
+    let clock = Clock::system();
+    let (counts, recent) = (Arc::new(Counts::new()), Arc::new(Recent::new(clock.clone())));
+    let events = &events.heard_by({
+        let (counts, recent) = (counts.clone(), recent.clone());
+        move |event| {
+            counts.hear(event);
+            recent.hear(event);
+        }
+    });
     let directory = Directory::open(&dir)?;
     let _lock = directory.lock()?;
-    let clock = Clock::system();
     let (package, base) = open_package(&config.package)?;
     config.check_package(package.manifest().model.context, &base.layout)?;
     if config.align.enabled && !config.plain && !has_guard(&package) {
@@ -179,7 +198,17 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
     let authority = Arc::new(directory.authority()?);
     let registry = Registry::new(storage.coord.clone());
     let service = Service::new(receiver.clone(), registry, authority.clone(), Threads::Blocking);
-    let shell = Shell { parts, receiver, authority, cancel, stop: Arc::default(), linger_ms };
+    let shell = Shell {
+        parts,
+        receiver,
+        authority,
+        directory,
+        counts,
+        recent,
+        cancel,
+        stop: Arc::default(),
+        linger_ms,
+    };
     shell.run(service, Driver::new(shell.parts.clone(), base, stages))?;
     let version = publisher.head()?.map_or(head.version, |signed| signed.release.version);
     events.tell(&Event::Stopped { version });
@@ -190,6 +219,9 @@ struct Shell {
     parts: Parts,
     receiver: Arc<Receiver>,
     authority: Arc<Authority>,
+    directory: Directory,
+    counts: Arc<Counts>,
+    recent: Arc<Recent>,
     cancel: Cancel,
     stop: Arc<AtomicBool>,
     linger_ms: u64,
@@ -214,8 +246,11 @@ impl Shell {
         let limits = ServeLimits::default();
         let server = QuicServer::bind(address, identity()?, service, limits, self.parts.clock.clone())
             .map_err(|source| ServeError::Listen { address, source: source.into() })?;
+        let server = Arc::new(server);
+        let (admin, port) = self.open_port(&server).await?;
         let listening = Event::Listening {
             address: server.local_addr().to_string(),
+            admin: admin.map(|address| address.to_string()),
             version: self.version()?,
             round: self.parts.desk.round(),
         };
@@ -254,8 +289,38 @@ impl Shell {
         self.cancel.cancel();
         self.parts.storage.watch.notify();
         server.close().await;
+        port.close().await;
         // The driver ends at the next step; its stage's calls were cancelled.
         join(thread).await
+    }
+
+    /// The operator's port, if there is to be one, and where it is.
+    async fn open_port(&self, server: &Arc<QuicServer>) -> Result<(Option<SocketAddr>, Port), ServeError> {
+        let Listen::At(address) = self.parts.config.admin.listen else { return Ok((None, Port::default())) };
+        let refused = |source: std::io::Error| ServeError::Admin { address, source };
+        let listener = tokio::net::TcpListener::bind(address).await.map_err(refused)?;
+        let local = listener.local_addr().map_err(refused)?;
+        let connections = {
+            let server = Arc::downgrade(server);
+            Arc::new(move || server.upgrade().map_or(0, |server| server.connections()))
+        };
+        let observer = Observer::new(View {
+            parts: self.parts.clone(),
+            receiver: self.receiver.clone(),
+            counts: self.counts.clone(),
+            recent: self.recent.clone(),
+            connections,
+            stopping: self.stop.clone(),
+            directory: self.directory.path().to_owned(),
+        });
+        let admin = Admin {
+            observer: Arc::new(observer),
+            token: Token::new(&self.directory.admin_token()?),
+            metrics_token: self.parts.config.admin.metrics_token,
+        };
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let serving = tokio::spawn(admin.serve(listener, async { drop(stopped.await) }));
+        Ok((Some(local), Port { open: Some((stop, serving)) }))
     }
 
     fn version(&self) -> Result<Version, ServeError> {
@@ -271,6 +336,23 @@ impl Shell {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+}
+
+/// The operator's port, as long as it is open.
+#[derive(Default)]
+struct Port {
+    open: Option<(tokio::sync::oneshot::Sender<()>, tokio::task::JoinHandle<()>)>,
+}
+
+impl Port {
+    /// Ends what is under way.
+    async fn close(self) {
+        let Some((stop, serving)) = self.open else { return };
+        drop(stop);
+        if serving.await.is_err() {
+            tracing::error!("the admin port ended with a panic");
         }
     }
 }

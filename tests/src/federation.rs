@@ -120,6 +120,16 @@ impl Federation {
         running
     }
 
+    /// What opens the admin port.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn admin_token(&self) -> String {
+        let path = self.state().join("admin.token");
+        let token = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        token.trim().to_owned()
+    }
+
     /// Single-use invitations.
     ///
     /// # Panics

@@ -55,6 +55,8 @@ pub fn command(name: &str) -> Command {
     if env::var_os("ORT_DYLIB_PATH").is_none() {
         command.env("ORT_DYLIB_PATH", workspace().join("target/runtime/libonnxruntime.so"));
     }
+    // Every aggregator has its own admin port, for tests run side by side.
+    command.env("COMMONWEAL_ADMIN", "127.0.0.1:0");
     command.stdin(Stdio::null()).env("RUST_LOG", "info,ort=warn").env("NO_COLOR", "1");
     command
 }
@@ -174,6 +176,15 @@ impl Running {
     /// The next `stage` event of this stage.
     pub fn stage(&mut self, stage: &str) -> Value {
         self.wait_for(stage, |event| event["event"] == "stage" && event["stage"] == stage)
+    }
+
+    /// Where a listening aggregator's admin port is.
+    ///
+    /// # Panics
+    /// When it has not said so.
+    pub fn admin(&self) -> String {
+        let told = self.events.iter().find_map(|event| event["admin"].as_str());
+        told.unwrap_or_else(|| panic!("{} named no admin port; {}", self.name, self.story())).to_owned()
     }
 
     /// SIGKILL: the program has no say.

@@ -1,8 +1,6 @@
 //! Ways to merge that change what devices do, with the real programs over QUIC: SCAFFOLD through kills, RoLoRA's turns.
 #![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
 
-use std::fs;
-
 use aggregator::store::{Access, Storage};
 use commonweal_adapter::{Adapter, AdapterKind, Part, disk};
 use commonweal_protocol::{Digest, Mode, bounds};
@@ -10,6 +8,7 @@ use commonweal_tests::{
     federation::{Device, Federation},
     program::Running,
 };
+use edge_client::store::Store;
 
 /// The values of an adapter that an event names.
 fn adapter(federation: &Federation, digest: &str) -> Adapter {
@@ -43,7 +42,8 @@ fn releases(mut aggregator: Running, rounds: u64) -> Vec<String> {
 
 /// What a device would correct with if the round that it waits for was merged.
 fn control(device: &Device) -> Adapter {
-    let bytes = fs::read(device.state().join("control-pending.bin")).unwrap();
+    let store = Store::open_shared(device.state()).unwrap();
+    let bytes = store.read("control-pending.bin").unwrap().unwrap();
     disk::read(&bytes[8..]).unwrap().0
 }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use commonweal_protocol::Mode;
 
-use crate::config::{Config, Optimizer, Rule};
+use crate::config::{Config, Listen, Optimizer, Rule};
 
 /// See the module. What is absent leaves the setting as it is.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -17,6 +17,9 @@ pub(super) struct Flags {
     /// Where to listen (UDP).
     #[arg(long, env = "COMMONWEAL_LISTEN", value_name = "ADDRESS:PORT")]
     listen: Option<SocketAddr>,
+    /// The operator's port (TCP): health, metrics; `off` for none [default: 127.0.0.1:4434].
+    #[arg(long, env = "COMMONWEAL_ADMIN", value_name = "ADDRESS:PORT")]
+    admin: Option<Listen>,
     /// Where devices find the aggregator, for invitations.
     #[arg(long, env = "COMMONWEAL_ADDRESS", value_name = "HOST:PORT")]
     address: Option<String>,
@@ -135,6 +138,7 @@ impl Flags {
         set_path(&mut package, self.package.as_ref());
         config.package = package.unwrap_or_default();
         set(&mut config.listen, self.listen.as_ref());
+        set(&mut config.admin.listen, self.admin.as_ref());
         if self.address.is_some() {
             config.address.clone_from(&self.address);
         }

@@ -51,6 +51,7 @@ pub(super) struct Limits {
     buckets: BTreeMap<DeviceId, Bucket>,
     strangers: Tokens,
     strangers_untold: u64,
+    throttled: u64,
 }
 
 impl Limits {
@@ -62,6 +63,7 @@ impl Limits {
             buckets: BTreeMap::new(),
             strangers: Tokens { left: STRANGERS_TOLD, seen_ms: 0 },
             strangers_untold: 0,
+            throttled: 0,
         }
     }
 
@@ -84,7 +86,19 @@ impl Limits {
     /// Takes one request; false if there are none left.
     pub(super) fn spend_request(&mut self, device: DeviceId, now_ms: u64) -> bool {
         let (burst, per_ms) = (self.burst, self.per_ms);
-        self.bucket(device, now_ms).requests.spend(burst, per_ms, now_ms)
+        let is_left = self.bucket(device, now_ms).requests.spend(burst, per_ms, now_ms);
+        self.throttled = self.throttled.saturating_add(u64::from(!is_left));
+        is_left
+    }
+
+    /// When each device asked last.
+    pub(super) fn seen(&self) -> BTreeMap<DeviceId, u64> {
+        self.buckets.iter().map(|(device, bucket)| (*device, bucket.requests.seen_ms)).collect()
+    }
+
+    /// Requests for which there was none left.
+    pub(super) fn throttled(&self) -> u64 {
+        self.throttled
     }
 
     /// Whether the operator is to be told of a stranger's refusal, and if so how many were not told before it.
@@ -131,6 +145,7 @@ mod tests {
             assert!(limits.spend_request(DEVICE, 1_000));
         }
         assert!(!limits.spend_request(DEVICE, 1_900));
+        assert_eq!((limits.throttled(), limits.seen()[&DEVICE]), (1, 1_900));
         assert!(limits.spend_request(DEVICE, 2_000));
         assert!(!limits.spend_request(DEVICE, 2_100));
         assert!(limits.spend_request(DeviceId([2; 16]), 2_100));

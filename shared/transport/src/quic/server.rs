@@ -78,6 +78,11 @@ impl QuicServer {
         self.local
     }
 
+    /// Connections that are open, of devices and of strangers.
+    pub fn connections(&self) -> usize {
+        self.endpoint.open_connections()
+    }
+
     /// Uses another certificate for connections from now on; those that are open go on.
     pub fn reload(&self, identity: ServerIdentity) -> Result<(), IdentityError> {
         self.endpoint.set_server_config(Some(config(identity, &self.clock, &self.limits)?));
