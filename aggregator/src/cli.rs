@@ -8,11 +8,13 @@ mod inspect;
 mod adapters;
 mod tokens;
 mod dashboard;
+mod settings;
 
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
 
+use crate::backup::BackupError;
 use crate::config::{Config, ConfigError};
 use crate::desk::DeskError;
 use crate::directory::{Directory, DirectoryError};
@@ -33,7 +35,8 @@ Examples:
   aggregator rollback 3 --dir state
   aggregator export 5 --format peft --out adapter --dir state
 
-Settings come from STATE/aggregator.toml (written by init), then the environment, then flags.
+Settings come from STATE/aggregator.toml (written by init), then the environment
+(COMMONWEAL_AGGREGATOR_ROUND__GOAL=8), then flags, then --set round.goal=8; `aggregator config` prints them all.
 Exit codes: 0 done, 2 usage, 3 bad input, 4 refused by a gate, 5 unavailable, 1 anything else.";
 
 /// Rounds of federated fine-tuning: receive, merge, align, evaluate, publish.
@@ -46,6 +49,9 @@ pub struct Cli {
     /// JSON lines on stdout in place of sentences.
     #[arg(long, global = true, env = "COMMONWEAL_JSON")]
     json: bool,
+    /// Change a setting, such as round.goal=8; may be repeated, overrules all else.
+    #[arg(long, global = true, value_name = "KEY=VALUE")]
+    set: Vec<String>,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -88,10 +94,21 @@ enum Verb {
     #[command(after_help = "Examples:\n  aggregator evaluate --dir state\n  \
         aggregator evaluate --dir state --adapter candidate.safetensors\n\nExits with 4 if a gate fails.")]
     Evaluate(Box<adapters::EvaluateVerb>),
+    /// Print every setting in force, and where it comes from; every problem, if there are any.
+    #[command(after_help = "Examples:\n  aggregator config --dir state\n  \
+        aggregator config --dir state --set round.goal=8 --json\n\nExits with 3 if `serve` would not start with them.")]
+    Config(Box<settings::ConfigVerb>),
     /// Print the dashboard's address, token included.
     #[command(after_help = "Examples:\n  aggregator dashboard --dir state\n  \
         aggregator dashboard --admin 127.0.0.1:4434 --dir state")]
     Dashboard(dashboard::DashboardVerb),
+    /// Copy the state directory, also while it is served.
+    #[command(after_help = "Examples:\n  aggregator backup /backup/2026-01-31 --dir state\n  \
+        aggregator serve --dir /backup/2026-01-31")]
+    Backup {
+        /// Where to; no state directory may be there.
+        to: PathBuf,
+    },
     /// The enrolled devices.
     #[command(after_help = "Example:\n  aggregator devices --dir state")]
     Devices,
@@ -139,6 +156,9 @@ pub enum CliError {
     /// Tokens and devices.
     #[error(transparent)]
     Enroll(#[from] EnrollError),
+    /// A copy of the state directory.
+    #[error(transparent)]
+    Backup(#[from] BackupError),
     /// The server.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -179,7 +199,9 @@ impl CliError {
             ) => 3,
             Self::Gate(_) => 4,
             Self::Serve(ServeError::Listen { .. } | ServeError::Admin { .. }) => 5,
-            Self::Directory(error) | Self::Serve(ServeError::Directory(error)) => directory_code(error),
+            Self::Directory(error)
+            | Self::Backup(BackupError::Directory(error))
+            | Self::Serve(ServeError::Directory(error)) => directory_code(error),
             Self::Laboratory(error) | Self::Serve(ServeError::Laboratory(error)) => laboratory_code(error),
             _ => 1,
         }
@@ -219,9 +241,9 @@ struct Opened {
 }
 
 impl Opened {
-    fn open(dir: &Path) -> Result<Self, CliError> {
+    fn open(dir: &Path, set: &[String]) -> Result<Self, CliError> {
         let directory = Directory::open(dir)?;
-        let config = Config::read(dir)?;
+        let config = settings::of(dir)?.with_set(set).formed()?;
         let storage = Storage::open(dir, Access::Shared)?;
         Ok(Self { directory, config, storage })
     }
@@ -237,14 +259,14 @@ impl Opened {
 
 /// Runs what was asked.
 pub fn run(cli: Cli) -> Result<(), CliError> {
-    let Cli { dir, json, verb } = cli;
+    let Cli { dir, json, set, verb } = cli;
+    let opened = || Opened::open(&dir, &set);
     match verb {
-        Verb::Init(init) => init::init(&dir, &init, json),
+        Verb::Init(init) => init::init(&dir, &init, &set, json),
         Verb::Serve(serve) => {
             Directory::open(&dir)?;
-            let mut config = Config::read(&dir)?;
-            serve.flags.apply(&mut config);
-            config.check()?;
+            let settings = settings::of(&dir)?;
+            let config = settings.with_flags(|config| serve.flags.apply(config)).with_set(&set).checked()?;
             let options = crate::serve::Options {
                 dir,
                 config,
@@ -253,15 +275,30 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
             };
             Ok(crate::serve::serve(options, &Events::to_stdout(json))?)
         }
-        Verb::Token(token) => tokens::token(&Opened::open(&dir)?, &token, json),
-        Verb::Status => inspect::status(&Opened::open(&dir)?, json),
-        Verb::Rounds(rounds) => inspect::rounds(&Opened::open(&dir)?, &rounds, json),
-        Verb::Rollback { version } => adapters::rollback(&Opened::open(&dir)?, version, json),
-        Verb::Export(export) => adapters::export(&Opened::open(&dir)?, &export, json),
-        Verb::Evaluate(evaluate) => adapters::evaluate(Opened::open(&dir)?, &evaluate, json),
-        Verb::Dashboard(verb) => dashboard::dashboard(&dir, &verb, json),
-        Verb::Devices => inspect::devices(&Opened::open(&dir)?, json),
-        Verb::Revoke { device } => tokens::revoke(&Opened::open(&dir)?, &device, json),
+        Verb::Token(token) => tokens::token(&opened()?, &token, json),
+        Verb::Status => inspect::status(&opened()?, json),
+        Verb::Rounds(rounds) => inspect::rounds(&opened()?, &rounds, json),
+        Verb::Rollback { version } => adapters::rollback(&opened()?, version, json),
+        Verb::Export(export) => adapters::export(&opened()?, &export, json),
+        Verb::Evaluate(evaluate) => adapters::evaluate(opened()?, &evaluate, json),
+        Verb::Config(verb) => settings::config(&dir, &verb, &set, json),
+        Verb::Dashboard(verb) => dashboard::dashboard(&dir, &verb, &set, json),
+        Verb::Backup { to } => {
+            let copied = crate::backup::back_up(&Directory::open(&dir)?, &to)?;
+            if json {
+                return say_json(&copied);
+            }
+            say(&format!(
+                "{}: {} adapters and updates, {} bytes; database, {} bytes; keys and settings",
+                to.display(),
+                copied.blobs,
+                copied.blobs_bytes,
+                copied.database_bytes
+            ));
+            Ok(())
+        }
+        Verb::Devices => inspect::devices(&opened()?, json),
+        Verb::Revoke { device } => tokens::revoke(&opened()?, &device, json),
     }
 }
 

@@ -1,4 +1,5 @@
-//! The operator's configuration: `aggregator.toml` in the state directory, then environment, then flags.
+//! The operator's configuration: `aggregator.toml` in the state directory, then environment, then flags
+//! (`settings.rs`).
 //!
 //! Every problem is listed at start, before a socket is opened. `plain` switches clipping, alignment and
 //! gates off, for comparison; nothing else changes.
@@ -7,6 +8,7 @@ mod admin;
 mod check;
 mod device;
 mod gates;
+mod settings;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -19,6 +21,7 @@ use crate::round::Policy;
 pub use admin::{Admin, Listen};
 pub use device::{Compress, Train};
 pub use gates::Gates;
+pub use settings::{PREFIX, Setting, Settings, Source};
 
 /// Name of the file in the state directory.
 pub const FILE: &str = "aggregator.toml";

@@ -205,6 +205,18 @@ impl Directory {
         Ok(token)
     }
 
+    /// Copies keys, token and, last, the configuration, which makes a directory of `to`.
+    pub fn copy_to(&self, to: &Path) -> Result<(), DirectoryError> {
+        let copy = Self { path: to.to_owned() };
+        for name in ["signing.pem", "authority.pem", "admin.token"] {
+            let path = self.path.join(name);
+            if name != "admin.token" || path.exists() {
+                copy.write_secret(&to.join(name), read(&path)?.as_bytes())?;
+            }
+        }
+        copy.write_config(&read(&self.path.join(crate::config::FILE))?)
+    }
+
     /// Becomes the one server.
     pub fn lock(&self) -> Result<Lock, DirectoryError> {
         let path = self.path.join("lock");

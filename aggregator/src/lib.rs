@@ -22,6 +22,7 @@ pub mod evaluate;
 pub mod publish;
 pub mod drive;
 pub mod directory;
+pub mod backup;
 pub mod observe;
 pub mod admin;
 pub mod serve;

@@ -32,7 +32,7 @@ impl<L> Device<L> {
         let begun = Begun {
             // The time left differs from poll to poll.
             task: RoundTask { deadline_ms: 0, ..*task },
-            policy: self.policy.clone(),
+            policy: self.policy.of_work(),
             aggregator: self.expected.key,
             screening: self.screening()?,
         };

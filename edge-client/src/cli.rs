@@ -10,6 +10,7 @@ mod evaluate;
 mod voices;
 pub mod serve;
 mod add;
+pub mod samples;
 mod offline;
 mod rounds;
 mod status;
@@ -22,12 +23,13 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, builder::RangedU64ValueParser};
 use commonweal_runtime::Devices;
 
-use crate::events::Output;
+use crate::{events::Output, keys::KeyPlace};
 
 const EXAMPLES: &str = "\
 Examples:
   edge-client enroll 'commonweal://aggregator.example:4433/?token=…&ca=…'
   edge-client add chats.jsonl            keep a file's conversations for training
+  edge-client samples                    what is kept; `forget` deletes
   edge-client run                        take part in rounds until stopped
   edge-client once --json                one round, its stages as JSON lines
   edge-client filter chats.jsonl --json  what the guard says, without training
@@ -71,6 +73,9 @@ pub struct Shared {
     /// Provider of devices that comes as a file of its own, such as onnxruntime-ep-webgpu's
     #[arg(long, global = true, env = "COMMONWEAL_PROVIDER", value_name = "FILE")]
     pub provider: Option<PathBuf>,
+    /// Key that seals the state directory: a file of mode 600, or keyring:NAME [default: store.key in the state directory]
+    #[arg(long, global = true, env = "COMMONWEAL_STORE_KEY", value_name = "PLACE")]
+    pub store_key: Option<KeyPlace>,
     /// Policy file [default: policy.toml in the state directory, else built in]
     #[arg(long, global = true, env = "COMMONWEAL_POLICY", value_name = "FILE")]
     pub policy: Option<PathBuf>,
@@ -132,6 +137,20 @@ pub enum Verb {
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
+    /// List what is kept for training: name, date, whether a round has drawn it, size, source
+    #[command(
+        after_help = "Examples:\n  edge-client samples\n  edge-client samples --text | less\n  edge-client samples --json | jq 'select(.state == \"new\")'"
+    )]
+    Samples {
+        /// With the conversations themselves
+        #[arg(long)]
+        text: bool,
+    },
+    /// Delete samples with everything on this device that was computed from them
+    #[command(
+        after_help = "Examples:\n  edge-client forget 3f9a17c2\n  edge-client forget --source chats.jsonl\n  edge-client forget --older-than 30d\n  edge-client forget --all        samples, rounds, personal adapter, and the key that sealed them\n\nWhat an aggregator has accepted stays there (docs/privacy.md). A chat or an endpoint that is running keeps the personal\nadapter in memory until it ends."
+    )]
+    Forget(samples::Request),
     /// What the guard says of a file's conversations; nothing is kept
     #[command(
         after_help = "Examples:\n  edge-client filter chats.jsonl\n  edge-client filter chats.jsonl --json --policy strict.toml\n  edge-client filter labelled.jsonl --evaluate\n  edge-client filter harmful_behaviors.csv --evaluate --json"
@@ -212,6 +231,8 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
         Verb::Once => rounds::once(shared),
         Verb::Status => status::status(shared),
         Verb::Add { files } => add::add(shared, files),
+        Verb::Samples { text } => samples::samples(shared, *text),
+        Verb::Forget(request) => samples::forget(shared, request),
         Verb::Filter { file, evaluate: false } => offline::filter(shared, file),
         Verb::Filter { file, evaluate: true } => evaluate::evaluate(shared, file),
         Verb::Revise { file } => offline::revise(shared, file),

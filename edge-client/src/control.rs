@@ -1,7 +1,7 @@
 //! SCAFFOLD's control variates on the device: its own `cᵢ`, and what a round corrects its gradients by.
 //!
 //! Used by `pipeline.rs` around `train.rs` and `compress.rs`. A round's next `cᵢ` waits in three places, each left by one
-//! rename: with the round in progress; after the receipt, as pending; and it counts once the aggregator says that it
+//! renaming: with the round in progress; after the receipt, as pending; and it counts once the aggregator says that it
 //! merged that round. So a kill, a round that ended without a merge or a lost receipt leave `cᵢ` what the aggregator
 //! has of this device. It never leaves the device but as a packed change.
 
@@ -127,7 +127,12 @@ pub(crate) fn await_merge(store: &Store) -> Result<(), StoreError> {
     store.rename(NEXT, PENDING)
 }
 
-/// Another federation's control variates are none here.
+/// Whether there is one, or one awaits a merge.
+pub(crate) fn is_any(store: &Store) -> bool {
+    store.exists(OWN) || store.exists(PENDING)
+}
+
+/// Another federation's control variates are none here, nor are those of what was forgotten.
 pub(crate) fn forget(store: &Store) -> Result<(), StoreError> {
     store.remove(OWN)?;
     store.remove(PENDING)

@@ -37,6 +37,17 @@ pub enum Event {
         #[serde(flatten)]
         done: Done,
     },
+    /// Samples are gone, and what was computed from them.
+    Forgotten {
+        /// How many; unknown where they could not be opened.
+        samples: Option<usize>,
+        /// Whether what rounds left went too: the round in progress, residuals, control variates.
+        rounds: bool,
+        /// Whether the personal adapter did.
+        personal: bool,
+        /// Whether the key was destroyed.
+        key: bool,
+    },
     /// One optimizer step.
     Step {
         /// The round.
@@ -173,6 +184,18 @@ impl fmt::Display for Event {
             Self::Enrolled { device } => write!(f, "enrolled as {device}"),
             Self::Added { added, known, bad } => {
                 write!(f, "added {added} samples, {known} were known, {bad} lines left out")
+            }
+            Self::Forgotten { samples, rounds, personal, key } => {
+                match samples {
+                    Some(samples) => write!(f, "forgot {samples} samples")?,
+                    None => f.write_str("forgot every sample")?,
+                }
+                let also = [
+                    (*rounds, "what rounds had computed from them"),
+                    (*personal, "the personal adapter"),
+                    (*key, "the key"),
+                ];
+                also.iter().filter(|(is_gone, _)| *is_gone).try_for_each(|(_, what)| write!(f, ", {what}"))
             }
             Self::Stage { round, seconds, done } => write!(f, "round {round}: {done} ({seconds:.1} s)"),
             Self::Step { round, step, loss } => write!(f, "round {round}: step {step}, loss {loss:.3}"),

@@ -23,7 +23,12 @@ pub(crate) const NEXT_RESIDUAL: &str = "round/residual.bin";
 /// What the round's first update leaves, if that one was let go.
 const SET_ASIDE: &str = "round/set-aside.bin";
 
-/// Nothing is owed to another federation.
+/// Whether anything may be owed.
+pub(crate) fn is_any(store: &Store) -> bool {
+    store.exists(RESIDUAL) || store.exists(RESIDUAL_A)
+}
+
+/// Nothing is owed to another federation, nor of what was forgotten.
 pub(crate) fn forget(store: &Store) -> Result<(), StoreError> {
     store.remove(RESIDUAL)?;
     store.remove(RESIDUAL_A)
@@ -34,7 +39,7 @@ impl<L> Device<L> {
     /// update in it, which may have been sent.
     pub(crate) fn clear_for(&self, task: &RoundTask, offered: bool) -> Result<(), PipelineError> {
         let before = self.read_round::<Begun>(BEGUN)?.map(|begun| begun.task);
-        if offered && self.store.read(SET_ASIDE)?.is_none() {
+        if offered && !self.store.exists(SET_ASIDE) {
             self.store.rename(NEXT_RESIDUAL, SET_ASIDE)?;
         }
         if before.as_ref().is_none_or(|before| before.round != task.round) {
@@ -56,7 +61,7 @@ impl<L> Device<L> {
     /// before it is owed still, unless an earlier one of this round was taken.
     pub(crate) fn owe_still(&self, task: &RoundTask, refusal: Option<Refusal>) -> Result<(), StoreError> {
         match refusal {
-            Some(Refusal::AlreadySent) if self.store.read(SET_ASIDE)?.is_none() => {
+            Some(Refusal::AlreadySent) if !self.store.exists(SET_ASIDE) => {
                 // One that this device knows nothing of: what it left is not known either.
                 self.store.remove(residual_of(task))?;
             }

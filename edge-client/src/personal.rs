@@ -6,16 +6,22 @@
 //! (`commonweal_adapter::stack`). A later release takes the place of the one that it was trained beside; the personal one
 //! stays as it is.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use commonweal_adapter::{
     Adapter, AdapterError, AdapterFacts, AdapterKind, AdapterLayout, ReadError, disk, stack,
 };
 use commonweal_protocol::BaseHash;
 
-use crate::store::{Store, StoreError};
+use crate::{
+    kept,
+    sample::{Sample, SampleId},
+    store::{Store, StoreError},
+};
 
 const FILE: &str = "personal.adapter";
+/// The samples that it was trained on, so that it can be forgotten with them.
+const SAMPLES: &str = "personal.samples";
 /// So far the values of a new one are drawn: any number does, and the same file trains the same adapter.
 const SEED: u64 = 0;
 
@@ -62,7 +68,34 @@ pub fn write(store: &Store, adapter: &Adapter, base: BaseHash) -> Result<(), Per
 
 /// Whether there is one.
 pub fn exists(store: &Store) -> bool {
-    store.path(FILE).exists()
+    store.exists(FILE)
+}
+
+/// Before it is trained on these samples: with those of before, unless it begins anew.
+pub(crate) fn tell_samples<'s>(
+    store: &Store,
+    samples: impl Iterator<Item = &'s Sample>,
+    anew: bool,
+) -> Result<(), StoreError> {
+    let before = kept::read_ids(store, SAMPLES)?;
+    if before.is_none() && exists(store) && !anew {
+        // Of a program of before: what it was trained on is not known, and stays so.
+        return Ok(());
+    }
+    let mut ids = before.unwrap_or_default();
+    ids.extend(samples.map(Sample::id));
+    kept::write_ids(store, SAMPLES, &ids)
+}
+
+/// Whether it was, or may have been, trained on one of these samples.
+pub(crate) fn is_of(store: &Store, ids: &BTreeSet<SampleId>) -> Result<bool, StoreError> {
+    Ok(exists(store) && kept::read_ids(store, SAMPLES)?.is_none_or(|known| !known.is_disjoint(ids)))
+}
+
+/// Leaves no personal adapter.
+pub(crate) fn forget(store: &Store) -> Result<(), StoreError> {
+    store.remove(FILE)?;
+    store.remove(SAMPLES)
 }
 
 /// The release with the personal adapter beside it.

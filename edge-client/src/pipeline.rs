@@ -195,7 +195,7 @@ impl<L: Link> Device<L> {
             self.settle(&task)?;
             return Ok(None);
         }
-        let is_of_now = self.store.read(BEGUN)? == Some(self.begun_with(&task)?);
+        let is_of_now = self.store.read_remade(BEGUN)? == Some(self.begun_with(&task)?);
         if !is_of_now || task.base != self.expected.base {
             return Ok(None);
         }
@@ -208,8 +208,8 @@ impl<L: Link> Device<L> {
     /// Keeps what a kill left of this very task under these very terms; clears what is of others.
     fn begin_or_continue(&self, task: &RoundTask) -> Result<(), PipelineError> {
         let begun = self.begun_with(task)?;
-        if self.store.read(BEGUN)?.as_ref() != Some(&begun) {
-            let is_packed = self.store.read(PACKED_REPORT)?.is_some();
+        if self.store.read_remade(BEGUN)?.as_ref() != Some(&begun) {
+            let is_packed = self.store.exists(PACKED_REPORT);
             self.clear_for(task, is_packed)?;
             self.store.write(BEGUN, &begun)?;
         }
@@ -232,7 +232,8 @@ impl<L: Link> Device<L> {
 
     /// The update of this task that was packed before, if it is whole and its start is still to be had.
     fn packed_before(&self, task: &RoundTask) -> Result<Option<(Packed, PackedReport)>, PipelineError> {
-        let (Some(bytes), Some(report)) = (self.store.read(PACKED)?, self.read_round(PACKED_REPORT)?) else {
+        let (Some(bytes), Some(report)) = (self.store.read_remade(PACKED)?, self.read_round(PACKED_REPORT)?)
+        else {
             return Ok(None);
         };
         let start = match self.start(task) {
@@ -285,7 +286,7 @@ impl<L: Link> Device<L> {
 impl<L> Device<L> {
     /// A file of the round in progress. A damaged one is as good as none: its stage is done again.
     pub(crate) fn read_round<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
-        let Some(bytes) = self.store.read(name)? else { return Ok(None) };
+        let Some(bytes) = self.store.read_remade(name)? else { return Ok(None) };
         let read = serde_json::from_slice(&bytes);
         Ok(read.inspect_err(|error| tracing::warn!("{}", damaged(&self.store, name, error))).ok())
     }

@@ -9,6 +9,8 @@ use commonweal_package::TrainGraph;
 use commonweal_safety::{CategoryId, GuardConfig};
 use serde::{Deserialize, Serialize};
 
+use crate::units::Span;
+
 /// A policy fits in a page; more is a wrong file.
 const FILE_BYTES_MAX: usize = 64 * 1024;
 
@@ -24,6 +26,8 @@ pub struct Policy {
     pub train: TrainPolicy,
     /// What the local endpoint may do.
     pub serve: ServePolicy,
+    /// How long samples are kept.
+    pub store: StorePolicy,
 }
 
 /// What happens to a sample that the guard finds unsafe.
@@ -166,6 +170,16 @@ pub struct ServePolicy {
     pub keep_chats: bool,
 }
 
+/// The store of samples.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct StorePolicy {
+    /// Samples that are older are forgotten, with what was computed from them, at the start and once a day. For ever where
+    /// absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep: Option<Span>,
+}
+
 impl Default for FilterPolicy {
     fn default() -> Self {
         Self { enabled: true, threshold: None, action: Action::Revise, categories: BTreeMap::new() }
@@ -229,6 +243,12 @@ impl Policy {
         if problems.is_empty() { Ok(policy) } else { Err(PolicyError::Invalid(problems)) }
     }
 
+    /// What a round's work follows from. The rest can change while a round is in progress without beginning it anew.
+    #[must_use]
+    pub fn of_work(&self) -> Self {
+        Self { serve: ServePolicy::default(), store: StorePolicy::default(), ..self.clone() }
+    }
+
     fn problems(&self) -> Vec<String> {
         let mut problems = Vec::new();
         let mut require = |holds: bool, text: String| {
@@ -271,6 +291,10 @@ impl Policy {
         require(
             train.sample_tokens_max.is_none_or(|tokens| tokens >= 16),
             "train.sample_tokens_max: expected at least 16".into(),
+        );
+        require(
+            self.store.keep.is_none_or(|keep| keep >= Span::of_seconds(60)),
+            "store.keep: expected at least 1m".into(),
         );
         problems
     }
@@ -363,6 +387,18 @@ mod tests {
         let policy = Policy::from_toml("[serve]\nguard = \"refuse\"\nkeep_chats = true\n").unwrap();
         assert_eq!(policy.serve, ServePolicy { guard: Guarding::Refuse, keep_chats: true });
         assert!(Policy::from_toml("[serve]\nguard = \"maybe\"\n").is_err());
+    }
+
+    #[test]
+    fn samples_are_kept_for_ever_unless_the_owner_says_so() {
+        assert_eq!(Policy::from_toml("").unwrap().store.keep, None);
+        let policy = Policy::from_toml("[store]\nkeep = \"90d\"\n").unwrap();
+        assert_eq!(policy.store.keep, Some("90d".parse().unwrap()));
+        for wrong in ["90", "0s", "forever"] {
+            assert!(Policy::from_toml(&format!("[store]\nkeep = \"{wrong}\"\n")).is_err(), "{wrong}");
+        }
+        // A round in progress goes on under it.
+        assert_eq!(policy.of_work(), Policy::default());
     }
 
     #[test]

@@ -1,23 +1,14 @@
-//! Stage 1, **sample**: a person's conversations, checked, kept once each, drawn by the round's seed.
+//! Stage 1, **sample**: a person's conversations, checked, drawn by the round's seed.
 //!
-//! From `forms.rs`; to `filter.rs`, which judges each [`Sample`]. Kept in the state directory, drawn from in a round.
+//! From `forms.rs`; to `filter.rs`, which judges each [`Sample`]. `kept.rs` keeps them in the state directory.
 
-use std::{borrow::Cow, collections::BTreeSet, fmt};
+use std::{borrow::Cow, fmt};
 
 use commonweal_runtime::{Message, Role};
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    rows::{self, Parsed},
-    store::{Store, StoreError},
-};
-
-const FOLDER: &str = "samples";
-
-/// All samples of a device. A round draws from all of them, in memory.
-const STORE_BYTES_MAX: u64 = rows::FILE_BYTES_MAX;
 /// One message. Far above any context window that a device trains on.
 pub const MESSAGE_BYTES_MAX: usize = 64 * 1024;
 /// Turns of one conversation.
@@ -55,6 +46,16 @@ fn role_name(role: Role) -> &'static str {
 /// Names a sample by its content: the first 16 bytes of the BLAKE3 of its turns.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SampleId([u8; 16]);
+
+impl SampleId {
+    pub(crate) const fn bytes(self) -> [u8; 16] {
+        self.0
+    }
+
+    pub(crate) const fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+}
 
 impl fmt::Display for SampleId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -260,45 +261,6 @@ pub enum SampleError {
     NoReply,
 }
 
-/// Adds a file's samples to the store, those it does not know yet; gives how many were new.
-pub fn keep(store: &Store, parsed: &Parsed<Sample>) -> Result<usize, StoreError> {
-    let mut known: BTreeSet<SampleId> = stored(store)?.iter().map(Sample::id).collect();
-    let mut text = String::new();
-    let mut added = 0;
-    for (_, sample) in &parsed.good {
-        if known.insert(sample.id()) {
-            text.push_str(&serde_json::to_string(sample).map_err(|error| StoreError::Damaged {
-                path: store.path(FOLDER),
-                reason: format!("sample does not encode: {error}"),
-            })?);
-            text.push('\n');
-            added += 1;
-        }
-    }
-    if added > 0 {
-        store.require_room(FOLDER, text.len() as u64, STORE_BYTES_MAX)?;
-        let next =
-            store.list(FOLDER)?.last().and_then(|name| name.get(..6)?.parse::<u32>().ok()).unwrap_or(0) + 1;
-        store.write(&format!("{FOLDER}/{next:06}.jsonl"), text.as_bytes())?;
-    }
-    Ok(added)
-}
-
-/// Every sample in the store, in the order they were added.
-pub fn stored(store: &Store) -> Result<Vec<Sample>, StoreError> {
-    let mut samples = Vec::new();
-    for name in store.list(FOLDER)? {
-        let name = format!("{FOLDER}/{name}");
-        for (line, text) in store.lines(&name)?.iter().enumerate() {
-            samples.push(serde_json::from_str(text).map_err(|error| StoreError::Damaged {
-                path: store.path(&name),
-                reason: format!("line {}: {}", line + 1, rows::place(&error)),
-            })?);
-        }
-    }
-    Ok(samples)
-}
-
 /// At most `count` samples, drawn without replacement by the seed; the order is the draw's.
 pub fn draw(mut samples: Vec<Sample>, count: usize, seed: u64) -> Vec<Sample> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
@@ -318,17 +280,8 @@ mod tests {
     }
 
     #[test]
-    fn the_store_keeps_each_sample_once_and_a_draw_is_the_seeds() {
-        let directory = tempfile::tempdir().unwrap();
-        let store = Store::open(directory.path()).unwrap();
-        let some = |numbers: std::ops::Range<usize>| Parsed {
-            good: numbers.map(|i| (i, sample(&format!("p{i}")))).collect(),
-            bad: Vec::new(),
-        };
-        assert_eq!(keep(&store, &some(0..5)).unwrap(), 5);
-        assert_eq!(keep(&store, &some(3..8)).unwrap(), 3);
-        let all = stored(&store).unwrap();
-        assert_eq!(all.len(), 8);
+    fn a_draw_is_the_seeds() {
+        let all: Vec<Sample> = (0..8).map(|i| sample(&format!("p{i}"))).collect();
         let drawn = draw(all.clone(), 3, 7);
         assert_eq!(drawn, draw(all.clone(), 3, 7));
         assert_eq!(drawn.len(), 3);

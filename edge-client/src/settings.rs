@@ -12,10 +12,12 @@ use std::{
 use commonweal_runtime::Devices;
 use serde::{Deserialize, Serialize};
 
+use crate::keys::KeyPlace;
+
 /// A person's file of settings, policy or principles has a few pages; more is a wrong file.
 const FILE_BYTES_MAX: u64 = 256 * 1024;
 
-/// `device.toml`; the first six have a flag and an environment variable too.
+/// `device.toml`; the first seven have a flag and an environment variable too.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SettingsFile {
@@ -37,6 +39,9 @@ pub struct SettingsFile {
     /// Longest conversation in tokens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub context: Option<NonZeroUsize>,
+    /// Where the key is that seals the state directory: a file, or `keyring:NAME`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub store_key: Option<KeyPlace>,
     /// Longest wait between two polls, whatever the aggregator asks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub poll_seconds_max: Option<NonZeroU64>,

@@ -1,23 +1,30 @@
 //! The device's directory: identity, samples, the round in progress, installed adapters.
 //!
 //! Everything is written to a temporary file, synced and renamed, so a kill or a full disk leaves the old file or
-//! the new one, never half of either; only the owner can read it. One process at a time holds the lock. Used by
-//! `pipeline.rs` and the commands.
+//! the new one, never half of either; only the owner can read it. What is marked * is sealed besides (`vault.rs`): its
+//! bytes on the disk tell nothing without the key. One process at a time holds the lock. Used by `pipeline.rs` and the
+//! commands.
 //!
 //! ```text
 //! device/
 //!   device.toml policy.toml           what the owner set
 //!   identity/                         key, certificate, CA, aggregator's signing key, address
-//!   samples/000001.jsonl …            what was added, one file an `add`
-//!   round/                            task, pairs, training checkpoint, packed update of the round in progress,
+//!   store.key                         seals what is marked *, if no other place is named for it
+//!   sealed *                          there once nothing of a person's lies in the clear
+//!   samples/000001.jsonl … *          what was added, one file an `add` (`kept.rs`)
+//!   used.samples *                    which of them a round has drawn
+//!   round/ *                          task, pairs, training checkpoint, packed update of the round in progress,
 //!                                     or why this round was given up; what an update that was let go would leave
-//!   residual.bin residual-a.bin       error feedback: what compression has not sent yet; of rounds of A alone
-//!   control.bin control-pending.bin   SCAFFOLD: the control variate; the next one, until its round is merged
+//!   residual.bin residual-a.bin *     error feedback: what compression has not sent yet; of rounds of A alone
+//!   control.bin control-pending.bin * SCAFFOLD: the control variate; the next one, until its round is merged
+//!   personal.adapter * personal.samples *  the personal adapter, and what it was trained on
+//!   forget.samples * forget-all       what the owner wants forgotten, until it is (`forget.rs`)
 //!   releases/<digest>.{release,adapter}  signed releases and their adapters
 //!   installed                         which of them is in use
 //!   receipts.jsonl                    one line an accepted update
 //!   paused                            while the owner wants no rounds
-//!   lock visit.lock                   held by the process that works here, and while it visits the aggregator
+//!   lock visit.lock samples.lock      held by the process that works here, while it visits the aggregator, and while
+//!                                     samples are added or taken away
 //! ```
 
 use std::{
@@ -28,7 +35,15 @@ use std::{
     time::SystemTime,
 };
 
-use crate::install::Seen;
+use crate::{
+    install::Seen,
+    keys::{self, KeyError, KeyPlace},
+    seal::SealError,
+    vault::{self, Vault},
+};
+
+/// Ends the name of a file that is not whole yet.
+const PART: &str = ".part";
 
 /// Why the device's directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +81,37 @@ pub enum StoreError {
     /// Another process works in it.
     #[error("{0} is in use by another edge-client")]
     Locked(PathBuf),
+    /// A sealed file does not open.
+    #[error("{path} cannot be opened: {source}")]
+    Sealed {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: SealError,
+    },
+    /// What the directory was sealed with is not there.
+    #[error(
+        "the key of {directory} is missing: expected {place}; without it nothing here can be opened, and `edge-client forget --all` starts anew"
+    )]
+    KeyLost {
+        /// The state directory.
+        directory: PathBuf,
+        /// Where the key was looked for.
+        place: String,
+    },
+    /// The directory was sealed with another key.
+    #[error("{place} is not the key of {directory}: its file `sealed` does not open: {source}")]
+    KeyWrong {
+        /// The state directory.
+        directory: PathBuf,
+        /// The key's place.
+        place: String,
+        /// Why.
+        source: SealError,
+    },
+    /// The key cannot be had.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// A file of ours does not parse.
     #[error("{path} is damaged: {reason}")]
     Damaged {
@@ -84,16 +130,28 @@ pub(crate) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) ->
 
 /// Replaces a file as a whole: temporary file beside it, fsync, rename, fsync of the directory.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
+    replace_in_steps(path, bytes, || Ok(()))
+}
+
+/// `step` is called where a kill would leave another state of the disk.
+fn replace_in_steps(
+    path: &Path,
+    bytes: &[u8],
+    step: impl Fn() -> Result<(), StoreError>,
+) -> Result<(), StoreError> {
     let directory = directory_of(path);
     let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(".part");
+    name.push(PART);
     let part = directory.join(name);
-    let written = write_synced(&part, bytes).and_then(|()| fs::rename(&part, path));
-    if let Err(source) = written {
+    let give_up = |source| {
         // A part that does not fit is worth nothing; leaving it would keep the disk full.
         let _ = fs::remove_file(&part);
-        return Err(at("write", path)(source));
-    }
+        at("write", path)(source)
+    };
+    step()?;
+    write_synced(&part, bytes).map_err(give_up)?;
+    step()?;
+    fs::rename(&part, path).map_err(give_up)?;
     sync_directory(directory).map_err(at("sync", directory))
 }
 
@@ -117,7 +175,7 @@ fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.sync_all()
 }
 
-fn sync_directory(path: &Path) -> io::Result<()> {
+pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(path)?.sync_all() } else { Ok(()) }
 }
 
@@ -147,21 +205,37 @@ impl Stamp {
 #[derive(Debug)]
 pub struct Store {
     directory: PathBuf,
+    vault: Vault,
     _lock: Option<File>,
     /// The adapter that `install.rs` read last, so that not every poll reads it again.
     pub(crate) seen: Mutex<Option<Seen>>,
+    /// Durable steps until a test's kill.
+    #[cfg(test)]
+    steps_left: std::sync::atomic::AtomicU32,
 }
 
-/// A visit to the aggregator is under way; over when this is dropped, or with the process.
+/// A lock of the directory; given back when this is dropped, or with the process.
 #[derive(Debug)]
-pub struct Visiting {
+pub struct Held {
     _file: File,
 }
 
 impl Store {
-    /// Opens the directory, made if absent, and locks it.
+    /// Opens the directory, made if absent, and locks it. Its key is in the directory.
     pub fn open(directory: &Path) -> Result<Self, StoreError> {
-        let shared = Self::open_shared(directory)?;
+        Self::open_with(directory, KeyPlace::File(directory.join(keys::FILE)))
+    }
+
+    /// Opens the directory, made if absent, and locks it. What a program of before left in the clear is sealed.
+    pub fn open_with(directory: &Path, key: KeyPlace) -> Result<Self, StoreError> {
+        let mut store = Self::lock(directory, key)?;
+        store.seal_all()?;
+        Ok(store)
+    }
+
+    /// Opens the directory and locks it, without a look at its key.
+    pub(crate) fn lock(directory: &Path, key: KeyPlace) -> Result<Self, StoreError> {
+        let shared = Self::open_shared_with(directory, key)?;
         let path = directory.join("lock");
         let lock = OpenOptions::new()
             .create(true)
@@ -176,13 +250,100 @@ impl Store {
         }
     }
 
-    /// Opens the directory without the lock, to look at it while a daemon runs.
+    /// Opens the directory without the lock, to look at it while a daemon runs. Its key is in the directory.
     pub fn open_shared(directory: &Path) -> Result<Self, StoreError> {
+        Self::open_shared_with(directory, KeyPlace::File(directory.join(keys::FILE)))
+    }
+
+    /// Opens the directory without the lock. The key is asked for when something sealed is read or written.
+    pub fn open_shared_with(directory: &Path, key: KeyPlace) -> Result<Self, StoreError> {
         for part in ["identity", "samples", "round", "releases"] {
             let path = directory.join(part);
             fs::create_dir_all(&path).map_err(|source| StoreError::Directory { path, source })?;
         }
-        Ok(Self { directory: directory.to_owned(), _lock: None, seen: Mutex::default() })
+        Ok(Self {
+            directory: directory.to_owned(),
+            vault: Vault::new(directory, key),
+            _lock: None,
+            seen: Mutex::default(),
+            #[cfg(test)]
+            steps_left: u32::MAX.into(),
+        })
+    }
+
+    /// Opens the directory as a process that is killed after so many durable steps.
+    #[cfg(test)]
+    pub(crate) fn open_dying(directory: &Path, steps: u32) -> Result<Self, StoreError> {
+        let mut store = Self::lock(directory, KeyPlace::File(directory.join(keys::FILE)))?;
+        store.steps_left = steps.into();
+        store.seal_all()?;
+        Ok(store)
+    }
+
+    /// A kill may come here.
+    #[cfg_attr(
+        not(test),
+        expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "kills are the tests'")
+    )]
+    fn step(&self) -> Result<(), StoreError> {
+        #[cfg(test)]
+        {
+            use std::sync::atomic::Ordering;
+            let spend = |left: u32| if left == u32::MAX { Some(left) } else { left.checked_sub(1) };
+            if self.steps_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, spend).is_err() {
+                return Err(at("outlive the test's kill in", &self.directory)(
+                    io::ErrorKind::Interrupted.into(),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Seals what lies in the clear, each file by one rename, and then says that it is done. Whatever a kill leaves of
+    /// that is read by what it is.
+    fn seal_all(&mut self) -> Result<(), StoreError> {
+        self.vault.key()?;
+        if self.vault.is_marked() {
+            return Ok(());
+        }
+        self.remove_parts()?;
+        for name in self.secrets()? {
+            if let Some(content) = self.vault.read(&name)? {
+                self.write(&name, &content)?;
+            }
+        }
+        self.write(vault::MARK, b"")?;
+        self.vault = Vault::new(&self.directory, self.vault.place().clone());
+        self.vault.key().map(|_| ())
+    }
+
+    /// Every sealed file that there is, or that a program of before left in its place, but for the mark.
+    pub(crate) fn secrets(&self) -> Result<Vec<String>, StoreError> {
+        let mut names = Vec::new();
+        for folder in vault::FOLDERS {
+            names.extend(self.list(folder)?.into_iter().map(|name| format!("{folder}/{name}")));
+        }
+        names.extend(vault::FILES.iter().filter(|name| self.exists(name)).map(|&name| name.to_owned()));
+        Ok(names)
+    }
+
+    /// Removes what writes that a kill cut short have left of sealed files.
+    pub(crate) fn remove_parts(&self) -> Result<(), StoreError> {
+        for folder in vault::FOLDERS {
+            for name in self.entries(folder)?.iter().filter(|name| name.ends_with(PART)) {
+                self.remove(&format!("{folder}/{name}"))?;
+            }
+        }
+        vault::FILES.iter().try_for_each(|name| self.remove(&format!("{name}{PART}")))
+    }
+
+    /// Ends what nobody has the key of any more: the mark, then the key itself. Only where nothing sealed is left.
+    pub(crate) fn unseal(&mut self) -> Result<bool, StoreError> {
+        self.remove(vault::MARK)?;
+        let place = self.vault.place().clone();
+        let is_destroyed = place.destroy()?;
+        self.vault = Vault::new(&self.directory, place);
+        Ok(is_destroyed)
     }
 
     /// A file inside.
@@ -190,13 +351,29 @@ impl Store {
         self.directory.join(name)
     }
 
-    /// Writes a file as a whole, durably.
-    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
-        replace(&self.path(name), bytes)
+    /// Whether there is such a file.
+    pub fn exists(&self, name: &str) -> bool {
+        self.path(name).exists()
     }
 
-    /// Puts a file in another's place, durably; fine when there is none.
+    /// Writes a file as a whole, durably, sealed if it is a person's.
+    pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        let path = self.path(name);
+        if vault::is_secret(name) {
+            replace_in_steps(&path, &self.vault.seal(name, bytes)?, || self.step())
+        } else {
+            replace_in_steps(&path, bytes, || self.step())
+        }
+    }
+
+    /// Puts a file in another's place, durably; fine when there is none. What is sealed is bound to its name: it is sealed
+    /// anew, and after a kill both may be there. Then doing it again ends it.
     pub fn rename(&self, from: &str, to: &str) -> Result<(), StoreError> {
+        if vault::is_secret(from) || vault::is_secret(to) {
+            let Some(content) = self.read(from)? else { return Ok(()) };
+            self.write(to, &content)?;
+            return self.remove(from);
+        }
         let path = self.path(to);
         match fs::rename(self.path(from), &path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("write", &path)(error)),
@@ -216,11 +393,25 @@ impl Store {
 
     /// Reads a file; `None` when it does not exist.
     pub fn read(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        if vault::is_secret(name) {
+            return self.vault.read(name);
+        }
         let path = self.path(name);
         match fs::read(&path) {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(at("read", &path)(error)),
+        }
+    }
+
+    /// Reads a file that can be made again: one that does not open is told on the log and is as good as none.
+    pub(crate) fn read_remade(&self, name: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        match self.read(name) {
+            Err(error @ StoreError::Sealed { .. }) => {
+                tracing::warn!("{error}; it is made again");
+                Ok(None)
+            }
+            read => read,
         }
     }
 
@@ -234,17 +425,20 @@ impl Store {
         }
     }
 
-    /// Removes a file; fine when there is none.
+    /// Removes a file, durably; fine when there is none.
     pub fn remove(&self, name: &str) -> Result<(), StoreError> {
         let path = self.path(name);
+        self.step()?;
         match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("remove", &path)(error)),
-            _ => Ok(()),
+            Ok(()) => sync_directory(directory_of(&path)).map_err(at("sync", &path)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(at("remove", &path)(error)),
         }
     }
 
-    /// Appends one line to a file and syncs it. A line that a kill cut short is passed over by [`Self::lines`].
+    /// Appends one line to a file that is not sealed, and syncs it. A line that a kill cut short is passed over by [`Self::lines`].
     pub fn append_line(&self, name: &str, line: &str) -> Result<(), StoreError> {
+        debug_assert!(!vault::is_secret(name), "{name} is sealed");
         let path = self.path(name);
         let whole = self.read(name)?.unwrap_or_default();
         let end = whole.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
@@ -266,6 +460,12 @@ impl Store {
 
     /// Names of the files in a folder, sorted, unfinished ones left out.
     pub fn list(&self, folder: &str) -> Result<Vec<String>, StoreError> {
+        let mut names = self.entries(folder)?;
+        names.retain(|name| !name.ends_with(PART));
+        Ok(names)
+    }
+
+    fn entries(&self, folder: &str) -> Result<Vec<String>, StoreError> {
         let path = self.path(folder);
         let entries = match fs::read_dir(&path) {
             // The device's owner may have removed it with all it held.
@@ -274,10 +474,7 @@ impl Store {
         };
         let mut names = Vec::new();
         for entry in entries {
-            let name = entry.map_err(at("list", &path))?.file_name().to_string_lossy().into_owned();
-            if Path::new(&name).extension().is_none_or(|extension| extension != "part") {
-                names.push(name);
-            }
+            names.push(entry.map_err(at("list", &path))?.file_name().to_string_lossy().into_owned());
         }
         names.sort();
         Ok(names)
@@ -292,18 +489,24 @@ impl Store {
         for entry in fs::read_dir(&path).map_err(at("list", &path))? {
             let entry = entry.map_err(at("list", &path))?.path();
             if Some(&entry) != kept.as_ref() {
+                self.step()?;
                 fs::remove_file(&entry).map_err(at("remove", &entry))?;
             }
         }
-        Ok(())
+        sync_directory(&path).map_err(at("sync", &path))
     }
 
     /// Held while the aggregator is visited. Waits until nobody else holds it.
-    pub fn hold_visit(&self) -> Result<Visiting, StoreError> {
-        let path = self.path("visit.lock");
+    pub fn hold_visit(&self) -> Result<Held, StoreError> {
+        self.hold("visit.lock")
+    }
+
+    /// Holds one of the locks that a process takes for a while. Waits until nobody else holds it.
+    pub(crate) fn hold(&self, lock: &str) -> Result<Held, StoreError> {
+        let path = self.path(lock);
         let file = private().write(true).open(&path).map_err(at("open", &path))?;
         fs4::FileExt::lock(&file).map_err(at("lock", &path))?;
-        Ok(Visiting { _file: file })
+        Ok(Held { _file: file })
     }
 }
 
@@ -359,9 +562,9 @@ mod tests {
     fn a_folder_has_a_bound() {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();
-        store.write("samples/1", b"12345").unwrap();
-        store.require_room("samples", 5, 10).unwrap();
-        let error = store.require_room("samples", 6, 10).unwrap_err();
+        store.write("releases/1", b"12345").unwrap();
+        store.require_room("releases", 5, 10).unwrap();
+        let error = store.require_room("releases", 6, 10).unwrap_err();
         assert!(matches!(error, StoreError::Full { max: 10, got: 11, .. }), "{error}");
     }
 

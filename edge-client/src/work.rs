@@ -15,7 +15,7 @@ use crate::{
     compress::{self, Packed},
     control::{self, Controls},
     events::{Done, Event, Output},
-    filter, install,
+    filter, install, kept,
     owed::{NEXT_RESIDUAL, residual_of},
     pipeline::{CHECKPOINT, Device, PACKED, PACKED_REPORT, PAIRS, PackedReport, PipelineError},
     revise::{self, ReviseCounts, TrainingPair},
@@ -65,11 +65,12 @@ impl<L: Link> Device<L> {
         }
         let round = task.round.0;
         let begun = Instant::now();
-        let samples = sample::draw(sample::stored(&self.store)?, self.policy.train.samples_max, task.seed);
+        let samples = sample::draw(kept::samples(&self.store)?, self.policy.train.samples_max, task.seed);
         let sampled = samples.len();
         if sampled == 0 {
             return Ok(None);
         }
+        kept::mark_used(&self.store, samples.iter())?;
         self.stage(round, begun, Done::Sample { samples: sampled });
 
         let begun = Instant::now();
@@ -109,7 +110,7 @@ impl<L: Link> Device<L> {
         controls: Option<&Controls>,
     ) -> Result<Trained, PipelineError> {
         let begun = Instant::now();
-        let checkpoint = self.store.read(CHECKPOINT)?;
+        let checkpoint = self.store.read_remade(CHECKPOINT)?;
         let mut watch = Watching { store: &self.store, output: self.output, round: task.round.0 };
         if self.policy.train.graph == TrainGraph::Frugal {
             self.model.close_inference();

@@ -8,9 +8,9 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-const VERBS: [&str; 14] = [
+const VERBS: [&str; 16] = [
     "enroll", "run", "once", "status", "add", "filter", "revise", "train", "chat", "serve", "bench",
-    "devices", "pause", "resume",
+    "devices", "pause", "resume", "samples", "forget",
 ];
 const GOOD: &str = r#"{"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"hello"}]}"#;
 

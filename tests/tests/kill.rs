@@ -2,7 +2,7 @@
 //! update counts twice. The aggregator halts at its fault points (`aggregator::pause`), so every kill hits its place.
 #![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
 
-use std::fs;
+use std::{fs, path::Path};
 
 use commonweal_protocol::{Digest, SignedReceipt};
 use commonweal_tests::{
@@ -117,6 +117,59 @@ fn device_killed_while_training_goes_on_where_it_was() {
     completes(&federation, aggregator, &devices, vec![device]);
 }
 
+/// Whether any file below holds these words.
+fn holds(folder: &Path, words: &str) -> bool {
+    fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).any(|path| {
+        if path.is_dir() {
+            return holds(&path, words);
+        }
+        fs::read(path).unwrap().windows(words.len()).any(|window| window == words.as_bytes())
+    })
+}
+
+#[test]
+fn what_a_kill_leaves_on_the_disk_tells_no_word_and_is_forgotten_by_name() {
+    let federation = Federation::new(1, |config| config.train.steps_max = 200);
+    let aggregator = federation.serve_rounds(None, "");
+    let devices = federation.enrolled(1);
+    let state = devices[0].state();
+    fs::write(state.join("policy.toml"), "[train]\ncheckpoint_steps = 1\nsteps_max = 200\n").unwrap();
+    let mut device = devices[0].run();
+    device.wait_for("step 3", |event| event["event"] == "step" && event["step"] == 3);
+    device.kill();
+    assert!(
+        ["pairs.json", "training.safetensors"].iter().all(|name| state.join("round").join(name).exists())
+    );
+    for words in ["boil", "messages", "content"] {
+        assert!(!holds(&state.join("samples"), words) && !holds(&state.join("round"), words), "{words}");
+    }
+    // Without its key, what the kill left opens to nobody, and nothing is lost by trying.
+    let key = state.join("store.key");
+    fs::rename(&key, state.join("aside")).unwrap();
+    let refused = devices[0].call(&["once"]).with_code(1);
+    assert!(refused.stderr.contains("store.key"), "{}", refused.stderr);
+    fs::rename(state.join("aside"), &key).unwrap();
+
+    // A sample is forgotten while the daemon trains on it: that work ends, and is done again without it.
+    let mut device = devices[0].run();
+    let resumed = device.wait_for("a step", |event| event["event"] == "step");
+    assert!(resumed["step"].as_u64().unwrap() >= 3, "{resumed}");
+    let listed = devices[0].call(&["samples"]).with_code(0).objects();
+    assert!(listed.len() == 8 && listed.iter().all(|sample| sample["state"] == "used"), "{listed:?}");
+    let name = listed[0]["sample"].as_str().unwrap();
+    let forgotten = devices[0].call(&["forget", &name[..12]]).with_code(0).objects().remove(0);
+    assert_eq!((&forgotten["samples"], &forgotten["rounds"]), (&1.into(), &true.into()), "{forgotten}");
+    let drawn = device.wait_for("the stage anew", |event| event["stage"] == "sample");
+    assert_eq!(drawn["samples"], 7);
+    device.kill();
+    aggregator.kill();
+
+    let everything = devices[0].call(&["forget", "--all"]).with_code(0).objects().remove(0);
+    assert_eq!((&everything["samples"], &everything["key"]), (&7.into(), &true.into()), "{everything}");
+    assert!(!key.exists() && !state.join("round/pairs.json").exists());
+    assert!(devices[0].call(&["samples"]).with_code(0).objects().is_empty());
+}
+
 /// Both sides die with the aggregator halted at `point`; the device sends the update that it had, untrained again.
 fn kill_device_at(point: &str) {
     let federation = Federation::new(1, |_| ());
@@ -127,7 +180,8 @@ fn kill_device_at(point: &str) {
     device.kill();
     aggregator.kill();
     assert!(receipts(&devices[0]).is_empty());
-    let packed = fs::read(devices[0].state().join("round/update.packed")).unwrap();
+    let store = Store::open_shared(devices[0].state()).unwrap();
+    let packed = store.read("round/update.packed").unwrap().unwrap();
 
     let aggregator = federation.serve_rounds(None, "");
     let mut device = devices[0].run();

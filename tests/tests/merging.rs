@@ -2,8 +2,6 @@
 //! buffers that wait for nobody.
 #![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
 
-use std::fs;
-
 use aggregator::round::RoundMode;
 use aggregator::store::{Access, Storage};
 use commonweal_adapter::{Adapter, AdapterKind, Part, disk};
@@ -12,6 +10,7 @@ use commonweal_tests::{
     federation::{Device, Federation},
     program::{Finished, Running},
 };
+use edge_client::store::Store;
 
 /// The values of an adapter that an event names.
 fn adapter(federation: &Federation, digest: &str) -> Adapter {
@@ -45,7 +44,8 @@ fn releases(mut aggregator: Running, rounds: u64) -> Vec<String> {
 
 /// What a device would correct with if the round that it waits for was merged.
 fn control(device: &Device) -> Adapter {
-    let bytes = fs::read(device.state().join("control-pending.bin")).unwrap();
+    let store = Store::open_shared(device.state()).unwrap();
+    let bytes = store.read("control-pending.bin").unwrap().unwrap();
     disk::read(&bytes[8..]).unwrap().0
 }
 

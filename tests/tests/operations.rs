@@ -170,3 +170,111 @@ fn a_port_that_is_taken_is_named_and_off_is_off() {
     assert!(running.event("listening")["admin"].is_null());
     assert_eq!(running.stop(), 0);
 }
+
+#[test]
+fn a_backup_made_while_it_serves_goes_on_where_it_was() {
+    let federation = Federation::new(2, |_| ());
+    let mut aggregator = federation.serve_rounds(None, "");
+    let devices = federation.enrolled(2);
+    let mut running: Vec<_> = devices.iter().map(Device::run).collect();
+    aggregator.event("published");
+    // Devices stop, so that the copy holds all that they were told; the server goes on.
+    running.drain(..).for_each(|device| assert_eq!(device.stop(), 0));
+    let copy = federation.path("copy");
+    let told = Finished::of(federation.verb("backup").arg("--json").arg(&copy)).with_code(0).objects();
+    assert!(told[0]["blobs"].as_u64().unwrap() >= 2, "{told:?}");
+    let head =
+        Finished::of(federation.verb("status").arg("--json")).with_code(0).objects()[0]["version"].clone();
+    drop(aggregator);
+    std::fs::remove_dir_all(federation.state()).unwrap();
+
+    let mut serve = commonweal_tests::program::command("aggregator");
+    serve.args(["serve", "--json", "--dir"]).arg(&copy);
+    let mut restored =
+        commonweal_tests::program::Running::start("aggregator", &mut serve, &federation.path("restored.log"));
+    assert_eq!(restored.event("listening")["version"], head);
+    // The same devices, their certificates and their keys, in the next round of the same lineage.
+    let running: Vec<_> = devices.iter().map(Device::run).collect();
+    assert_eq!(restored.event("published")["parent"], head);
+    drop(running);
+    assert_eq!(restored.stop(), 0);
+}
+
+#[test]
+fn settings_come_from_file_environment_and_flags_and_are_told() {
+    let federation = Federation::new(2, |_| ());
+    let told = Finished::of(
+        federation
+            .verb("config")
+            .args(["--json", "--threads", "3", "--set", "round.deadline_ms=70000"])
+            .env("COMMONWEAL_AGGREGATOR_RECEIVE__RELEASES_KEPT", "7"),
+    )
+    .with_code(0)
+    .objects();
+    for (key, value, source) in [
+        ("round.goal", 2, "aggregator.toml"),
+        ("receive.releases_kept", 7, "COMMONWEAL_AGGREGATOR_RECEIVE__RELEASES_KEPT"),
+        ("threads", 3, "flag"),
+        ("round.deadline_ms", 70_000, "--set"),
+    ] {
+        let setting = told.iter().find(|setting| setting["key"] == key).unwrap();
+        assert_eq!((&setting["value"], &setting["source"]), (&value.into(), &source.into()), "{key}");
+    }
+    let refused = Finished::of(
+        federation
+            .verb("serve")
+            .args(["--set", "round.quorum=99"])
+            .env("COMMONWEAL_AGGREGATOR_ROUND__GAOL", "1")
+            .env("COMMONWEAL_AGGREGATOR_THREADS", "0"),
+    )
+    .with_code(3);
+    for part in ["round.gaol: unknown field", "threads: expected 1 to 1024", "round.quorum from --set"] {
+        assert!(refused.stderr.contains(part), "{part} in {}", refused.stderr);
+    }
+}
+
+#[test]
+fn the_dashboard_for_grafana_and_the_documents_name_metrics_that_are_there() {
+    let root = commonweal_tests::program::workspace();
+    let federation = Federation::new(1, |_| ());
+    let mut aggregator = federation.serve_rounds(None, "");
+    let devices = federation.enrolled(1);
+    // A token that is used twice, so that there is a refusal to count.
+    let invitation = &federation.invitations(1)[0];
+    federation.device("first").call(&["enroll", invitation]).with_code(0);
+    assert_ne!(federation.device("late").call(&["enroll", invitation]).code, 0);
+    let address = aggregator.admin();
+    let token = federation.admin_token();
+    let running = devices[0].run();
+    aggregator.event("published");
+    let metrics = fetch(&address, "/metrics", Some(&token)).body;
+    drop(running);
+    assert_eq!(aggregator.stop(), 0);
+    let there: std::collections::BTreeSet<&str> =
+        metrics.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    let grafana = std::fs::read_to_string(root.join("docs/grafana.json")).unwrap();
+    let _: serde_json::Value = serde_json::from_str(&grafana).unwrap();
+    let document = std::fs::read_to_string(root.join("docs/operations.md")).unwrap();
+    let named = |text: &str| -> std::collections::BTreeSet<String> {
+        text.match_indices("commonweal_")
+            .map(|(at, _)| {
+                let rest = &text[at..];
+                let end = rest.find(|letter: char| !letter.is_ascii_alphanumeric() && letter != '_');
+                rest[..end.unwrap_or(rest.len())].to_owned()
+            })
+            .collect()
+    };
+    let family = |name: &str| {
+        let ends = ["_total", "_bucket", "_count", "_sum", "_info"];
+        ends.iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name).to_owned()
+    };
+    for (text, file) in [(&grafana, "grafana.json"), (&document, "operations.md")] {
+        for name in named(text) {
+            assert!(there.contains(family(&name).as_str()), "{file} names {name}, which is not in {there:?}");
+        }
+    }
+    let documented: Vec<String> = named(&document).iter().map(|name| family(name)).collect();
+    for name in &there {
+        assert!(documented.iter().any(|known| known == name), "docs/operations.md does not name {name}");
+    }
+}

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{CliError, say, say_json};
-use crate::config::{Config, Listen};
+use super::{CliError, say, say_json, settings};
+use crate::config::Listen;
 use crate::directory::Directory;
 
 #[derive(Debug, clap::Args)]
@@ -16,9 +16,14 @@ pub(super) struct DashboardVerb {
     admin: Option<Listen>,
 }
 
-pub(super) fn dashboard(dir: &Path, verb: &DashboardVerb, json: bool) -> Result<(), CliError> {
+pub(super) fn dashboard(
+    dir: &Path,
+    verb: &DashboardVerb,
+    set: &[String],
+    json: bool,
+) -> Result<(), CliError> {
     let directory = Directory::open(dir)?;
-    let listen = verb.admin.unwrap_or(Config::read(dir)?.admin.listen);
+    let listen = verb.admin.unwrap_or(settings::of(dir)?.with_set(set).formed()?.admin.listen);
     let Listen::At(address) = listen else {
         return Err(CliError::Input(
             "admin.listen: expected an address, got \"off\": there is no dashboard".to_owned(),

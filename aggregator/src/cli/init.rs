@@ -6,8 +6,9 @@ use commonweal_adapter::Adapter;
 use commonweal_protocol::{Digest, ReportCard};
 use commonweal_runtime::Cancel;
 
+use super::settings::environment;
 use super::{CliError, Flags, now_ms, progress};
-use crate::config::Config;
+use crate::config::Settings;
 use crate::desk::Record;
 use crate::directory::Directory;
 use crate::events::{Event, Events};
@@ -28,10 +29,9 @@ pub(super) struct Init {
     no_evaluate: bool,
 }
 
-pub(super) fn init(dir: &Path, init: &Init, json: bool) -> Result<(), CliError> {
-    let mut config = Config::default();
-    init.flags.apply(&mut config);
-    config.check()?;
+pub(super) fn init(dir: &Path, init: &Init, set: &[String], json: bool) -> Result<(), CliError> {
+    let settings = Settings::new().with_environment(environment());
+    let config = settings.with_flags(|config| init.flags.apply(config)).with_set(set).checked()?;
     let (package, base) = open_package(&config.package)?;
     config.check_package(package.manifest().model.context, &base.layout)?;
     if config.align.enabled && !config.plain && !has_guard(&package) {

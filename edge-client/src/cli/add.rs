@@ -3,19 +3,22 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
+use commonweal_transport::Clock;
 
 use super::{Shared, open};
-use crate::{events::Event, sample};
+use crate::{events::Event, kept};
 
 pub(super) fn add(shared: &Shared, files: &[PathBuf]) -> Result<()> {
-    let store = open::Place::find(shared)?.store()?;
+    let store = open::Place::find(shared)?.store_or_look()?;
     // All are read before any is kept: a wrong name among them changes nothing.
     let parsed = files.iter().map(|file| open::read_samples(file)).collect::<Result<Vec<_>>>()?;
     let (mut added, mut seen, mut bad) = (0, 0, 0);
-    for parsed in &parsed {
+    let now_ms = Clock::system().unix_ms();
+    for (file, parsed) in files.iter().zip(&parsed) {
         seen += parsed.good.len();
         bad += parsed.bad.len();
-        added += sample::keep(&store, parsed)?;
+        let source = file.file_name().unwrap_or_default().to_string_lossy();
+        added += kept::keep(&store, parsed, &source, now_ms)?;
     }
     shared.output().show(&Event::Added { added, known: seen - added, bad });
     Ok(())

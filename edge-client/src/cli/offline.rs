@@ -166,6 +166,9 @@ pub(super) fn train(shared: &Shared, request: &TrainRequest) -> Result<()> {
     }
     let mut work = Work::open(shared, &request.file)?;
     let (start, first_rank) = start(&work, &request.goal)?;
+    if let Goal::Personal { anew } = request.goal {
+        personal::tell_samples(&work.place.look()?, work.samples.iter(), anew)?;
+    }
     let pairs = work.pairs()?;
     let Work { place, output, policy, stages, cancel, .. } = work;
     let task = TrainTask {

@@ -21,11 +21,12 @@ use commonweal_safety::{Constitution, Guard, Reviser};
 use super::{Shared, exit::BadInput};
 use crate::{
     forms,
+    keys::{self, KeyPlace},
     policy::Policy,
     rows::{self, Form, Parsed, RowError},
     sample::Sample,
     settings::{self, SettingsFile},
-    store::Store,
+    store::{Store, StoreError},
 };
 
 /// Bad lines of one file that are named; a wrong file has nothing else.
@@ -35,21 +36,32 @@ const BAD_LINES_SHOWN: usize = 20;
 pub(super) struct Place {
     pub(super) directory: PathBuf,
     pub(super) settings: SettingsFile,
+    pub(super) key: KeyPlace,
 }
 
 impl Place {
     pub(super) fn find(shared: &Shared) -> Result<Self> {
         let directory = shared.dir.clone().unwrap_or_else(settings::default_directory);
         let settings = SettingsFile::read(&directory)?;
-        Ok(Self { directory, settings })
+        let key = shared.store_key.clone().or_else(|| settings.store_key.clone());
+        let key = key.unwrap_or_else(|| KeyPlace::File(directory.join(keys::FILE)));
+        Ok(Self { directory, settings, key })
     }
 
     pub(super) fn store(&self) -> Result<Store> {
-        Ok(Store::open(&self.directory)?)
+        Ok(Store::open_with(&self.directory, self.key.clone())?)
     }
 
     pub(super) fn look(&self) -> Result<Store> {
-        Ok(Store::open_shared(&self.directory)?)
+        Ok(Store::open_shared_with(&self.directory, self.key.clone())?)
+    }
+
+    /// The store to add to, also while a daemon works in it.
+    pub(super) fn store_or_look(&self) -> Result<Store> {
+        match Store::open_with(&self.directory, self.key.clone()) {
+            Err(StoreError::Locked(_)) => self.look(),
+            opened => Ok(opened?),
+        }
     }
 
     pub(super) fn policy(&self, shared: &Shared) -> Result<Policy> {

@@ -13,11 +13,12 @@ use tokio::runtime::Runtime;
 use super::{Shared, exit::BadInput, identity::Identity, open};
 use crate::{
     events::{Event, Output},
+    forget,
     install::Expected,
     pipeline::{Device, Outcome, Visit, until_cancelled},
     pipeline_error::PipelineError,
     settings::SettingsFile,
-    store::Store,
+    store::{Store, StoreError},
 };
 
 /// Present while the owner wants no rounds.
@@ -26,7 +27,9 @@ pub(super) const PAUSED: &str = "paused";
 /// back within a day.
 const POLL_SECONDS_MAX: u64 = 24 * 3600;
 /// Looks for `resume` so often.
-const PAUSED_SECONDS: u64 = 10;
+const PAUSED_WAIT: Duration = Duration::from_secs(10);
+/// Looks for samples that are past their time so often.
+const EXPIRE: Duration = Duration::from_secs(24 * 3600);
 /// After a failure that may pass, if the aggregator did not say when to come back: devices that lost it at one moment
 /// do not return at one.
 const RETRY: ReconnectWindow = ReconnectWindow { after_ms: 2_500, spread_ms: 5_000 };
@@ -65,17 +68,17 @@ pub(super) fn run(shared: &Shared, rounds: Option<u64>) -> Result<()> {
     let mut random = ChaCha8Rng::from_os_rng();
     let mut delivered = 0;
     while !stop.is_cancelled() {
-        let (wait, why) = match member.visit_unless_paused()? {
-            None => (longest.min(Duration::from_secs(PAUSED_SECONDS)), "paused".to_owned()),
-            Some(Ok(Visit { outcome, reconnect })) => {
+        let (wait, why) = match member.turn()? {
+            Turn::PutOff { why, wait } => (longest.min(wait), why.to_owned()),
+            Turn::Visited(Ok(Visit { outcome, reconnect })) => {
                 delivered += u64::from(matches!(outcome, Outcome::Delivered(_)));
                 if rounds.is_some_and(|rounds| delivered >= rounds) {
                     break;
                 }
                 (draw(reconnect, longest, random.next_u64()), describe(outcome).to_owned())
             }
-            Some(Err(_)) if stop.is_cancelled() => break,
-            Some(Err(error)) => {
+            Turn::Visited(Err(_)) if stop.is_cancelled() => break,
+            Turn::Visited(Err(error)) => {
                 let Some(window) = window_after(&error) else { return Err(error.into()) };
                 let why = why_again(&error);
                 tracing::warn!("{:#}; trying again", anyhow::Error::new(error));
@@ -108,9 +111,9 @@ fn why_again(error: &PipelineError) -> String {
     }
 }
 
-/// Ends a visit when the process is to stop, or when the owner wants no rounds any more.
-async fn end(visit: Cancel, stop: Cancel, paused: PathBuf) {
-    while !stop.is_cancelled() && !paused.exists() {
+/// Ends a visit when the process is to stop, or when one of these files says that the owner wants something else.
+async fn end(visit: Cancel, stop: Cancel, wishes: Vec<PathBuf>) {
+    while !stop.is_cancelled() && !wishes.iter().any(|wish| wish.exists()) {
         tokio::time::sleep(LOOK).await;
     }
     visit.cancel();
@@ -145,6 +148,14 @@ fn sleep(total: Duration, cancel: &Cancel) {
     }
 }
 
+/// What a turn of `run` came to.
+enum Turn {
+    /// A visit.
+    Visited(Result<Visit, PipelineError>),
+    /// None, or one that was broken off, for now.
+    PutOff { why: &'static str, wait: Duration },
+}
+
 /// A device, its settings and the identity that it shows.
 struct Member {
     settings: SettingsFile,
@@ -153,6 +164,8 @@ struct Member {
     runtime: Runtime,
     /// Of the process; the device's own handle is a visit's.
     stop: Cancel,
+    /// When it was last looked for samples that are older than the owner keeps them.
+    expired_ms: u64,
 }
 
 impl Member {
@@ -184,26 +197,52 @@ impl Member {
             runtime: runtime.handle().clone(),
             cancel: cancel.clone(),
         };
-        Ok(Self { settings: place.settings, identity, device, runtime, stop: cancel })
+        let mut member =
+            Self { settings: place.settings, identity, device, runtime, stop: cancel, expired_ms: 0 };
+        let visiting = member.device.store.hold_visit()?;
+        member.forget()?;
+        drop(visiting);
+        Ok(member)
     }
 
-    /// A visit that a pause or a signal ends where it stands; none while the owner wants none. `edge-client pause` waits
-    /// for its end.
-    fn visit_unless_paused(&mut self) -> Result<Option<Result<Visit, PipelineError>>> {
+    /// While no visit is under way: carries out what the owner wants forgotten, and once a day what is past its time.
+    fn forget(&mut self) -> Result<(), StoreError> {
+        let store = &self.device.store;
+        forget::carry_out(store)?;
+        let now_ms = Clock::system().unix_ms();
+        if now_ms.abs_diff(self.expired_ms) >= EXPIRE.as_millis() as u64 {
+            let expired = forget::expire(store, self.device.policy.store.keep, now_ms)?;
+            if expired > 0 {
+                tracing::info!("{expired} samples were older than the policy keeps them, and are forgotten");
+            }
+            self.expired_ms = now_ms;
+        }
+        Ok(())
+    }
+
+    /// A visit that a pause, a wish to forget or a signal ends where it stands; none while the owner wants none.
+    /// `edge-client pause` and `forget` wait for its end.
+    fn turn(&mut self) -> Result<Turn> {
         let _visiting = self.device.store.hold_visit()?;
-        let is_paused = |store: &Store| store.read(PAUSED).map(|file| file.is_some());
-        if is_paused(&self.device.store)? {
-            return Ok(None);
+        self.forget()?;
+        let put_off = |store: &Store| {
+            let (why, wait) = match () {
+                () if store.exists(PAUSED) => ("paused", PAUSED_WAIT),
+                () if forget::is_wished(store) => ("something is to be forgotten first", Duration::ZERO),
+                () => return None,
+            };
+            Some(Turn::PutOff { why, wait })
+        };
+        if let Some(put_off) = put_off(&self.device.store) {
+            return Ok(put_off);
         }
         self.device.cancel = Cancel::new();
-        let paused = self.device.store.path(PAUSED);
-        let watch = self.runtime.spawn(end(self.device.cancel.clone(), self.stop.clone(), paused));
+        let wishes = [PAUSED, forget::WISH, forget::WISH_ALL].map(|name| self.device.store.path(name));
+        let watch = self.runtime.spawn(end(self.device.cancel.clone(), self.stop.clone(), wishes.into()));
         let visited = self.visit();
         watch.abort();
-        if visited.is_err() && is_paused(&self.device.store)? {
-            return Ok(None);
-        }
-        Ok(Some(visited))
+        let put_off = if visited.is_err() { put_off(&self.device.store) } else { None };
+        Ok(put_off.unwrap_or(Turn::Visited(visited)))
     }
 
     /// One visit, with a certificate that is renewed in time. If it ended all the same, the update is still on disk: it
@@ -257,10 +296,10 @@ mod tests {
     #[tokio::test]
     async fn a_visit_ends_with_the_process_or_with_a_pause() {
         let directory = tempfile::tempdir().unwrap();
-        let paused = directory.path().join(PAUSED);
+        let [paused, forgotten] = [PAUSED, forget::WISH].map(|name| directory.path().join(name));
         let begin = |stop: &Cancel| {
             let visit = Cancel::new();
-            (tokio::spawn(end(visit.clone(), stop.clone(), paused.clone())), visit)
+            (tokio::spawn(end(visit.clone(), stop.clone(), vec![forgotten.clone(), paused.clone()])), visit)
         };
         let stop = Cancel::new();
         let (ended, visit) = begin(&stop);

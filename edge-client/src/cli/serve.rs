@@ -4,12 +4,14 @@ use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result};
 use commonweal_runtime::Cancel;
+use commonweal_transport::Clock;
 
 use super::{Shared, exit::BadInput, open, voices::Voices};
 use crate::{
     events::Event,
+    kept,
     rows::Parsed,
-    sample::{self, Sample},
+    sample::Sample,
     serve::{self, Consent, Keep, Key, Offer},
 };
 
@@ -93,7 +95,9 @@ fn check(request: &Request, consent: Consent) -> Result<()> {
 fn keeper(place: open::Place) -> Keep {
     Box::new(move |samples: Vec<Sample>| {
         let parsed = Parsed { good: samples.into_iter().enumerate().collect(), bad: Vec::new() };
-        let kept = place.look().and_then(|store| Ok(sample::keep(&store, &parsed)?));
+        let kept = place
+            .look()
+            .and_then(|store| Ok(kept::keep(&store, &parsed, "serve", Clock::system().unix_ms())?));
         match kept {
             Ok(added) => tracing::info!("{added} chats are samples now"),
             Err(error) => tracing::error!("{} chats could not be kept: {error:#}", parsed.good.len()),

@@ -6,7 +6,7 @@ use serde_json::json;
 use super::{Shared, identity::Identity, open, rounds};
 use crate::{
     events::{Event, Output},
-    personal, sample,
+    kept, personal,
     serve::Consent,
     upload,
 };
@@ -14,14 +14,14 @@ use crate::{
 pub(super) fn status(shared: &Shared) -> Result<()> {
     let place = open::Place::find(shared)?;
     let store = place.look()?;
-    let samples = sample::stored(&store)?.len();
+    let samples = kept::all(&store)?.len();
     let receipts = upload::delivered(&store)?;
     let installed = store
         .read("installed")?
         .and_then(|bytes| String::from_utf8(bytes).ok()?.split_whitespace().next()?.parse::<u64>().ok());
     let device = Identity::read(&store)?.map(|identity| identity.credentials.device().to_string());
     let paused = store.read(rounds::PAUSED)?.is_some();
-    let in_progress = store.read("round/task.json")?.is_some();
+    let in_progress = store.exists("round/task.json");
     let consent = Consent { policy: place.policy(shared)?.serve.keep_chats, all: false };
     let has_personal = personal::exists(&store);
     let last_round = receipts.last().map(|delivered| delivered.round.0);

@@ -7,12 +7,12 @@ use commonweal_protocol::{AggregatorKey, Digest, RoundId, SigningKey};
 use commonweal_runtime::Cancel;
 use commonweal_safety::{Guard, Reviser};
 use edge_client::{
-    filter,
+    filter, kept,
     pipeline::Outcome,
     policy::{Method, Policy},
     revise::{self, TrainingPair},
     rows::{self},
-    sample::{self, Sample},
+    sample::Sample,
     store::Store,
     train,
 };
@@ -73,7 +73,7 @@ fn what_its_owner_removed_is_made_again() {
     assert_eq!(world.visit(), Outcome::NoSamples);
     let good = samples("device-1.jsonl", 5);
     Store::open_shared(world.directory.path()).unwrap();
-    sample::keep(&world.device.store, &rows::Parsed { good, bad: Vec::new() }).unwrap();
+    kept::keep(&world.device.store, &rows::Parsed { good, bad: Vec::new() }, "again", 0).unwrap();
     fs::remove_dir_all(world.directory.path().join("round")).unwrap();
     assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
     assert_eq!(world.opened()[0].report.sampled, 5);

@@ -13,11 +13,11 @@ use commonweal_protocol::RoundId;
 use commonweal_runtime::{Cancel, Library, Model, OpenOptions};
 use commonweal_safety::{Guard, Reviser};
 use edge_client::{
-    filter,
+    filter, kept,
     pipeline::{Outcome, PipelineError},
     policy::{Action, Policy},
     revise::{self},
-    sample::{self, Sample},
+    sample::Sample,
     train,
 };
 
@@ -138,7 +138,7 @@ fn a_runtime_that_fails_in_the_middle_costs_no_sample() {
     let library = Library::load_with(None, NonZeroUsize::new(1)).unwrap();
     let opened = Package::open(copied.path()).unwrap();
     let mut world = World::over(Model::open(&library, &opened, OpenOptions::default()).unwrap());
-    let samples = |world: &World| sample::stored(&world.device.store).unwrap().len();
+    let samples = |world: &World| kept::all(&world.device.store).unwrap().len();
     let before = samples(&world);
     assert!(before > 0);
 

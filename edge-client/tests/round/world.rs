@@ -20,10 +20,11 @@ use commonweal_transport::{Link, LinkError, Uploaded};
 use edge_client::{
     events::Output,
     install::Expected,
+    kept,
     pipeline::{self, Device, Outcome},
     policy::Policy,
     rows::{self, Form},
-    sample::{self, Sample},
+    sample::Sample,
     store::{Store, StoreError},
     train,
 };
@@ -167,7 +168,7 @@ impl World {
             Arc::new(Mutex::new(Told { adapter: disk::write(&start, &facts).unwrap(), ..Told::default() }));
         let store = Store::open(directory.path()).unwrap();
         let good = [samples("device-1.jsonl", 10), samples("hostile.jsonl", 2)].concat();
-        sample::keep(&store, &rows::Parsed { good, bad: Vec::new() }).unwrap();
+        kept::keep(&store, &rows::Parsed { good, bad: Vec::new() }, "demo", 0).unwrap();
         let device = Device {
             id: DEVICE,
             store,

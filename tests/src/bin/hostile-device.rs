@@ -26,6 +26,7 @@ use edge_client::{
     events::{Done, Event, Output},
     filter,
     install::{self, Expected},
+    kept,
     pipeline::{self, base_of},
     policy::Policy,
     revise, sample, settings,
@@ -220,7 +221,7 @@ impl Attacker {
     fn prepare(&self, task: &RoundTask, runtime: &Runtime) -> Result<Poison> {
         let round = task.round.0;
         let begun = Instant::now();
-        let samples = sample::draw(sample::stored(&self.store)?, self.policy.train.samples_max, task.seed);
+        let samples = sample::draw(kept::samples(&self.store)?, self.policy.train.samples_max, task.seed);
         self.stage(round, begun, Done::Sample { samples: samples.len() });
 
         let begun = Instant::now();

@@ -45,9 +45,9 @@ use commonweal_transport::{
 use edge_client::{
     events::Output,
     install::Expected,
+    kept,
     pipeline::{Device, Outcome, base_of},
     rows::Parsed,
-    sample,
     store::Store,
 };
 use rand::{SeedableRng, seq::SliceRandom};
@@ -404,7 +404,7 @@ impl Member {
             let enrolled = Enrolled { device: id, chain, signing_key: AggregatorKey::of(key) };
             let credentials = Credentials::new(device_key, &enrolled, authority.digest())?;
             let good = client.samples.iter().cloned().enumerate().collect();
-            sample::keep(&store, &Parsed { good, bad: Vec::new() })?;
+            kept::keep(&store, &Parsed { good, bad: Vec::new() }, "paper", 0)?;
             store.write(CREDENTIALS, credentials.to_pem().as_bytes())?;
             credentials
         };

@@ -6,7 +6,7 @@ use commonweal_protocol::Content;
 use commonweal_tests::attack::{self, Poison};
 use commonweal_transport::Link;
 use edge_client::{
-    filter, install,
+    filter, install, kept,
     pipeline::{Device, Outcome, train_task},
     policy::Policy,
     revise, sample,
@@ -23,7 +23,7 @@ pub(crate) fn visit<L: Link>(device: &Device<L>, boost: f32) -> Result<Outcome> 
     let Device { store, model, guard, reviser, expected, cancel, .. } = device;
     let mut policy = Policy::default();
     policy.filter.enabled = false;
-    let samples = sample::draw(sample::stored(store)?, policy.train.samples_max, task.seed);
+    let samples = sample::draw(kept::samples(store)?, policy.train.samples_max, task.seed);
     let screened = filter::screen(guard, &policy, samples, cancel, |_| ())?;
     let (pairs, _) = revise::revise(guard, reviser, &policy, screened, task.seed, cancel, |_| ())?;
     let content = Content { digest: task.start.digest, length: task.start.length };

@@ -1,0 +1,143 @@
+//! A copy of a state directory, also of one that is being served: whole, checked, and itself a state directory.
+//!
+//! Bytes are copied before the database and once more after it: what the database's snapshot names was stored before it,
+//! so one of the two passes meets it, whatever is swept meanwhile. The configuration is written last and makes the copy
+//! complete. Unfinished uploads are left out; devices send them again.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use commonweal_protocol::Digest;
+use rusqlite::{Connection, OpenFlags};
+
+use crate::directory::{Directory, DirectoryError};
+use crate::store::{Access, Blob, FileBlob, Put, RealDisk, StoreError};
+
+/// Digests listed at once.
+const DIGESTS_PAGE: usize = 1_000;
+/// Bytes of one blob that are copied at once; as large as any update or adapter may be in memory.
+const BLOB_BYTES_MAX: u64 = 4 << 30;
+
+/// Why there is no backup.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    /// Either directory.
+    #[error(transparent)]
+    Directory(#[from] DirectoryError),
+    /// The bytes on either side.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The database's snapshot.
+    #[error("{}: no snapshot of the database could be written", path.display())]
+    Snapshot {
+        /// Where to.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rusqlite::Error,
+    },
+}
+
+/// What was copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Copied {
+    /// Adapters and updates.
+    pub blobs: u64,
+    /// Their bytes.
+    pub blobs_bytes: u64,
+    /// Bytes of the database.
+    pub database_bytes: u64,
+}
+
+/// Copies `from` to `to`, where there must be no state directory yet.
+pub fn back_up(from: &Directory, to: &Path) -> Result<Copied, BackupError> {
+    Directory::require_none(to)?;
+    let failed = |source| DirectoryError::File { path: to.to_owned(), source };
+    std::fs::create_dir_all(to).map_err(failed)?;
+    let source = FileBlob::open(&from.path().join("blobs"), Arc::new(RealDisk), Access::Shared)?;
+    let copy = FileBlob::open(&to.join("blobs"), Arc::new(RealDisk), Access::Exclusive)?;
+    let mut copied = Copied::default();
+    copy_blobs(&source, &copy, &mut copied)?;
+    let database = to.join("aggregator.db");
+    snapshot(&from.path().join("aggregator.db"), &database)
+        .map_err(|source| BackupError::Snapshot { path: database.clone(), source })?;
+    copied.database_bytes = std::fs::metadata(&database).map_err(failed)?.len();
+    copy_blobs(&source, &copy, &mut copied)?;
+    from.copy_to(to)?;
+    Ok(copied)
+}
+
+fn copy_blobs(source: &FileBlob, copy: &FileBlob, copied: &mut Copied) -> Result<(), StoreError> {
+    let mut after: Option<Digest> = None;
+    loop {
+        let page = source.list(after.as_ref(), DIGESTS_PAGE)?;
+        let Some(last) = page.last() else { return Ok(()) };
+        after = Some(*last);
+        for digest in &page {
+            if copy.length(digest)?.is_some() {
+                continue;
+            }
+            // What was swept since it was listed is named by nothing any more.
+            let bytes = match source.read_all(digest, BLOB_BYTES_MAX) {
+                Err(StoreError::Missing { .. }) => continue,
+                bytes => bytes?,
+            };
+            if copy.put_if_absent(digest, bytes.len() as u64, &mut bytes.as_slice())? == Put::Stored {
+                copied.blobs += 1;
+                copied.blobs_bytes += bytes.len() as u64;
+            }
+        }
+    }
+}
+
+/// One moment of the database, whoever writes to it. An earlier attempt's is replaced.
+fn snapshot(from: &Path, to: &Path) -> rusqlite::Result<()> {
+    let _ = std::fs::remove_file(to);
+    let connection = Connection::open_with_flags(from, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+    connection.busy_timeout(Duration::from_secs(10))?;
+    connection.execute("VACUUM INTO ?1", [to.to_string_lossy()])?;
+    let copy = Connection::open_with_flags(to, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+    copy.pragma_update(None, "journal_mode", "WAL")?;
+    let verdict: String = copy.query_row("PRAGMA integrity_check", [], |row| row.get(0))?;
+    if verdict == "ok" { Ok(()) } else { Err(rusqlite::Error::InvalidParameterName(verdict)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::store::Storage;
+
+    #[test]
+    fn a_copy_is_a_state_directory_and_is_made_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let from = Directory::create(&dir.path().join("state"), 1_700_000_000_000).unwrap();
+        from.admin_token().unwrap();
+        from.write_config("plain = true\n").unwrap();
+        let storage = Storage::open(from.path(), Access::Exclusive).unwrap();
+        let bytes = b"an adapter".as_slice();
+        storage.blob.put_if_absent(&Digest::of(bytes), bytes.len() as u64, &mut &*bytes).unwrap();
+        storage.coord.compare_and_set("log", 0, b"first").unwrap();
+
+        let to = dir.path().join("copy");
+        let copied = back_up(&from, &to).unwrap();
+        assert_eq!((copied.blobs, copied.blobs_bytes), (1, 10));
+        // What happens after it is not in it.
+        storage.coord.compare_and_set("log", 1, b"second").unwrap();
+        let copy = Directory::open(&to).unwrap();
+        assert_eq!(copy.signing_key().unwrap().to_bytes(), from.signing_key().unwrap().to_bytes());
+        assert_eq!(copy.admin_token().unwrap(), from.admin_token().unwrap());
+        copy.authority().unwrap();
+        for name in ["signing.pem", "authority.pem", "admin.token"] {
+            let mode = std::fs::metadata(to.join(name)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{name}");
+        }
+        let stored = Storage::open(&to, Access::Exclusive).unwrap();
+        assert_eq!(stored.coord.head("log").unwrap().unwrap().value, b"first");
+        assert_eq!(stored.blob.read_all(&Digest::of(bytes), 100).unwrap(), bytes);
+        let again = back_up(&from, &to).unwrap_err();
+        assert!(again.to_string().contains("copy: is a state directory already"), "{again}");
+    }
+}

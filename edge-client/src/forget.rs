@@ -1,0 +1,300 @@
+//! What the device's owner wants forgotten goes, with everything on this device that was computed from it.
+//!
+//! A wish is written down before it is carried out, so that a kill in between loses no part of it: the next start goes on.
+//! A daemon's visit under way ends for it (`cli/rounds.rs`). Of a sample that a round has drawn, all goes that rounds
+//! leave: pairs, checkpoint, packed update, residuals, control variates. They are sums over samples, and no one can be
+//! taken out of a sum. What an aggregator has already, stays with it (docs/privacy.md).
+
+use std::collections::BTreeSet;
+
+use crate::{
+    control, kept, owed, personal,
+    sample::{Sample, SampleId},
+    store::{Store, StoreError},
+    units::Span,
+};
+
+/// The samples that shall go.
+pub(crate) const WISH: &str = "forget.samples";
+/// There if everything shall; it must be read without the key, which may be lost.
+pub(crate) const WISH_ALL: &str = "forget-all";
+
+/// What a wish came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Forgotten {
+    /// Whether what rounds left went too.
+    pub rounds: bool,
+    /// Whether the personal adapter did.
+    pub personal: bool,
+}
+
+/// Writes down that these samples shall go.
+pub fn wish(store: &Store, ids: &BTreeSet<SampleId>) -> Result<(), StoreError> {
+    let mut all = kept::read_ids(store, WISH)?.unwrap_or_default();
+    all.extend(ids);
+    kept::write_ids(store, WISH, &all)
+}
+
+/// Writes down that everything sealed shall go.
+pub fn wish_all(store: &Store) -> Result<(), StoreError> {
+    store.write(WISH_ALL, b"")
+}
+
+/// Whether something waits to be forgotten.
+pub fn is_wished(store: &Store) -> bool {
+    store.exists(WISH) || store.exists(WISH_ALL)
+}
+
+/// The samples that are older than the owner wants to keep any.
+pub fn expired(store: &Store, keep: Span, now_ms: u64) -> Result<BTreeSet<SampleId>, StoreError> {
+    let is_old = |kept: &kept::Kept| now_ms.saturating_sub(kept.added_ms) > keep.ms();
+    Ok(kept::all(store)?.iter().filter(|kept| is_old(kept)).map(|kept| kept.sample.id()).collect())
+}
+
+/// Forgets what is older than the owner wants to keep anything; tells how many samples that was.
+pub fn expire(store: &Store, keep: Option<Span>, now_ms: u64) -> Result<usize, StoreError> {
+    let old = match keep {
+        Some(keep) => expired(store, keep, now_ms)?,
+        None => BTreeSet::new(),
+    };
+    if !old.is_empty() {
+        wish(store, &old)?;
+        carry_out(store)?;
+    }
+    Ok(old.len())
+}
+
+/// Carries out what was wished, while nobody works on a round here. Nothing happens if nothing was.
+pub fn carry_out(store: &Store) -> Result<Forgotten, StoreError> {
+    if store.exists(WISH_ALL) {
+        return forget_all(store);
+    }
+    let Some(ids) = kept::read_ids(store, WISH)? else { return Ok(Forgotten::default()) };
+    // First what is computed from them, so that what is left never tells of a sample that is no longer listed.
+    let is_drawn = kept::used(store)?.is_none_or(|used| !used.is_disjoint(&ids));
+    let rounds = is_drawn && has_rounds(store)?;
+    if is_drawn {
+        store.clear_round_but(None)?;
+        owed::forget(store)?;
+        control::forget(store)?;
+    }
+    let personal = personal::is_of(store, &ids)?;
+    if personal {
+        personal::forget(store)?;
+    }
+    store.remove_parts()?;
+    kept::remove(store, &ids)?;
+    kept::unmark(store, &ids)?;
+    store.remove(WISH)?;
+    Ok(Forgotten { rounds, personal })
+}
+
+/// Whether rounds have left anything here.
+pub(crate) fn has_rounds(store: &Store) -> Result<bool, StoreError> {
+    Ok(!store.list("round")?.is_empty() || owed::is_any(store) || control::is_any(store))
+}
+
+/// Opens nothing, so that it works without the key.
+fn forget_all(store: &Store) -> Result<Forgotten, StoreError> {
+    let forgotten = Forgotten { rounds: has_rounds(store)?, personal: personal::exists(store) };
+    store.remove_parts()?;
+    for name in store.secrets()? {
+        store.remove(&name)?;
+    }
+    store.remove(WISH_ALL)?;
+    Ok(forgotten)
+}
+
+/// The samples whose names begin so, which a person has typed. Each must mean one.
+pub fn choose(all: &[Sample], beginnings: &[String]) -> Result<BTreeSet<SampleId>, ChooseError> {
+    let mut chosen = BTreeSet::new();
+    for beginning in beginnings {
+        let beginning = beginning.to_lowercase();
+        let mut found = all.iter().map(Sample::id).filter(|id| id.to_string().starts_with(&beginning));
+        match (found.next(), found.next()) {
+            (Some(id), None) => chosen.insert(id),
+            (None, _) => return Err(ChooseError::None { beginning }),
+            (Some(_), Some(_)) => return Err(ChooseError::Several { beginning }),
+        };
+    }
+    Ok(chosen)
+}
+
+/// Why a name does not tell a sample.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChooseError {
+    /// No sample has it.
+    #[error("no sample's name begins with {beginning:?}: `edge-client samples` lists them")]
+    None {
+        /// What was typed.
+        beginning: String,
+    },
+    /// It is too short.
+    #[error("several samples' names begin with {beginning:?}: type more of it")]
+    Several {
+        /// What was typed.
+        beginning: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::rows::Parsed;
+
+    fn sample(number: usize) -> Sample {
+        Sample::from_pair(format!("secret {number}"), "r".into()).unwrap()
+    }
+
+    const LEFT: [&str; 8] = [
+        "round/task.json",
+        "round/pairs.json",
+        "round/training.safetensors",
+        "round/update.packed",
+        "residual.bin",
+        "residual-a.bin",
+        "control.bin",
+        "control-pending.bin",
+    ];
+
+    /// Six samples, of which three were drawn and one is in the personal adapter, and all that rounds can leave.
+    fn filled(store: &Store) {
+        for (name, added) in [("a.jsonl", 1_000), ("b.jsonl", 50_000)] {
+            let from = if added == 1_000 { 0..3 } else { 3..6 };
+            let good = from.map(|number| (number, sample(number))).collect();
+            kept::keep(store, &Parsed { good, bad: Vec::new() }, name, added).unwrap();
+        }
+        kept::mark_used(store, [0, 1, 4].map(sample).iter()).unwrap();
+        for name in LEFT {
+            store.write(name, b"computed").unwrap();
+        }
+        store.write("personal.adapter", b"computed").unwrap();
+        personal::tell_samples(store, [sample(4), sample(5)].iter(), true).unwrap();
+    }
+
+    fn ids(numbers: &[usize]) -> BTreeSet<SampleId> {
+        numbers.iter().map(|&number| sample(number).id()).collect()
+    }
+
+    fn left(store: &Store) -> Vec<SampleId> {
+        kept::samples(store).unwrap().iter().map(Sample::id).collect()
+    }
+
+    fn check(directory: &Path, forgotten: &[usize], rounds: bool, personal: bool) {
+        let store = Store::open(directory).unwrap();
+        assert!(!is_wished(&store));
+        let stay: Vec<usize> = (0..6).filter(|number| !forgotten.contains(number)).collect();
+        assert_eq!(left(&store), stay.iter().map(|&number| sample(number).id()).collect::<Vec<_>>());
+        for name in LEFT {
+            assert_eq!(store.exists(name), !rounds, "{name}");
+        }
+        assert_eq!(personal::exists(&store), !personal);
+        assert!(kept::used(&store).unwrap().unwrap().is_disjoint(&ids(forgotten)));
+    }
+
+    #[test]
+    fn what_is_computed_from_a_sample_goes_with_it_and_nothing_else_does() {
+        for (numbers, rounds, personal) in
+            [(&[2][..], false, false), (&[0, 1, 2], true, false), (&[5], false, true), (&[4], true, true)]
+        {
+            let directory = tempfile::tempdir().unwrap();
+            let store = Store::open(directory.path()).unwrap();
+            filled(&store);
+            wish(&store, &ids(numbers)).unwrap();
+            assert!(is_wished(&store));
+            assert_eq!(carry_out(&store).unwrap(), Forgotten { rounds, personal }, "{numbers:?}");
+            assert_eq!(carry_out(&store).unwrap(), Forgotten::default());
+            drop(store);
+            check(directory.path(), numbers, rounds, personal);
+        }
+    }
+
+    #[test]
+    fn of_what_a_program_of_before_left_nobody_knows_the_samples() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        filled(&store);
+        store.remove("used.samples").unwrap();
+        store.remove("personal.samples").unwrap();
+        wish(&store, &ids(&[2])).unwrap();
+        assert_eq!(carry_out(&store).unwrap(), Forgotten { rounds: true, personal: true });
+    }
+
+    /// A kill at every durable step, then another start.
+    #[test]
+    fn a_wish_outlives_any_kill() {
+        for kill_at in 0.. {
+            let directory = tempfile::tempdir().unwrap();
+            let store = Store::open(directory.path()).unwrap();
+            filled(&store);
+            drop(store);
+            let dying = Store::open_dying(directory.path(), kill_at).unwrap();
+            let wished = wish(&dying, &ids(&[1, 4]));
+            let done = wished.and_then(|()| carry_out(&dying));
+            drop(dying);
+            let store = Store::open(directory.path()).unwrap();
+            let is_wish_whole = is_wished(&store);
+            carry_out(&store).unwrap();
+            drop(store);
+            if is_wish_whole || done.is_ok() {
+                check(directory.path(), &[1, 4], true, true);
+            } else {
+                // The wish itself was never written: everything is as it was.
+                check(directory.path(), &[], false, false);
+            }
+            if done.is_ok() {
+                assert!(kill_at > 10, "{kill_at} steps");
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn everything_goes_without_the_key_too_and_survives_any_kill() {
+        for kill_at in 0.. {
+            let directory = tempfile::tempdir().unwrap();
+            let store = Store::open(directory.path()).unwrap();
+            filled(&store);
+            drop(store);
+            let dying = Store::open_dying(directory.path(), kill_at).unwrap();
+            let done = wish_all(&dying).and_then(|()| carry_out(&dying));
+            drop(dying);
+            std::fs::remove_file(directory.path().join(crate::keys::FILE)).unwrap();
+            let key = crate::keys::KeyPlace::File(directory.path().join(crate::keys::FILE));
+            let mut store = Store::lock(directory.path(), key).unwrap();
+            wish_all(&store).unwrap();
+            carry_out(&store).unwrap();
+            assert!(store.secrets().unwrap().is_empty());
+            store.unseal().unwrap();
+            drop(store);
+            let store = Store::open(directory.path()).unwrap();
+            assert!(kept::all(&store).unwrap().is_empty() && !is_wished(&store));
+            if done.is_ok() {
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_older_than_the_owner_keeps_is_expired() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        filled(&store);
+        let keep = Span::of_seconds(10);
+        assert_eq!(expired(&store, keep, 11_000).unwrap(), ids(&[]));
+        assert_eq!(expired(&store, keep, 11_001).unwrap(), ids(&[0, 1, 2]));
+        // A clock that went back expires nothing.
+        assert_eq!(expired(&store, keep, 0).unwrap(), ids(&[]));
+    }
+
+    #[test]
+    fn a_beginning_must_mean_one_sample() {
+        let all: Vec<Sample> = (0..40).map(sample).collect();
+        let name = all[3].id().to_string();
+        assert_eq!(choose(&all, &[name[..12].to_uppercase()]), Ok(ids(&[3])));
+        assert_eq!(choose(&all, &["xyz".into()]), Err(ChooseError::None { beginning: "xyz".into() }));
+        assert_eq!(choose(&all, &[String::new()]), Err(ChooseError::Several { beginning: String::new() }));
+    }
+}
