@@ -84,7 +84,14 @@ impl Shell {
                     assert_eq!(self.saved, self.rounds, "work before the state is durable");
                     self.work = Some(work.clone());
                 }
-                Action::Opened | Action::Closed | Action::WakeAt(_) | Action::Stop => {}
+                // Those that were drawn have a task, though they have not asked for it again.
+                Action::Opened => {
+                    if let Phase::Collecting { selected, .. } = &self.rounds.phase {
+                        let round = self.rounds.round.0;
+                        self.assigned.extend(selected.keys().map(|device| (round, *device)));
+                    }
+                }
+                Action::Closed | Action::WakeAt(_) | Action::Stop => {}
             }
         }
         actions
