@@ -31,7 +31,7 @@ pub(super) struct Init {
 
 pub(super) fn init(dir: &Path, init: &Init, set: &[String], json: bool) -> Result<(), CliError> {
     let settings = Settings::new().with_environment(environment());
-    let config = settings.with_flags(|config| init.flags.apply(config)).with_set(set).checked()?;
+    let mut config = settings.with_flags(|config| init.flags.apply(config)).with_set(set).checked()?;
     let (package, base) = open_package(&config.package)?;
     config.check_package(package.manifest().model.context, &base.layout)?;
     if config.align.enabled && !config.plain && !has_guard(&package) {
