@@ -4,7 +4,7 @@
 
 The server's step of algorithm 1 with the discount of its section on staleness: the mean of s(tau) * delta, with
 s(tau) = (1 + tau) ** -exponent, weighted by samples. Clipping is to the median of the discounted norms. A delta is
-signs times one magnitude, which the packed form holds exactly. `../staleness.rs` compares the aggregator with them.
+signs times one magnitude, 127 times a scale of eight bits, which the packed form holds exactly. `../staleness.rs` compares the aggregator with them.
 """
 import json
 
@@ -14,7 +14,7 @@ rng = np.random.default_rng(20241129)
 DEVICES, VALUES = 7, 128
 
 signs = rng.choice([-1, 1], (DEVICES, VALUES))
-magnitudes = rng.uniform(0.05, 0.5, DEVICES)
+magnitudes = 127 * rng.integers(128, 256, DEVICES) * 2.0**-17
 samples = rng.integers(5, 60, DEVICES)
 behind = np.array([0, 3, 1, 0, 15, 2, 0])
 deltas = signs * magnitudes[:, None]
