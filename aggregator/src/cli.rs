@@ -5,6 +5,7 @@ mod flags;
 mod progress;
 mod init;
 mod inspect;
+mod show;
 mod adapters;
 mod tokens;
 mod dashboard;
@@ -32,6 +33,7 @@ Examples:
   aggregator token --dir state --count 4 --expires 1h
   aggregator serve --dir state
   aggregator rounds --dir state
+  aggregator show 5 --dir state
   aggregator rollback 3 --dir state
   aggregator export 5 --format peft --out adapter --dir state
 
@@ -81,6 +83,14 @@ enum Verb {
         after_help = "Examples:\n  aggregator rounds --dir state\n  aggregator rounds --from 10 --dir state --json"
     )]
     Rounds(inspect::RoundsVerb),
+    /// One release: its report card, where it came from, and how its trial went.
+    #[command(
+        after_help = "Examples:\n  aggregator show 5 --dir state\n  aggregator show 5 --dir state --json"
+    )]
+    Show {
+        /// Its version.
+        version: u64,
+    },
     /// Publish an earlier release's adapter again, as the newest release.
     #[command(after_help = "Example:\n  aggregator rollback 3 --dir state")]
     Rollback {
@@ -278,6 +288,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Token(token) => tokens::token(&opened()?, &token, json),
         Verb::Status => inspect::status(&opened()?, json),
         Verb::Rounds(rounds) => inspect::rounds(&opened()?, &rounds, json),
+        Verb::Show { version } => show::show(&Opened::open(&dir)?, version, json),
         Verb::Rollback { version } => adapters::rollback(&opened()?, version, json),
         Verb::Export(export) => adapters::export(&opened()?, &export, json),
         Verb::Evaluate(evaluate) => adapters::evaluate(opened()?, &evaluate, json),

@@ -62,6 +62,8 @@ pub struct Config {
     pub align: Align,
     /// How the candidate is measured.
     pub evaluate: Evaluate,
+    /// How a release reaches the devices.
+    pub release: Release,
     /// The operator's port.
     pub admin: Admin,
 }
@@ -85,6 +87,7 @@ impl Default for Config {
             merge: Merge::default(),
             align: Align::default(),
             evaluate: Evaluate::default(),
+            release: Release::default(),
             admin: Admin::default(),
         }
     }
@@ -323,6 +326,33 @@ impl Default for Evaluate {
             answer_tokens_max: 48,
             gates: Gates::default(),
         }
+    }
+}
+
+/// How a release reaches the devices.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Release {
+    /// Share of the devices that a release is tried on before the others get it; 0 for no trial.
+    pub canary_share: f64,
+    /// Reports of devices that end a trial, of the release on trial and of the one before it.
+    pub canary_reports: u32,
+    /// After so many hours without a verdict all devices get it.
+    pub canary_hours: f64,
+    /// By how much the loss on devices' own pairs may rise.
+    pub canary_loss_rise: f64,
+}
+
+impl Default for Release {
+    fn default() -> Self {
+        Self { canary_share: 0.0, canary_reports: 8, canary_hours: 24.0, canary_loss_rise: 0.02 }
+    }
+}
+
+impl Release {
+    /// Whether releases are tried on a share first.
+    pub fn is_canary(&self) -> bool {
+        self.canary_share > 0.0
     }
 }
 

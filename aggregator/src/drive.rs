@@ -6,6 +6,7 @@
 mod stages;
 mod remember;
 mod correct;
+mod trial;
 
 use std::time::Instant;
 
@@ -93,6 +94,10 @@ impl<S: Stages> Driver<S> {
         }
         if now_ms < self.retry_ms {
             return Step::Wait(Some(self.retry_ms));
+        }
+        if let Err(error) = self.look_after_trial() {
+            self.retry(self.parts.desk.round(), &error);
+            return Step::Worked;
         }
         match self.parts.desk.next(now_ms) {
             Ok(Next::Work(round, work)) => {
@@ -218,6 +223,7 @@ impl<S: Stages> Driver<S> {
             Ok(state) => state,
             Err(reason) => return refused(format!("merge: {reason}")),
         };
+        self.count_reports(round, head, &updates)?;
         match self.keep(&candidate, AdapterKind::Assistant)? {
             Ok(digest) => {
                 self.parts.pause.here("merged", &self.parts.events);

@@ -111,6 +111,33 @@ pub enum Event {
         /// How it was measured.
         report_card: ReportCard,
     },
+    /// A release is tried on a share of the devices.
+    Trial {
+        /// Which.
+        version: Version,
+        /// The release that the others keep.
+        stable: Version,
+        /// How many devices see it.
+        share: f64,
+    },
+    /// A release was no worse on trial, and is for all devices.
+    Promoted {
+        /// Which.
+        version: Version,
+        /// What was reported of it.
+        reason: String,
+    },
+    /// A release was worse on trial: the one before it is the head again.
+    RolledBack {
+        /// Which was worse.
+        version: Version,
+        /// Whose adapter all devices get.
+        to: Version,
+        /// Under which version.
+        now: Version,
+        /// What was reported of it.
+        reason: String,
+    },
     /// The previous release stays.
     Rejected {
         /// The round.
@@ -324,6 +351,14 @@ impl Event {
                 parent.map_or_else(String::new, |parent| format!(" (after {parent})")),
                 card_sentence(report_card)
             ),
+            Self::Trial { version, stable, share } => format!(
+                "release {version} is on trial with {:.1} % of the devices; the others keep {stable}",
+                share * 100.0
+            ),
+            Self::Promoted { version, reason } => format!("release {version} is for all devices: {reason}"),
+            Self::RolledBack { version, to, now, reason } => {
+                format!("release {version} rolled back to {to}, which is release {now} now: {reason}")
+            }
             Self::Rejected { round, reason } => {
                 format!("round {round} rejected, the release stays: {reason}")
             }

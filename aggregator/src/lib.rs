@@ -20,6 +20,7 @@ pub mod laboratory;
 pub mod align;
 pub mod evaluate;
 pub mod publish;
+pub mod canary;
 pub mod drive;
 pub mod directory;
 pub mod backup;

@@ -18,12 +18,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use commonweal_adapter::{AdapterLayout, Trainable, pair};
 use commonweal_protocol::{
     BaseHash, DeviceId, Digest, Fetch, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, RoundId,
-    RoundTask, Scaffold, SigningKey, Version,
+    RoundTask, Scaffold, SignedRelease, SigningKey, Version,
 };
 use commonweal_transport::{Clock, ContentPart};
 
+use crate::canary;
 use crate::config::Config;
-use crate::desk::{Desk, start_of};
+use crate::desk::{Desk, DeskError, start_of};
 use crate::events::{Event, Events};
 use crate::pause::PausePoint;
 use crate::publish::Publisher;
@@ -236,8 +237,30 @@ impl Receiver {
             seed: round_seed(self.parts.base, round.0),
             deadline_ms,
         });
-        let release = (poll.installed != Some(head.release.version)).then_some(head);
+        let release =
+            self.news(device, poll.installed, head).map_err(|error| self.failed(device, REQUEST, &error))?;
         Ok(PollReply { task, release, reconnect: self.reconnect() })
+    }
+
+    /// The release that a device is to install, if it has not: the head, or while that is on trial with others, the one
+    /// before it.
+    fn news(
+        &self,
+        device: DeviceId,
+        installed: Option<Version>,
+        head: SignedRelease,
+    ) -> Result<Option<SignedRelease>, DeskError> {
+        let (settings, version) = (&self.parts.config.release, head.release.version);
+        let canary =
+            if settings.is_canary() { canary::read(self.parts.storage.coord.as_ref())? } else { None };
+        let seen =
+            canary.map_or(version, |(canary, _)| canary.release_for(&device, version, settings.canary_share));
+        if seen == version {
+            return Ok((installed != Some(version)).then_some(head));
+        }
+        // Who saw more than that keeps it until the trial ends.
+        let is_news = installed.is_none_or(|installed| installed < seen);
+        if is_news { Ok(Some(self.parts.publisher.release(seen)?)) } else { Ok(None) }
     }
 
     /// Reads published content; nothing else that is stored can be named.

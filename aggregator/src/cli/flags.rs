@@ -110,6 +110,9 @@ pub(super) struct Flags {
     /// Harmful prompts to measure by (CSV as AdvBench, or JSONL) [default: bundled].
     #[arg(long, env = "COMMONWEAL_EVAL_HARMFUL", value_name = "FILE")]
     eval_harmful: Option<PathBuf>,
+    /// Share of the devices that a release is tried on before the others get it.
+    #[arg(long, env = "COMMONWEAL_CANARY_SHARE", value_name = "SHARE")]
+    canary_share: Option<f64>,
     /// Benign prompts to measure by [default: bundled].
     #[arg(long, env = "COMMONWEAL_EVAL_BENIGN", value_name = "FILE")]
     eval_benign: Option<PathBuf>,
@@ -191,6 +194,7 @@ impl Flags {
         config.align.enabled &= !self.no_align;
         set(&mut config.align.prompts, self.align_prompts.as_ref());
         set(&mut config.align.steps, self.align_steps.as_ref());
+        set(&mut config.release.canary_share, self.canary_share.as_ref());
         set_path(&mut config.evaluate.harmful, self.eval_harmful.as_ref());
         set_path(&mut config.evaluate.benign, self.eval_benign.as_ref());
         set_path(&mut config.evaluate.held_out, self.heldout.as_ref());

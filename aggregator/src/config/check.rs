@@ -57,6 +57,16 @@ impl Config {
             (0.01..=1e6).contains(&receive.visits_per_second),
             format!("receive.visits_per_second: expected 0.01 to 1000000, got {}", receive.visits_per_second),
         );
+        let release = &self.release;
+        require(
+            (0.0..1.0).contains(&release.canary_share)
+                && (5..=256).contains(&release.canary_reports)
+                && (0.01..=10_000.0).contains(&release.canary_hours)
+                && (0.0..=10.0).contains(&release.canary_loss_rise),
+            "release: expected canary_share 0 to below 1, canary_reports 5 to 256, canary_hours 0.01 to 10000, \
+             canary_loss_rise 0 to 10"
+                .to_owned(),
+        );
         let merge = &self.merge;
         require(
             (0.0..0.5).contains(&merge.trimmed_share),

@@ -74,7 +74,7 @@ pub enum DeskError {
 }
 
 impl DeskError {
-    pub(super) fn damaged(
+    pub(crate) fn damaged(
         what: impl Into<String>,
         source: impl std::error::Error + Send + Sync + 'static,
     ) -> Self {

@@ -1,0 +1,82 @@
+//! Looks after the release on trial: begins a trial when a round has published, counts reports, carries a verdict out.
+//!
+//! `canary` judges; this is its shell, on the thread of `drive`, which alone writes the state. Each write is a
+//! compare-and-set; after a kill the head and the log say what is still to do.
+
+use commonweal_protocol::{RoundId, Version};
+
+use super::{DriveError, Driver, Stages};
+use crate::canary::{self, Canary, Verdict};
+use crate::desk::{self, DeskError};
+use crate::events::Event as Told;
+
+impl<S: Stages> Driver<S> {
+    /// Notices a new head, and ends the trial if enough is known.
+    pub(super) fn look_after_trial(&self) -> Result<(), DriveError> {
+        let settings = &self.parts.config.release;
+        if !settings.is_canary() {
+            return Ok(());
+        }
+        let Some(head) = self.parts.publisher.head()? else { return Ok(()) };
+        let (head, now_ms) = (head.release, self.parts.clock.unix_ms());
+        let (mut canary, sequence) = self.read_canary(head.version)?;
+        if canary.see_head(head.version, head.round.is_some(), now_ms) {
+            self.write_canary(&canary, sequence)?;
+            if let Some(trial) = &canary.trial {
+                let (version, stable, share) = (trial.version, canary.stable, settings.canary_share);
+                self.parts.events.tell(&Told::Trial { version, stable, share });
+            }
+            return Ok(());
+        }
+        let Some(trial) = canary.trial.clone() else { return Ok(()) };
+        match canary.judge(settings, now_ms) {
+            Verdict::Wait => {}
+            Verdict::Fine(reason) => {
+                canary.promote(reason.clone(), now_ms);
+                self.write_canary(&canary, sequence)?;
+                self.parts.events.tell(&Told::Promoted { version: canary.stable, reason });
+            }
+            Verdict::Worse(reason) => {
+                let (version, to) = (trial.version, canary.stable);
+                // If the head moved meanwhile, what is there now is looked at first.
+                let release = self.parts.publisher.roll_back(to, now_ms)?.release;
+                canary.roll_back(release.version, reason.clone(), now_ms);
+                self.write_canary(&canary, sequence)?;
+                self.parts.events.tell(&Told::RolledBack { version, to, now: release.version, reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts what devices reported with the updates of a round.
+    pub(super) fn count_reports(
+        &self,
+        round: RoundId,
+        start: Version,
+        updates: &[desk::Accepted],
+    ) -> Result<(), DriveError> {
+        if !self.parts.config.release.is_canary() {
+            return Ok(());
+        }
+        let (mut canary, sequence) = self.read_canary(start)?;
+        let reports =
+            updates.iter().map(|update| (update.start.unwrap_or(start), update.open.report.loss_first));
+        canary.count(round.0, reports);
+        self.write_canary(&canary, sequence)
+    }
+
+    /// The state and its place in the log; all devices have `version` if there is none.
+    fn read_canary(&self, version: Version) -> Result<(Canary, u64), DriveError> {
+        Ok(canary::read(self.parts.storage.coord.as_ref())?.unwrap_or((Canary::stable(version), 0)))
+    }
+
+    fn write_canary(&self, canary: &Canary, sequence: u64) -> Result<(), DriveError> {
+        let bytes = postcard::to_allocvec(canary).map_err(|error| DeskError::damaged("canary", error))?;
+        let coord = &self.parts.storage.coord;
+        let written = coord.compare_and_set(canary::LOG, sequence, &bytes)?;
+        if written.is_multiple_of(64) {
+            coord.truncate(canary::LOG, written)?;
+        }
+        Ok(())
+    }
+}
