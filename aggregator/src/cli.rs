@@ -288,7 +288,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Token(token) => tokens::token(&opened()?, &token, json),
         Verb::Status => inspect::status(&opened()?, json),
         Verb::Rounds(rounds) => inspect::rounds(&opened()?, &rounds, json),
-        Verb::Show { version } => show::show(&Opened::open(&dir, &set)?, version, json),
+        Verb::Show { version } => show::show(&opened()?, version, json),
         Verb::Rollback { version } => adapters::rollback(&opened()?, version, json),
         Verb::Export(export) => adapters::export(&opened()?, &export, json),
         Verb::Evaluate(evaluate) => adapters::evaluate(opened()?, &evaluate, json),
