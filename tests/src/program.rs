@@ -202,11 +202,19 @@ impl Running {
         self.child.wait().unwrap_or_else(|error| panic!("{}: {error}", self.name))
     }
 
+    /// A signal by its name.
+    ///
+    /// # Panics
+    /// When it cannot be sent.
+    pub fn signal(&self, name: &str) {
+        let id = self.child.id().to_string();
+        let sent = Command::new("kill").args(["-s", name, &id]).status();
+        assert!(sent.is_ok_and(|status| status.success()), "{}: no signal was sent", self.name);
+    }
+
     /// SIGTERM, as an operator does; its exit code.
     pub fn stop(self) -> i32 {
-        let id = self.child.id().to_string();
-        let sent = Command::new("kill").arg(&id).status();
-        assert!(sent.is_ok_and(|status| status.success()), "{}: no signal was sent", self.name);
+        self.signal("TERM");
         self.finish()
     }
 
