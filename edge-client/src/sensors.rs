@@ -79,6 +79,7 @@ impl LinuxSensors {
     }
 
     /// The same, which reads everything anew each time.
+    #[must_use]
     pub fn always_anew(self) -> Self {
         Self { slow_again: Duration::ZERO, ..self }
     }

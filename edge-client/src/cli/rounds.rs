@@ -168,7 +168,7 @@ enum Turn {
 }
 
 impl Turn {
-    fn by_rules(why: Why) -> Self {
+    fn by_rules(why: &Why) -> Self {
         Self::PutOff { why: why.to_string(), wait: RULES_WAIT }
     }
 }
@@ -253,7 +253,7 @@ impl Member {
             self.renew();
         }
         let why = self.heed.as_mut().map(|heed| heed.why_not(false)).filter(|why| !why.is_nothing());
-        if let Some(put_off) = self.wished().or(why.map(Turn::by_rules)) {
+        if let Some(put_off) = self.wished().or(why.as_ref().map(Turn::by_rules)) {
             return Ok(put_off);
         }
         self.tell("asks the aggregator for work".to_owned());
@@ -269,7 +269,7 @@ impl Member {
         match visited {
             Ok(visit) => Ok(Turn::Visited(Ok(visit))),
             Err(error) => {
-                let put_off = self.wished().or(broken.map(Turn::by_rules));
+                let put_off = self.wished().or(broken.as_ref().map(Turn::by_rules));
                 Ok(put_off.unwrap_or(Turn::Visited(Err(error))))
             }
         }
