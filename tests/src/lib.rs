@@ -1,7 +1,12 @@
-//! Everything that crosses crates: the hostile device (`bin/hostile-device.rs`, over `attack.rs`) and what the tests
-//! share to run the real programs (`program.rs`) against each other (`federation.rs`) and to ask them (`http.rs`).
+//! Everything that crosses crates: the hostile device (`bin/hostile-device.rs`, over `attack.rs`), what the tests share to
+//! run the real programs (`program.rs`) against each other (`federation.rs`) and to ask them (`http.rs`), and what the
+//! programs of measuring share: an aggregator without a model (`modelless.rs`), devices without one (`visitor.rs`), each
+//! in a process of its own (`child.rs`).
 
 pub mod attack;
+pub mod child;
+pub mod modelless;
+pub mod visitor;
 pub mod program;
 pub mod federation;
 pub mod http;

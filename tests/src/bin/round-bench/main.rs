@@ -11,22 +11,13 @@
 mod device;
 mod serving;
 
-use std::{
-    io::{BufRead, BufReader, Write},
-    path::{Path, PathBuf},
-    process::{Child, Command, ExitCode, Stdio},
-    sync::Arc,
-    thread,
-};
+use std::{ffi::OsString, io::Write as _, path::PathBuf, process::ExitCode, thread};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use clap::Parser;
-use commonweal_adapter::{AdapterLayout, Module, Target};
-use commonweal_protocol::BaseHash;
+use commonweal_tests::child::Child;
 use serde::{Deserialize, Serialize};
 
-/// The base that everybody here claims to have.
-const BASE: BaseHash = BaseHash([0xba; 32]);
 /// Rounds before those that count.
 const WARM_UP_ROUNDS: u64 = 1;
 
@@ -58,14 +49,6 @@ impl Arguments {
     /// Rounds to hold: those that count, and before them the warm-up.
     fn rounds_in_all(&self) -> u64 {
         WARM_UP_ROUNDS + self.rounds
-    }
-
-    /// An adapter of the wanted size: 25 layers, rank 8, two linears.
-    fn layout(&self) -> Result<Arc<AdapterLayout>> {
-        // 4 bytes × 25 layers × rank 8 × 2 linears × (313 + 312) = 10⁶.
-        let (inputs, outputs) = (313 * self.adapter_mb as usize, 312 * self.adapter_mb as usize);
-        let modules = [Target::Q, Target::O].map(|target| Module { target, inputs, outputs });
-        Ok(Arc::new(AdapterLayout::new(25, 8, 16.0, modules.to_vec())?))
     }
 }
 
@@ -133,19 +116,27 @@ fn main() -> ExitCode {
 fn measure(arguments: &Arguments) -> Result<()> {
     let temporary = tempfile::tempdir()?;
     let directory = arguments.dir.as_deref().unwrap_or(temporary.path());
-    let mut aggregator = Aggregator::start(arguments, &directory.join("aggregator"))?;
-    let Told::Invitations(invitations) = aggregator.next()? else {
+    let numbers = [
+        ("--adapter-mb", u64::from(arguments.adapter_mb)),
+        ("--devices", u64::from(arguments.devices)),
+        ("--rounds", arguments.rounds),
+    ];
+    let mut given: Vec<OsString> =
+        numbers.iter().flat_map(|(name, number)| [name.into(), number.to_string().into()]).collect();
+    given.extend(["--serve".into(), directory.join("aggregator").into()]);
+    let mut aggregator = Child::start(given)?;
+    let Told::Invitations(invitations) = aggregator.hear()? else {
         bail!("the aggregator began with something else than invitations");
     };
     let devices = device::Fleet::enroll(arguments, directory, &invitations)?;
     let (down_bytes, up_bytes) = (devices.down_bytes()?, devices.up_bytes());
     // Devices that failed would never finish their round: the aggregator ends with its standard input, and with it the
     // wait below.
-    let stdin = aggregator.child.stdin.take();
+    let stdin = aggregator.take_stdin();
     let fleet = thread::spawn(move || devices.run().map(|()| stdin));
     let mut rounds = Vec::new();
     let peak_mb = loop {
-        match aggregator.next() {
+        match aggregator.hear() {
             Ok(Told::Round(times)) => rounds.push(times),
             Ok(Told::Peak(peak_mb)) => break Ok(peak_mb),
             Ok(Told::Invitations(_)) => break Err(anyhow!("the aggregator invited twice")),
@@ -212,57 +203,11 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
     }
 }
 
-/// The aggregator's process. It ends when its standard input does, so that it never outlives this one.
-struct Aggregator {
-    child: Child,
-    lines: std::io::Lines<BufReader<std::process::ChildStdout>>,
-}
-
-impl Aggregator {
-    fn start(arguments: &Arguments, directory: &Path) -> Result<Self> {
-        let mut command = Command::new(std::env::current_exe()?);
-        command.args(["--adapter-mb", &arguments.adapter_mb.to_string()]);
-        command.args([
-            "--devices",
-            &arguments.devices.to_string(),
-            "--rounds",
-            &arguments.rounds.to_string(),
-        ]);
-        command.arg("--serve").arg(directory);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
-        let stdout = child.stdout.take().context("the aggregator has no output")?;
-        Ok(Self { child, lines: BufReader::new(stdout).lines() })
-    }
-
-    /// The next thing it tells.
-    fn next(&mut self) -> Result<Told> {
-        let line = self.lines.next().context("the aggregator ended early")??;
-        serde_json::from_str(&line).with_context(|| format!("unexpected words of the aggregator: {line}"))
-    }
-}
-
-impl Drop for Aggregator {
-    fn drop(&mut self) {
-        drop(self.child.stdin.take());
-        if let Err(error) = self.child.wait() {
-            tracing::warn!("the aggregator's end: {error}");
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
 
     use super::*;
-
-    #[test]
-    fn an_adapter_has_the_size_that_is_asked_for() {
-        for mb in [1, 20, 400] {
-            let arguments = Arguments::parse_from(["round-bench", "--adapter-mb", &mb.to_string()]);
-            assert_eq!(arguments.layout().unwrap().parameters() * 4, mb * 1_000_000);
-        }
-    }
 
     #[test]
     fn the_median_is_the_middle() {

@@ -1,0 +1,172 @@
+//! The program `load`: thousands of devices and one aggregator on this machine, over real QUIC with mutual TLS and real
+//! disks. How much it answers, how fast, and what gives way first.
+//!
+//! The aggregator is a process of its own (`serving.rs`); the devices are here (`devices.rs`). All enrol over the network
+//! first. Then, for each number of them that visit at once, devices come for a while, each visit with one connection: it
+//! asks for work, fetches the release if it has another, delivers an update if it got a task. There is no model. Devices
+//! and aggregator share the processors, so the aggregator's own share of the time is told beside the rate.
+
+mod devices;
+mod process;
+mod serving;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use commonweal_tests::child::Child;
+use serde::Serialize;
+
+use devices::{Fleet, Level};
+use process::Used;
+use serving::Told;
+
+/// Sends thousands of devices to one aggregator, and measures what it answers.
+///
+/// Prints a line for each number of devices that visit at once. Exit codes: 0 done, 1 failed, 2 usage.
+#[derive(Clone, Debug, Parser)]
+#[command(version, after_help = "Examples:\n  load\n  load --devices 500 --at-once 16,64 --seconds 5 --json")]
+struct Arguments {
+    /// Devices, all with an identity of their own
+    #[arg(long, default_value_t = 10_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=20_000))]
+    devices: u32,
+    /// How many of them visit at once, one measurement each
+    #[arg(long, default_values_t = [8, 64, 256, 500, 1000], value_delimiter = ',', value_name = "N,…")]
+    at_once: Vec<u32>,
+    /// How long each measurement takes
+    #[arg(long, default_value_t = 20, value_name = "S", value_parser = clap::value_parser!(u64).range(1..=3_600))]
+    seconds: u64,
+    /// Updates that a round wants [default: a tenth of the devices]
+    #[arg(long, value_name = "N")]
+    goal: Option<u32>,
+    /// Size of the adapter, in MB (10⁶ bytes) of 32-bit values; an update is a quarter of it
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=400))]
+    adapter_mb: u32,
+    /// Where to keep the aggregator's files, and leave them [default: a temporary directory]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// One JSON object instead of text
+    #[arg(long)]
+    json: bool,
+    #[command(subcommand)]
+    part: Option<Part>,
+}
+
+impl Arguments {
+    fn goal(&self) -> u32 {
+        self.goal.unwrap_or(self.devices / 10).max(1)
+    }
+}
+
+/// How the program calls itself.
+#[derive(Clone, Debug, Subcommand)]
+enum Part {
+    /// Be the aggregator of a directory
+    #[command(hide = true)]
+    Serve { dir: PathBuf },
+}
+
+/// What was measured.
+#[derive(Debug, Serialize)]
+struct Report {
+    devices: u32,
+    goal: u32,
+    adapter_mb: u32,
+    cores: usize,
+    enrolling: Level,
+    enrolling_used: Used,
+    visiting: Vec<(Level, Used)>,
+}
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let arguments = Arguments::parse();
+    let done = match &arguments.part {
+        Some(Part::Serve { dir }) => serving::serve(&arguments, dir),
+        None => measure(&arguments),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(arguments: &Arguments) -> Result<()> {
+    let temporary = tempfile::tempdir()?;
+    let directory = arguments.dir.as_deref().unwrap_or(temporary.path()).join("aggregator");
+    let numbers = [
+        ("--devices", arguments.devices),
+        ("--goal", arguments.goal()),
+        ("--adapter-mb", arguments.adapter_mb),
+    ];
+    let numbers = numbers.iter().flat_map(|(name, number)| [(*name).to_owned(), number.to_string()]);
+    let place = directory.to_str().context("a directory whose name is text")?.to_owned();
+    let mut aggregator = Child::start(numbers.chain(["serve".to_owned(), place]))?;
+    let Told { invitations } = aggregator.hear()?;
+
+    let before = Used::of(aggregator.id())?;
+    let (mut fleet, enrolling) = Fleet::enroll(arguments, &invitations)?;
+    let enrolling_used = Used::of(aggregator.id())?.since(&before);
+    eprintln!("{} devices enrolled, {:.0} a second", arguments.devices, enrolling.rate());
+    let mut visiting = Vec::new();
+    for &at_once in &arguments.at_once {
+        let before = Used::of(aggregator.id())?;
+        let level = fleet.visit(at_once, arguments.seconds)?;
+        visiting.push((level, Used::of(aggregator.id())?.since(&before)));
+        eprintln!("{at_once} at once: measured");
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let (devices, goal, adapter_mb) = (arguments.devices, arguments.goal(), arguments.adapter_mb);
+    let report = Report { devices, goal, adapter_mb, cores, enrolling, enrolling_used, visiting };
+    if arguments.json {
+        println!("{}", serde_json::to_string(&report)?);
+    } else {
+        print!("{report}");
+    }
+    Ok(())
+}
+
+impl std::fmt::Display for Report {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { devices, goal, adapter_mb, cores, enrolling, enrolling_used, visiting } = self;
+        writeln!(
+            formatter,
+            "{devices} devices, rounds of {goal} updates, an adapter of {adapter_mb} MB; {cores} cores for both sides"
+        )?;
+        writeln!(
+            formatter,
+            "enrolling: {:.0} a second, p50 {:.0} ms, p99 {:.0} ms; the aggregator took {:.2} cores",
+            enrolling.rate(),
+            enrolling.visit.p50,
+            enrolling.visit.p99,
+            enrolling_used.cpu_seconds / enrolling.seconds
+        )?;
+        writeln!(formatter)?;
+        writeln!(
+            formatter,
+            "| at once | visits/s | asking, ms p50 / p95 / p99 | whole visit, ms p50 / p99 | updates | releases fetched | refused, busy | failed | aggregator, cores | peak MB |"
+        )?;
+        writeln!(formatter, "|---|---|---|---|---|---|---|---|---|---|")?;
+        for (level, used) in visiting {
+            let Level { at_once, poll, visit, updates, fetched, busy, failed, seconds, .. } = level;
+            writeln!(
+                formatter,
+                "| {at_once} | {:.0} | {:.0} / {:.0} / {:.0} | {:.0} / {:.0} | {updates} | {fetched} | {busy} | {failed} | {:.2} | {:.0} |",
+                level.rate(),
+                poll.p50,
+                poll.p95,
+                poll.p99,
+                visit.p50,
+                visit.p99,
+                used.cpu_seconds / seconds,
+                used.peak_mb
+            )?;
+        }
+        Ok(())
+    }
+}

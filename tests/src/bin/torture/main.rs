@@ -1,0 +1,115 @@
+//! The program `torture`: `kill -9`, again and again, of an aggregator and its devices while they hold rounds, and disks
+//! that fill up and turn read-only under them. What was acknowledged must be there in the end, once.
+//!
+//! The aggregator and each device are processes of their own (`serving.rs`, `device.rs`); this one kills them at moments
+//! that a seed draws (`kills.rs`), spoils the aggregator's disk (`disks.rs`), and looks at what both sides have on disk
+//! afterwards (`verdict.rs`). There is no model: nothing is trained, aligned or evaluated, so that thousands of rounds
+//! fit into minutes; `tests/kill.rs` kills the real programs at chosen places.
+
+mod device;
+mod disks;
+mod fleet;
+mod kills;
+mod serving;
+mod verdict;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+
+/// Kills an aggregator and its devices at random moments, and counts what was lost.
+///
+/// Ends with the counts of each part. Exit codes: 0 nothing was lost, 1 something was or a process ended by itself, 2
+/// usage. What a part needs and this machine does not allow is skipped, and the last lines say so.
+#[derive(Clone, Debug, Parser)]
+#[command(version, after_help = "Examples:\n  torture\n  torture --cycles 50 --seed 7 --json")]
+struct Arguments {
+    /// Kills
+    #[arg(long, default_value_t = 1_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    cycles: u64,
+    /// Devices
+    #[arg(long, default_value_t = 6, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=64))]
+    devices: u32,
+    /// Longest time between two kills, in ms
+    #[arg(long, default_value_t = 400, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=60_000))]
+    pause_ms: u64,
+    /// Draws who is killed, and when; the processes' own timing stays the system's
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    seed: u64,
+    /// Where to keep everybody's files, and leave them [default: a temporary directory]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// One JSON object instead of text
+    #[arg(long)]
+    json: bool,
+    #[command(subcommand)]
+    part: Option<Part>,
+}
+
+/// How the program calls itself.
+#[derive(Clone, Debug, Subcommand)]
+enum Part {
+    /// Be the aggregator of a directory
+    #[command(hide = true)]
+    Serve { dir: PathBuf, port: u16, devices: u32 },
+    /// Be the device of a directory
+    #[command(hide = true)]
+    Device { dir: PathBuf, number: u64 },
+}
+
+/// What came of it.
+#[derive(Debug, Serialize)]
+struct Report {
+    seed: u64,
+    devices: u32,
+    kills: kills::Kills,
+    killed: verdict::Found,
+    disks: Vec<disks::Spoiled>,
+}
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let arguments = Arguments::parse();
+    let done = match &arguments.part {
+        Some(Part::Serve { dir, port, devices }) => serving::serve(dir, *port, *devices),
+        Some(Part::Device { dir, number }) => device::run(dir, *number),
+        None => torture(&arguments),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn torture(arguments: &Arguments) -> Result<()> {
+    let &Arguments { cycles, devices, pause_ms, seed, .. } = arguments;
+    let temporary = tempfile::tempdir()?;
+    let place = arguments.dir.as_deref().unwrap_or(temporary.path());
+    let (kills, killed) = kills::kill(&place.join("kills"), devices, cycles, pause_ms, seed)?;
+    let disks = disks::spoil(&place.join("disks"), devices)?;
+    let report = Report { seed, devices, kills, killed, disks };
+    if arguments.json {
+        println!("{}", serde_json::to_string(&report)?);
+        return Ok(());
+    }
+    let Report { kills, killed, disks, .. } = &report;
+    println!(
+        "{} kills in {:.0} s: {} of the aggregator, {} of devices; {killed}",
+        kills.aggregator + kills.devices,
+        kills.seconds,
+        kills.aggregator,
+        kills.devices
+    );
+    for spoiled in disks {
+        println!("{spoiled}");
+    }
+    println!("nothing acknowledged was lost");
+    Ok(())
+}

@@ -1,0 +1,68 @@
+//! The aggregator's process: `modelless.rs` of the tests, with rounds of a few hundred milliseconds.
+
+use std::path::Path;
+
+use aggregator::{
+    config::{Config, Gates},
+    events::Events,
+    laboratory::Base,
+    round::Policy,
+};
+use anyhow::Result;
+use commonweal_tests::{
+    child::tell,
+    modelless::Modelless,
+    visitor::{self, BASE},
+};
+use commonweal_transport::{Clock, ServeLimits};
+use serde::{Deserialize, Serialize};
+
+/// MB of the adapter, so that an update is of two chunks: a kill may fall between them.
+pub(super) const ADAPTER_MB: u32 = 5;
+
+/// What the process tells, once.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Listening {
+    /// At this port.
+    pub(super) port: u16,
+    /// One for each device, if none has enrolled yet.
+    pub(super) invitations: Vec<String>,
+}
+
+/// The aggregator of a directory, fresh or as it was left.
+pub(super) fn open(path: &Path, devices: u32) -> Result<Modelless> {
+    let base = Base { hash: BASE, layout: visitor::layout(ADAPTER_MB)? };
+    Modelless::open(path, base, config(devices), Events::to(|_| ()), &Clock::system())
+}
+
+/// Serves at a port, 0 for any, until the standard input ends.
+pub(super) fn serve(path: &Path, port: u16, devices: u32) -> Result<()> {
+    let aggregator = open(path, devices)?;
+    aggregator.serve(port, ServeLimits::default(), |aggregator, address| {
+        let invitations = if port == 0 { aggregator.invite(devices, address)? } else { Vec::new() };
+        tell(&Listening { port: address.port(), invitations });
+        Ok(())
+    })
+}
+
+/// Rounds that go on whoever is dead: two thirds of the devices are wanted, a third is enough after two seconds.
+fn config(devices: u32) -> Config {
+    let mut config = Config {
+        round: Policy {
+            goal: (devices * 2 / 3).max(1),
+            quorum: (devices / 3).max(1),
+            over_selection: 1.5,
+            wait_ms: 500,
+            deadline_ms: 2_000,
+            ..Policy::default()
+        },
+        ..Config::default()
+    };
+    config.align.enabled = false;
+    config.evaluate.gates = Gates::off();
+    (config.receive.reconnect_after_ms, config.receive.reconnect_spread_ms) = (10, 20);
+    config.receive.requests_per_second = 1_000.0;
+    config.receive.reserve_bytes = 2 << 20;
+    config.receive.releases_kept = 2;
+    config
+}

@@ -1,0 +1,187 @@
+//! What must hold of the files of an aggregator and its devices, whatever befell them: every receipt's update is merged or
+//! waits to be, none is merged twice or from nowhere, rounds and versions have no gap, and what is published can be read.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    path::Path,
+};
+
+use aggregator::{
+    desk::{Record, records},
+    publish::Publisher,
+    store::Blob,
+};
+use anyhow::{Context, Result, bail, ensure};
+use commonweal_protocol::{DeviceId, Digest, RoundId, Version};
+use serde::Serialize;
+
+use crate::{device::Held, serving};
+
+/// Longest blob that is read again: an adapter's file.
+const BLOB_BYTES_MAX: u64 = 64 << 20;
+
+/// What there was, all of it as it must be.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub(super) struct Found {
+    rounds: u64,
+    published: u64,
+    /// Ended with too few updates.
+    abandoned: u64,
+    receipts: u64,
+    /// Updates that became part of a release.
+    merged: u64,
+}
+
+impl fmt::Display for Found {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rounds, published, abandoned, receipts, merged } = self;
+        write!(
+            formatter,
+            "{rounds} rounds ({published} published, {abandoned} abandoned), {receipts} receipts, {merged} updates merged"
+        )
+    }
+}
+
+/// Judges the files of processes that have ended.
+///
+/// # Errors
+/// What does not hold.
+pub(super) fn judge(directory: &Path, devices: u32, held: &[Held]) -> Result<Found> {
+    let aggregator = serving::open(directory, devices)?;
+    let parts = aggregator.parts();
+    let current = parts.desk.round();
+    let rounds = records(parts.storage.coord.as_ref(), RoundId(0), current.0 as usize + 2)?;
+    let mut found = Found::default();
+    let sent = receipts(held)?;
+    check_rounds(&rounds, &parts.publisher)?;
+    for record in rounds.iter().filter(|record| record.round.0 > 0) {
+        found.rounds += 1;
+        found.published += u64::from(record.published);
+        found.abandoned += u64::from(record.outcome == "abandoned");
+        found.merged += record.norms.len() as u64;
+        check_round(record, sent.get(&record.round).unwrap_or(&BTreeMap::new()))?;
+    }
+    for (round, receipts) in &sent {
+        found.receipts += receipts.len() as u64;
+        if rounds.iter().any(|record| record.round == *round) {
+            continue;
+        }
+        // A round that is not over has its updates in the inbox.
+        for (device, digest) in receipts {
+            let taken = parts.desk.taken(*round, device)?;
+            let taken = taken.with_context(|| format!("round {round}: the update of {device} is lost"))?;
+            ensure!(taken.receipt.receipt.digest == *digest, "round {round}: another update of {device}");
+        }
+    }
+    check_blobs(&parts.publisher, parts.storage.blob.as_ref())?;
+    Ok(found)
+}
+
+/// The devices' receipts by round: a device has one of each at most.
+fn receipts(held: &[Held]) -> Result<BTreeMap<RoundId, BTreeMap<DeviceId, Digest>>> {
+    let mut sent: BTreeMap<RoundId, BTreeMap<DeviceId, Digest>> = BTreeMap::new();
+    for Held { id, receipts } in held {
+        for signed in receipts {
+            let receipt = signed.receipt;
+            ensure!(receipt.device == *id, "a receipt of {} in the hands of {id}", receipt.device);
+            let former = sent.entry(receipt.round).or_default().insert(*id, receipt.digest);
+            ensure!(former.is_none(), "{id} has two receipts of round {}", receipt.round);
+        }
+    }
+    Ok(sent)
+}
+
+/// Rounds follow each other, and so do versions; a round has at most one.
+fn check_rounds(rounds: &[Record], publisher: &Publisher) -> Result<()> {
+    for (index, record) in rounds.iter().enumerate() {
+        ensure!(record.round.0 == index as u64, "record {index} is of round {}", record.round);
+    }
+    let releases = publisher.history(Version(0), rounds.len() + 2)?;
+    let mut published = BTreeSet::new();
+    for (index, signed) in releases.iter().enumerate() {
+        let release = &signed.release;
+        ensure!(release.version.0 == index as u64, "release {index} has version {}", release.version);
+        if let Some(round) = release.round {
+            ensure!(published.insert(round), "round {round} was published twice");
+        }
+    }
+    let recorded: BTreeSet<RoundId> =
+        rounds.iter().filter(|record| record.published && record.round.0 > 0).map(|it| it.round).collect();
+    ensure!(recorded == published, "records and releases name other rounds");
+    Ok(())
+}
+
+/// Who has a receipt was merged, once; who was merged is a device.
+fn check_round(record: &Record, receipts: &BTreeMap<DeviceId, Digest>) -> Result<()> {
+    let round = record.round;
+    let merged: BTreeSet<DeviceId> = record.norms.iter().map(|(device, _)| *device).collect();
+    ensure!(merged.len() == record.norms.len(), "round {round}: a device was merged twice");
+    if !record.published {
+        let (counted, held) = (record.updates as usize, receipts.len());
+        ensure!(counted >= held, "round {round}: {held} receipts, but the record counts {counted} updates");
+        return Ok(());
+    }
+    if let Some(device) = receipts.keys().find(|device| !merged.contains(device)) {
+        bail!("round {round}: the update of {device} was acknowledged and is not in the release");
+    }
+    Ok(())
+}
+
+/// Every kept release can be read and is what its digest says.
+fn check_blobs(publisher: &Publisher, blob: &dyn Blob) -> Result<()> {
+    for digest in publisher.kept(1)? {
+        let bytes = blob.read_all(&digest, BLOB_BYTES_MAX)?;
+        ensure!(Digest::of(&bytes) == digest, "the release's file {digest} is damaged");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
+
+    use super::*;
+
+    const A: DeviceId = DeviceId([1; 16]);
+    const B: DeviceId = DeviceId([2; 16]);
+
+    fn round(published: bool, merged: &[DeviceId]) -> Record {
+        Record {
+            round: RoundId(1),
+            published,
+            updates: merged.len() as u32,
+            norms: merged.iter().map(|device| (*device, 1.0)).collect(),
+            ..Record::default()
+        }
+    }
+
+    fn receipts(devices: &[DeviceId]) -> BTreeMap<DeviceId, Digest> {
+        devices.iter().map(|device| (*device, Digest([7; 32]))).collect()
+    }
+
+    #[test]
+    fn what_is_lost_or_counted_twice_is_found() {
+        check_round(&round(true, &[A, B]), &receipts(&[A])).unwrap();
+        let lost = check_round(&round(true, &[A]), &receipts(&[A, B])).unwrap_err().to_string();
+        assert!(lost.contains("was acknowledged and is not in the release"), "{lost}");
+        let twice = check_round(&round(true, &[A, A]), &receipts(&[A])).unwrap_err().to_string();
+        assert!(twice.contains("merged twice"), "{twice}");
+        check_round(&round(false, &[A]), &receipts(&[A])).unwrap();
+        assert!(check_round(&round(false, &[A]), &receipts(&[A, B])).is_err());
+    }
+
+    #[test]
+    fn rounds_without_a_record_are_found() {
+        let directory = tempfile::tempdir().unwrap();
+        let aggregator = serving::open(directory.path(), 4).unwrap();
+        let publisher = &aggregator.parts().publisher;
+        let mut rounds = vec![Record { round: RoundId(0), published: true, ..Record::default() }];
+        check_rounds(&rounds, publisher).unwrap();
+        // Recorded as published, and there is no such release.
+        rounds.push(round(true, &[A]));
+        assert!(check_rounds(&rounds, publisher).is_err());
+        rounds[1] = Record { round: RoundId(2), ..Record::default() };
+        assert!(check_rounds(&rounds, publisher).is_err());
+    }
+}

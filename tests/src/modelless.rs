@@ -1,0 +1,168 @@
+//! An aggregator without a model: store, receiver, desk, merge, publisher and QUIC are the real ones, on real files; the
+//! two stages that need a model do nothing. `round-bench`, `load` and `torture` serve it, where thousands of rounds and
+//! starts are the matter and not what an adapter says.
+
+use std::{
+    io::Read as _,
+    net::{Ipv4Addr, SocketAddr},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
+
+use aggregator::{
+    config::Config,
+    desk::{Desk, Record},
+    directory::Directory,
+    drive::{Driver, Stages},
+    events::{AlignFigures, EvaluateFigures, Events},
+    laboratory::{Base, LaboratoryError},
+    optimize::OptimizerState,
+    pause::PausePoint,
+    publish::{Candidate, Publisher},
+    receive::{
+        Parts, Receiver,
+        enroll::Registry,
+        handler::{Service, Threads},
+        partial::PartialFiles,
+    },
+    serve,
+    store::{Access, RealDisk, Storage},
+};
+use anyhow::{Context, Result};
+use commonweal_adapter::Adapter;
+use commonweal_protocol::{Digest, Invitation, ReportCard, RoundId, Token};
+use commonweal_transport::{Authority, Clock, QuicServer, ServeLimits};
+use rand::RngCore as _;
+
+const DAY_MS: u64 = 24 * 3_600_000;
+
+/// The two stages that need a model, which there is not.
+#[derive(Debug)]
+struct NoModel;
+
+impl Stages for NoModel {
+    fn align(&mut self, _: RoundId, candidate: Adapter) -> Result<(Adapter, AlignFigures), LaboratoryError> {
+        Ok((candidate, AlignFigures::default()))
+    }
+
+    fn evaluate(&mut self, _: RoundId, _: &Adapter) -> Result<EvaluateFigures, LaboratoryError> {
+        Ok(EvaluateFigures::default())
+    }
+}
+
+/// An aggregator's directory, open.
+#[derive(Debug)]
+pub struct Modelless {
+    parts: Parts,
+    base: Base,
+    directory: Directory,
+    authority: Arc<Authority>,
+    registry: Registry,
+}
+
+impl Modelless {
+    /// Opens the aggregator in a directory; a fresh one begins with an adapter of zeros as its first release. `events`
+    /// goes to the caller, who may measure by it.
+    pub fn open(path: &Path, base: Base, config: Config, events: Events, clock: &Clock) -> Result<Self> {
+        let is_new = Directory::open(path).is_err();
+        let directory =
+            if is_new { Directory::create(path, clock.unix_ms())? } else { Directory::open(path)? };
+        let storage = Storage::open(path, Access::Exclusive)?;
+        let key = directory.signing_key()?;
+        let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), key.clone(), base.hash);
+        if is_new {
+            first_release(&storage, &publisher, &base, clock)?;
+            directory
+                .write_config("# The program that serves this directory sets everything by itself.\n")?;
+        }
+        let (policy, now_ms) = (config.round.clone(), clock.unix_ms());
+        let desk = Desk::open(storage.clone(), publisher.clone(), policy, events.clone(), now_ms)?;
+        let partials = PartialFiles::open(&directory.partials(), Arc::new(RealDisk)).context("partials")?;
+        let authority = Arc::new(directory.authority()?);
+        let registry = Registry::new(storage.coord.clone());
+        let parts = Parts {
+            config: Arc::new(config),
+            storage,
+            partials: Arc::new(partials),
+            publisher,
+            desk,
+            base: base.hash,
+            layout: base.layout.clone(),
+            key,
+            clock: clock.clone(),
+            events,
+            pause: PausePoint::default(),
+        };
+        Ok(Self { parts, base, directory, authority, registry })
+    }
+
+    /// What answers devices, for whoever looks at it while it serves.
+    pub fn parts(&self) -> &Parts {
+        &self.parts
+    }
+
+    /// Invitations of as many devices to an aggregator at an address.
+    pub fn invite(&self, devices: u32, address: SocketAddr) -> Result<Vec<String>> {
+        let now_ms = self.parts.clock.unix_ms();
+        let invite = |_| {
+            let mut token = Token([0; 32]);
+            rand::rng().fill_bytes(&mut token.0);
+            self.registry.invite(&token, now_ms, now_ms + DAY_MS)?;
+            let (host, port) = (address.ip().to_string().parse()?, address.port());
+            Ok(Invitation { host, port, token, authority: self.authority.digest() }.to_string())
+        };
+        (0..devices).map(invite).collect()
+    }
+
+    /// Serves at a port of the loopback, 0 for any. `listening` is told the address; the end of the standard input ends
+    /// it, so that it never outlives the program that started it.
+    pub fn serve(
+        self,
+        port: u16,
+        limits: ServeLimits,
+        listening: impl FnOnce(&Self, SocketAddr) -> Result<()>,
+    ) -> Result<()> {
+        let clock = &self.parts.clock;
+        let receiver = Arc::new(Receiver::new(self.parts.clone()));
+        let service =
+            Service::new(receiver, self.registry.clone(), self.authority.clone(), Threads::Blocking);
+        let driver = Driver::new(self.parts.clone(), self.base.clone(), NoModel);
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+        let _inside = runtime.enter();
+        let identity = self.authority.issue_server(clock.unix_ms(), DAY_MS)?;
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        let server = QuicServer::bind(listen, identity, service, limits, clock.clone())?;
+        listening(&self, server.local_addr())?;
+        let (stop, watch) = (AtomicBool::new(false), self.parts.storage.watch.as_ref());
+        thread::scope(|scope| {
+            scope.spawn(|| serve::drive(driver, watch, clock, &stop));
+            let ended = std::io::stdin().read_to_end(&mut Vec::new());
+            stop.store(true, Ordering::SeqCst);
+            watch.notify();
+            ended
+        })?;
+        runtime.block_on(server.close());
+        Ok(())
+    }
+
+    /// The directory.
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+}
+
+/// A fresh aggregator's first release, as `aggregator init` and `serve` make it.
+fn first_release(storage: &Storage, publisher: &Publisher, base: &Base, clock: &Clock) -> Result<()> {
+    let bytes = base.write(&Adapter::init(base.layout.clone(), 0))?;
+    let digest = Digest::of(&bytes);
+    storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice())?;
+    let card = ReportCard::default();
+    Record::of_base(&card, clock.unix_ms()).append(storage.coord.as_ref())?;
+    let state = OptimizerState::default();
+    publisher.publish(Candidate { round: None, parent: None, digest, state, card }, clock.unix_ms())?;
+    Ok(())
+}
