@@ -58,6 +58,8 @@ pub fn command(name: &str) -> Command {
     // Every aggregator has its own admin port, for tests run side by side.
     command.env("COMMONWEAL_ADMIN", "127.0.0.1:0");
     command.stdin(Stdio::null()).env("RUST_LOG", "info,ort=warn").env("NO_COLOR", "1");
+    // Somebody may be at this machine while its tests run.
+    command.env("COMMONWEAL_ALWAYS", "1");
     command
 }
 
