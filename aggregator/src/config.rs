@@ -104,9 +104,11 @@ pub struct Receive {
     pub norm_max: f64,
     /// Free disk that uploads leave untouched.
     pub reserve_bytes: u64,
-    /// When a device without a task comes back.
+    /// Visits of devices a second that are wanted at most; more devices are sent away for longer.
+    pub visits_per_second: f64,
+    /// When a device comes back, at the earliest.
     pub reconnect_after_ms: u32,
-    /// Over which time the devices' return is spread.
+    /// Over which time the devices' return is spread, at least.
     pub reconnect_spread_ms: u32,
     /// Releases whose adapters are kept for devices and roll-backs.
     pub releases_kept: u64,
@@ -120,6 +122,7 @@ impl Default for Receive {
             resends_max: 8,
             norm_max: 1e4,
             reserve_bytes: 256 << 20,
+            visits_per_second: 200.0,
             reconnect_after_ms: 1_000,
             reconnect_spread_ms: 1_000,
             releases_kept: 100,
@@ -206,7 +209,13 @@ impl Config {
     pub fn method(&self) -> String {
         let rule = if self.plain { Rule::Mean } else { self.merge.rule };
         let scaffold = if self.train.scaffold { ", scaffold" } else { "" };
-        format!("{}, {}, {}{scaffold}", self.train.mode.name(), rule.name(), self.merge.optimizer.name())
+        let buffered = if self.round.is_buffered() { ", buffered" } else { "" };
+        format!(
+            "{}, {}, {}{scaffold}{buffered}",
+            self.train.mode.name(),
+            rule.name(),
+            self.merge.optimizer.name()
+        )
     }
 }
 

@@ -8,11 +8,11 @@ mod record;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use commonweal_protocol::{DeviceId, RoundId, SignedControl, Start};
+use commonweal_protocol::{DeviceId, Release, RoundId, SignedControl, Start};
 
 use crate::events::{Event as Told, Events, Figures, MergeFigures};
 use crate::publish::Publisher;
-use crate::round::{Action, Event, NotAdmitted, Outcome, Phase, Policy, Rounds, Summary};
+use crate::round::{Action, Event, NotAdmitted, Outcome, Phase, Policy, ROUNDS_BACK_MAX, Rounds, Summary};
 use crate::store::{Append, Storage, StoreError};
 
 pub use record::{RECORDS, Record, records};
@@ -36,8 +36,8 @@ pub enum Next {
 pub enum Taken {
     /// It counts from now on.
     Now,
-    /// It was already taken, with this answer.
-    Before(Box<Accepted>),
+    /// It was already taken, into this round and with this answer.
+    Before(RoundId, Box<Accepted>),
 }
 
 struct Inner {
@@ -131,31 +131,27 @@ impl Desk {
         if !actions.contains(&Action::Assign(device)) {
             return Ok(None);
         }
-        let rounds = &inner.durable.rounds;
-        match (&rounds.phase, rounds.start) {
-            (Phase::Collecting { deadline_ms, .. }, Some(start)) => {
-                Ok(Some((rounds.round, start, deadline_ms.saturating_sub(now_ms).max(1))))
-            }
-            _ => Ok(None),
-        }
+        Ok(inner.durable.rounds.task(&device, now_ms))
     }
 
     /// Whether an update would be counted now; `Ok(true)` if it already is.
     pub fn admits(&self, round: RoundId, device: &DeviceId) -> Result<bool, NotAdmitted> {
-        self.lock().durable.rounds.admits(round, device)
+        self.lock().durable.rounds.admits(&self.policy, round, device)
     }
 
     /// Takes an update into the round, durably and once. Whoever closes the round waits for this, so an
     /// update is either in before the merge or was never acknowledged.
     pub fn take(&self, now_ms: u64, accepted: &Accepted) -> Result<Taken, DeskError> {
         let device = accepted.receipt.receipt.device;
-        let round = accepted.open.round;
-        let value = postcard::to_allocvec(accepted).map_err(|error| DeskError::damaged("receipt", error))?;
         let mut inner = self.lock();
-        inner.durable.rounds.admits(round, &device)?;
+        inner.durable.rounds.admits(&self.policy, accepted.open.round, &device)?;
+        // The round that merges it, which in buffered mode may be a later one than it names.
+        let round = inner.durable.rounds.round;
+        let accepted = Accepted { start: inner.durable.rounds.trained_from(&device), ..*accepted };
+        let value = postcard::to_allocvec(&accepted).map_err(|error| DeskError::damaged("receipt", error))?;
         let taken = match self.storage.inbox.append_once(&queue(round), &device.to_string(), &value)? {
             Append::Appended => Taken::Now,
-            Append::Duplicate(found) => Taken::Before(Box::new(decode_accepted(&found)?)),
+            Append::Duplicate(found) => Taken::Before(round, Box::new(decode_accepted(&found)?)),
         };
         self.apply(&mut inner, now_ms, Event::Received(device))?;
         if taken == Taken::Now {
@@ -172,10 +168,30 @@ impl Desk {
         Ok(taken)
     }
 
-    /// What was taken from a device for a round, if its receipt is still kept.
-    pub fn taken(&self, round: RoundId, device: &DeviceId) -> Result<Option<Accepted>, DeskError> {
-        let found = self.storage.inbox.find(&queue(round), &device.to_string())?;
-        found.map(|bytes| decode_accepted(&bytes)).transpose()
+    /// What was taken from a device for a round, if its receipt is still kept, and the round that it was taken into.
+    pub fn taken(&self, round: RoundId, device: &DeviceId) -> Result<Option<(RoundId, Accepted)>, DeskError> {
+        let newest = if self.policy.is_buffered() {
+            self.round().0.min(round.0.saturating_add(ROUNDS_BACK_MAX))
+        } else {
+            round.0
+        };
+        for into in (round.0..=newest).map(RoundId) {
+            let Some(bytes) = self.storage.inbox.find(&queue(into), &device.to_string())? else { continue };
+            let accepted = decode_accepted(&bytes)?;
+            if accepted.open.round == round {
+                return Ok(Some((into, accepted)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Counts what is in the inbox of round `into`, if a failing store kept that from happening.
+    pub fn count_again(&self, now_ms: u64, into: RoundId, device: DeviceId) -> Result<(), DeskError> {
+        let mut inner = self.lock();
+        if inner.durable.rounds.round == into {
+            self.apply(&mut inner, now_ms, Event::Received(device))?;
+        }
+        Ok(())
     }
 
     /// What a stage has to do, after seeing to the time.
@@ -186,12 +202,24 @@ impl Desk {
                 self.reconcile(&mut inner, now_ms)?;
             }
             self.apply(&mut inner, now_ms, Event::TimePassed)?;
+            self.open_by_itself(&mut inner, now_ms)?;
         }
         Ok(match &inner.work {
             Some(work) => Next::Work(inner.durable.rounds.round, work.clone()),
             None if inner.stop => Next::Stop,
             None => Next::Wait(inner.wake_ms),
         })
+    }
+
+    /// A buffered round begins as soon as the one before it is over: devices that wait with an update ask for no task.
+    fn open_by_itself(&self, inner: &mut Inner, now_ms: u64) -> Result<(), DeskError> {
+        if self.policy.is_buffered()
+            && matches!(inner.durable.rounds.phase, Phase::Waiting { .. })
+            && let Some(head) = self.publisher.head()?
+        {
+            self.apply(inner, now_ms, Event::Head(start_of(&head.release)))?;
+        }
+        Ok(())
     }
 
     /// A stage is done: its figures and its event are saved together.
@@ -292,7 +320,8 @@ impl Desk {
         match action {
             Action::Save => self.save(inner)?,
             Action::Assign(device) => {
-                let is_new = rounds.phase != before.rounds.phase;
+                let is_new = rounds.phase != before.rounds.phase
+                    || rounds.given(device) != before.rounds.given(device);
                 if is_new {
                     effects.told.push(Told::Assigned { round: rounds.round, device: *device });
                 }
@@ -336,10 +365,7 @@ impl Desk {
         for item in &items {
             uploaded_bytes += decode_accepted(&item.value)?.open.length;
         }
-        let selected = match &rounds.phase {
-            Phase::Collecting { selected, .. } => selected.len() as u32,
-            _ => 0,
-        };
+        let selected = rounds.selected();
         let received = items.len() as u32;
         Ok(Told::RoundClosed { round: rounds.round, selected, received, uploaded_bytes })
     }
@@ -367,6 +393,11 @@ impl Desk {
         let version = head.as_ref().map(|signed| signed.release.version).unwrap_or_default();
         Record::of_round(summary, progress, version, card).append(self.storage.coord.as_ref())
     }
+}
+
+/// A release as tasks name it.
+pub(crate) fn start_of(release: &Release) -> Start {
+    Start { version: release.version, digest: release.digest, length: release.length }
 }
 
 #[derive(Default)]

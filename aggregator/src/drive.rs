@@ -14,12 +14,12 @@ use commonweal_protocol::{DeviceId, Digest, Mode, ReportCard, RoundId, Version};
 
 use crate::desk::{self, DeskError, Next, RECEIPTS_KEPT_ROUNDS, decode_accepted, queue};
 use crate::evaluate;
-use crate::events::{AlignFigures, Event as Told, Figures};
+use crate::events::{AlignFigures, Event as Told, Figures, Origin};
 use crate::laboratory::{Base, LaboratoryError};
 use crate::merge::{self, Member};
 use crate::publish::{Candidate, PublishError};
 use crate::receive::{Parts, chain};
-use crate::round::{Action, Event, Phase};
+use crate::round::{Action, Event, Phase, ROUNDS_BACK_MAX};
 use crate::store::{PAGE_MAX, StoreError};
 
 pub use stages::{ModelStages, Stages};
@@ -146,7 +146,8 @@ impl<S: Stages> Driver<S> {
 
     fn merge(&mut self, round: RoundId) -> Outcome {
         self.parts.pause.here("merge", &self.parts.events);
-        let Some(start) = self.parts.desk.rounds().start else {
+        let rounds = self.parts.desk.rounds();
+        let Some(start) = rounds.start else {
             return refused("merge: the round has no start");
         };
         let config = self.parts.config.clone();
@@ -154,6 +155,7 @@ impl<S: Stages> Driver<S> {
             Ok(before) => before,
             Err(reason) => return refused(format!("merge: {reason}")),
         };
+        let head = start.version;
         let start = match self.load(&start.digest, AdapterKind::Assistant)? {
             Ok(start) => start,
             Err(reason) => return refused(format!("merge: {reason}")),
@@ -170,11 +172,13 @@ impl<S: Stages> Driver<S> {
                 length: update.open.length,
                 report: update.open.report,
                 norm: update.norm,
+                staleness: update.start.map_or(0, |version| rounds.staleness(version)),
             })
             .collect();
         let digests: std::collections::BTreeMap<_, _> =
             updates.iter().map(|update| (update.receipt.receipt.device, update.open.digest)).collect();
-        let options = merge::Options::new(&config.merge, config.train.trainable(round), config.plain);
+        let options = merge::Options::new(&config.merge, config.train.trainable(round), config.plain)
+            .discounting(config.round.staleness_exponent);
         let blob = &self.parts.storage.blob;
         let read = |device: &DeviceId| {
             correct::read_part(blob.as_ref(), &digests, device, |(delta, _)| delta.to_vec())
@@ -200,7 +204,8 @@ impl<S: Stages> Driver<S> {
                 return refused(format!("merge: the merged adapter is not usable: {}", chain(&error)));
             }
         };
-        figures.counts.devices_selected = self.parts.desk.rounds().selected();
+        figures.counts.devices_selected = rounds.selected();
+        figures.lineage = lineage(&updates, &members, head);
         figures.method = config.method();
         if config.train.scaffold {
             let trainable = config.train.trainable(round);
@@ -317,7 +322,9 @@ impl<S: Stages> Driver<S> {
         if let Err(error) = result {
             tracing::warn!(%round, error = chain(&error), "clean-up is put off");
         }
-        if let Err(error) = self.parts.partials.discard_before(round.0.saturating_add(1)) {
+        let back = if self.parts.config.round.is_buffered() { ROUNDS_BACK_MAX } else { 0 };
+        let oldest = round.0.saturating_add(1).saturating_sub(back);
+        if let Err(error) = self.parts.partials.discard_before(oldest) {
             tracing::warn!(%round, %error, "unfinished uploads are left over");
         }
         self.sweep();
@@ -365,6 +372,18 @@ impl<S: Stages> Driver<S> {
             Err(error) => tracing::warn!(error = chain(&error), "blobs that nothing names are left over"),
         }
     }
+}
+
+/// Where each update came from; `head` is the release that they are merged into.
+fn lineage(updates: &[desk::Accepted], members: &[Member], head: Version) -> Vec<Origin> {
+    let origin = |(update, member): (&desk::Accepted, &Member)| Origin {
+        device: member.device,
+        digest: update.open.digest,
+        round: update.open.round,
+        start: update.start.unwrap_or(head),
+        staleness: member.staleness,
+    };
+    updates.iter().zip(members).map(origin).collect()
 }
 
 /// The bytes are gone or damaged for good: trying again would not bring them back.

@@ -163,11 +163,28 @@ pub enum Figures {
     },
 }
 
+/// Where a merged update came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// Whose it is.
+    pub device: DeviceId,
+    /// BLAKE3 of its bytes.
+    pub digest: Digest,
+    /// The round in which its task was given.
+    pub round: RoundId,
+    /// The release that it was trained from.
+    pub start: Version,
+    /// Releases between that one and the one that it was merged into.
+    pub staleness: u32,
+}
+
 /// Figures of a merge.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct MergeFigures {
     /// Counts over the round's devices.
     pub counts: RoundCounts,
+    /// The updates, and what each was trained from.
+    pub lineage: Vec<Origin>,
     /// Norm of each update before clipping, by device.
     pub norms: Vec<(DeviceId, f64)>,
     /// Devices whose update was clipped.

@@ -4,7 +4,9 @@
 //! streams (`stream.rs`), an update for each thread in memory; the robust rules hold a bounded set.
 
 mod stream;
+mod staleness;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use commonweal_adapter::merge::{ROBUST_DEVICES_MAX, ROBUST_VALUES_MAX, WEIGHT_MAX};
@@ -56,6 +58,8 @@ pub struct Member {
     pub report: DeviceReport,
     /// Euclidean norm of the update, if it is known from receiving it.
     pub norm: Option<f64>,
+    /// Releases between the one that it was trained from and the one that it is merged into.
+    pub staleness: u32,
 }
 
 /// How to merge.
@@ -65,12 +69,13 @@ pub struct Options {
     clip: Clip,
     weight_median_factor: f64,
     trainable: Trainable,
+    staleness_exponent: f64,
 }
 
 impl Options {
     /// The mean of updates that count alike.
     pub fn unweighted(clip: Clip, trainable: Trainable) -> Self {
-        Self { rule: MergeRule::Mean, clip, weight_median_factor: 0.0, trainable }
+        Self { rule: MergeRule::Mean, clip, weight_median_factor: 0.0, trainable, staleness_exponent: 0.0 }
     }
 
     /// The operator's settings; `plain` clips nothing and limits no weight.
@@ -80,7 +85,19 @@ impl Options {
             clip: if plain { Clip::Off } else { merge.clip() },
             weight_median_factor: if plain { 0.0 } else { merge.weight_median_factor },
             trainable,
+            staleness_exponent: 0.0,
         }
+    }
+
+    /// Updates that lie behind count less: see [`staleness`].
+    #[must_use]
+    pub fn discounting(self, staleness_exponent: f64) -> Self {
+        Self { staleness_exponent, ..self }
+    }
+
+    /// What an update's delta is multiplied by.
+    fn discount(&self, member: &Member) -> f64 {
+        staleness::discount(member.staleness, self.staleness_exponent)
     }
 }
 
@@ -100,12 +117,12 @@ pub fn merge<E: Send>(
         MergeRule::Mean => mean(layout, &members, &weights, options, read, decode)?,
         rule => {
             check_robust_size(layout, members.len())?;
-            let updates = hold(&members, &weights, read, decode)?;
+            let updates = hold(&members, &weights, options, read, decode)?;
             commonweal_adapter::merge(updates, rule, options.clip)?
         }
     };
     let norm = delta.norm();
-    Ok((delta, figures(&members, report, norm)))
+    Ok((delta, figures(&members, options, report, norm)))
 }
 
 /// Merges what the updates of `members` make of `start`, by their products: see [`exact`]. All are held.
@@ -122,10 +139,10 @@ pub fn merge_products<E: Send>(
     let limits = DecodeLimits::of(layout, options.trainable);
     let decode = |bytes: &[u8]| PackedDelta::decode(bytes, layout, &limits);
     let weights = weights(&members, options.weight_median_factor);
-    let updates = hold(&members, &weights, read, decode)?;
+    let updates = hold(&members, &weights, options, read, decode)?;
     let (merged, residual, report) = exact::merge_products(start, updates, options.clip)?;
     let moved = AdapterDelta::between(start, &merged, options.trainable).map_err(MergeError::from)?;
-    let figures = figures(&members, report, moved.norm());
+    let figures = figures(&members, options, report, moved.norm());
     Ok((merged, MergeFigures { rank_residual: Some(residual), ..figures }))
 }
 
@@ -133,12 +150,14 @@ pub fn merge_products<E: Send>(
 fn hold<E: Send>(
     members: &[Member],
     weights: &[u64],
+    options: &Options,
     read: impl FnMut(&DeviceId) -> Result<Vec<u8>, E> + Send,
     decode: impl Fn(&[u8]) -> Result<AdapterDelta, DecodeError> + Sync,
 ) -> Result<Vec<Update<DeviceId>>, CandidateError<E>> {
     let updates = Mutex::new(Vec::with_capacity(members.len()));
     stream::each(members, 1, read, decode, |place, delta| {
         let (device, weight) = (members[place].device, weights[place]);
+        let delta = staleness::shorten(delta, options.discount(&members[place])).map_err(MergeError::from)?;
         updates.lock().unwrap_or_else(PoisonError::into_inner).push(Update { device, weight, delta });
         Ok(())
     })?;
@@ -157,31 +176,35 @@ fn mean<E: Send>(
 ) -> Result<(AdapterDelta, MergeReport<DeviceId>), CandidateError<E>> {
     let threads = stream::threads(layout.trainable_parameters(options.trainable));
     let norms = match options.clip {
-        Clip::Median { .. } => norms(members, threads, &mut read, &decode)?,
+        Clip::Median { .. } => norms(members, options, threads, &mut read, &decode)?,
         Clip::Off | Clip::Norm(_) => Vec::new(),
     };
     let bound = options.clip.bound(&norms)?;
     let merger = Mutex::new(Merger::new(Arc::clone(layout), options.trainable, bound)?);
     stream::each(members, threads, read, decode, |place, delta| {
+        let delta = staleness::shorten(delta, options.discount(&members[place])).map_err(MergeError::from)?;
         let mut merger = merger.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(merger.add(members[place].device, weights[place], &delta)?)
     })?;
     Ok(merger.into_inner().unwrap_or_else(PoisonError::into_inner).finish()?)
 }
 
-/// The norm of each update, in order.
+/// The norm of each update as it counts, in order.
 fn norms<E: Send>(
     members: &[Member],
+    options: &Options,
     threads: usize,
     read: impl FnMut(&DeviceId) -> Result<Vec<u8>, E> + Send,
     decode: impl Fn(&[u8]) -> Result<AdapterDelta, DecodeError> + Sync,
 ) -> Result<Vec<f64>, CandidateError<E>> {
-    if let Some(known) = members.iter().map(|member| member.norm).collect() {
+    let known = members.iter().map(|member| Some(member.norm? * options.discount(member)));
+    if let Some(known) = known.collect() {
         return Ok(known);
     }
     let norms = Mutex::new(vec![0.0; members.len()]);
     stream::each(members, threads, read, decode, |place, delta| {
-        norms.lock().unwrap_or_else(PoisonError::into_inner)[place] = delta.norm();
+        norms.lock().unwrap_or_else(PoisonError::into_inner)[place] =
+            delta.norm() * options.discount(&members[place]);
         Ok(())
     })?;
     Ok(norms.into_inner().unwrap_or_else(PoisonError::into_inner))
@@ -218,7 +241,26 @@ fn weights(members: &[Member], factor: f64) -> Vec<u64> {
     samples
 }
 
-fn figures(members: &[Member], report: MergeReport<DeviceId>, merged_norm: f64) -> MergeFigures {
+/// The norm of each update as its device sent it; the merge saw it discounted.
+fn norms_sent(
+    members: &[Member],
+    merged: &BTreeMap<DeviceId, f64>,
+    options: &Options,
+) -> Vec<(DeviceId, f64)> {
+    let sent = |member: &Member| {
+        let merged = merged.get(&member.device).copied().unwrap_or_default();
+        let norm = if member.staleness == 0 { None } else { member.norm };
+        (member.device, norm.unwrap_or(merged / options.discount(member)))
+    };
+    members.iter().map(sent).collect()
+}
+
+fn figures(
+    members: &[Member],
+    options: &Options,
+    report: MergeReport<DeviceId>,
+    merged_norm: f64,
+) -> MergeFigures {
     let mut counts = RoundCounts {
         devices_received: members.len() as u32,
         devices_merged: (members.len() - report.excluded.len()) as u32,
@@ -236,7 +278,7 @@ fn figures(members: &[Member], report: MergeReport<DeviceId>, merged_norm: f64) 
     }
     MergeFigures {
         counts,
-        norms: report.norms.into_iter().collect(),
+        norms: norms_sent(members, &report.norms, options),
         clipped: report.clipped.into_iter().collect(),
         excluded: report.excluded.into_iter().collect(),
         merged_norm,
@@ -246,7 +288,6 @@ fn figures(members: &[Member], report: MergeReport<DeviceId>, merged_norm: f64) 
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
     use std::convert::Infallible;
 
     use commonweal_adapter::{Bits, CompressOptions, Module, Residual, Target, compress};
@@ -282,6 +323,7 @@ mod tests {
                 length: 10,
                 report: DeviceReport { kept: 2, sampled: 2, ..DeviceReport::default() },
                 norm: None,
+                staleness: 0,
             })
             .collect();
         let stored: BTreeMap<_, _> =
@@ -326,6 +368,7 @@ mod tests {
                 length: 10,
                 report: DeviceReport::default(),
                 norm: is_known.then_some(norm),
+                staleness: 0,
             }
         };
         let run = |known: std::ops::Range<usize>| {
@@ -367,6 +410,7 @@ mod tests {
             length: 1,
             report: DeviceReport::default(),
             norm: None,
+            staleness: 0,
         };
         let options = Options::new(&config::Merge::default(), Trainable::Both, false);
         let error = merge(&layout(), &[member], &options, |_| Ok::<_, Infallible>(vec![9, 9])).unwrap_err();

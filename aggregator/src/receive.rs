@@ -5,6 +5,7 @@
 //! decode, fit the base and are finite and not too long. A peer is told a coarse reason, the operator's
 //! event has the rest.
 
+mod pace;
 mod upload;
 pub mod partial;
 pub mod enroll;
@@ -17,18 +18,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use commonweal_adapter::{AdapterLayout, Trainable, pair};
 use commonweal_protocol::{
     BaseHash, DeviceId, Digest, Fetch, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, RoundId,
-    RoundTask, Scaffold, SigningKey, Start, Version,
+    RoundTask, Scaffold, SigningKey, Version,
 };
 use commonweal_transport::{Clock, ContentPart};
 
 use crate::config::Config;
-use crate::desk::Desk;
+use crate::desk::{Desk, start_of};
 use crate::events::{Event, Events};
 use crate::pause::PausePoint;
 use crate::publish::Publisher;
-use crate::round::NotAdmitted;
+use crate::round::{NotAdmitted, ROUNDS_BACK_MAX};
 use crate::store::Storage;
 use limit::Limits;
+use pace::Crowd;
 use partial::Partials;
 
 /// What an aggregator needs to answer devices.
@@ -71,6 +73,8 @@ const LANES: usize = 64;
 pub struct Receiver {
     parts: Parts,
     live: Mutex<Live>,
+    /// Who comes, for when to come back.
+    crowd: Mutex<Crowd>,
     /// Held by each step of an upload: a stream that a cut left behind may still be in the midst of the same one.
     lanes: [Mutex<()>; LANES],
     /// Held while an update is in memory whole, so that memory is bounded by one update and not by devices.
@@ -107,13 +111,20 @@ impl Receiver {
         let (opens, installed) = (BTreeMap::new(), BTreeMap::new());
         let live = Live { opens, rates, published: Published::default(), installed };
         let lanes = std::array::from_fn(|_| Mutex::default());
-        Self { parts, live: Mutex::new(live), lanes, whole: Mutex::default() }
+        let crowd = Mutex::new(Crowd::default());
+        Self { parts, live: Mutex::new(live), crowd, lanes, whole: Mutex::default() }
     }
 
     /// Most bytes of an update of a round.
     fn bytes_max(&self, round: RoundId) -> usize {
         let train = &self.parts.config.train;
         pair::bytes_max(&self.parts.layout, train.trainable(round), train.scaffold)
+    }
+
+    /// The earliest round whose updates are still taken when this one's are.
+    fn oldest_round(&self, round: RoundId) -> RoundId {
+        let back = if self.parts.config.round.is_buffered() { ROUNDS_BACK_MAX } else { 0 };
+        RoundId(round.0.saturating_sub(back))
     }
 
     /// One step of a device's upload at a time.
@@ -146,10 +157,11 @@ impl Receiver {
     }
 
     fn reconnect(&self) -> ReconnectWindow {
-        ReconnectWindow {
-            after_ms: self.parts.config.receive.reconnect_after_ms,
-            spread_ms: self.parts.config.receive.reconnect_spread_ms,
-        }
+        let receive = &self.parts.config.receive;
+        let least =
+            ReconnectWindow { after_ms: receive.reconnect_after_ms, spread_ms: receive.reconnect_spread_ms };
+        let devices = self.crowd.lock().unwrap_or_else(PoisonError::into_inner).devices();
+        pace::window(devices, receive.visits_per_second, least)
     }
 
     /// Tells the operator why, the peer only what to do. Of strangers, who have no budget of requests, not every one.
@@ -176,8 +188,13 @@ impl Receiver {
 
     fn not_admitted(&self, device: DeviceId, request: &'static str, error: NotAdmitted) -> Refused {
         let reason = match error {
-            NotAdmitted::StaleRound { .. } => Refusal::StaleRound,
+            NotAdmitted::StaleRound { .. } | NotAdmitted::TooStale { .. } => Refusal::StaleRound,
             NotAdmitted::NotSelected => Refusal::NotInRound,
+            NotAdmitted::Merging { .. } => {
+                // Ordinary, and as often as devices look again: nothing to tell an operator.
+                tracing::debug!(%device, request, %error, "to come back");
+                return Refused { reason: Refusal::Busy, reconnect: self.reconnect() };
+            }
         };
         self.refuse(Some(device), request, reason, error)
     }
@@ -193,11 +210,11 @@ impl Receiver {
             self.parts.publisher.head().map_err(|error| self.failed(device, REQUEST, &error))?.ok_or_else(
                 || self.refuse(Some(device), REQUEST, Refusal::Internal, "there is no release"),
             )?;
+        self.crowd.lock().unwrap_or_else(PoisonError::into_inner).see(&device, self.now_ms());
         if let Some(installed) = poll.installed {
             self.live().installed.insert(device, installed);
         }
-        let start =
-            Start { version: head.release.version, digest: head.release.digest, length: head.release.length };
+        let start = start_of(&head.release);
         let assigned = self
             .parts
             .desk

@@ -6,22 +6,32 @@
 //!               └──────────────── Abandoned (no quorum) ─────────────────┘
 //! ```
 //!
+//! Buffered rounds (`buffer.rs`) open by themselves and are abandoned only when nothing came.
+//!
 //! `receive` turns a device's messages into events, `serve` carries the actions out in order and reports
 //! back with events. Nothing here reads a clock or a disk. A device that fails or vanishes never stops a
 //! round: the goal, the quorum and the deadline decide.
 
 mod vocabulary;
 mod policy;
+mod sample;
+mod buffer;
 #[cfg(test)]
 mod simulate;
+#[cfg(test)]
+mod simulate_buffer;
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundId, Start};
 use serde::{Deserialize, Serialize};
 
-pub use policy::{GOAL_MAX, Policy, PolicyError};
+pub use buffer::{ROUNDS_BACK_MAX, Task};
+pub use policy::{GOAL_MAX, Policy, PolicyError, RoundMode};
+pub use sample::{Chosen, Sampling};
 pub use vocabulary::{Action, Event, NotAdmitted, Outcome, Summary};
+
+use sample::READY_MAX;
 
 /// Longest reason kept for a rejected round.
 const REASON_BYTES_MAX: usize = 2_000;
@@ -93,6 +103,10 @@ pub struct Rounds {
     closed_ms: u64,
     selected: u32,
     received: u32,
+    /// Of fair sampling: when each device was last asked.
+    chosen: Chosen,
+    /// Of buffered rounds: who is at work on what.
+    tasks: BTreeMap<DeviceId, Task>,
 }
 
 impl Default for Rounds {
@@ -111,11 +125,16 @@ impl Rounds {
             closed_ms: 0,
             selected: 0,
             received: 0,
+            chosen: Chosen::default(),
+            tasks: BTreeMap::new(),
         }
     }
 
     /// Whether an update of `device` for `round` would be counted now. `Ok(true)`: it already was.
-    pub fn admits(&self, round: RoundId, device: &DeviceId) -> Result<bool, NotAdmitted> {
+    pub fn admits(&self, policy: &Policy, round: RoundId, device: &DeviceId) -> Result<bool, NotAdmitted> {
+        if policy.is_buffered() {
+            return self.admits_buffered(policy, round, device);
+        }
         let stale = NotAdmitted::StaleRound { named: round.0, current: self.round.0 };
         if round != self.round {
             return Err(stale);
@@ -146,6 +165,14 @@ impl Rounds {
     pub fn tick(&mut self, policy: &Policy, now_ms: u64, event: Event) -> Vec<Action> {
         match (&mut self.phase, event) {
             (_, Event::Resumed) => self.resume(policy, now_ms),
+            (Phase::Waiting { .. }, Event::Head(start)) if policy.is_buffered() => {
+                self.open_buffer(policy, now_ms, start)
+            }
+            (Phase::Waiting { .. }, Event::Polled(device, start)) if policy.is_buffered() => {
+                let mut actions = self.open_buffer(policy, now_ms, start);
+                actions.extend(self.give_task(policy, now_ms, device, start));
+                actions
+            }
             (Phase::Waiting { .. }, Event::Polled(device, start)) => {
                 self.enlist(policy, now_ms, device, start)
             }
@@ -155,6 +182,15 @@ impl Rounds {
                     // Opening needs a device's poll, which names the release; so only keep the timer.
                     if now_ms < open_ms { vec![Action::WakeAt(open_ms)] } else { Vec::new() }
                 })
+            }
+            (Phase::Collecting { .. }, Event::Polled(device, start)) if policy.is_buffered() => {
+                self.give_task(policy, now_ms, device, start)
+            }
+            (Phase::Collecting { .. }, Event::Received(device)) if policy.is_buffered() => {
+                self.count_buffered(now_ms, device)
+            }
+            (Phase::Collecting { .. }, Event::TimePassed) if policy.is_buffered() => {
+                self.check_buffer(policy, now_ms)
             }
             (Phase::Collecting { .. }, Event::Polled(device, _)) => self.assign(policy, device),
             (Phase::Collecting { .. }, Event::Received(device)) => self.count(now_ms, &device),
@@ -196,24 +232,36 @@ impl Rounds {
             return vec![Action::Stop];
         }
         let Phase::Waiting { ready, since_ms } = &mut self.phase else { return Vec::new() };
-        // Bounded: beyond the goal nobody needs to be remembered.
-        if ready.len() < policy.goal as usize {
+        // Bounded: whoever comes first needs no more to be remembered than the goal.
+        let is_drawn = policy.sampling != Sampling::First;
+        let ready_max = if is_drawn { READY_MAX } else { policy.goal as usize };
+        if ready.len() < ready_max {
             ready.insert(device);
         }
         let since_ms = *since_ms.get_or_insert(now_ms);
         let open_ms = since_ms.saturating_add(policy.wait_ms);
         let count = ready.len() as u32;
-        if count < policy.goal && (now_ms < open_ms || count < policy.quorum) {
+        // A draw is of all that come in its time.
+        if (is_drawn || count < policy.goal) && (now_ms < open_ms || count < policy.quorum) {
             return vec![Action::WakeAt(open_ms)];
         }
         let deadline_ms = now_ms.saturating_add(policy.deadline_ms);
-        self.phase =
-            Phase::Collecting { target: count.min(policy.goal), deadline_ms, selected: BTreeMap::new() };
+        let target = count.min(policy.goal);
+        let mut selected = BTreeMap::new();
+        if is_drawn {
+            let (draw, count) = ((policy.sampling_seed, self.round), policy.selected_max(target) as usize);
+            let asked = sample::choose(ready, policy.sampling, &self.chosen, draw, count);
+            if policy.sampling == Sampling::Fair {
+                self.chosen.note(self.round, asked.iter().copied());
+            }
+            selected.extend(asked.into_iter().map(|device| (device, false)));
+        }
+        self.selected = selected.len() as u32;
+        self.phase = Phase::Collecting { target, deadline_ms, selected };
         self.start = Some(start);
         self.opened_ms = now_ms;
-        self.selected = 0;
         self.received = 0;
-        let mut actions = vec![Action::Opened];
+        let mut actions = vec![Action::Save, Action::Opened];
         actions.extend(self.assign(policy, device));
         actions.push(Action::WakeAt(deadline_ms));
         actions
@@ -224,7 +272,9 @@ impl Rounds {
         let Phase::Collecting { target, selected, .. } = &mut self.phase else { return Vec::new() };
         match selected.get(&device) {
             Some(false) => vec![Action::Assign(device)],
-            None if selected.len() < policy.selected_max(*target) as usize => {
+            None if policy.sampling == Sampling::First
+                && selected.len() < policy.selected_max(*target) as usize =>
+            {
                 selected.insert(device, false);
                 self.selected = selected.len() as u32;
                 vec![Action::Save, Action::Assign(device)]
@@ -278,7 +328,8 @@ impl Rounds {
             received: self.received,
             outcome,
         };
-        *self = Self::waiting(RoundId(self.round.0.saturating_add(1)));
+        let (tasks, chosen) = (std::mem::take(&mut self.tasks), std::mem::take(&mut self.chosen));
+        *self = Self { chosen, tasks, ..Self::waiting(RoundId(self.round.0.saturating_add(1))) };
         // The record comes first: after a crash between the two the round ends again, the same way.
         let mut actions = vec![Action::Finish(summary), Action::Save];
         if policy.is_past_last(self.round) {

@@ -13,9 +13,11 @@ mod support;
 use std::sync::Arc;
 
 use aggregator::config::{Config, Gates, Optimizer};
+use aggregator::desk::records;
 use aggregator::drive::{Driver, Stages, Step};
 use aggregator::events::{AlignFigures, EvaluateFigures};
 use aggregator::laboratory::LaboratoryError;
+use aggregator::round::{Policy, RoundMode};
 use aggregator::store::RealDisk;
 use commonweal_adapter::{
     Adapter, AdapterDelta, AdapterKind, Bits, CompressOptions, PackedDelta, Residual, Trainable, compress,
@@ -192,7 +194,7 @@ fn moments_that_are_lost_on_disk_end_the_round_by_name() {
     let lost = world.parts.publisher.state(Version(1)).unwrap().momentum.unwrap();
     world.parts.storage.blob.delete(&lost).unwrap();
     round(&world, 2);
-    let records = aggregator::desk::records(world.parts.storage.coord.as_ref(), RoundId(2), 1).unwrap();
+    let records = records(world.parts.storage.coord.as_ref(), RoundId(2), 1).unwrap();
     assert!(records[0].reason.as_ref().unwrap().contains(&lost.to_string()), "it is named");
 }
 
@@ -376,9 +378,114 @@ fn an_exact_merge_averages_what_adapters_do_and_tells_what_lies_beyond_the_rank(
         left_out += f64::from((&off * &off).sum());
         whole += f64::from((&mean * &mean).sum());
     }
-    let records = aggregator::desk::records(world.parts.storage.coord.as_ref(), RoundId(1), 1).unwrap();
+    let records = records(world.parts.storage.coord.as_ref(), RoundId(1), 1).unwrap();
     let told = records[0].rank_residual.unwrap();
     let found = (left_out / whole).sqrt();
     assert!(told > 0.05 && (told - found).abs() < 1e-4, "told {told}, found {found}");
     assert_eq!(records[0].candidate.as_ref().unwrap().merge, "exact, mean, fedavg");
+}
+
+fn buffered(config: &mut Config) {
+    config.round = Policy {
+        mode: RoundMode::Buffered,
+        goal: 2,
+        quorum: 2,
+        over_selection: 2.0,
+        staleness_max: 2,
+        ..config.round.clone()
+    };
+    config.merge.clip_median_factor = 0.0;
+}
+
+/// A poll's task: its round and the release that it starts from.
+fn asked(world: &World, number: u8) -> Option<(u64, u64)> {
+    let reply = world.receiver.poll(device(number), Poll { base: BASE, installed: None }).unwrap();
+    reply.task.map(|task| (task.round.0, task.start.version.0))
+}
+
+fn sent(world: &World, number: u8, round: u64, value: f32) -> Result<(), Refusal> {
+    let bytes = update(value);
+    world.upload(number, open(round, &bytes), &bytes).map(drop).map_err(|refused| refused.reason)
+}
+
+#[test]
+fn a_slow_devices_update_counts_less_in_a_later_buffer_and_is_merged_once_through_kills() {
+    let mut world = world(buffered);
+    for number in 1..=4 {
+        assert_eq!(asked(&world, number), Some((1, 0)));
+    }
+    assert_eq!(asked(&world, 5), None, "two places, two devices for each");
+    sent(&world, 1, 1, 0.1).unwrap();
+    assert_eq!(asked(&world, 1), None, "once in a buffer");
+    sent(&world, 2, 1, 0.1).unwrap();
+    assert_eq!(sent(&world, 3, 1, 0.1), Err(Refusal::Busy), "a full buffer is merged first");
+    finish(&world, 1.0);
+    assert_near(moved(&world, 0, 1), 0.1);
+
+    // The third device is a release behind: it counts 1/√2.
+    assert_eq!(asked(&world, 1), Some((2, 1)));
+    sent(&world, 3, 1, 0.1).unwrap();
+    world = restart(world, buffered);
+    sent(&world, 3, 1, 0.1).unwrap();
+    sent(&world, 1, 2, 0.1).unwrap();
+    finish(&world, 1.0);
+    assert_near(moved(&world, 1, 2), 0.1 * (1.0 + 0.5_f32.sqrt()) / 2.0);
+    let record = records(world.parts.storage.coord.as_ref(), RoundId(2), 1).unwrap().remove(0);
+    let behind: Vec<_> =
+        record.lineage.iter().map(|origin| (origin.round.0, origin.start.0, origin.staleness)).collect();
+    assert_eq!(behind, [(2, 1, 0), (1, 0, 1)]);
+    assert_eq!(record.candidate.unwrap().merge, "fedit, mean, fedavg, buffered");
+
+    // The same again, after its buffer was merged, brings its receipt and counts no second time.
+    sent(&world, 3, 1, 0.1).unwrap();
+    assert_eq!(world.parts.desk.rounds().progress().0, 0);
+
+    // The fourth is two behind, and still taken; after the next release its task is forgotten.
+    for number in [5, 6] {
+        assert_eq!(asked(&world, number), Some((3, 2)));
+        sent(&world, number, 3, 0.1).unwrap();
+    }
+    finish(&world, 1.0);
+    assert_eq!(sent(&world, 4, 1, 0.1), Err(Refusal::StaleRound));
+    assert_eq!(asked(&world, 4), Some((4, 3)), "it begins anew");
+}
+
+#[test]
+fn buffers_open_by_themselves_so_that_devices_that_wait_with_an_update_are_not_waited_for() {
+    let world = world(|config| {
+        buffered(config);
+        config.round.over_selection = 1.0;
+    });
+    finish(&world, 1.0);
+    assert_eq!(world.parts.desk.rounds().phase.name(), "collecting", "before any device came");
+    for round in 1..=3 {
+        for number in [1, 2] {
+            assert_eq!(asked(&world, number), Some((round, round - 1)));
+        }
+        for number in [1, 2] {
+            sent(&world, number, round, 0.1).unwrap();
+        }
+        finish(&world, 1.0);
+    }
+    let released = world.parts.publisher.head().unwrap().unwrap().release.version;
+    assert_eq!(released, Version(3));
+}
+
+#[test]
+fn a_rejected_buffer_takes_its_updates_along_and_the_slow_ones_stay() {
+    let world = world(buffered);
+    for number in 1..=3 {
+        asked(&world, number).unwrap();
+    }
+    for number in 1..=2 {
+        sent(&world, number, 1, 0.1).unwrap();
+    }
+    finish(&world, 0.1);
+    sent(&world, 3, 1, 0.2).unwrap();
+    assert_eq!(asked(&world, 1), Some((2, 0)));
+    sent(&world, 1, 2, 0.2).unwrap();
+    finish(&world, 1.0);
+    assert_near(moved(&world, 0, 1), 0.2);
+    let record = records(world.parts.storage.coord.as_ref(), RoundId(2), 1).unwrap().remove(0);
+    assert!(record.lineage.iter().all(|origin| origin.staleness == 0), "no release lies between");
 }

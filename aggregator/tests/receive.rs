@@ -82,7 +82,7 @@ fn an_upload_goes_on_after_a_restart_where_the_durable_bytes_end() {
     assert_eq!(world.receiver.finish(device(1), announced.key()).unwrap(), accepted);
     assert_eq!(world.parts.desk.admits(announced.round, &device(1)), Ok(true));
     // And the norm, which the merge asks for.
-    let norm = world.parts.desk.taken(announced.round, &device(1)).unwrap().unwrap().norm.unwrap();
+    let norm = world.parts.desk.taken(announced.round, &device(1)).unwrap().unwrap().1.norm.unwrap();
     let expected = 0.1 * (layout().trainable_parameters(Trainable::Both) as f64).sqrt();
     assert!((norm / expected - 1.0).abs() < 0.01, "expected {expected}, got {norm}");
 }

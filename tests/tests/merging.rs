@@ -1,12 +1,14 @@
-//! Ways to merge that change what devices do, with the real programs over QUIC: SCAFFOLD through kills, RoLoRA's turns.
+//! Ways to merge that change what devices do, with the real programs over QUIC: SCAFFOLD through kills, RoLoRA's turns,
+//! buffers that wait for nobody.
 #![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
 
+use aggregator::round::RoundMode;
 use aggregator::store::{Access, Storage};
 use commonweal_adapter::{Adapter, AdapterKind, Part, disk};
 use commonweal_protocol::{Digest, Mode, bounds};
 use commonweal_tests::{
     federation::{Device, Federation},
-    program::Running,
+    program::{Finished, Running},
 };
 use edge_client::store::Store;
 
@@ -107,6 +109,34 @@ fn rolora_trains_and_sends_b_then_a() {
     for device in &devices {
         for name in ["residual.bin", "residual-a.bin"] {
             assert!(device.state().join(name).exists(), "each factor keeps what is owed of it: {name}");
+        }
+    }
+}
+
+#[test]
+fn buffered_rounds_follow_each_other_while_a_device_is_killed_and_another_is_slow() {
+    let federation = Federation::new(2, |config| {
+        config.round.mode = RoundMode::Buffered;
+        config.round.over_selection = 2.0;
+    });
+    let aggregator = federation.serve_rounds(Some(3), "");
+    let devices = federation.enrolled(4);
+    let mut running: Vec<_> = devices.iter().map(Device::run).collect();
+    running.remove(0).kill();
+    let digests = releases(aggregator, 3);
+    drop(running);
+    assert_eq!(digests.iter().collect::<std::collections::BTreeSet<_>>().len(), 3, "{digests:?}");
+    let told = Finished::of(federation.verb("rounds").arg("--json")).with_code(0);
+    let rounds: Vec<_> = told.objects().into_iter().filter(|record| record["round"] != 0).collect();
+    assert_eq!(rounds.len(), 3);
+    let mut merged = std::collections::BTreeSet::new();
+    for record in &rounds {
+        assert_eq!(record["candidate"]["merge"], "fedit, mean, fedavg, buffered", "{record}");
+        let lineage = record["lineage"].as_array().unwrap();
+        assert_eq!(lineage.len(), 2, "{record}");
+        for origin in lineage {
+            assert!(merged.insert(origin["digest"].to_string()), "an update in two releases: {origin}");
+            assert!(origin["start"].as_u64() < record["version"].as_u64(), "{record}");
         }
     }
 }

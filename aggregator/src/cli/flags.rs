@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use commonweal_protocol::Mode;
 
 use crate::config::{Config, Listen, Optimizer, Rule};
+use crate::round::{RoundMode, Sampling};
 
 /// See the module. What is absent leaves the setting as it is.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -39,9 +40,21 @@ pub(super) struct Flags {
     /// No clipping, no alignment, no gates: plain averaging, for comparison.
     #[arg(long, env = "COMMONWEAL_PLAIN")]
     plain: bool,
-    /// Updates wanted in a round.
+    /// Whom a round waits for: its own devices, or nobody (FedBuff).
+    #[arg(long, env = "COMMONWEAL_ROUND_MODE")]
+    round_mode: Option<RoundMode>,
+    /// Releases that an update may lie behind, in buffered mode.
+    #[arg(long, env = "COMMONWEAL_STALENESS_MAX", value_name = "N")]
+    staleness_max: Option<u32>,
+    /// Updates wanted in a round; in buffered mode the buffer's size.
     #[arg(long, env = "COMMONWEAL_DEVICES", value_name = "N")]
     devices: Option<u32>,
+    /// Whom a round asks: whoever comes first, an even draw, or those that were asked longest ago.
+    #[arg(long, env = "COMMONWEAL_SAMPLING")]
+    sampling: Option<Sampling>,
+    /// Visits of devices a second that are wanted at most.
+    #[arg(long, env = "COMMONWEAL_VISITS_PER_SECOND", value_name = "RATE")]
+    visits_per_second: Option<f64>,
     /// Updates without which a round ends with nothing [default: half of the devices].
     #[arg(long, env = "COMMONWEAL_QUORUM", value_name = "N")]
     quorum: Option<u32>,
@@ -153,6 +166,10 @@ impl Flags {
             config.round.goal = devices;
             config.round.quorum = devices.div_ceil(2);
         }
+        set(&mut config.round.mode, self.round_mode.as_ref());
+        set(&mut config.round.sampling, self.sampling.as_ref());
+        set(&mut config.receive.visits_per_second, self.visits_per_second.as_ref());
+        set(&mut config.round.staleness_max, self.staleness_max.as_ref());
         set(&mut config.round.quorum, self.quorum.as_ref());
         set(&mut config.round.over_selection, self.over_selection.as_ref());
         let milliseconds = |seconds: Option<u64>| seconds.map(|seconds| seconds.saturating_mul(1_000));

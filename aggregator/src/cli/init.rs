@@ -31,7 +31,7 @@ pub(super) struct Init {
 
 pub(super) fn init(dir: &Path, init: &Init, set: &[String], json: bool) -> Result<(), CliError> {
     let settings = Settings::new().with_environment(environment());
-    let config = settings.with_flags(|config| init.flags.apply(config)).with_set(set).checked()?;
+    let mut config = settings.with_flags(|config| init.flags.apply(config)).with_set(set).checked()?;
     let (package, base) = open_package(&config.package)?;
     config.check_package(package.manifest().model.context, &base.layout)?;
     if config.align.enabled && !config.plain && !has_guard(&package) {
@@ -57,6 +57,7 @@ pub(super) fn init(dir: &Path, init: &Init, set: &[String], json: bool) -> Resul
     Record::of_base(&card, now_ms).append(storage.coord.as_ref())?;
     let first = Candidate { round: None, parent: None, digest, state: OptimizerState::default(), card };
     let release = publisher.publish(first, now_ms)?.release;
+    config.round.sampling_seed = rand::random::<u32>().into();
     let text = toml::to_string(&config).map_err(|error| CliError::other("the configuration", error))?;
     directory.admin_token()?;
     directory.write_config(&text)?;

@@ -53,6 +53,10 @@ impl Config {
             receive.resends_max >= 1 && receive.releases_kept >= 2 && receive.norm_max > 0.0,
             "receive: expected resends_max ≥ 1, releases_kept ≥ 2, norm_max > 0".to_owned(),
         );
+        require(
+            (0.01..=1e6).contains(&receive.visits_per_second),
+            format!("receive.visits_per_second: expected 0.01 to 1000000, got {}", receive.visits_per_second),
+        );
         let merge = &self.merge;
         require(
             (0.0..0.5).contains(&merge.trimmed_share),
@@ -92,6 +96,36 @@ impl Config {
                 merge.rule.name()
             ),
         );
+        if self.round.is_buffered() {
+            let mode = self.train.mode;
+            require(
+                !self.train.scaffold,
+                "train.scaffold: expected false with round.mode buffered: control variates are those of one round and \
+                 one release"
+                    .to_owned(),
+            );
+            require(
+                mode != Mode::Rolora,
+                "train.mode: expected fedit or ffa with round.mode buffered, got rolora: updates of other rounds train \
+                 the other factor"
+                    .to_owned(),
+            );
+            require(
+                mode != Mode::Exact,
+                "train.mode: expected fedit or ffa with round.mode buffered, got exact: products of factors that began \
+                 from other releases cannot be moved to the current one"
+                    .to_owned(),
+            );
+            let kept_min = u64::from(self.round.staleness_max) + 1;
+            require(
+                receive.releases_kept > kept_min,
+                format!(
+                    "receive.releases_kept: expected more than {kept_min}, so that every release that devices train from \
+                     is kept, got {}",
+                    receive.releases_kept
+                ),
+            );
+        }
         if self.train.mode == Mode::Exact {
             let why = "train.mode exact factors the adapter anew";
             require(
@@ -236,6 +270,7 @@ mod tests {
     use commonweal_adapter::CompressOptions;
 
     use super::*;
+    use crate::round::RoundMode;
 
     fn sound() -> (tempfile::TempDir, Config) {
         let dir = tempfile::tempdir().unwrap();
@@ -277,6 +312,37 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} in {text}");
         }
+    }
+
+    #[test]
+    fn what_cannot_work_with_buffered_rounds_is_refused_by_name() {
+        let (_dir, mut config) = sound();
+        config.round.mode = RoundMode::Buffered;
+        config.check().unwrap();
+        assert_eq!(config.method(), "fedit, mean, fedavg, buffered");
+        config.train.scaffold = true;
+        (config.receive.releases_kept, config.round.staleness_max) = (5, 4);
+        for (mode, part) in [
+            (Mode::Rolora, "train.mode: expected fedit or ffa with round.mode buffered, got rolora"),
+            (Mode::Exact, "train.mode: expected fedit or ffa with round.mode buffered, got exact"),
+        ] {
+            config.train.mode = mode;
+            let text = config.check().unwrap_err().to_string();
+            for part in [part, "train.scaffold: expected false with round.mode", "receive.releases_kept"] {
+                assert!(text.contains(part), "{part} in {text}");
+            }
+        }
+        (config.train.mode, config.train.scaffold) = (Mode::Ffa, false);
+        config.receive.releases_kept = 6;
+        config.check().unwrap();
+    }
+
+    #[test]
+    fn a_buffer_is_another_word_for_the_goal() {
+        let config: Config =
+            toml::from_str("[round]\nmode = \"buffered\"\nbuffer = 3\nquorum = 2\nstaleness_max = 6")
+                .unwrap();
+        assert_eq!((config.round.goal, config.round.staleness_max), (3, 6));
     }
 
     #[test]

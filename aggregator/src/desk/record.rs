@@ -6,7 +6,7 @@ use commonweal_protocol::{DeviceId, Gate, ReportCard, RoundId, Version};
 use serde::{Deserialize, Serialize};
 
 use super::{DeskError, Progress};
-use crate::events::{AlignFigures, MergeFigures};
+use crate::events::{AlignFigures, MergeFigures, Origin};
 use crate::round::{Outcome, Summary};
 use crate::store::{Coord, StoreError};
 
@@ -51,6 +51,8 @@ pub struct Record {
     pub excluded: u32,
     /// Of an exact merge: share of the products' norm that lies beyond the adapter's rank.
     pub rank_residual: Option<f64>,
+    /// The updates that were merged, and what each was trained from.
+    pub lineage: Vec<Origin>,
     /// Norm of each update, by device.
     pub norms: Vec<(DeviceId, f64)>,
     /// Samples over all devices: kept, dropped, turned into a refusal, revised.
@@ -91,7 +93,7 @@ impl Record {
         version: Version,
         card: Option<&ReportCard>,
     ) -> Self {
-        let MergeFigures { counts, norms, clipped, excluded, rank_residual, .. } =
+        let MergeFigures { counts, norms, clipped, excluded, rank_residual, lineage, .. } =
             progress.merge.clone().unwrap_or_default();
         let (outcome, reason) = match &summary.outcome {
             Outcome::Published { .. } => ("published", None),
@@ -115,6 +117,7 @@ impl Record {
             clipped: clipped.len() as u32,
             excluded: excluded.len() as u32,
             rank_residual,
+            lineage,
             norms,
             samples: [
                 ("kept", counts.kept),

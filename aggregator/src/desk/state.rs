@@ -2,17 +2,18 @@
 
 use std::collections::BTreeMap;
 
-use commonweal_protocol::{Open, RoundId, SignedControl, SignedReceipt};
+use commonweal_protocol::{Open, RoundId, SignedControl, SignedReceipt, Version};
 use serde::{Deserialize, Serialize};
 
 use crate::events::{AlignFigures, EvaluateFigures, MergeFigures};
-use crate::round::{NotAdmitted, Rounds};
+use crate::round::{NotAdmitted, ROUNDS_BACK_MAX, Rounds};
 use crate::store::{Coord, StoreError};
 
 /// The log of the state; only its newest entry matters.
 pub(super) const LOG: &str = "round";
 /// Rounds whose receipts can still be repeated to a device that missed them.
 pub(crate) const RECEIPTS_KEPT_ROUNDS: u64 = 16;
+const _: () = assert!(ROUNDS_BACK_MAX < RECEIPTS_KEPT_ROUNDS, "else an update could be taken twice");
 
 /// Everything about the current round that must survive.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -45,6 +46,8 @@ pub struct Accepted {
     pub receipt: SignedReceipt,
     /// Euclidean norm of the update, so that the merge need not decode it for that; none in an item of version 0.1.
     pub norm: Option<f64>,
+    /// The release that it was trained from; noted when it is taken.
+    pub start: Option<Version>,
 }
 
 /// Why the desk could not do something.
@@ -101,8 +104,9 @@ pub(crate) fn decode_accepted(bytes: &[u8]) -> Result<Accepted, DeskError> {
     let damaged = |error| DeskError::damaged("update's receipt", error);
     let (before, rest): ((Open, SignedReceipt), &[u8]) = postcard::take_from_bytes(bytes).map_err(damaged)?;
     // A round that was begun by an earlier version goes on: its items end here.
-    let norm = if rest.is_empty() { None } else { postcard::from_bytes(rest).map_err(damaged)? };
-    Ok(Accepted { open: before.0, receipt: before.1, norm })
+    let (norm, start) =
+        if rest.is_empty() { (None, None) } else { postcard::from_bytes(rest).map_err(damaged)? };
+    Ok(Accepted { open: before.0, receipt: before.1, norm, start })
 }
 
 #[cfg(test)]
@@ -123,7 +127,7 @@ mod tests {
         };
         let receipt = Receipt { round, device, digest, length: 5, received_ms: 11 };
         let receipt = SignedReceipt::sign(&SigningKey::from_bytes(&[3; 32]), receipt).unwrap();
-        Accepted { open, receipt, norm }
+        Accepted { open, receipt, norm, start: norm.map(|_| Version(4)) }
     }
 
     #[test]

@@ -37,7 +37,7 @@ impl<S: Stages> Driver<S> {
         };
         // Each device counts once, as in the paper; the norms known are those of the deltas.
         let members: Vec<Member> =
-            members.iter().map(|member| Member { samples: 1, norm: None, ..*member }).collect();
+            members.iter().map(|member| Member { samples: 1, norm: None, staleness: 0, ..*member }).collect();
         let is_bounded = !self.parts.config.plain && self.parts.config.merge.clip() != Clip::Off;
         let clip = if is_bounded { Clip::Median { factor: CLIP_MEDIAN_FACTOR } } else { Clip::Off };
         let options = merge::Options::unweighted(clip, trainable);

@@ -109,6 +109,7 @@ mod tests {
                 length: 1,
                 report: DeviceReport::default(),
                 norm: None,
+                staleness: 0,
             })
             .collect()
     }

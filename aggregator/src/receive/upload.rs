@@ -35,8 +35,8 @@ impl Receiver {
             return refuse(Refusal::WrongBase, format!("expected {}, got {}", self.parts.base, open.base));
         }
         let taken = self.parts.desk.taken(open.round, &device);
-        if let Some(before) = taken.map_err(|error| self.failed(device, REQUEST, &error))? {
-            return self.repeat(device, REQUEST, &open.key(), &before).map(Opened::Done);
+        if let Some((into, before)) = taken.map_err(|error| self.failed(device, REQUEST, &error))? {
+            return self.repeat(device, REQUEST, &open.key(), into, &before).map(Opened::Done);
         }
         if let Err(error) = self.parts.desk.admits(open.round, &device) {
             return Err(self.not_admitted(device, REQUEST, error));
@@ -69,8 +69,9 @@ impl Receiver {
         let free = self.parts.storage.blob.free_bytes().map_err(|error| chain(&error))?;
         let promised: u64 = {
             let mut live = self.live();
-            // Nothing more comes of an earlier round.
-            live.opens.retain(|_, other| other.round == open.round);
+            // Nothing more comes of a round that is over.
+            let oldest = self.oldest_round(open.round);
+            live.opens.retain(|_, other| other.round >= oldest);
             live.opens.iter().filter(|(other, _)| **other != device).map(|(_, open)| open.length).sum()
         };
         let needed = (open.length.saturating_sub(offset))
@@ -136,8 +137,8 @@ impl Receiver {
         const REQUEST: &str = "finish";
         let _lane = self.lane(device);
         let taken = self.parts.desk.taken(key.round, &device);
-        if let Some(before) = taken.map_err(|error| self.failed(device, REQUEST, &error))? {
-            return self.repeat(device, REQUEST, &key, &before);
+        if let Some((into, before)) = taken.map_err(|error| self.failed(device, REQUEST, &error))? {
+            return self.repeat(device, REQUEST, &key, into, &before);
         }
         let open = self.opened(device, &key, REQUEST)?;
         if let Err(error) = self.parts.desk.admits(key.round, &device) {
@@ -150,7 +151,7 @@ impl Receiver {
             Receipt { round: open.round, device, digest: open.digest, length: open.length, received_ms };
         let receipt = SignedReceipt::sign(&self.parts.key, receipt)
             .map_err(|error| self.failed(device, REQUEST, &error))?;
-        let accepted = desk::Accepted { open, receipt, norm: Some(norm) };
+        let accepted = desk::Accepted { open, receipt, norm: Some(norm), start: None };
         let taken = self.parts.desk.take(received_ms, &accepted);
         drop(blobs);
         match taken {
@@ -159,7 +160,7 @@ impl Receiver {
                 self.forget(device, &key);
                 Ok(Accepted { receipt, reconnect: self.reconnect() })
             }
-            Ok(Taken::Before(before)) => self.repeat(device, REQUEST, &key, &before),
+            Ok(Taken::Before(into, before)) => self.repeat(device, REQUEST, &key, into, &before),
             Err(DeskError::NotAdmitted(error)) => {
                 // The round closed meanwhile: a late update is discarded, and its device knows.
                 self.forget(device, &key);
@@ -194,6 +195,7 @@ impl Receiver {
         device: DeviceId,
         request: &'static str,
         key: &UploadKey,
+        into: RoundId,
         before: &desk::Accepted,
     ) -> Result<Accepted, Refused> {
         self.forget(device, key);
@@ -202,10 +204,8 @@ impl Receiver {
             return Err(self.refuse(Some(device), request, Refusal::AlreadySent, detail));
         }
         // Counts it now if a failing store kept that from happening then.
-        match self.parts.desk.take(self.now_ms(), before) {
-            Ok(_) | Err(DeskError::NotAdmitted(_)) => {}
-            Err(error) => return Err(self.failed(device, request, &error)),
-        }
+        let counted = self.parts.desk.count_again(self.now_ms(), into, device);
+        counted.map_err(|error| self.failed(device, request, &error))?;
         Ok(Accepted { receipt: before.receipt, reconnect: self.reconnect() })
     }
 

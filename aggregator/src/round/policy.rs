@@ -3,23 +3,49 @@
 use commonweal_protocol::RoundId;
 use serde::{Deserialize, Serialize};
 
+use super::{ROUNDS_BACK_MAX, Sampling};
+
 /// Most updates of one round: robust merging holds them all, and the state lists their devices.
 pub const GOAL_MAX: u32 = 10_000;
+
+/// Whom a round waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum RoundMode {
+    /// All devices of a round start from the same release; what comes after its end is discarded.
+    #[default]
+    Synchronous,
+    /// `FedBuff`: devices start from whatever is current, and a round ends with so many updates.
+    Buffered,
+}
 
 /// When a round opens and closes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Policy {
-    /// Updates wanted.
+    /// Whom a round waits for.
+    pub mode: RoundMode,
+    /// Updates wanted; in buffered mode the buffer's size, K. May be written `buffer`.
+    #[serde(alias = "buffer")]
     pub goal: u32,
-    /// Tasks handed out for each update wanted, since some devices vanish.
+    /// Tasks handed out for each update wanted, since some devices vanish; in buffered mode, devices at work at once for
+    /// each place in the buffer.
     pub over_selection: f64,
+    /// Whom a synchronous round asks.
+    pub sampling: Sampling,
+    /// Seed of the draws, so that no device can tell its turn. Set by `aggregator init`.
+    pub sampling_seed: u64,
     /// Updates without which the deadline ends the round with nothing.
     pub quorum: u32,
-    /// How long to wait for `goal` devices before opening with at least `quorum`.
+    /// How long to wait for `goal` devices before opening with at least `quorum`; with a draw, how long devices can
+    /// come to be drawn from.
     pub wait_ms: u64,
     /// How long devices have.
     pub deadline_ms: u64,
+    /// Buffered: releases that an update may lie behind.
+    pub staleness_max: u32,
+    /// Buffered: an update that lies τ releases behind counts `(1 + τ)^-staleness_exponent`. 0 counts all alike.
+    pub staleness_exponent: f64,
     /// The last round to hold, if any.
     pub last: Option<RoundId>,
 }
@@ -27,11 +53,16 @@ pub struct Policy {
 impl Default for Policy {
     fn default() -> Self {
         Self {
+            mode: RoundMode::Synchronous,
             goal: 8,
             over_selection: 1.3,
+            sampling: Sampling::First,
+            sampling_seed: 0,
             quorum: 4,
             wait_ms: 60_000,
             deadline_ms: 30 * 60_000,
+            staleness_max: 4,
+            staleness_exponent: 0.5,
             last: None,
         }
     }
@@ -53,6 +84,7 @@ impl Policy {
     /// Every problem at once.
     pub fn problems(&self) -> Vec<PolicyError> {
         let mut problems = Vec::new();
+        let over_selection_max = if self.is_buffered() { 64.0 } else { 4.0 };
         let mut check = |holds: bool, field, expected: String, got: String| {
             if !holds {
                 problems.push(PolicyError { field, expected, got });
@@ -66,9 +98,9 @@ impl Policy {
             self.quorum.to_string(),
         );
         check(
-            (1.0..=4.0).contains(&self.over_selection),
+            (1.0..=over_selection_max).contains(&self.over_selection),
             "over_selection",
-            "1.0 to 4.0".to_owned(),
+            format!("1.0 to {over_selection_max:.1}"),
             self.over_selection.to_string(),
         );
         check(
@@ -83,7 +115,30 @@ impl Policy {
             "at most one day".to_owned(),
             self.wait_ms.to_string(),
         );
+        check(
+            (1..=ROUNDS_BACK_MAX).contains(&u64::from(self.staleness_max)),
+            "staleness_max",
+            format!("1 to {ROUNDS_BACK_MAX}"),
+            self.staleness_max.to_string(),
+        );
+        check(
+            (0.0..=4.0).contains(&self.staleness_exponent),
+            "staleness_exponent",
+            "0.0 to 4.0".to_owned(),
+            self.staleness_exponent.to_string(),
+        );
+        check(
+            self.sampling == Sampling::First || !self.is_buffered(),
+            "sampling",
+            "first in buffered mode, where whoever comes is asked".to_owned(),
+            format!("{:?}", self.sampling).to_lowercase(),
+        );
         problems
+    }
+
+    /// Whether rounds are buffered.
+    pub fn is_buffered(&self) -> bool {
+        self.mode == RoundMode::Buffered
     }
 
     /// Tasks handed out for `target` updates.

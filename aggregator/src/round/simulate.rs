@@ -34,15 +34,17 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 fn policies() -> impl Strategy<Value = Policy> {
-    (1..8_u32, 1.0..2.0_f64, 0..20_000_u64, 1_000..60_000_u64).prop_flat_map(
-        |(goal, over, wait, deadline)| {
+    let sampling = prop_oneof![Just(Sampling::First), Just(Sampling::Uniform), Just(Sampling::Fair)];
+    (1..8_u32, 1.0..2.0_f64, 0..20_000_u64, 1_000..60_000_u64, sampling).prop_flat_map(
+        |(goal, over, wait, deadline, sampling)| {
             (1..=goal).prop_map(move |quorum| Policy {
                 goal,
                 over_selection: over,
                 quorum,
                 wait_ms: wait,
                 deadline_ms: deadline,
-                last: None,
+                sampling,
+                ..Policy::default()
             })
         },
     )
@@ -69,7 +71,10 @@ impl Shell {
                 Action::Save => self.saved = self.rounds.clone(),
                 Action::Assign(device) => {
                     self.assigned.insert((self.rounds.round.0, *device));
-                    assert!(self.saved.admits(self.rounds.round, device).is_ok(), "assigned before saved");
+                    assert!(
+                        self.saved.admits(policy, self.rounds.round, device).is_ok(),
+                        "assigned before saved"
+                    );
                 }
                 Action::Finish(summary) => match self.records.last() {
                     Some(last) if last.round == summary.round => {}
@@ -79,7 +84,14 @@ impl Shell {
                     assert_eq!(self.saved, self.rounds, "work before the state is durable");
                     self.work = Some(work.clone());
                 }
-                Action::Opened | Action::Closed | Action::WakeAt(_) | Action::Stop => {}
+                // Those that were drawn have a task, though they have not asked for it again.
+                Action::Opened => {
+                    if let Phase::Collecting { selected, .. } = &self.rounds.phase {
+                        let round = self.rounds.round.0;
+                        self.assigned.extend(selected.keys().map(|device| (round, *device)));
+                    }
+                }
+                Action::Closed | Action::WakeAt(_) | Action::Stop => {}
             }
         }
         actions
@@ -131,7 +143,7 @@ proptest! {
                 }
                 Step::Upload(number) => {
                     let round = shell.rounds.round;
-                    if let Ok(already) = shell.rounds.admits(round, &device(number)) {
+                    if let Ok(already) = shell.rounds.admits(&policy, round, &device(number)) {
                         let new = shell.inbox.insert((round.0, device(number)));
                         prop_assert_eq!(already, !new, "the state and the inbox disagree");
                         shell.tick(&policy, Event::Received(device(number)));
@@ -146,7 +158,8 @@ proptest! {
             }
             let selected = match &shell.rounds.phase {
                 Phase::Collecting { selected, .. } => selected.len(),
-                Phase::Waiting { ready, .. } => ready.len(),
+                // A draw is of all that are ready.
+                Phase::Waiting { ready, .. } if policy.sampling == Sampling::First => ready.len(),
                 _ => 0,
             };
             prop_assert!(selected as u32 <= policy.selected_max(policy.goal), "the state grows");
@@ -185,15 +198,15 @@ fn collecting(policy: &Policy, devices: u8) -> Rounds {
 fn a_round_closes_at_its_goal_and_takes_nothing_after() {
     let policy = policy();
     let mut rounds = collecting(&policy, 6);
-    assert_eq!(rounds.admits(RoundId(1), &device(5)), Ok(false), "over-selected: ceil(4 · 1.3)");
-    assert_eq!(rounds.admits(RoundId(1), &device(6)), Err(NotAdmitted::NotSelected));
+    assert_eq!(rounds.admits(&policy, RoundId(1), &device(5)), Ok(false), "over-selected: ceil(4 · 1.3)");
+    assert_eq!(rounds.admits(&policy, RoundId(1), &device(6)), Err(NotAdmitted::NotSelected));
     for number in 0..3 {
         assert_eq!(rounds.tick(&policy, 30_000, Event::Received(device(number))), []);
     }
     let actions = rounds.tick(&policy, 30_000, Event::Received(device(5)));
     assert_eq!(actions, [Action::Save, Action::Closed, Action::Merge]);
     let stale = NotAdmitted::StaleRound { named: 1, current: 1 };
-    assert_eq!(rounds.admits(RoundId(1), &device(4)), Err(stale), "late");
+    assert_eq!(rounds.admits(&policy, RoundId(1), &device(4)), Err(stale), "late");
 }
 
 #[test]
@@ -227,6 +240,35 @@ fn fewer_devices_than_the_goal_begin_after_the_wait() {
     rounds.tick(&policy, 0, Event::Polled(device(0), START));
     rounds.tick(&policy, 90_000, Event::Polled(device(0), START));
     assert!(matches!(rounds.phase, Phase::Waiting { .. }), "one is below the quorum");
+}
+
+#[test]
+fn a_drawn_round_asks_those_that_were_drawn_and_nobody_else() {
+    let policy = Policy { sampling: Sampling::Fair, over_selection: 1.0, sampling_seed: 9, ..policy() };
+    let mut rounds = Rounds::default();
+    let mut asked_in_all = BTreeSet::new();
+    for round in 1..=3 {
+        let opened_ms = round * 1_000_000;
+        for number in 0..12 {
+            let actions = rounds.tick(&policy, opened_ms - 20_000, Event::Polled(device(number), START));
+            assert!(matches!(actions[..], [Action::WakeAt(_)]), "before the time is over: {actions:?}");
+        }
+        let asked: BTreeSet<u8> = (0..12)
+            .filter(|number| {
+                let actions = rounds.tick(&policy, opened_ms, Event::Polled(device(*number), START));
+                actions.contains(&Action::Assign(device(*number)))
+            })
+            .collect();
+        assert_eq!((asked.len(), rounds.selected()), (4, 4));
+        let late = rounds.tick(&policy, opened_ms, Event::Polled(device(50), START));
+        assert_eq!(late, [], "one that was not drawn");
+        for number in &asked {
+            rounds.tick(&policy, opened_ms + 1, Event::Received(device(*number)));
+        }
+        asked_in_all.extend(asked);
+        rounds.tick(&policy, opened_ms + 2, Event::Refused("no".to_owned()));
+    }
+    assert_eq!(asked_in_all.len(), 12, "in three rounds of four, each of twelve once");
 }
 
 #[test]

@@ -12,6 +12,8 @@ pub enum Event {
     TimePassed,
     /// A device asked for work; `start` is the release it would begin from.
     Polled(DeviceId, Start),
+    /// This is the release in force: a buffered round begins without waiting for a device.
+    Head(Start),
     /// A device's update is on disk.
     Received(DeviceId),
     /// The updates became a candidate.
@@ -102,6 +104,22 @@ pub enum NotAdmitted {
     StaleRound {
         /// What the device named.
         named: u64,
+        /// What is current.
+        current: u64,
+    },
+    /// The release that the update was trained from lies too far back.
+    #[error("the update of round {round} is {got} releases behind, at most {most} are taken")]
+    TooStale {
+        /// What the device named.
+        round: u64,
+        /// Releases since.
+        got: u32,
+        /// The operator's bound.
+        most: u32,
+    },
+    /// The buffer is full and its round not over; the next one takes the update.
+    #[error("round {current} is being merged")]
+    Merging {
         /// What is current.
         current: u64,
     },

@@ -258,6 +258,7 @@ impl<'c> Bench<'c> {
             length: packed.as_bytes().len() as u64,
             report: DeviceReport::default(),
             norm: None,
+            staleness: 0,
         };
         let members: Vec<Member> = packed.iter().enumerate().map(member).collect();
         let options = merge::Options::new(&config::Merge::default(), Trainable::Both, false);

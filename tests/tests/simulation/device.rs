@@ -35,6 +35,8 @@ pub struct Device {
     /// Every update that it ever tried to deliver, by round.
     pub sent: BTreeMap<RoundId, Vec<(Open, Vec<u8>)>>,
     pub receipts: BTreeMap<RoundId, SignedReceipt>,
+    /// The release that each round's task named.
+    pub starts: BTreeMap<RoundId, Version>,
 }
 
 /// A packed update with values drawn from a seed.
@@ -57,6 +59,7 @@ impl Device {
             pending: None,
             sent: BTreeMap::new(),
             receipts: BTreeMap::new(),
+            starts: BTreeMap::new(),
         }
     }
 
@@ -108,6 +111,8 @@ impl Device {
         }
         if let Some(task) = reply.task {
             assert!(!self.receipts.contains_key(&task.round), "a task after the receipt");
+            let before = self.starts.insert(task.round, task.start.version);
+            assert!(before.is_none_or(|before| before == task.start.version), "one round, two starts");
             self.prepare(&task, layout, random);
             if self.manner == Manner::Vanishing {
                 self.pending = None;

@@ -1,15 +1,16 @@
 //! What must hold whatever happens.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use aggregator::desk::{Record, records};
 use aggregator::receive::partial::Partials;
 use aggregator::store::Blob;
 use commonweal_adapter::{AdapterDelta, AdapterKind, DecodeLimits, PackedDelta, Trainable};
-use commonweal_protocol::{DeviceId, Open, Release, RoundId, Version};
+use commonweal_protocol::{DeviceId, Digest, Release, RoundId, Version};
+use commonweal_transport::Fault;
 
-use crate::Tally;
-use crate::world::World;
+use super::world::World;
+use super::{ROUNDS, Tally};
 
 /// Bounds that hold at every moment.
 pub fn check_running(world: &World) {
@@ -39,7 +40,7 @@ pub fn check_end(world: &World) -> Tally {
         .into_iter()
         .map(|signed| signed.release)
         .collect();
-    let mut tally = Tally { kills: world.kills, faults: world.link_faults(), ..Tally::default() };
+    let mut tally = faults(world);
     check_lineage(seed, &records, &releases);
     for (index, record) in records.iter().enumerate() {
         assert_eq!(record.round.0, index as u64, "seed {seed}: rounds follow each other");
@@ -51,10 +52,17 @@ pub fn check_end(world: &World) -> Tally {
             other => panic!("seed {seed}: outcome {other}"),
         }
         tally.rounds += 1;
-        tally.receipts += check_updates(world, record);
-        if record.published {
-            check_merge(world, record, &releases);
+        if world.config.round.is_buffered() {
+            tally.stale += check_origins(world, record, &releases);
+        } else {
+            tally.receipts += check_updates(world, record);
         }
+        if record.published {
+            tally.merges_checked += u64::from(check_merge(world, record, &releases));
+        }
+    }
+    if world.config.round.is_buffered() {
+        tally.receipts = check_receipts(world, &records);
     }
     for device in &world.devices {
         if let Some(installed) = device.installed {
@@ -62,7 +70,28 @@ pub fn check_end(world: &World) -> Tally {
         }
     }
     // One more round may just have begun.
-    tally.rounds = tally.rounds.min(crate::ROUNDS);
+    tally.rounds = tally.rounds.min(ROUNDS);
+    tally
+}
+
+/// What went wrong.
+fn faults(world: &World) -> Tally {
+    let mut tally = Tally {
+        kills: world.kills,
+        crashes: world.crashes,
+        store_faults: world.store_faults,
+        partitions: world.partitions,
+        clock_steps_back: world.clock_steps_back,
+        ..Tally::default()
+    };
+    for fault in world.link_faults() {
+        match fault {
+            Fault::CutBefore | Fault::CutInside | Fault::CutAfter => tally.cuts += 1,
+            Fault::Duplicate => tally.duplicates += 1,
+            Fault::Delay { .. } => tally.delays += 1,
+            Fault::Corrupt | Fault::CorruptAnswer => tally.corruptions += 1,
+        }
+    }
     tally
 }
 
@@ -121,8 +150,64 @@ fn check_updates(world: &World, record: &Record) -> u64 {
     receipted.len() as u64
 }
 
-/// The release is the start moved by the weighted mean of exactly the merged updates.
-fn check_merge(world: &World, record: &Record, releases: &[Release]) {
+/// Buffered: every merged update is one that its device was asked for and sent, from the release that it was given, and
+/// not too far behind. Gives the number of those that were behind at all.
+fn check_origins(world: &World, record: &Record, releases: &[Release]) -> u64 {
+    let (seed, round, policy) = (world.seed, record.round, &world.config.round);
+    let devices: BTreeSet<DeviceId> = record.lineage.iter().map(|origin| origin.device).collect();
+    assert_eq!(devices.len(), record.lineage.len(), "seed {seed}, round {round}: a device counted twice");
+    if record.lineage.is_empty() {
+        assert!(record.reason.is_some(), "seed {seed}, round {round}: no reason");
+        return 0;
+    }
+    assert!(devices.len() as u32 >= policy.quorum, "seed {seed}, round {round}: below the quorum");
+    let release = releases.iter().find(|release| release.round == Some(round));
+    for origin in &record.lineage {
+        let device = world.devices.iter().find(|device| device.id == origin.device).unwrap();
+        let asked = device.starts.get(&origin.round);
+        assert_eq!(asked, Some(&origin.start), "seed {seed}, round {round}: another start than the task's");
+        let sent = device.sent[&origin.round].iter().any(|(open, _)| open.digest == origin.digest);
+        assert!(sent, "seed {seed}, round {round}: an update that nobody sent");
+        assert!(origin.round <= round && origin.staleness <= policy.staleness_max, "seed {seed}: {origin:?}");
+        if let Some(parent) = release.and_then(|release| release.parent) {
+            let behind = parent.0 - origin.start.0;
+            assert_eq!(u64::from(origin.staleness), behind, "seed {seed}, round {round}: {origin:?}");
+        }
+    }
+    record.lineage.iter().filter(|origin| origin.staleness > 0).count() as u64
+}
+
+/// Buffered: every update with a receipt is in exactly one merge, or waits in the open buffer; none is in two. Gives the
+/// number of receipts.
+fn check_receipts(world: &World, records: &[Record]) -> u64 {
+    let seed = world.seed;
+    let merged: Vec<Digest> =
+        records.iter().flat_map(|record| &record.lineage).map(|origin| origin.digest).collect();
+    let known: BTreeSet<Digest> = merged.iter().copied().collect();
+    assert_eq!(known.len(), merged.len(), "seed {seed}: an update was merged twice");
+    let open = format!("update/{:020}", world.round());
+    let waiting = world.memory.storage().inbox.list(&open, 10_000).unwrap();
+    let waits =
+        |digest: &Digest| waiting.iter().any(|item| item.value.windows(32).any(|part| part == digest.0));
+    // The merge itself failed, and its record says so: nothing of that round is in a release.
+    let is_failed = |record: &&Record| record.lineage.is_empty() && record.updates > 0;
+    let failed: BTreeSet<RoundId> = records.iter().filter(is_failed).map(|record| record.round).collect();
+    let mut receipts = 0;
+    for receipt in world.devices.iter().flat_map(|device| device.receipts.values()) {
+        receipts += 1;
+        let (digest, round) = (receipt.receipt.digest, receipt.receipt.round);
+        let in_failed = failed.range(round..).next().is_some();
+        assert!(
+            known.contains(&digest) || waits(&digest) || in_failed,
+            "seed {seed}: acknowledged in {round} and lost"
+        );
+    }
+    receipts
+}
+
+/// The release is the start moved by the weighted mean of exactly the merged updates, each of which counts less the further it
+/// lies behind.
+fn check_merge(world: &World, record: &Record, releases: &[Release]) -> bool {
     let (seed, round) = (world.seed, record.round);
     let release = releases.iter().find(|release| release.round == Some(round)).unwrap();
     let parent = &releases[release.parent.unwrap().0 as usize];
@@ -132,34 +217,32 @@ fn check_merge(world: &World, record: &Record, releases: &[Release]) {
         Some(adapter.into_values())
     };
     // Old adapters are no longer kept.
-    let (Some(before), Some(after)) = (values(parent), values(release)) else { return };
-    let sent = world.sent(round.0);
+    let (Some(before), Some(after)) = (values(parent), values(release)) else { return false };
     let layout = &world.base.layout;
     let limits = DecodeLimits::of(layout, Trainable::Both);
-    let decoded: BTreeMap<DeviceId, Vec<(Open, AdapterDelta)>> = record
-        .norms
+    let exponent = world.config.round.staleness_exponent;
+    let updates: Vec<(f64, f64, AdapterDelta)> = record
+        .lineage
         .iter()
-        .map(|(device, norm)| {
-            // Of several that a device tried, the one taken has the recorded norm.
-            let candidates = sent[device]
+        .map(|origin| {
+            let sent = &world.sent(origin.round.0)[&origin.device];
+            let (open, bytes) = sent
                 .iter()
-                .filter_map(|(open, bytes)| Some((*open, PackedDelta::decode(bytes, layout, &limits).ok()?)))
-                .filter(|(_, delta)| (delta.norm() - norm).abs() < 1e-9)
-                .collect();
-            (*device, candidates)
+                .find(|(open, _)| open.digest == origin.digest)
+                .unwrap_or_else(|| panic!("seed {seed}, round {round}: merged unknown bytes"));
+            let delta = PackedDelta::decode(bytes, layout, &limits).unwrap();
+            let norm = record.norms.iter().find(|(device, _)| *device == origin.device).unwrap().1;
+            assert!((delta.norm() - norm).abs() < 1e-9, "seed {seed}, round {round}: another norm");
+            let discount = (1.0 + f64::from(origin.staleness)).powf(-exponent);
+            (f64::from(open.samples), discount, delta)
         })
         .collect();
-    let updates: Vec<&(Open, AdapterDelta)> = decoded
-        .values()
-        .map(|candidates| {
-            candidates.first().unwrap_or_else(|| panic!("seed {seed}, round {round}: merged unknown bytes"))
-        })
-        .collect();
-    let total: f64 = updates.iter().map(|(open, _)| f64::from(open.samples)).sum();
+    assert_eq!(updates.len(), record.norms.len(), "seed {seed}, round {round}");
+    let total: f64 = updates.iter().map(|(samples, ..)| samples).sum();
     for (index, (before, after)) in before.iter().zip(&after).enumerate() {
         let moved: f64 = updates
             .iter()
-            .map(|(open, delta)| f64::from(open.samples) * f64::from(delta.values()[index]))
+            .map(|(samples, discount, delta)| samples * discount * f64::from(delta.values()[index]))
             .sum::<f64>()
             / total;
         let expected = f64::from(*before) + moved;
@@ -168,4 +251,5 @@ fn check_merge(world: &World, record: &Record, releases: &[Release]) {
             "seed {seed}, round {round}: value {index}: expected {expected}, got {after}"
         );
     }
+    true
 }

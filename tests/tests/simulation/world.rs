@@ -15,7 +15,7 @@ use aggregator::receive::enroll::Registry;
 use aggregator::receive::handler::{Service, Threads};
 use aggregator::receive::partial::PartialMemory;
 use aggregator::receive::{Parts, Receiver};
-use aggregator::round::Policy;
+use aggregator::round::{Policy, RoundMode};
 use aggregator::store::{Blob, Faults as StoreFaults, MemoryStorage};
 use commonweal_adapter::{Adapter, AdapterLayout, Module, Target};
 use commonweal_protocol::{
@@ -23,15 +23,15 @@ use commonweal_protocol::{
     Fetch, Open, Poll, PollReply, Refusal, Refused, ReportCard, SigningKey, Token, UploadKey,
 };
 use commonweal_transport::{
-    Authority, Clock, ContentPart, Credentials, DeviceKey, FaultRates, Faults, Handler, LinkLimits, Opened,
-    Peer, ServeLimits, SimLink, SimNetwork,
+    Authority, Clock, ContentPart, Credentials, DeviceKey, Fault, FaultRates, Faults, Handler, LinkLimits,
+    Opened, Peer, ServeLimits, SimLink, SimNetwork,
 };
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::device::{Device, Manner};
-use crate::stages::SeededStages;
+use super::device::{Device, Manner};
+use super::stages::SeededStages;
 
 pub const BASE: BaseHash = BaseHash([9; 32]);
 pub const START_MS: u64 = 1_700_000_000_000;
@@ -94,6 +94,12 @@ pub struct World {
     pub base: Base,
     pub devices: Vec<Device>,
     pub kills: u64,
+    pub crashes: u64,
+    pub store_faults: u64,
+    pub partitions: u64,
+    pub clock_steps_back: u64,
+    /// Devices that reach nobody for so many visits.
+    cut_off: BTreeMap<usize, u32>,
     pub config: Arc<Config>,
     clock: Clock,
     authority: Arc<Authority>,
@@ -106,7 +112,7 @@ pub fn layout() -> Arc<AdapterLayout> {
     Arc::new(AdapterLayout::new(1, 2, 4.0, modules).unwrap())
 }
 
-fn config(random: &mut ChaCha8Rng) -> Config {
+fn config(random: &mut ChaCha8Rng, mode: RoundMode) -> Config {
     let mut config = Config::default();
     let goal = random.random_range(1..5);
     config.round = Policy {
@@ -115,8 +121,14 @@ fn config(random: &mut ChaCha8Rng) -> Config {
         quorum: random.random_range(1..=goal),
         wait_ms: random.random_range(0..30_000),
         deadline_ms: random.random_range(20_000..90_000),
-        last: None,
+        ..Policy::default()
     };
+    if mode == RoundMode::Buffered {
+        config.round.mode = mode;
+        config.round.over_selection = random.random_range(1.0..3.0);
+        config.round.staleness_max = random.random_range(1..4);
+        config.round.staleness_exponent = random.random_range(0.0..1.5);
+    }
     config.receive.releases_kept = 6;
     config.receive.reserve_bytes = 0;
     config.receive.requests_burst = 1_000;
@@ -127,7 +139,7 @@ fn config(random: &mut ChaCha8Rng) -> Config {
 }
 
 impl World {
-    pub fn new(seed: u64) -> Self {
+    pub fn new(seed: u64, mode: RoundMode) -> Self {
         let mut random = ChaCha8Rng::seed_from_u64(seed ^ 0x5eed);
         let memory = MemoryStorage::default();
         let storage = memory.storage();
@@ -194,7 +206,12 @@ impl World {
             base,
             devices,
             kills: 0,
-            config: Arc::new(config(&mut random)),
+            crashes: 0,
+            store_faults: 0,
+            partitions: 0,
+            clock_steps_back: 0,
+            cut_off: BTreeMap::new(),
+            config: Arc::new(config(&mut random, mode)),
             clock: Clock::manual(START_MS),
             authority,
             faults: Faults::seeded(seed, rates, u32::MAX),
@@ -268,11 +285,13 @@ impl World {
 
     fn restart_if_crashed(&mut self) {
         if self.memory.has_crashed() {
+            self.crashes += 1;
             self.kill();
         }
     }
 
     pub fn store_fails(&mut self, random: &mut ChaCha8Rng) {
+        self.store_faults += 1;
         self.memory.inject(random.random(), StoreFaults { determinate: 0.1, indeterminate: 0.1 });
     }
 
@@ -283,6 +302,33 @@ impl World {
     pub fn time_passes(&mut self, ms: u64) {
         self.clock.set(self.clock.unix_ms() + ms);
         self.drive();
+    }
+
+    /// An operator, or a time server, corrects the clock.
+    pub fn clock_steps_back(&mut self, ms: u64) {
+        self.clock_steps_back += 1;
+        self.clock.set(self.clock.unix_ms() - ms);
+        self.drive();
+    }
+
+    /// A network splits: some devices reach nobody for a while.
+    pub fn partition(&mut self, random: &mut ChaCha8Rng) {
+        self.partitions += 1;
+        for index in 0..self.devices.len() {
+            if random.random_bool(0.4) {
+                self.cut_off.insert(index, random.random_range(1..20));
+            }
+        }
+    }
+
+    /// Whether a visit of the device comes to nothing.
+    fn is_cut_off(&mut self, index: usize) -> bool {
+        let Some(visits) = self.cut_off.get_mut(&index) else { return false };
+        *visits -= 1;
+        if *visits == 0 {
+            self.cut_off.remove(&index);
+        }
+        true
     }
 
     /// The driver does what there is to do, for a while.
@@ -311,6 +357,9 @@ impl World {
     /// One device visits; sometimes it goes away in the middle.
     pub async fn device_acts(&mut self, random: &mut ChaCha8Rng) {
         let index = random.random_range(0..self.devices.len());
+        if self.is_cut_off(index) {
+            return;
+        }
         let link = self.link(index, random.random());
         let patience_ms = if random.random_bool(0.1) { random.random_range(0..1_500) } else { 3_600_000 };
         let visit = self.devices[index].visit(&link, BASE, &self.base.layout, random);
@@ -324,12 +373,15 @@ impl World {
         let links: Vec<_> = (0..self.devices.len()).map(|index| self.link(index, random.random())).collect();
         let seeds: Vec<u64> = links.iter().map(|_| random.random()).collect();
         let base = self.base.layout.clone();
+        let is_there: Vec<bool> = (0..self.devices.len()).map(|index| !self.is_cut_off(index)).collect();
         let mut visits: Vec<_> = self
             .devices
             .iter_mut()
             .zip(links)
             .zip(seeds)
-            .map(|((device, link), seed)| {
+            .zip(is_there)
+            .filter(|(_, is_there)| *is_there)
+            .map(|(((device, link), seed), _)| {
                 let base = base.clone();
                 Box::pin(async move {
                     let mut random = ChaCha8Rng::seed_from_u64(seed);
@@ -358,8 +410,8 @@ impl World {
     }
 
     /// Link faults that happened.
-    pub fn link_faults(&self) -> u64 {
-        self.faults.injected().len() as u64
+    pub fn link_faults(&self) -> Vec<Fault> {
+        self.faults.injected().into_iter().map(|injected| injected.fault).collect()
     }
 
     /// Everything that devices ever tried to deliver in a round.

@@ -257,7 +257,7 @@ fn common(cli: &Cli) -> Config {
         quorum: 1,
         wait_ms: 600_000,
         deadline_ms: 1_200_000,
-        last: None,
+        ..RoundPolicy::default()
     };
     config.train.steps_max = cli.steps;
     config.train.warmup_steps = config.train.warmup_steps.min(cli.steps);

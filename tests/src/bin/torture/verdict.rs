@@ -70,7 +70,8 @@ pub(super) fn judge(directory: &Path, devices: u32, held: &[Held]) -> Result<Fou
         // A round that is not over has its updates in the inbox.
         for (device, digest) in receipts {
             let taken = parts.desk.taken(*round, device)?;
-            let taken = taken.with_context(|| format!("round {round}: the update of {device} is lost"))?;
+            let (_, taken) =
+                taken.with_context(|| format!("round {round}: the update of {device} is lost"))?;
             ensure!(taken.receipt.receipt.digest == *digest, "round {round}: another update of {device}");
         }
     }
