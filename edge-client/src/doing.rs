@@ -2,11 +2,17 @@
 //!
 //! `run` and the stages tell it as they go; it lies in a file that is written often and need not outlive anything.
 
+use std::{
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
 use commonweal_transport::Clock;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     events::{Done, Event},
+    notify,
     store::Store,
 };
 
@@ -21,12 +27,27 @@ pub struct Doing {
     pub since_ms: u64,
 }
 
+/// When this process last said or did something.
+static ALIVE: Mutex<Option<Instant>> = Mutex::new(None);
+
+/// Something went on, if only the waiting that was meant.
+pub(crate) fn goes_on() {
+    *ALIVE.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+}
+
+/// For how long nothing did.
+pub(crate) fn silence() -> Duration {
+    ALIVE.lock().unwrap_or_else(PoisonError::into_inner).map_or(Duration::ZERO, |at| at.elapsed())
+}
+
 /// Tells what the device does from now on. That it cannot be told is no reason to stop.
 pub(crate) fn tell(store: &Store, sentence: String, now_ms: u64) {
+    goes_on();
     let before = told(store).filter(|before| before.sentence == sentence);
     if before.is_some() {
         return;
     }
+    notify::status(&sentence);
     let doing = Doing { sentence, since_ms: now_ms };
     let written = serde_json::to_vec(&doing).map_err(std::io::Error::other);
     if let Err(error) = written.and_then(|bytes| store.write_fleeting(FILE, &bytes)) {

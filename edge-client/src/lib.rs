@@ -15,6 +15,7 @@ mod vault;
 pub mod store;
 pub mod events;
 pub mod doing;
+mod notify;
 pub mod rows;
 pub mod forms;
 pub mod sample;

@@ -16,6 +16,7 @@ use crate::{
     events::{Event, Output},
     forget,
     install::Expected,
+    notify,
     pipeline::{Device, Outcome, Visit, until_cancelled},
     pipeline_error::PipelineError,
     priority, sensors,
@@ -72,6 +73,8 @@ pub(super) fn once(shared: &Shared, heeds: bool) -> Result<()> {
 /// Visits until stopped, or until enough updates were accepted.
 pub(super) fn run(shared: &Shared, rounds: Option<u64>, heeds: bool) -> Result<()> {
     let mut member = Member::open(shared, heeds)?;
+    let _watchdog = notify::Watchdog::start().context("cannot start a thread")?;
+    notify::ready();
     let longest = member.settings.poll_seconds_max.map_or(POLL_SECONDS_MAX, NonZeroU64::get);
     let longest = Duration::from_secs(longest);
     let stop = member.stop.clone();
@@ -110,6 +113,7 @@ pub(super) fn run(shared: &Shared, rounds: Option<u64>, heeds: bool) -> Result<(
         }
         sleep(wait, &stop);
     }
+    notify::stopping();
     member.tell("has stopped".to_owned());
     Ok(())
 }
@@ -154,6 +158,7 @@ fn sleep(total: Duration, cancel: &Cancel) {
     let piece = Duration::from_millis(50);
     let mut left = total;
     while !left.is_zero() && !cancel.is_cancelled() {
+        doing::goes_on();
         thread::sleep(left.min(piece));
         left = left.saturating_sub(piece);
     }
