@@ -161,6 +161,11 @@ pub enum Event {
         /// The process to kill.
         process: u32,
     },
+    /// The server's certificate was issued anew and the admin token read again, as SIGHUP asks.
+    Reloaded {
+        /// Why the token is still the one before.
+        problem: Option<String>,
+    },
     /// The server ends.
     Stopped {
         /// The current release.
@@ -366,6 +371,10 @@ impl Event {
                 format!("round {round}: {reason}; trying again in {after_ms} ms")
             }
             Self::Paused { at, process } => format!("paused at {at}, process {process}"),
+            Self::Reloaded { problem: None } => "reloaded".to_owned(),
+            Self::Reloaded { problem: Some(problem) } => {
+                format!("reloaded; the admin token is still the one before: {problem}")
+            }
             Self::Stopped { version } => format!("stopped; release {version}"),
         }
     }

@@ -269,6 +269,8 @@ impl Shell {
                 })
                 .map_err(|source| ServeError::System { what: "a thread", source })?
         };
+        let hangup = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup());
+        let mut hangup = hangup.map_err(|source| ServeError::System { what: "signals", source })?;
         let mut signals = Signals::new().map_err(|source| ServeError::System { what: "signals", source })?;
         let mut reload = tokio::time::interval(RELOAD);
         reload.tick().await;
@@ -283,6 +285,12 @@ impl Shell {
                     break;
                 }
                 _ = reload.tick() => server.reload(identity()?)?,
+                _ = hangup.recv() => {
+                    server.reload(identity()?)?;
+                    let problem = self.directory.admin_token().map(|token| port.replace_token(&token));
+                    let problem = problem.err().map(|error| crate::receive::chain(&error));
+                    self.parts.events.tell(&Event::Reloaded { problem });
+                }
             }
         }
         self.stop.store(true, Ordering::SeqCst);
@@ -313,14 +321,15 @@ impl Shell {
             stopping: self.stop.clone(),
             directory: self.directory.path().to_owned(),
         });
+        let token = Token::new(&self.directory.admin_token()?);
         let admin = Admin {
             observer: Arc::new(observer),
-            token: Token::new(&self.directory.admin_token()?),
+            token: token.clone(),
             metrics_token: self.parts.config.admin.metrics_token,
         };
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let serving = tokio::spawn(admin.serve(listener, async { drop(stopped.await) }));
-        Ok((Some(local), Port { open: Some((stop, serving)) }))
+        Ok((Some(local), Port { open: Some((stop, serving)), token: Some(token) }))
     }
 
     fn version(&self) -> Result<Version, ServeError> {
@@ -344,9 +353,16 @@ impl Shell {
 #[derive(Default)]
 struct Port {
     open: Option<(tokio::sync::oneshot::Sender<()>, tokio::task::JoinHandle<()>)>,
+    token: Option<Token>,
 }
 
 impl Port {
+    fn replace_token(&self, token: &str) {
+        if let Some(held) = &self.token {
+            held.replace(token);
+        }
+    }
+
     /// Ends what is under way.
     async fn close(self) {
         let Some((stop, serving)) = self.open else { return };

@@ -113,18 +113,25 @@ pub enum Verb {
     },
     /// Take part in rounds until stopped
     #[command(
-        after_help = "Examples:\n  edge-client run\n  edge-client run --json --rounds 3   three updates, events as JSON lines"
+        after_help = "Examples:\n  edge-client run\n  edge-client run --json --rounds 3   three updates, events as JSON lines\n  edge-client run --always            also while the device is in use, on its battery, …\n\nIt works while the rules of policy.toml's [when] hold: nobody uses the device, mains power, an unmetered network, not\ntoo hot, memory left (docs/devices.md). `edge-client status` says why it waits."
     )]
     Run {
         /// Stop after this many accepted updates
         #[arg(long, value_name = "N")]
         rounds: Option<u64>,
+        /// Work at any time and at normal priority: the policy's [when] is not asked
+        #[arg(long, env = "COMMONWEAL_ALWAYS", value_parser = clap::builder::FalseyValueParser::new())]
+        always: bool,
     },
     /// Take part in one round, if there is one, and install what was published
     #[command(
         after_help = "Examples:\n  edge-client once\n  edge-client once --json || echo \"exit code $?\"   4: the update was refused, 5: nobody answers"
     )]
-    Once,
+    Once {
+        /// Only if the rules of the policy's [when] hold, and as long as they do
+        #[arg(long)]
+        heed_rules: bool,
+    },
     /// What the device is, has and did
     #[command(after_help = "Examples:\n  edge-client status\n  edge-client status --json")]
     Status,
@@ -227,8 +234,8 @@ pub fn run(cli: &Cli) -> anyhow::Result<()> {
     let shared = &cli.shared;
     match &cli.verb {
         Verb::Enroll { invitation } => enroll::enroll(shared, invitation),
-        Verb::Run { rounds } => rounds::run(shared, *rounds),
-        Verb::Once => rounds::once(shared),
+        Verb::Run { rounds, always } => rounds::run(shared, *rounds, !always),
+        Verb::Once { heed_rules } => rounds::once(shared, *heed_rules),
         Verb::Status => status::status(shared),
         Verb::Add { files } => add::add(shared, files),
         Verb::Samples { text } => samples::samples(shared, *text),

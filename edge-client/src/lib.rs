@@ -7,12 +7,15 @@
 
 pub mod units;
 pub mod settings;
+pub mod when;
 pub mod policy;
 pub mod keys;
 pub mod seal;
 mod vault;
 pub mod store;
 pub mod events;
+pub mod doing;
+mod notify;
 pub mod rows;
 pub mod forms;
 pub mod sample;
@@ -33,6 +36,10 @@ mod begun;
 mod owed;
 mod work;
 pub mod pipeline;
+mod bus;
+pub mod sensors;
+pub mod watch;
+pub mod priority;
 pub mod cli;
 
 pub use pipeline_error::PipelineError;

@@ -21,7 +21,7 @@ use tokio::runtime::Handle;
 use crate::{
     begun::{BEGUN, Begun},
     compress::Packed,
-    control,
+    control, doing,
     events::{Done, Event, Output},
     install::{self, Expected},
     pipeline_error::damaged,
@@ -274,7 +274,9 @@ impl<L: Link> Device<L> {
     }
 
     pub(crate) fn stage(&self, round: u64, begun: Instant, done: Done) {
-        self.output.show(&Event::Stage { round, seconds: begun.elapsed().as_secs_f64(), done });
+        let event = Event::Stage { round, seconds: begun.elapsed().as_secs_f64(), done };
+        doing::after_event(&self.store, &event);
+        self.output.show(&event);
     }
 
     pub(crate) fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), StoreError> {

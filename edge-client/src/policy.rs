@@ -9,7 +9,7 @@ use commonweal_package::TrainGraph;
 use commonweal_safety::{CategoryId, GuardConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::units::Span;
+use crate::{units::Span, when::WhenPolicy};
 
 /// A policy fits in a page; more is a wrong file.
 const FILE_BYTES_MAX: usize = 64 * 1024;
@@ -28,6 +28,8 @@ pub struct Policy {
     pub serve: ServePolicy,
     /// How long samples are kept.
     pub store: StorePolicy,
+    /// When the device may work.
+    pub when: WhenPolicy,
 }
 
 /// What happens to a sample that the guard finds unsafe.
@@ -246,7 +248,8 @@ impl Policy {
     /// What a round's work follows from. The rest can change while a round is in progress without beginning it anew.
     #[must_use]
     pub fn of_work(&self) -> Self {
-        Self { serve: ServePolicy::default(), store: StorePolicy::default(), ..self.clone() }
+        let (serve, store, when) = (ServePolicy::default(), StorePolicy::default(), WhenPolicy::default());
+        Self { serve, store, when, ..self.clone() }
     }
 
     fn problems(&self) -> Vec<String> {
@@ -296,6 +299,7 @@ impl Policy {
             self.store.keep.is_none_or(|keep| keep >= Span::of_seconds(60)),
             "store.keep: expected at least 1m".into(),
         );
+        problems.extend(self.when.problems());
         problems
     }
 
@@ -399,6 +403,25 @@ mod tests {
         }
         // A round in progress goes on under it.
         assert_eq!(policy.of_work(), Policy::default());
+    }
+
+    #[test]
+    fn the_rules_of_when_to_work_have_defaults_and_bounds() {
+        let text = "[when]\nidle = \"10m\"\nhours = \"22:00-06:00\"\nmemory_free_min = \"500MB\"\n";
+        let policy = Policy::from_toml(text).unwrap();
+        assert_eq!(policy.when.idle, "10m".parse().unwrap());
+        assert!(policy.when.power && policy.when.unmetered && policy.when.hours.is_some());
+        assert_eq!(Policy::from_toml(&toml::to_string(&policy).unwrap()).unwrap(), policy);
+        assert_eq!(policy.of_work(), Policy::default());
+        for wrong in [
+            "nice = 20",
+            "temperature_max_c = 0",
+            "load_max = -1.0",
+            "hours = \"25:00-1:00\"",
+            "idel = \"5m\"",
+        ] {
+            assert!(Policy::from_toml(&format!("[when]\n{wrong}\n")).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -22,6 +22,7 @@
 //!   releases/<digest>.{release,adapter}  signed releases and their adapters
 //!   installed                         which of them is in use
 //!   receipts.jsonl                    one line an accepted update
+//!   doing.json                        what `run` does and why it waits, for `status`
 //!   paused                            while the owner wants no rounds
 //!   lock visit.lock samples.lock      held by the process that works here, while it visits the aggregator, and while
 //!                                     samples are added or taken away
@@ -32,7 +33,7 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
     sync::Mutex,
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use crate::{
@@ -44,6 +45,10 @@ use crate::{
 
 /// Ends the name of a file that is not whole yet.
 const PART: &str = ".part";
+
+/// Tries to lock the directory, and the pause between two.
+const LOCK_TRIES: usize = 5;
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 /// Why the device's directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -243,11 +248,15 @@ impl Store {
             .write(true)
             .open(&path)
             .map_err(at("open", &path))?;
-        match fs4::FileExt::try_lock(&lock) {
-            Ok(()) => Ok(Self { _lock: Some(lock), ..shared }),
-            Err(fs4::TryLockError::WouldBlock) => Err(StoreError::Locked(directory.to_owned())),
-            Err(fs4::TryLockError::Error(source)) => Err(at("lock", &path)(source)),
+        for _ in 0..LOCK_TRIES {
+            match fs4::FileExt::try_lock(&lock) {
+                Ok(()) => return Ok(Self { _lock: Some(lock), ..shared }),
+                // Whoever asks whether somebody works here holds it for a moment.
+                Err(fs4::TryLockError::WouldBlock) => std::thread::sleep(LOCK_PAUSE),
+                Err(fs4::TryLockError::Error(source)) => return Err(at("lock", &path)(source)),
+            }
         }
+        Err(StoreError::Locked(directory.to_owned()))
     }
 
     /// Opens the directory without the lock, to look at it while a daemon runs. Its key is in the directory.
@@ -278,6 +287,17 @@ impl Store {
         store.steps_left = steps.into();
         store.seal_all()?;
         Ok(store)
+    }
+
+    /// Whether a process works here.
+    pub fn is_worked_in(&self) -> Result<bool, StoreError> {
+        let path = self.path("lock");
+        let lock = private().write(true).open(&path).map_err(at("open", &path))?;
+        match fs4::FileExt::try_lock_shared(&lock) {
+            Ok(()) => Ok(false),
+            Err(fs4::TryLockError::WouldBlock) => Ok(true),
+            Err(fs4::TryLockError::Error(source)) => Err(at("lock", &path)(source)),
+        }
     }
 
     /// A kill may come here.
@@ -364,6 +384,13 @@ impl Store {
         } else {
             replace_in_steps(&path, bytes, || self.step())
         }
+    }
+
+    /// Writes a file as a whole that need not outlive the machine's next start.
+    pub(crate) fn write_fleeting(&self, name: &str, bytes: &[u8]) -> io::Result<()> {
+        let part = self.path(&format!("{name}{PART}"));
+        private().write(true).truncate(true).open(&part)?.write_all(bytes)?;
+        fs::rename(&part, self.path(name))
     }
 
     /// Puts a file in another's place, durably; fine when there is none. What is sealed is bound to its name: it is sealed

@@ -184,15 +184,21 @@ pub fn train(
     let resumed_step = trainer.steps_done() as u32;
     let lessons = Lessons::new(model, &trainer, pairs, task, policy, cancel)?;
     for step in resumed_step..steps {
-        let (loss, tokens) = match lessons.draw(step, task) {
+        let stepped = match lessons.draw(step, task) {
             Batch::Rows(rows) => {
-                let report = trainer.step(&rows, cancel)?;
-                (report.loss as f32, report.tokens)
+                trainer.step(&rows, cancel).map(|report| (report.loss as f32, report.tokens))
             }
-            Batch::Preferences(pairs, tokens) => {
-                let report = trainer.step_preferences(&pairs, f64::from(policy.beta), cancel)?;
-                (report.loss as f32, tokens)
+            Batch::Preferences(pairs, tokens) => trainer
+                .step_preferences(&pairs, f64::from(policy.beta), cancel)
+                .map(|report| (report.loss as f32, tokens)),
+        };
+        let (loss, tokens) = match stepped {
+            Err(TrainError::Cancelled) if step > resumed_step => {
+                // Whoever stopped it shall lose this step alone.
+                watch.checkpoint(progress.checkpoint(&trainer)?)?;
+                return Err(TrainError::Cancelled.into());
             }
+            stepped => stepped?,
         };
         progress.losses.push(loss);
         progress.tokens += tokens as u64;

@@ -1,4 +1,5 @@
-//! Lengths of time as a person writes them in a policy or behind an option: `90d`, `12h`, `5m`, `30s`.
+//! What a person writes in a policy or behind an option: lengths of time (`90d`, `12h`, `5m`, `30s`), bytes (`500MB`), hours
+//! of the day (`22:00-06:00`).
 
 use std::{fmt, str::FromStr, time::Duration};
 
@@ -73,6 +74,125 @@ impl fmt::Display for Span {
     }
 }
 
+/// Bytes, as a person writes them: `500MB`, `1GB`; a thousand at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Bytes {
+    count: u64,
+}
+
+const BYTE_UNITS: [(&str, u64); 5] =
+    [("TB", 1_000_000_000_000), ("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000), ("B", 1)];
+
+impl Bytes {
+    /// So many.
+    pub const fn of(count: u64) -> Self {
+        Self { count }
+    }
+
+    /// How many.
+    pub const fn count(self) -> u64 {
+        self.count
+    }
+}
+
+impl FromStr for Bytes {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parse = || {
+            let (unit, bytes) = BYTE_UNITS.iter().find(|(unit, _)| text.ends_with(unit))?;
+            text.strip_suffix(unit)?.parse::<u64>().ok()?.checked_mul(*bytes)
+        };
+        let count = parse().ok_or_else(|| format!("expected bytes such as 500MB or 1GB, got {text:?}"))?;
+        Ok(Self { count })
+    }
+}
+
+impl TryFrom<String> for Bytes {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Bytes> for String {
+    fn from(bytes: Bytes) -> Self {
+        BYTE_UNITS
+            .iter()
+            .find(|(_, unit)| bytes.count > 0 && bytes.count.is_multiple_of(*unit))
+            .map_or_else(|| "0B".to_owned(), |(name, unit)| format!("{}{name}", bytes.count / unit))
+    }
+}
+
+/// Rounded to the unit that shows most of it.
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, unit) = BYTE_UNITS.iter().find(|(_, unit)| self.count >= *unit).unwrap_or(&("B", 1));
+        let tenths = self.count / (unit / 10).max(1);
+        match tenths % 10 {
+            tenth if *unit > 1 && tenth > 0 && tenths < 100 => write!(f, "{}.{tenth}{name}", tenths / 10),
+            _ => write!(f, "{}{name}", self.count / unit),
+        }
+    }
+}
+
+/// Hours of the day: `22:00-06:00` goes over midnight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Hours {
+    /// Minutes since midnight.
+    from: u16,
+    to: u16,
+}
+
+impl Hours {
+    /// Whether a minute of the day is among them.
+    pub const fn hold(self, minute: u16) -> bool {
+        if self.from <= self.to {
+            self.from <= minute && minute < self.to
+        } else {
+            self.from <= minute || minute < self.to
+        }
+    }
+}
+
+impl FromStr for Hours {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let minute = |text: &str| {
+            let (hour, minute) = text.trim().split_once(':')?;
+            let (hour, minute): (u16, u16) = (hour.parse().ok()?, minute.parse().ok()?);
+            (hour < 24 && minute < 60).then_some(hour * 60 + minute)
+        };
+        let parse = || {
+            let (from, to) = text.split_once('-')?;
+            let (from, to) = (minute(from)?, minute(to)?);
+            (from != to).then_some(Self { from, to })
+        };
+        parse().ok_or_else(|| format!("expected two times of the day such as 22:00-06:00, got {text:?}"))
+    }
+}
+
+impl TryFrom<String> for Hours {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Hours> for String {
+    fn from(hours: Hours) -> Self {
+        hours.to_string()
+    }
+}
+
+impl fmt::Display for Hours {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { from, to } = self;
+        write!(f, "{:02}:{:02}-{:02}:{:02}", from / 60, from % 60, to / 60, to % 60)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,6 +207,40 @@ mod tests {
         for text in ["", "d", "5", "-1d", "1.5h", "5 m", "36526d", "99999999999999999999d", "5min"] {
             let error = text.parse::<Span>().unwrap_err();
             assert!(error.contains("90d"), "{error}");
+        }
+    }
+
+    #[test]
+    fn bytes_are_read_exactly_and_shown_shortly() {
+        for (text, count) in [("1GB", 1_000_000_000), ("500MB", 500_000_000), ("12kB", 12_000), ("7B", 7)] {
+            let bytes: Bytes = text.parse().unwrap();
+            assert_eq!(
+                (bytes.count(), String::from(bytes), bytes.to_string()),
+                (count, text.into(), text.into())
+            );
+        }
+        let shown =
+            [(0, "0B"), (999, "999B"), (1_500, "1.5kB"), (12_345_678, "12MB"), (2_345_678_901, "2.3GB")];
+        for (count, text) in shown {
+            assert_eq!(Bytes::of(count).to_string(), text);
+        }
+        // Exactly what it was, for a file.
+        assert_eq!(String::from(Bytes::of(1_500_001)), "1500001B");
+        for text in ["", "GB", "1", "1.5GB", "-1B", "1 GB", "1gb", "99999999999TB"] {
+            assert!(text.parse::<Bytes>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn hours_may_go_over_midnight() {
+        let night: Hours = "22:00-06:00".parse().unwrap();
+        let day: Hours = "9:30-17:00".parse().unwrap();
+        let among = |hours: Hours| [0, 359, 360, 570, 1019, 1020, 1319, 1320, 1439].map(|at| hours.hold(at));
+        assert_eq!(among(night), [true, true, false, false, false, false, false, true, true]);
+        assert_eq!(among(day), [false, false, false, true, true, false, false, false, false]);
+        assert_eq!((night.to_string(), day.to_string()), ("22:00-06:00".into(), "09:30-17:00".into()));
+        for text in ["", "22-6", "24:00-06:00", "10:60-11:00", "10:00-10:00", "10:00"] {
+            assert!(text.parse::<Hours>().is_err(), "{text}");
         }
     }
 }

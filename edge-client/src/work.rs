@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     compress::{self, Packed},
     control::{self, Controls},
+    doing,
     events::{Done, Event, Output},
     filter, install, kept,
     owed::{NEXT_RESIDUAL, residual_of},
@@ -174,7 +175,9 @@ struct Watching<'s> {
 
 impl train::Watch for Watching<'_> {
     fn step(&mut self, step: u32, loss: f32) {
-        self.output.show(&Event::Step { round: self.round, step, loss });
+        let event = Event::Step { round: self.round, step, loss };
+        doing::after_event(self.store, &event);
+        self.output.show(&event);
     }
 
     fn checkpoint(&mut self, bytes: Vec<u8>) -> Result<(), StoreError> {

@@ -58,6 +58,8 @@ pub fn command(name: &str) -> Command {
     // Every aggregator has its own admin port, for tests run side by side.
     command.env("COMMONWEAL_ADMIN", "127.0.0.1:0");
     command.stdin(Stdio::null()).env("RUST_LOG", "info,ort=warn").env("NO_COLOR", "1");
+    // Somebody may be at this machine while its tests run.
+    command.env("COMMONWEAL_ALWAYS", "1");
     command
 }
 
@@ -202,11 +204,19 @@ impl Running {
         self.child.wait().unwrap_or_else(|error| panic!("{}: {error}", self.name))
     }
 
+    /// A signal by its name.
+    ///
+    /// # Panics
+    /// When it cannot be sent.
+    pub fn signal(&self, name: &str) {
+        let id = self.child.id().to_string();
+        let sent = Command::new("kill").args(["-s", name, &id]).status();
+        assert!(sent.is_ok_and(|status| status.success()), "{}: no signal was sent", self.name);
+    }
+
     /// SIGTERM, as an operator does; its exit code.
     pub fn stop(self) -> i32 {
-        let id = self.child.id().to_string();
-        let sent = Command::new("kill").arg(&id).status();
-        assert!(sent.is_ok_and(|status| status.success()), "{}: no signal was sent", self.name);
+        self.signal("TERM");
         self.finish()
     }
 

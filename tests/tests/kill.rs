@@ -201,3 +201,36 @@ fn device_killed_while_uploading_sends_the_same_update() {
 fn device_killed_before_its_receipt_arrives_gets_it_again() {
     kill_device_at("receipt");
 }
+
+/// Rules that cannot hold, then rules that hold anywhere.
+#[test]
+fn a_daemon_waits_while_its_owners_rules_do_not_hold_and_says_why() {
+    let federation = Federation::new(1, |_| ());
+    let mut aggregator = federation.serve_rounds(None, "");
+    let devices = federation.enrolled(1);
+    let policy = devices[0].state().join("policy.toml");
+    let none = "idle = \"0s\"\npower = false\nunmetered = false\ntemperature_max_c = 120.0\n";
+    fs::write(&policy, format!("[when]\n{none}memory_free_min = \"1000TB\"\n")).unwrap();
+    let run = || {
+        let mut command = devices[0].command("edge-client", &["run"]);
+        command.env_remove("COMMONWEAL_ALWAYS");
+        Running::start("device-0", &mut command, &devices[0].state().with_extension("log"))
+    };
+    let mut device = run();
+    let waiting = device.event("waiting");
+    assert!(waiting["why"].as_str().unwrap().contains("memory is short"), "{waiting}");
+    let status = devices[0].call(&["status"]).with_code(0).objects().remove(0);
+    assert_eq!(status["may_work"], false);
+    let doing = status["doing"]["sentence"].as_str().unwrap();
+    assert!(doing.starts_with("waits: memory is short"), "{doing}");
+    // By hand it works at once.
+    assert_eq!(device.stop(), 0);
+    assert!(devices[0].call(&["status"]).with_code(0).objects()[0]["doing"].is_null());
+    let once = devices[0].call(&["once", "--heed-rules"]).with_code(0).objects().remove(0);
+    assert_eq!(once["event"], "waiting");
+
+    fs::write(&policy, format!("[when]\n{none}memory_free_min = \"0B\"\n")).unwrap();
+    let mut device = run();
+    device.stage("upload");
+    aggregator.event("published");
+}

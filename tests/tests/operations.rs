@@ -124,6 +124,20 @@ fn the_admin_port_tells_what_a_federation_does() {
     }
     check_by_python(&after);
 
+    // A token that leaked is replaced without a restart; one that others can read is not taken.
+    let path = federation.state().join("admin.token");
+    std::fs::remove_file(&path).unwrap();
+    aggregator.signal("HUP");
+    assert!(aggregator.event("reloaded")["problem"].is_null());
+    assert_eq!(metrics(Some(&token)).status, 401);
+    let token = federation.admin_token();
+    assert_eq!(metrics(Some(&token)).status, 200);
+    std::fs::write(&path, "short").unwrap();
+    aggregator.signal("HUP");
+    assert!(aggregator.event("reloaded")["problem"].as_str().unwrap().contains("at least 16 characters"));
+    assert_eq!(metrics(Some(&token)).status, 200);
+    std::fs::write(&path, &token).unwrap();
+
     let listed = Finished::of(federation.verb("devices").arg("--json")).with_code(0).objects();
     let name = listed[0]["device"].as_str().unwrap().to_owned();
     assert!(!after.contains(&name), "a device's name is no label");

@@ -1,19 +1,27 @@
 //! Who may ask: whoever names the token of the state directory. In a header only, which no page of another site can
 //! make a browser send. Around `routes.rs`.
 
+use std::sync::{Arc, PoisonError, RwLock};
+
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
-/// The token, kept as its hash: comparing hashes takes as long for one token as for another.
-#[derive(Clone, Copy, Debug)]
-pub struct Token(blake3::Hash);
+/// The token, kept as its hash: comparing hashes takes as long for one token as for another. Clones are one token, which
+/// can be replaced while it is in use.
+#[derive(Clone, Debug)]
+pub struct Token(Arc<RwLock<blake3::Hash>>);
 
 impl Token {
     /// This token.
     pub fn new(token: &str) -> Self {
-        Self(blake3::hash(token.trim().as_bytes()))
+        Self(Arc::new(RwLock::new(hash(token))))
+    }
+
+    /// From now on this one, and no longer the one before.
+    pub fn replace(&self, token: &str) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = hash(token);
     }
 
     fn opens(&self, headers: &HeaderMap) -> bool {
@@ -21,8 +29,13 @@ impl Token {
         let named = said
             .and_then(|said| said.split_once(' '))
             .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
-        named.is_some_and(|(_, token)| blake3::hash(token.trim().as_bytes()) == self.0)
+        let wanted = *self.0.read().unwrap_or_else(PoisonError::into_inner);
+        named.is_some_and(|(_, token)| hash(token) == wanted)
     }
+}
+
+fn hash(token: &str) -> blake3::Hash {
+    blake3::hash(token.trim().as_bytes())
 }
 
 /// Lets through what names the token.
@@ -53,5 +66,7 @@ mod tests {
         for bad in [None, Some("secret"), Some("Bearer "), Some("Bearer secret2"), Some("Basic secret")] {
             assert!(!opens(bad), "{bad:?}");
         }
+        token.clone().replace("another");
+        assert!(opens(Some("Bearer another")) && !opens(Some("Bearer secret")));
     }
 }

@@ -27,7 +27,7 @@ pub(super) struct Served {
 pub(super) fn routes(admin: Admin) -> Router {
     let Admin { observer, token, metrics_token } = admin;
     let served = Served { observer, looks: Arc::new(Semaphore::new(LOOKS_MAX)) };
-    let guard = || middleware::from_fn_with_state(token, door::guard);
+    let guard = || middleware::from_fn_with_state(token.clone(), door::guard);
     let metrics = Router::new().route("/metrics", get(metrics));
     let metrics = if metrics_token { metrics.route_layer(guard()) } else { metrics };
     Router::new()

@@ -1,6 +1,6 @@
 //! `run` and `once`: the device visits the aggregator, as often as it is asked to come back.
 
-use std::{num::NonZeroU64, path::PathBuf, thread, time::Duration};
+use std::{num::NonZeroU64, thread, time::Duration};
 
 use anyhow::{Context, Result};
 use commonweal_protocol::{ReconnectWindow, Refusal};
@@ -12,13 +12,18 @@ use tokio::runtime::Runtime;
 
 use super::{Shared, exit::BadInput, identity::Identity, open};
 use crate::{
+    doing,
     events::{Event, Output},
     forget,
     install::Expected,
+    notify,
     pipeline::{Device, Outcome, Visit, until_cancelled},
     pipeline_error::PipelineError,
+    priority, sensors,
     settings::SettingsFile,
-    store::{Store, StoreError},
+    store::StoreError,
+    watch::{Heed, Watched, watched},
+    when::Why,
 };
 
 /// Present while the owner wants no rounds.
@@ -35,14 +40,20 @@ const EXPIRE: Duration = Duration::from_secs(24 * 3600);
 const RETRY: ReconnectWindow = ReconnectWindow { after_ms: 2_500, spread_ms: 5_000 };
 /// After a step that memory was too short for: what else takes it is a person's, and ends in minutes.
 const MEMORY_RETRY: ReconnectWindow = ReconnectWindow { after_ms: 60_000, spread_ms: 60_000 };
-/// How often a visit looks whether it shall end.
-const LOOK: Duration = Duration::from_millis(100);
+/// Looks so often whether the owner's rules hold.
+const RULES_WAIT: Duration = Duration::from_secs(10);
 
 /// One visit; exit code 4 when the update was refused.
-pub(super) fn once(shared: &Shared) -> Result<()> {
-    let mut member = Member::open(shared)?;
+pub(super) fn once(shared: &Shared, heeds: bool) -> Result<()> {
+    let mut member = Member::open(shared, heeds)?;
+    let (outcome, reconnect) = match member.turn()? {
+        Turn::Visited(visited) => visited.map(|Visit { outcome, reconnect }| (outcome, reconnect))?,
+        Turn::PutOff { why, .. } => {
+            shared.output().show(&Event::Waiting { seconds: 0.0, why });
+            return Ok(());
+        }
+    };
     let _visiting = member.device.store.hold_visit()?;
-    let Visit { outcome, reconnect } = member.visit()?;
     // A release may have been published while this device worked.
     if let Outcome::Delivered(_) = outcome {
         member.device.poll()?;
@@ -60,17 +71,26 @@ pub(super) fn once(shared: &Shared) -> Result<()> {
 }
 
 /// Visits until stopped, or until enough updates were accepted.
-pub(super) fn run(shared: &Shared, rounds: Option<u64>) -> Result<()> {
-    let mut member = Member::open(shared)?;
+pub(super) fn run(shared: &Shared, rounds: Option<u64>, heeds: bool) -> Result<()> {
+    let mut member = Member::open(shared, heeds)?;
+    let _watchdog = notify::Watchdog::start().context("cannot start a thread")?;
+    notify::ready();
     let longest = member.settings.poll_seconds_max.map_or(POLL_SECONDS_MAX, NonZeroU64::get);
     let longest = Duration::from_secs(longest);
     let stop = member.stop.clone();
     let mut random = ChaCha8Rng::from_os_rng();
     let mut delivered = 0;
+    let mut is_put_off = false;
     while !stop.is_cancelled() {
         let (wait, why) = match member.turn()? {
-            Turn::PutOff { why, wait } => (longest.min(wait), why.to_owned()),
+            Turn::PutOff { why, wait } => {
+                if !std::mem::replace(&mut is_put_off, true) {
+                    tracing::info!("waits: {why}");
+                }
+                (longest.min(wait), why)
+            }
             Turn::Visited(Ok(Visit { outcome, reconnect })) => {
+                is_put_off = false;
                 delivered += u64::from(matches!(outcome, Outcome::Delivered(_)));
                 if rounds.is_some_and(|rounds| delivered >= rounds) {
                     break;
@@ -85,6 +105,7 @@ pub(super) fn run(shared: &Shared, rounds: Option<u64>) -> Result<()> {
                 (draw(window, longest, random.next_u64()), why)
             }
         };
+        member.tell(format!("waits: {why}"));
         if shared.output() == Output::Text {
             tracing::debug!(seconds = wait.as_secs_f64(), why, "waiting");
         } else {
@@ -92,6 +113,8 @@ pub(super) fn run(shared: &Shared, rounds: Option<u64>) -> Result<()> {
         }
         sleep(wait, &stop);
     }
+    notify::stopping();
+    member.tell("has stopped".to_owned());
     Ok(())
 }
 
@@ -109,14 +132,6 @@ fn why_again(error: &PipelineError) -> String {
         None if error.is_want_of_memory() => "too little memory for a training step".to_owned(),
         None => "the aggregator is away".to_owned(),
     }
-}
-
-/// Ends a visit when the process is to stop, or when one of these files says that the owner wants something else.
-async fn end(visit: Cancel, stop: Cancel, wishes: Vec<PathBuf>) {
-    while !stop.is_cancelled() && !wishes.iter().any(|wish| wish.exists()) {
-        tokio::time::sleep(LOOK).await;
-    }
-    visit.cancel();
 }
 
 /// This device's own moment in a window. One that ends after the longest wait is scaled down to end with it: were it cut
@@ -143,6 +158,7 @@ fn sleep(total: Duration, cancel: &Cancel) {
     let piece = Duration::from_millis(50);
     let mut left = total;
     while !left.is_zero() && !cancel.is_cancelled() {
+        doing::goes_on();
         thread::sleep(left.min(piece));
         left = left.saturating_sub(piece);
     }
@@ -153,7 +169,13 @@ enum Turn {
     /// A visit.
     Visited(Result<Visit, PipelineError>),
     /// None, or one that was broken off, for now.
-    PutOff { why: &'static str, wait: Duration },
+    PutOff { why: String, wait: Duration },
+}
+
+impl Turn {
+    fn by_rules(why: &Why) -> Self {
+        Self::PutOff { why: why.to_string(), wait: RULES_WAIT }
+    }
 }
 
 /// A device, its settings and the identity that it shows.
@@ -166,11 +188,17 @@ struct Member {
     stop: Cancel,
     /// When it was last looked for samples that are older than the owner keeps them.
     expired_ms: u64,
+    /// The owner's rules of when to work; none if this process is asked to work at any time.
+    heed: Option<Heed>,
 }
 
 impl Member {
-    fn open(shared: &Shared) -> Result<Self> {
+    fn open(shared: &Shared, heeds: bool) -> Result<Self> {
         let place = open::Place::find(shared)?;
+        let policy = place.policy(shared)?;
+        if heeds && let Err(error) = priority::lower(policy.when.nice) {
+            tracing::warn!("this process cannot ask for less than others: {error}");
+        }
         let store = place.store()?;
         let Some(identity) = Identity::read(&store)? else {
             let directory = place.directory.display();
@@ -178,7 +206,7 @@ impl Member {
                 BadInput(format!("{directory} is not enrolled: edge-client enroll INVITATION")).into()
             );
         };
-        let policy = place.policy(shared)?;
+        let heed = heeds.then(|| Heed { rules: policy.when, sensors: sensors::of_system() });
         let runtime = Runtime::new().context("cannot start")?;
         let cancel = open::stop_on_signal(runtime.handle());
         let link = connect(&runtime, &identity, &place.settings)?;
@@ -198,7 +226,7 @@ impl Member {
             cancel: cancel.clone(),
         };
         let mut member =
-            Self { settings: place.settings, identity, device, runtime, stop: cancel, expired_ms: 0 };
+            Self { settings: place.settings, identity, device, runtime, stop: cancel, expired_ms: 0, heed };
         let visiting = member.device.store.hold_visit()?;
         member.forget()?;
         drop(visiting);
@@ -220,29 +248,53 @@ impl Member {
         Ok(())
     }
 
-    /// A visit that a pause, a wish to forget or a signal ends where it stands; none while the owner wants none.
-    /// `edge-client pause` and `forget` wait for its end.
+    /// A visit that a pause, a wish to forget, a broken rule or a signal ends where it stands; none while there is one of
+    /// them. `edge-client pause` and `forget` wait for its end.
     fn turn(&mut self) -> Result<Turn> {
         let _visiting = self.device.store.hold_visit()?;
         self.forget()?;
-        let put_off = |store: &Store| {
-            let (why, wait) = match () {
-                () if store.exists(PAUSED) => ("paused", PAUSED_WAIT),
-                () if forget::is_wished(store) => ("something is to be forgotten first", Duration::ZERO),
-                () => return None,
-            };
-            Some(Turn::PutOff { why, wait })
-        };
-        if let Some(put_off) = put_off(&self.device.store) {
+        self.device.cancel = Cancel::new();
+        if self.identity.credentials.should_renew(Clock::system().unix_ms()) {
+            self.renew();
+        }
+        let why = self.heed.as_mut().map(|heed| heed.why_not(false)).filter(|why| !why.is_nothing());
+        if let Some(put_off) = self.wished().or(why.as_ref().map(Turn::by_rules)) {
             return Ok(put_off);
         }
-        self.device.cancel = Cancel::new();
-        let wishes = [PAUSED, forget::WISH, forget::WISH_ALL].map(|name| self.device.store.path(name));
-        let watch = self.runtime.spawn(end(self.device.cancel.clone(), self.stop.clone(), wishes.into()));
-        let visited = self.visit();
-        watch.abort();
-        let put_off = if visited.is_err() { put_off(&self.device.store) } else { None };
-        Ok(put_off.unwrap_or(Turn::Visited(visited)))
+        self.tell("asks the aggregator for work".to_owned());
+        let mut heed = self.heed.take();
+        let watch = Watched {
+            visit: self.device.cancel.clone(),
+            stop: self.stop.clone(),
+            wishes: [PAUSED, forget::WISH, forget::WISH_ALL].map(|name| self.device.store.path(name)).into(),
+            heed: heed.as_mut(),
+        };
+        let (visited, broken) = watched(watch, || self.visit());
+        self.heed = heed;
+        match visited {
+            Ok(visit) => Ok(Turn::Visited(Ok(visit))),
+            Err(error) => {
+                let put_off = self.wished().or(broken.as_ref().map(Turn::by_rules));
+                Ok(put_off.unwrap_or(Turn::Visited(Err(error))))
+            }
+        }
+    }
+
+    /// What the owner wants first.
+    fn wished(&self) -> Option<Turn> {
+        let store = &self.device.store;
+        let (why, wait) = if store.exists(PAUSED) {
+            ("paused", PAUSED_WAIT)
+        } else if forget::is_wished(store) {
+            ("something is to be forgotten first", Duration::ZERO)
+        } else {
+            return None;
+        };
+        Some(Turn::PutOff { why: why.to_owned(), wait })
+    }
+
+    fn tell(&self, sentence: String) {
+        doing::tell(&self.device.store, sentence, Clock::system().unix_ms());
     }
 
     /// One visit, with a certificate that is renewed in time. If it ended all the same, the update is still on disk: it
@@ -291,28 +343,6 @@ mod tests {
     fn too_little() -> commonweal_runtime::MemoryError {
         let available = Some(Available { bytes: 1, bound: Bound::Machine });
         memory::check("a training step", 2, available, "x").unwrap_err()
-    }
-
-    #[tokio::test]
-    async fn a_visit_ends_with_the_process_or_with_a_pause() {
-        let directory = tempfile::tempdir().unwrap();
-        let [paused, forgotten] = [PAUSED, forget::WISH].map(|name| directory.path().join(name));
-        let begin = |stop: &Cancel| {
-            let visit = Cancel::new();
-            (tokio::spawn(end(visit.clone(), stop.clone(), vec![forgotten.clone(), paused.clone()])), visit)
-        };
-        let stop = Cancel::new();
-        let (ended, visit) = begin(&stop);
-        tokio::task::yield_now().await;
-        assert!(!visit.is_cancelled());
-        std::fs::write(&paused, b"").unwrap();
-        ended.await.unwrap();
-        assert!(visit.is_cancelled() && !stop.is_cancelled());
-        std::fs::remove_file(&paused).unwrap();
-        let (ended, visit) = begin(&stop);
-        stop.cancel();
-        ended.await.unwrap();
-        assert!(visit.is_cancelled());
     }
 
     #[test]

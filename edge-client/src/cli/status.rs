@@ -5,10 +5,12 @@ use serde_json::json;
 
 use super::{Shared, identity::Identity, open, rounds};
 use crate::{
+    doing,
     events::{Event, Output},
-    kept, personal,
+    kept, personal, sensors,
     serve::Consent,
     upload,
+    watch::Heed,
 };
 
 pub(super) fn status(shared: &Shared) -> Result<()> {
@@ -26,8 +28,15 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
     let has_personal = personal::exists(&store);
     let last_round = receipts.last().map(|delivered| delivered.round.0);
     let output = shared.output();
+    let doing = doing::told(&store).filter(|_| device.is_some());
+    let doing = if store.is_worked_in()? { doing } else { None };
+    let policy = place.policy(shared)?;
+    let mut heed = Heed { rules: policy.when, sensors: sensors::of_system() };
+    let why = heed.why_not(false);
     if output == Output::Json {
         let line = json!({
+            "doing": doing, "may_work": why.is_nothing(), "why_not": why.to_string(), "rules_broken": why,
+            "readings": heed.readings(),
             "device": device, "enrolled": device.is_some(), "paused": paused, "samples": samples,
             "installed": installed, "updates_accepted": receipts.len(), "last_round": last_round,
             "round_in_progress": in_progress, "chats": consent.words(), "keep_chats": consent.policy,
@@ -41,9 +50,15 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
         Some(device) if paused => {
             output.say(&format!("device {device}, paused: `edge-client resume` to take part again"));
         }
-        Some(device) => {
-            output.say(&format!("device {device}, takes part when `edge-client run` is running"));
-        }
+        Some(device) => match doing {
+            Some(doing) => output.say(&format!("device {device}: {}", doing.sentence)),
+            None => output.say(&format!("device {device}, takes part when `edge-client run` is running")),
+        },
+    }
+    if why.is_nothing() {
+        output.say("the rules of when to work hold");
+    } else {
+        output.say(&format!("`run` would wait: {why}"));
     }
     output.say(&format!("{samples} samples, {} updates accepted", receipts.len()));
     match installed {

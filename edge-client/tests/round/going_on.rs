@@ -9,11 +9,11 @@ use commonweal_safety::{Guard, Reviser};
 use edge_client::{
     filter, kept,
     pipeline::Outcome,
-    policy::{Method, Policy},
+    policy::{Method, Policy, TrainPolicy},
     revise::{self, TrainingPair},
     rows::{self},
     sample::Sample,
-    store::Store,
+    store::{Store, StoreError},
     train,
 };
 
@@ -147,6 +147,26 @@ fn a_round_for_another_base_is_refused_with_both_hashes() {
     assert_eq!(edge_client::cli::exit::code(&error.into()), 3);
 }
 
+/// Stops training behind a step.
+struct Stop<'c> {
+    after: u32,
+    cancel: &'c Cancel,
+    kept: Option<Vec<u8>>,
+}
+
+impl train::Watch for Stop<'_> {
+    fn step(&mut self, step: u32, _: f32) {
+        if step == self.after {
+            self.cancel.cancel();
+        }
+    }
+
+    fn checkpoint(&mut self, bytes: Vec<u8>) -> Result<(), StoreError> {
+        self.kept = Some(bytes);
+        Ok(())
+    }
+}
+
 #[test]
 fn training_goes_on_to_the_same_bits_and_the_same_report() {
     let (model, cancel) = (model(), Cancel::new());
@@ -204,5 +224,19 @@ fn training_goes_on_to_the_same_bits_and_the_same_report() {
         // What is no checkpoint is not gone on with.
         let (anew, kept) = run(&pairs, Some(b"not a checkpoint"));
         assert_eq!((anew.delta(), kept.1), (whole.delta(), 6));
+        // Stopped behind any step, it goes on with the next.
+        let seldom = TrainPolicy { checkpoint_steps: 1_000, ..policy.train.clone() };
+        for after in 1..6 {
+            let cancel = Cancel::new();
+            let mut stop = Stop { after, cancel: &cancel, kept: None };
+            train::train(&model, &start, &pairs, &task, &seldom, None, &mut stop, &cancel).unwrap_err();
+            let (kept, mut rest) = (stop.kept.unwrap(), Keep::default());
+            let cancel = Cancel::new();
+            let resumed =
+                train::train(&model, &start, &pairs, &task, &seldom, Some(&kept), &mut rest, &cancel)
+                    .unwrap();
+            assert_eq!(rest.1, 6 - after as usize, "steps made");
+            assert_eq!(resumed.delta(), whole.delta(), "{method:?}, stopped behind step {after}");
+        }
     }
 }

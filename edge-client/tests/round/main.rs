@@ -6,4 +6,5 @@ mod control;
 mod delivering;
 mod going_on;
 mod screening;
+mod watching;
 mod world;

@@ -1,0 +1,133 @@
+//! What two services on the system's bus know: logind, whether anybody is there, and NetworkManager, whether the network is
+//! metered. Of `sensors.rs`, which asks once a second at most.
+//!
+//! Asked through systemd's own `busctl`, whose answer is a type and a value: `b true`, `t 1764406800000000`, `u 4`.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+/// A bus or a service that is not there is looked for again so often.
+const AGAIN: Duration = Duration::from_secs(60);
+const LOGIND: [&str; 3] =
+    ["org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager"];
+const NETWORK: [&str; 3] =
+    ["org.freedesktop.NetworkManager", "/org/freedesktop/NetworkManager", "org.freedesktop.NetworkManager"];
+
+/// The bus at a socket.
+#[derive(Debug)]
+pub(crate) struct Bus {
+    socket: PathBuf,
+    logind_failed: Option<Instant>,
+    network_failed: Option<Instant>,
+}
+
+impl Bus {
+    pub(crate) fn at(socket: &Path) -> Self {
+        Self { socket: socket.to_owned(), logind_failed: None, network_failed: None }
+    }
+
+    /// Since everybody left, as logind has it; nothing while somebody is there.
+    pub(crate) fn idle(&mut self) -> Option<Duration> {
+        let ask = |property| ask(&self.socket, LOGIND, property);
+        unless_failed(&mut self.logind_failed, || {
+            if ask("IdleHint")? == "false" {
+                return Some(Duration::ZERO);
+            }
+            let since = Duration::from_micros(ask("IdleSinceHint")?.parse().ok()?);
+            Some(SystemTime::now().duration_since(UNIX_EPOCH).ok()?.saturating_sub(since))
+        })
+    }
+
+    /// Whether the network is metered, or NetworkManager guesses so.
+    pub(crate) fn metered(&mut self) -> Option<bool> {
+        let socket = &self.socket;
+        unless_failed(&mut self.network_failed, || is_metered(&ask(socket, NETWORK, "Metered")?))
+    }
+}
+
+/// NetworkManager's `NMMetered`: 1 yes, 2 no, 3 a guess of yes, 4 a guess of no.
+fn is_metered(value: &str) -> Option<bool> {
+    match value {
+        "1" | "3" => Some(true),
+        "2" | "4" => Some(false),
+        _ => None,
+    }
+}
+
+fn unless_failed<T>(failed: &mut Option<Instant>, ask: impl FnOnce() -> Option<T>) -> Option<T> {
+    if failed.is_some_and(|failed| failed.elapsed() < AGAIN) {
+        return None;
+    }
+    let answer = ask();
+    *failed = if answer.is_none() { Some(Instant::now()) } else { None };
+    answer
+}
+
+fn ask(socket: &Path, [service, path, interface]: [&str; 3], property: &str) -> Option<String> {
+    if !socket.exists() {
+        return None;
+    }
+    let asked = Command::new("busctl")
+        .arg(format!("--address=unix:path={}", socket.display()))
+        .args(["--timeout=2", "--auto-start=no", "get-property", service, path, interface, property])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
+    let answer = String::from_utf8(asked.stdout).ok().filter(|_| asked.status.success())?;
+    Some(answer.trim().split_once(' ')?.1.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// A real bus of our own, without the services but with the bus itself to ask.
+    #[test]
+    fn a_real_bus_is_asked_and_what_it_does_not_have_is_not_known() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("bus");
+        let config = directory.path().join("bus.conf");
+        let text = format!(
+            "<busconfig><type>system</type><listen>unix:path={}</listen><auth>EXTERNAL</auth>\
+             <policy context=\"default\"><allow send_destination=\"*\"/><allow receive_sender=\"*\"/>\
+             <allow own=\"*\"/><allow user=\"*\"/></policy></busconfig>",
+            socket.display()
+        );
+        fs::write(&config, text).unwrap();
+        let config = format!("--config-file={}", config.display());
+        let daemon = Command::new("dbus-daemon").args([&config, "--nofork", "--nopidfile"]).spawn();
+        let (Ok(mut daemon), Ok(_)) = (daemon, Command::new("busctl").arg("--version").output()) else {
+            eprintln!("SKIPPED: this machine has no dbus-daemon or no busctl");
+            return;
+        };
+        let features = || {
+            let itself = ["org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus"];
+            ask(&socket, itself, "Features")
+        };
+        let begun = Instant::now();
+        while features().is_none() && begun.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let told = features();
+        let mut bus = Bus::at(&socket);
+        let unknown = (bus.idle(), bus.metered());
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        assert!(told.is_some(), "the bus tells of itself");
+        assert_eq!(unknown, (None, None), "a bus without the services");
+    }
+
+    #[test]
+    fn a_guess_counts_and_not_to_know_does_not() {
+        assert_eq!(
+            ["0", "1", "2", "3", "4"].map(is_metered),
+            [None, Some(true), Some(false), Some(true), Some(false)]
+        );
+    }
+}
