@@ -205,7 +205,7 @@ fn rank_test(after: &[f32], before: &[f32], rise: f64) -> f64 {
         let count = same.len() as f64;
         let ours = same.iter().filter(|(_, is_after)| *is_after).count() as f64;
         // All of them have the mean of the ranks place + 1 to place + count.
-        ranks += ours * (place + (count + 1.0) / 2.0);
+        ranks += ours * (place + f64::midpoint(count, 1.0));
         ties += count.powi(3) - count;
         place += count;
     }
