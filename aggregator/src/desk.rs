@@ -48,6 +48,8 @@ struct Inner {
     stop: bool,
     /// The last finished round, to be cleaned up.
     finished: Option<RoundId>,
+    /// A step failed midway, or a process ended in one: the round's end may be on record and not in the state.
+    is_unsure: bool,
 }
 
 /// See the module.
@@ -76,7 +78,15 @@ impl Desk {
         now_ms: u64,
     ) -> Result<Arc<Self>, DeskError> {
         let (durable, sequence) = load(storage.coord.as_ref())?;
-        let inner = Inner { durable, sequence, work: None, wake_ms: None, stop: false, finished: None };
+        let inner = Inner {
+            durable,
+            sequence,
+            work: None,
+            wake_ms: None,
+            stop: false,
+            finished: None,
+            is_unsure: true,
+        };
         let desk =
             Self { storage, publisher, policy, events, inner: Mutex::new(inner), blobs: RwLock::new(()) };
         desk.apply(&mut desk.lock(), now_ms, Event::Resumed)?;
@@ -144,6 +154,7 @@ impl Desk {
     pub fn take(&self, now_ms: u64, accepted: &Accepted) -> Result<Taken, DeskError> {
         let device = accepted.receipt.receipt.device;
         let mut inner = self.lock();
+        self.settle(&mut inner, now_ms)?;
         inner.durable.rounds.admits(&self.policy, accepted.open.round, &device)?;
         // The round that merges it, which in buffered mode may be a later one than it names.
         let round = inner.durable.rounds.round;
@@ -197,6 +208,7 @@ impl Desk {
     /// What a stage has to do, after seeing to the time.
     pub fn next(&self, now_ms: u64) -> Result<Next, DeskError> {
         let mut inner = self.lock();
+        self.settle(&mut inner, now_ms)?;
         if inner.work.is_none() {
             if inner.durable.rounds.is_due(now_ms) {
                 self.reconcile(&mut inner, now_ms)?;
@@ -281,8 +293,35 @@ impl Desk {
         Ok(())
     }
 
-    /// One step of the state machine: on a copy, which becomes the state once it is saved.
+    /// A round whose end is on record is over, though the state behind the record was not saved: a record cannot be taken
+    /// back, and what would happen now may be something else. Looked for after whatever failed, and at the start.
+    fn settle(&self, inner: &mut Inner, now_ms: u64) -> Result<(), DeskError> {
+        if !inner.is_unsure {
+            return Ok(());
+        }
+        let round = inner.durable.rounds.round;
+        let recorded = self.storage.coord.head(RECORDS)?.map_or(0, |entry| entry.sequence);
+        // Entry n is of round n - 1.
+        if recorded > round.0 {
+            inner.work = None;
+            inner.durable.progress = Progress::default();
+            self.step(inner, now_ms, Event::Recorded)?;
+            inner.finished = Some(round);
+        }
+        inner.is_unsure = false;
+        Ok(())
+    }
+
+    /// What an event leads to, once it is known where the round stands.
     fn apply(&self, inner: &mut Inner, now_ms: u64, event: Event) -> Result<Vec<Action>, DeskError> {
+        self.settle(inner, now_ms)?;
+        let done = self.step(inner, now_ms, event);
+        inner.is_unsure = done.is_err();
+        done
+    }
+
+    /// One step of the state machine: on a copy, which becomes the state once it is saved.
+    fn step(&self, inner: &mut Inner, now_ms: u64, event: Event) -> Result<Vec<Action>, DeskError> {
         let mut durable = inner.durable.clone();
         let actions = durable.rounds.tick(&self.policy, now_ms, event);
         let before = std::mem::replace(&mut inner.durable, durable);

@@ -165,6 +165,7 @@ impl Rounds {
     pub fn tick(&mut self, policy: &Policy, now_ms: u64, event: Event) -> Vec<Action> {
         match (&mut self.phase, event) {
             (_, Event::Resumed) => self.resume(policy, now_ms),
+            (_, Event::Recorded) => self.leave(policy),
             (Phase::Waiting { .. }, Event::Head(start)) if policy.is_buffered() => {
                 self.open_buffer(policy, now_ms, start)
             }
@@ -328,10 +329,17 @@ impl Rounds {
             received: self.received,
             outcome,
         };
+        // The record comes first. Once it is there the round is over, whatever becomes of the state behind it.
+        let mut actions = vec![Action::Finish(summary)];
+        actions.extend(self.leave(policy));
+        actions
+    }
+
+    /// On to the next round.
+    fn leave(&mut self, policy: &Policy) -> Vec<Action> {
         let (tasks, chosen) = (std::mem::take(&mut self.tasks), std::mem::take(&mut self.chosen));
         *self = Self { chosen, tasks, ..Self::waiting(RoundId(self.round.0.saturating_add(1))) };
-        // The record comes first: after a crash between the two the round ends again, the same way.
-        let mut actions = vec![Action::Finish(summary), Action::Save];
+        let mut actions = vec![Action::Save];
         if policy.is_past_last(self.round) {
             actions.push(Action::Stop);
         }

@@ -48,6 +48,13 @@ fn systemd_hears_that_it_is_ready_what_it_does_that_it_lives_and_that_it_stops()
     hear(&socket, &mut heard, |said| said == "STATUS=has stopped");
 }
 
+/// `dpkg-deb`, at the root of the repository, below which packages are made.
+fn dpkg() -> Command {
+    let mut command = Command::new("dpkg-deb");
+    command.current_dir(workspace());
+    command
+}
+
 /// Whether a program is on this machine; the test that needs it says that it is skipped.
 fn is_here(program: &str, test: &str) -> bool {
     let is_here = Command::new(program).arg("--version").output().is_ok();
@@ -83,7 +90,7 @@ fn the_package_has_the_program_its_service_and_what_they_need() {
     }
     let made = Finished::of(Command::new(workspace().join("scripts/package-deb")).arg("--no-build"));
     let deb = made.with_code(0).stdout.trim().to_owned();
-    let files = Finished::of(Command::new("dpkg-deb").args(["--contents", &deb])).with_code(0).stdout;
+    let files = Finished::of(dpkg().args(["--contents", &deb])).with_code(0).stdout;
     for file in [
         "./usr/bin/edge-client",
         "./usr/lib/systemd/system/commonweal-edge-client.service",
@@ -94,7 +101,7 @@ fn the_package_has_the_program_its_service_and_what_they_need() {
     ] {
         assert!(files.lines().any(|line| line.ends_with(file)), "{file} is not in\n{files}");
     }
-    let control = Finished::of(Command::new("dpkg-deb").args(["--field", &deb])).with_code(0).stdout;
+    let control = Finished::of(dpkg().args(["--field", &deb])).with_code(0).stdout;
     assert!(control.contains("Package: commonweal-edge-client"), "{control}");
 }
 

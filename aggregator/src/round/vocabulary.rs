@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 pub enum Event {
     /// The process has started; the phase's work begins again.
     Resumed,
+    /// The round's end is on record, although the state behind it was not saved: it is over.
+    Recorded,
     /// A timer ran out.
     TimePassed,
     /// A device asked for work; `start` is the release it would begin from.
