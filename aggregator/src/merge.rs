@@ -89,7 +89,7 @@ impl Options {
         }
     }
 
-    /// Updates that lie behind count less: see [`staleness`].
+    /// Updates that lie behind count less: see `merge/staleness.rs`.
     #[must_use]
     pub fn discounting(self, staleness_exponent: f64) -> Self {
         Self { staleness_exponent, ..self }

@@ -26,7 +26,7 @@ pub enum Sampling {
     Fair,
 }
 
-/// When each device was last asked, newest [`CHOSEN_MAX`]; of [`Sampling::Fair`].
+/// When each device was last asked, the newest alone; of [`Sampling::Fair`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Chosen(BTreeMap<DeviceId, RoundId>);
 
