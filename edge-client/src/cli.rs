@@ -119,7 +119,7 @@ pub enum Verb {
         /// Stop after this many accepted updates
         #[arg(long, value_name = "N")]
         rounds: Option<u64>,
-        /// Work at any time and at normal priority: the policy's [when] is not asked
+        /// Work at any time and at normal priority: the policy's rules are not asked
         #[arg(long, env = "COMMONWEAL_ALWAYS", value_parser = clap::builder::FalseyValueParser::new())]
         always: bool,
     },
@@ -128,7 +128,7 @@ pub enum Verb {
         after_help = "Examples:\n  edge-client once\n  edge-client once --json || echo \"exit code $?\"   4: the update was refused, 5: nobody answers"
     )]
     Once {
-        /// Only if the rules of the policy's [when] hold, and as long as they do
+        /// Only if the policy's rules of when to work hold, and as long as they do
         #[arg(long)]
         heed_rules: bool,
     },
