@@ -6,7 +6,7 @@ use std::{
     env,
     ffi::OsStr,
     io::{BufRead, BufReader, Lines, Write as _},
-    process::{Child as Process, ChildStdin, ChildStdout, Command, ExitStatus, Stdio},
+    process::{Child as Process, ChildStdin, ChildStdout, Command, ExitCode, ExitStatus, Stdio},
 };
 
 use anyhow::{Context, Result};
@@ -85,4 +85,19 @@ pub fn tell(told: &impl Serialize) {
     let line = serde_json::to_string(told).unwrap_or_default();
     let mut stdout = std::io::stdout().lock();
     drop(writeln!(stdout, "{line}").and_then(|()| stdout.flush()));
+}
+
+/// The whole of such a program: its log goes to stderr, from this level on unless `RUST_LOG` says otherwise, and what
+/// went wrong is the last line there and exit code 1.
+pub fn program(level: &str, work: impl FnOnce() -> Result<()>) -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    match work() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -14,7 +14,7 @@ use std::{
 };
 
 use aggregator::{
-    config::Config,
+    config::{Config, Gates},
     desk::{Desk, Record},
     directory::Directory,
     drive::{Driver, Stages},
@@ -29,6 +29,7 @@ use aggregator::{
         handler::{Service, Threads},
         partial::PartialFiles,
     },
+    round::Policy,
     serve,
     store::{Access, RealDisk, Storage},
 };
@@ -37,6 +38,8 @@ use commonweal_adapter::Adapter;
 use commonweal_protocol::{Digest, Invitation, ReportCard, RoundId, Token};
 use commonweal_transport::{Authority, Clock, QuicServer, ServeLimits};
 use rand::RngCore as _;
+
+use crate::visitor::{self, BASE};
 
 const DAY_MS: u64 = 24 * 3_600_000;
 
@@ -54,6 +57,14 @@ impl Stages for NoModel {
     }
 }
 
+/// The defaults but for the round's, and for what needs a model.
+pub fn config(round: Policy) -> Config {
+    let mut config = Config { round, ..Config::default() };
+    config.align.enabled = false;
+    config.evaluate.gates = Gates::off();
+    config
+}
+
 /// An aggregator's directory, open.
 #[derive(Debug)]
 pub struct Modelless {
@@ -65,9 +76,10 @@ pub struct Modelless {
 }
 
 impl Modelless {
-    /// Opens the aggregator in a directory; a fresh one begins with an adapter of zeros as its first release. `events`
-    /// goes to the caller, who may measure by it.
-    pub fn open(path: &Path, base: Base, config: Config, events: Events, clock: &Clock) -> Result<Self> {
+    /// Opens the aggregator in a directory, with an adapter of so many MB (see [`visitor::layout`]); a fresh one begins with
+    /// the first adapter as its first release. `events` goes to the caller, who may measure by it.
+    pub fn open(path: &Path, adapter_mb: u32, config: Config, events: Events) -> Result<Self> {
+        let (base, clock) = (Base { hash: BASE, layout: visitor::layout(adapter_mb)? }, Clock::system());
         let is_new = Directory::open(path).is_err();
         let directory =
             if is_new { Directory::create(path, clock.unix_ms())? } else { Directory::open(path)? };
@@ -75,7 +87,7 @@ impl Modelless {
         let key = directory.signing_key()?;
         let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), key.clone(), base.hash);
         if is_new {
-            first_release(&storage, &publisher, &base, clock)?;
+            first_release(&storage, &publisher, &base, &clock)?;
             directory
                 .write_config("# The program that serves this directory sets everything by itself.\n")?;
         }
@@ -93,7 +105,7 @@ impl Modelless {
             base: base.hash,
             layout: base.layout.clone(),
             key,
-            clock: clock.clone(),
+            clock,
             events,
             pause: PausePoint::default(),
         };

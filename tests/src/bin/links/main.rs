@@ -17,18 +17,13 @@ use std::{
     time::Duration,
 };
 
-use aggregator::{
-    config::{Config, Gates},
-    events::Events,
-    laboratory::Base,
-    round::Policy,
-};
+use aggregator::{events::Events, round::Policy};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
 use commonweal_protocol::{DeviceReport, Invitation, Poll, RoundId};
 use commonweal_tests::{
-    child::{Child, tell},
-    modelless::Modelless,
+    child::{self, Child, tell},
+    modelless::{self, Modelless},
     visitor::{self, BASE},
 };
 use commonweal_transport::{
@@ -109,32 +104,19 @@ struct Measured {
 }
 
 fn main() -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let arguments = Arguments::parse();
-    let done = match &arguments.part {
+    child::program("error", || match &arguments.part {
         Some(Part::Serve { dir }) => serve(&arguments, dir),
         None => measure(&arguments),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    })
 }
 
 /// An aggregator whose every round is one update.
 fn serve(arguments: &Arguments, path: &Path) -> Result<()> {
-    let base = Base { hash: BASE, layout: visitor::layout(4 * arguments.update_mb)? };
     let round = Policy { goal: 1, quorum: 1, over_selection: 1.0, wait_ms: 1_000, ..Policy::default() };
-    let mut config = Config { round, ..Config::default() };
-    config.align.enabled = false;
-    config.evaluate.gates = Gates::off();
+    let mut config = modelless::config(round);
     config.receive.releases_kept = 2;
-    let aggregator = Modelless::open(path, base, config, Events::to(|_| ()), &Clock::system())?;
+    let aggregator = Modelless::open(path, 4 * arguments.update_mb, config, Events::to(|_| ()))?;
     aggregator.serve(0, ServeLimits::default(), |aggregator, address| {
         let invitation = aggregator.invite(1, address)?.pop().context("an invitation")?;
         tell(&Told { invitation, address });

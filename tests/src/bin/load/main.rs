@@ -14,7 +14,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use commonweal_tests::child::Child;
+use commonweal_tests::child::{self, Child};
 use serde::Serialize;
 
 use devices::{Fleet, Level};
@@ -79,21 +79,11 @@ struct Report {
 }
 
 fn main() -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let arguments = Arguments::parse();
-    let done = match &arguments.part {
+    child::program("error", || match &arguments.part {
         Some(Part::Serve { dir }) => serving::serve(&arguments, dir),
         None => measure(&arguments),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    })
 }
 
 fn measure(arguments: &Arguments) -> Result<()> {

@@ -2,19 +2,13 @@
 
 use std::path::Path;
 
-use aggregator::{
-    config::{Config, Gates},
-    events::Events,
-    laboratory::Base,
-    round::Policy,
-};
+use aggregator::{events::Events, round::Policy};
 use anyhow::Result;
 use commonweal_tests::{
     child::tell,
-    modelless::Modelless,
-    visitor::{self, BASE},
+    modelless::{self, Modelless},
 };
-use commonweal_transport::{Clock, ServeLimits};
+use commonweal_transport::ServeLimits;
 use serde::{Deserialize, Serialize};
 
 use crate::Arguments;
@@ -28,22 +22,16 @@ pub(super) struct Told {
 
 /// Serves until the standard input ends.
 pub(super) fn serve(arguments: &Arguments, path: &Path) -> Result<()> {
-    let base = Base { hash: BASE, layout: visitor::layout(arguments.adapter_mb)? };
-    let mut config = Config {
-        round: Policy {
-            goal: arguments.goal(),
-            quorum: 1,
-            wait_ms: 5_000,
-            deadline_ms: 60_000,
-            ..Policy::default()
-        },
-        ..Config::default()
-    };
-    config.align.enabled = false;
-    config.evaluate.gates = Gates::off();
+    let mut config = modelless::config(Policy {
+        goal: arguments.goal(),
+        quorum: 1,
+        wait_ms: 5_000,
+        deadline_ms: 60_000,
+        ..Policy::default()
+    });
     config.receive.releases_kept = 3;
     let events = Events::to(|event| tracing::info!("{}", event.sentence()));
-    let aggregator = Modelless::open(path, base, config, events, &Clock::system())?;
+    let aggregator = Modelless::open(path, arguments.adapter_mb, config, events)?;
     aggregator.serve(0, ServeLimits::default(), |aggregator, address| {
         tell(&Told { invitations: aggregator.invite(arguments.devices, address)? });
         Ok(())

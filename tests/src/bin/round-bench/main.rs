@@ -15,7 +15,7 @@ use std::{ffi::OsString, io::Write as _, path::PathBuf, process::ExitCode, threa
 
 use anyhow::{Result, anyhow, bail, ensure};
 use clap::Parser;
-use commonweal_tests::child::Child;
+use commonweal_tests::child::{self, Child};
 use serde::{Deserialize, Serialize};
 
 /// Rounds before those that count.
@@ -96,21 +96,11 @@ struct Report {
 }
 
 fn main() -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let arguments = Arguments::parse();
-    let done = match &arguments.serve {
+    child::program("warn", || match &arguments.serve {
         Some(directory) => serving::serve(&arguments, directory),
         None => measure(&arguments),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    })
 }
 
 fn measure(arguments: &Arguments) -> Result<()> {

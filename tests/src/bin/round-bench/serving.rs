@@ -7,9 +7,8 @@ use std::{
 };
 
 use aggregator::{
-    config::{Config, Gates},
+    config::Config,
     events::{Event, Events, Figures},
-    laboratory::Base,
     round::Policy,
 };
 use anyhow::Result;
@@ -17,18 +16,16 @@ use commonweal_protocol::RoundId;
 use commonweal_runtime::memory;
 use commonweal_tests::{
     child::tell,
-    modelless::Modelless,
-    visitor::{self, BASE},
+    modelless::{self, Modelless},
 };
-use commonweal_transport::{Clock, ServeLimits};
+use commonweal_transport::ServeLimits;
 
 use super::{Arguments, Times, Told};
 
 /// Serves until the standard input ends, which the devices' process closes when all rounds are over.
 pub(super) fn serve(arguments: &Arguments, path: &Path) -> Result<()> {
-    let base = Base { hash: BASE, layout: visitor::layout(arguments.adapter_mb)? };
     let events = watch(arguments.rounds_in_all());
-    let aggregator = Modelless::open(path, base, config(arguments), events, &Clock::system())?;
+    let aggregator = Modelless::open(path, arguments.adapter_mb, config(arguments), events)?;
     aggregator.serve(0, ServeLimits::default(), |aggregator, address| {
         tell(&Told::Invitations(aggregator.invite(arguments.devices, address)?));
         Ok(())
@@ -37,18 +34,13 @@ pub(super) fn serve(arguments: &Arguments, path: &Path) -> Result<()> {
 
 /// The defaults, but for what needs a model, and for how soon devices come back: a second or two by default.
 fn config(arguments: &Arguments) -> Config {
-    let mut config = Config {
-        round: Policy {
-            goal: arguments.devices,
-            quorum: arguments.devices,
-            over_selection: 1.0,
-            last: Some(RoundId(arguments.rounds_in_all())),
-            ..Policy::default()
-        },
-        ..Config::default()
-    };
-    config.align.enabled = false;
-    config.evaluate.gates = Gates::off();
+    let mut config = modelless::config(Policy {
+        goal: arguments.devices,
+        quorum: arguments.devices,
+        over_selection: 1.0,
+        last: Some(RoundId(arguments.rounds_in_all())),
+        ..Policy::default()
+    });
     (config.receive.reconnect_after_ms, config.receive.reconnect_spread_ms) = (10, 10);
     config.receive.requests_per_second = 1_000.0;
     config

@@ -17,6 +17,7 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use commonweal_tests::child;
 use serde::Serialize;
 
 /// Kills an aggregator and its devices at random moments, and counts what was lost.
@@ -70,22 +71,12 @@ struct Report {
 }
 
 fn main() -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("error"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let arguments = Arguments::parse();
-    let done = match &arguments.part {
+    child::program("error", || match &arguments.part {
         Some(Part::Serve { dir, port, devices }) => serving::serve(dir, *port, *devices),
         Some(Part::Device { dir, number }) => device::run(dir, *number),
         None => torture(&arguments),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            tracing::error!("{error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    })
 }
 
 fn torture(arguments: &Arguments) -> Result<()> {

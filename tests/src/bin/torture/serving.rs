@@ -2,19 +2,13 @@
 
 use std::path::Path;
 
-use aggregator::{
-    config::{Config, Gates},
-    events::Events,
-    laboratory::Base,
-    round::Policy,
-};
+use aggregator::{config::Config, events::Events, round::Policy};
 use anyhow::Result;
 use commonweal_tests::{
     child::tell,
-    modelless::Modelless,
-    visitor::{self, BASE},
+    modelless::{self, Modelless},
 };
-use commonweal_transport::{Clock, ServeLimits};
+use commonweal_transport::ServeLimits;
 use serde::{Deserialize, Serialize};
 
 /// MB of the adapter, so that an update is of two chunks: a kill may fall between them.
@@ -31,8 +25,7 @@ pub(super) struct Listening {
 
 /// The aggregator of a directory, fresh or as it was left.
 pub(super) fn open(path: &Path, devices: u32) -> Result<Modelless> {
-    let base = Base { hash: BASE, layout: visitor::layout(ADAPTER_MB)? };
-    Modelless::open(path, base, config(devices), Events::to(|_| ()), &Clock::system())
+    Modelless::open(path, ADAPTER_MB, config(devices), Events::to(|_| ()))
 }
 
 /// Serves at a port, 0 for any, until the standard input ends.
@@ -47,19 +40,14 @@ pub(super) fn serve(path: &Path, port: u16, devices: u32) -> Result<()> {
 
 /// Rounds that go on whoever is dead: two thirds of the devices are wanted, a third is enough after two seconds.
 fn config(devices: u32) -> Config {
-    let mut config = Config {
-        round: Policy {
-            goal: (devices * 2 / 3).max(1),
-            quorum: (devices / 3).max(1),
-            over_selection: 1.5,
-            wait_ms: 500,
-            deadline_ms: 2_000,
-            ..Policy::default()
-        },
-        ..Config::default()
-    };
-    config.align.enabled = false;
-    config.evaluate.gates = Gates::off();
+    let mut config = modelless::config(Policy {
+        goal: (devices * 2 / 3).max(1),
+        quorum: (devices / 3).max(1),
+        over_selection: 1.5,
+        wait_ms: 500,
+        deadline_ms: 2_000,
+        ..Policy::default()
+    });
     (config.receive.reconnect_after_ms, config.receive.reconnect_spread_ms) = (10, 20);
     config.receive.requests_per_second = 1_000.0;
     config.receive.reserve_bytes = 2 << 20;
