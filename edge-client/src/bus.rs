@@ -4,6 +4,7 @@
 //! Asked through systemd's own `busctl`, whose answer is a type and a value: `b true`, `t 1764406800000000`, `u 4`.
 
 use std::{
+    io::Read as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -11,6 +12,11 @@ use std::{
 
 /// A bus or a service that is not there is looked for again so often.
 const AGAIN: Duration = Duration::from_secs(60);
+/// Waits so long for an answer, and looks for it so often.
+const PATIENCE: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(2);
+/// Longest answer read.
+const ANSWER_BYTES_MAX: u64 = 4096;
 const LOGIND: [&str; 3] =
     ["org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager"];
 const NETWORK: [&str; 3] =
@@ -70,14 +76,36 @@ fn ask(socket: &Path, [service, path, interface]: [&str; 3], property: &str) -> 
     if !socket.exists() {
         return None;
     }
-    let asked = Command::new("busctl")
+    let mut asking = Command::new("busctl")
         .arg(format!("--address=unix:path={}", socket.display()))
-        .args(["--timeout=2", "--auto-start=no", "get-property", service, path, interface, property])
+        .args(["--timeout=1", "--auto-start=no", "get-property", service, path, interface, property])
         .stdin(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::null())
-        .output()
+        .spawn()
         .ok()?;
-    let answer = String::from_utf8(asked.stdout).ok().filter(|_| asked.status.success())?;
+    // `--timeout` bounds the call and not the connecting; whoever asks watches for more than this.
+    let begun = Instant::now();
+    let status = loop {
+        match asking.try_wait().ok()? {
+            Some(status) => break status,
+            None if begun.elapsed() < PATIENCE => std::thread::sleep(LOOK),
+            None => {
+                let killed = asking.kill().and_then(|()| asking.wait());
+                tracing::debug!(?killed, property, "the system's bus does not answer");
+                return None;
+            }
+        }
+    };
+    // A property is a few bytes, which the pipe holds.
+    let mut answer = String::new();
+    asking
+        .stdout
+        .take()?
+        .take(ANSWER_BYTES_MAX)
+        .read_to_string(&mut answer)
+        .ok()
+        .filter(|_| status.success())?;
     Some(answer.trim().split_once(' ')?.1.to_owned())
 }
 

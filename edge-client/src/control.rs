@@ -105,7 +105,7 @@ pub async fn begin(
     let server = install::obtain(link, store, expected, control.content()).await?;
     server.layout().require(layout).map_err(commonweal_adapter::AdapterError::from)?;
     settle_pending(store, control)?;
-    let own = store.read(OWN)?.and_then(|bytes| read(&bytes, expected.base, layout));
+    let own = store.read_remade(OWN)?.and_then(|bytes| read(&bytes, expected.base, layout));
     Ok(Some(Controls { server, own: own.unwrap_or_else(zeros) }))
 }
 
@@ -140,7 +140,7 @@ pub(crate) fn forget(store: &Store) -> Result<(), StoreError> {
 
 /// What awaits a merge counts if its round is in the aggregator's control variate. A round of before this one has ended.
 fn settle_pending(store: &Store, control: &Control) -> Result<(), StoreError> {
-    let Some(bytes) = store.read(PENDING)? else { return Ok(()) };
+    let Some(bytes) = store.read_remade(PENDING)? else { return store.remove(PENDING) };
     let round = bytes.first_chunk::<ROUND_BYTES>().map(|round| RoundId(u64::from_le_bytes(*round)));
     if round.is_some_and(|round| control.includes(round)) {
         store.rename(PENDING, OWN)

@@ -16,6 +16,8 @@ use crate::{
 
 /// The samples that shall go.
 pub(crate) const WISH: &str = "forget.samples";
+/// Held while a wish is written down or taken off, which a command and a daemon may do at once.
+const WISH_LOCK: &str = "forget.lock";
 /// There if everything shall; it must be read without the key, which may be lost.
 pub(crate) const WISH_ALL: &str = "forget-all";
 
@@ -30,6 +32,7 @@ pub struct Forgotten {
 
 /// Writes down that these samples shall go.
 pub fn wish(store: &Store, ids: &BTreeSet<SampleId>) -> Result<(), StoreError> {
+    let _held = store.hold(WISH_LOCK)?;
     let mut all = kept::read_ids(store, WISH)?.unwrap_or_default();
     all.extend(ids);
     kept::write_ids(store, WISH, &all)
@@ -66,27 +69,39 @@ pub fn expire(store: &Store, keep: Option<Span>, now_ms: u64) -> Result<usize, S
 
 /// Carries out what was wished, while nobody works on a round here. Nothing happens if nothing was.
 pub fn carry_out(store: &Store) -> Result<Forgotten, StoreError> {
-    if store.exists(WISH_ALL) {
-        return forget_all(store);
+    let mut forgotten = Forgotten::default();
+    loop {
+        if store.exists(WISH_ALL) {
+            return forget_all(store);
+        }
+        let Some(ids) = kept::read_ids(store, WISH)? else { return Ok(forgotten) };
+        let Forgotten { rounds, personal } = forget(store, &ids)?;
+        forgotten.rounds |= rounds;
+        forgotten.personal |= personal;
+        take_off(store, &ids)?;
     }
-    let Some(ids) = kept::read_ids(store, WISH)? else { return Ok(Forgotten::default()) };
+}
+
+fn forget(store: &Store, ids: &BTreeSet<SampleId>) -> Result<Forgotten, StoreError> {
     // First what is computed from them, so that what is left never tells of a sample that is no longer listed.
-    let is_drawn = kept::used(store)?.is_none_or(|used| !used.is_disjoint(&ids));
+    let is_drawn = kept::used(store)?.is_none_or(|used| !used.is_disjoint(ids));
     let rounds = is_drawn && has_rounds(store)?;
     if is_drawn {
         store.clear_round_but(None)?;
         owed::forget(store)?;
         control::forget(store)?;
     }
-    let personal = personal::is_of(store, &ids)?;
-    if personal {
-        personal::forget(store)?;
-    }
-    store.remove_parts()?;
-    kept::remove(store, &ids)?;
-    kept::unmark(store, &ids)?;
-    store.remove(WISH)?;
+    let personal = personal::forget_with(store, ids)?;
+    kept::remove(store, ids)?;
+    kept::unmark(store, ids)?;
     Ok(Forgotten { rounds, personal })
+}
+
+/// What was carried out is wished no more; what was wished meanwhile still is.
+fn take_off(store: &Store, ids: &BTreeSet<SampleId>) -> Result<(), StoreError> {
+    let _held = store.hold(WISH_LOCK)?;
+    let left = &kept::read_ids(store, WISH)?.unwrap_or_default() - ids;
+    if left.is_empty() { store.remove(WISH) } else { kept::write_ids(store, WISH, &left) }
 }
 
 /// Whether rounds have left anything here.
@@ -97,6 +112,8 @@ pub(crate) fn has_rounds(store: &Store) -> Result<bool, StoreError> {
 /// Opens nothing, so that it works without the key.
 fn forget_all(store: &Store) -> Result<Forgotten, StoreError> {
     let forgotten = Forgotten { rounds: has_rounds(store)?, personal: personal::exists(store) };
+    let _held = kept::hold(store)?;
+    let _training = personal::hold(store)?;
     store.remove_parts()?;
     for name in store.secrets()? {
         store.remove(&name)?;
@@ -141,6 +158,9 @@ pub enum ChooseError {
 mod tests {
     use std::path::Path;
 
+    use commonweal_adapter::{Adapter, AdapterLayout, Module, Target};
+    use commonweal_protocol::BaseHash;
+
     use super::*;
     use crate::rows::Parsed;
 
@@ -171,7 +191,7 @@ mod tests {
             store.write(name, b"computed").unwrap();
         }
         store.write("personal.adapter", b"computed").unwrap();
-        personal::tell_samples(store, [sample(4), sample(5)].iter(), true).unwrap();
+        personal::tell_samples(store, [sample(4), sample(5)].iter()).unwrap();
     }
 
     fn ids(numbers: &[usize]) -> BTreeSet<SampleId> {
@@ -274,6 +294,41 @@ mod tests {
             if done.is_ok() {
                 return;
             }
+        }
+    }
+
+    #[test]
+    fn what_is_wished_while_another_wish_is_carried_out_stays_wished() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        filled(&store);
+        wish(&store, &ids(&[1])).unwrap();
+        forget(&store, &ids(&[1])).unwrap();
+        wish(&store, &ids(&[4])).unwrap();
+        take_off(&store, &ids(&[1])).unwrap();
+        assert_eq!(kept::read_ids(&store, WISH).unwrap(), Some(ids(&[4])));
+        carry_out(&store).unwrap();
+        assert!(!is_wished(&store));
+        drop(store);
+        check(directory.path(), &[1, 4], true, true);
+    }
+
+    #[test]
+    fn an_adapter_in_training_is_not_kept_once_its_samples_are_forgotten() {
+        let modules = vec![Module { target: Target::Q, inputs: 3, outputs: 4 }];
+        let layout = std::sync::Arc::new(AdapterLayout::new(1, 1, 4.0, modules).unwrap());
+        let (adapter, base) = (Adapter::init(layout, 0), BaseHash([3; 32]));
+        for all in [false, true] {
+            let directory = tempfile::tempdir().unwrap();
+            let store = Store::open(directory.path()).unwrap();
+            let write = |numbers: &[usize]| personal::write(&store, &adapter, base, &ids(numbers));
+            personal::tell_samples(&store, [sample(1), sample(2)].iter()).unwrap();
+            if all { wish_all(&store) } else { wish(&store, &ids(&[2])) }.unwrap();
+            carry_out(&store).unwrap();
+            assert!(matches!(write(&[1, 2]), Err(personal::PersonalError::Forgotten)));
+            personal::tell_samples(&store, [sample(1)].iter()).unwrap();
+            write(&[1]).unwrap();
+            assert!(personal::exists(&store));
         }
     }
 

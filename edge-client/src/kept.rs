@@ -12,7 +12,7 @@ use crate::{
     control, owed,
     rows::{self, Parsed},
     sample::{Sample, SampleId},
-    store::{Store, StoreError, at},
+    store::{Held, Store, StoreError, at},
 };
 
 const FOLDER: &str = "samples";
@@ -49,7 +49,7 @@ struct Line {
 
 /// Adds what a file gave, as far as it is new; tells how much that was.
 pub fn keep(store: &Store, parsed: &Parsed<Sample>, source: &str, now_ms: u64) -> Result<usize, StoreError> {
-    let _held = store.hold(LOCK)?;
+    let _held = hold(store)?;
     let mut known: BTreeSet<SampleId> = all(store)?.iter().map(|kept| kept.sample.id()).collect();
     let source: String = source.chars().take(SOURCE_CHARS_MAX).collect();
     let new = parsed.good.iter().filter(|(_, sample)| known.insert(sample.id())).map(|(_, sample)| Kept {
@@ -113,9 +113,15 @@ fn read(store: &Store, name: &str) -> Result<Vec<Kept>, StoreError> {
     store.lines(name)?.iter().enumerate().map(parse).collect()
 }
 
-/// Takes samples away, a file at a time; can be done again.
+/// Until it is dropped, nobody else adds samples or takes any away.
+pub(crate) fn hold(store: &Store) -> Result<Held, StoreError> {
+    store.hold(LOCK)
+}
+
+/// Takes samples away, a file at a time, and what writing files that a kill cut short has left; can be done again.
 pub(crate) fn remove(store: &Store, ids: &BTreeSet<SampleId>) -> Result<(), StoreError> {
-    let _held = store.hold(LOCK)?;
+    let _held = hold(store)?;
+    store.remove_parts()?;
     for name in store.list(FOLDER)? {
         let name = format!("{FOLDER}/{name}");
         let before = read(store, &name)?;
@@ -130,9 +136,9 @@ pub(crate) fn remove(store: &Store, ids: &BTreeSet<SampleId>) -> Result<(), Stor
     Ok(())
 }
 
-/// The samples that rounds have drawn; `None` where nobody has written that down yet.
+/// The samples that rounds have drawn; `None`, any of them, where nobody has written that down yet or it does not open.
 pub fn used(store: &Store) -> Result<Option<BTreeSet<SampleId>>, StoreError> {
-    read_ids(store, USED)
+    store.read_remade(USED)?.map(|bytes| ids_of(store, USED, &bytes)).transpose()
 }
 
 /// Before a round works on them.
@@ -163,13 +169,16 @@ pub(crate) fn unmark(store: &Store, ids: &BTreeSet<SampleId>) -> Result<(), Stor
 
 /// A file of samples' names, one after the other.
 pub(crate) fn read_ids(store: &Store, name: &str) -> Result<Option<BTreeSet<SampleId>>, StoreError> {
-    let Some(bytes) = store.read(name)? else { return Ok(None) };
+    store.read(name)?.map(|bytes| ids_of(store, name, &bytes)).transpose()
+}
+
+fn ids_of(store: &Store, name: &str, bytes: &[u8]) -> Result<BTreeSet<SampleId>, StoreError> {
     let (ids, rest) = bytes.as_chunks();
     if !rest.is_empty() {
         let reason = "expected whole names of samples".into();
         return Err(StoreError::Damaged { path: store.path(name), reason });
     }
-    Ok(Some(ids.iter().copied().map(SampleId::from_bytes).collect()))
+    Ok(ids.iter().copied().map(SampleId::from_bytes).collect())
 }
 
 pub(crate) fn write_ids(store: &Store, name: &str, ids: &BTreeSet<SampleId>) -> Result<(), StoreError> {
@@ -213,6 +222,20 @@ mod tests {
         remove(&store, &BTreeSet::from([some(1..2).good[0].1.id()])).unwrap();
         assert_eq!(all(&store).unwrap(), [kept]);
         assert_eq!(store.list(FOLDER).unwrap(), ["000001.jsonl"]);
+    }
+
+    #[test]
+    fn sealing_what_a_program_of_before_left_makes_it_no_younger() {
+        let directory = tempfile::tempdir().unwrap();
+        let line = serde_json::to_string(&some(0..1).good[0].1).unwrap();
+        let path = directory.path().join("samples/000001.jsonl");
+        fs::create_dir(directory.path().join("samples")).unwrap();
+        fs::write(&path, format!("{line}\n")).unwrap();
+        let written = UNIX_EPOCH + std::time::Duration::from_millis(1_600_000_000_000);
+        fs::File::options().write(true).open(&path).unwrap().set_modified(written).unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        assert!(crate::seal::is_sealed(&fs::read(&path).unwrap()));
+        assert_eq!(all(&store).unwrap()[0].added_ms, 1_600_000_000_000);
     }
 
     #[test]

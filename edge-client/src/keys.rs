@@ -20,6 +20,8 @@ use crate::store::{directory_of, sync_directory};
 /// The key's file, if no other place is named; in the state directory.
 pub const FILE: &str = "store.key";
 const KEY_BYTES: usize = 32;
+/// Ends the name of a key that is being destroyed.
+const GONE: &str = ".gone";
 /// Before the name of an entry of the keyring.
 const KEYRING: &str = "keyring:";
 
@@ -52,6 +54,12 @@ pub enum KeyError {
         place: String,
         /// How many there are, if that is known.
         got: Option<usize>,
+    },
+    /// Nothing but zeros: what destroying a key leaves, which anybody knows.
+    #[error("{place} has nothing but zeros, which is no key")]
+    Zero {
+        /// Which.
+        place: String,
     },
     /// Nobody has put it there since the system's start.
     #[error(
@@ -87,6 +95,9 @@ impl Key {
 
     fn read(place: &str, bytes: &[u8]) -> Result<Self, KeyError> {
         let length = |_| KeyError::Length { place: place.to_owned(), got: Some(bytes.len()) };
+        if bytes == [0; KEY_BYTES] {
+            return Err(KeyError::Zero { place: place.to_owned() });
+        }
         Ok(Self(Zeroizing::new(bytes.try_into().map_err(length)?)))
     }
 }
@@ -172,11 +183,20 @@ impl KeyPlace {
     pub fn destroy(&self) -> Result<bool, KeyError> {
         let Self::File(path) = self else { return Ok(false) };
         let failed = |source| KeyError::Io { action: "destroy", path: path.clone(), source };
-        match OpenOptions::new().write(true).open(path) {
+        let directory = directory_of(path);
+        let mut gone = path.clone().into_os_string();
+        gone.push(GONE);
+        let gone = PathBuf::from(gone);
+        // First under another name: whoever may not take it away leaves it as it is, and no kill leaves a spoilt key.
+        match fs::rename(path, &gone) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => sync_directory(directory).map_err(failed)?,
+        }
+        match OpenOptions::new().write(true).open(&gone) {
             Ok(mut file) => {
                 // As far as the disk obeys: an overwritten block is gone, a moved one is not.
                 file.write_all(&[0; KEY_BYTES]).and_then(|()| file.sync_all()).map_err(failed)?;
-                fs::remove_file(path).and_then(|()| sync_directory(directory_of(path))).map_err(failed)?;
+                fs::remove_file(&gone).and_then(|()| sync_directory(directory)).map_err(failed)?;
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -340,5 +360,20 @@ mod tests {
                 assert!(matches!(place.read(), Err(KeyError::Absent { .. } | KeyError::Keyring { .. })));
             }
         }
+    }
+
+    #[test]
+    fn a_key_of_zeros_is_none_and_destroying_leaves_none() {
+        let (directory, path, place) = place();
+        let key = place.read_or_make().unwrap();
+        assert!(place.destroy().unwrap() && place.read().unwrap().is_none());
+        // A kill in the midst of it left the key under its other name: the next time ends it.
+        fs::write(directory.path().join(format!("{FILE}{GONE}")), key.bytes()).unwrap();
+        assert!(place.destroy().unwrap());
+        assert!(!place.destroy().unwrap());
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+        fs::write(&path, [0; KEY_BYTES]).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+        assert!(matches!(place.read_or_make(), Err(KeyError::Zero { .. })));
     }
 }

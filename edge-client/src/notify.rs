@@ -14,9 +14,9 @@ use std::{
 
 use crate::doing;
 
-/// A device that has said nothing for so long hangs: a step takes minutes at most on the slowest device that fits it, and
-/// the guard's judging of all samples an hour or two.
-const SILENCE_MAX: Duration = Duration::from_secs(4 * 3600);
+/// A device that has said nothing for so long hangs: a step, 64 judgements or a rewrite take minutes at most on the slowest
+/// device that they fit.
+const SILENCE_MAX: Duration = Duration::from_secs(3600);
 /// The watchdog looks so often whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -49,8 +49,9 @@ impl Watchdog {
         let end = Arc::new(AtomicBool::new(false));
         let Some(limit) = system::watchdog() else { return Ok(Self { end, thread: None }) };
         let ends = end.clone();
-        let thread =
-            thread::Builder::new().name("watchdog".to_owned()).spawn(move || bark(limit / 3, &ends))?;
+        let thread = thread::Builder::new().name("watchdog".to_owned()).spawn(move || {
+            bark(limit / 3, &ends, doing::silence, || system::send(system::State::Alive));
+        })?;
         Ok(Self { end, thread: Some(thread) })
     }
 }
@@ -64,12 +65,12 @@ impl Drop for Watchdog {
     }
 }
 
-fn bark(every: Duration, end: &AtomicBool) {
+fn bark(every: Duration, end: &AtomicBool, silence: impl Fn() -> Duration, mut say: impl FnMut()) {
     let mut said: Option<Instant> = None;
     while !end.load(Ordering::SeqCst) {
-        if said.is_none_or(|said| said.elapsed() >= every) && doing::silence() < SILENCE_MAX {
+        if said.is_none_or(|said| said.elapsed() >= every) && silence() < SILENCE_MAX {
             said = Some(Instant::now());
-            system::send(system::State::Alive);
+            say();
         }
         thread::sleep(LOOK.min(every));
     }
@@ -122,5 +123,29 @@ mod system {
 
     pub(super) fn watchdog() -> Option<Duration> {
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How often a watchdog speaks whose device is silent for longer at each look, by so much.
+    fn spoken(silence_grows: Duration) -> u32 {
+        let (looks, spoken) = (std::cell::Cell::new(0), std::cell::Cell::new(0));
+        let end = AtomicBool::new(false);
+        let silence = || {
+            looks.set(looks.get() + 1);
+            end.store(looks.get() == 10, Ordering::SeqCst);
+            silence_grows * looks.get()
+        };
+        bark(Duration::ZERO, &end, silence, || spoken.set(spoken.get() + 1));
+        spoken.get()
+    }
+
+    #[test]
+    fn a_device_that_hangs_is_no_longer_called_alive() {
+        assert_eq!(spoken(Duration::ZERO), 10);
+        assert_eq!(spoken(SILENCE_MAX / 4), 3);
     }
 }

@@ -16,12 +16,14 @@ use commonweal_protocol::BaseHash;
 use crate::{
     kept,
     sample::{Sample, SampleId},
-    store::{Store, StoreError},
+    store::{Held, Store, StoreError},
 };
 
 const FILE: &str = "personal.adapter";
 /// The samples that it was trained on, so that it can be forgotten with them.
 const SAMPLES: &str = "personal.samples";
+/// Held while the adapter or the list is written or taken away.
+const LOCK: &str = "personal.lock";
 /// So far the values of a new one are drawn: any number does, and the same file trains the same adapter.
 const SEED: u64 = 0;
 
@@ -42,6 +44,9 @@ pub enum PersonalError {
         /// The adapter's.
         got: BaseHash,
     },
+    /// Something that it was trained on was forgotten meanwhile.
+    #[error("what the personal adapter was trained on was forgotten while it was trained; it is not kept")]
+    Forgotten,
     /// It does not lie beside the release, or has values that are not finite.
     #[error("the personal adapter does not fit")]
     Adapter(#[from] AdapterError),
@@ -60,10 +65,28 @@ pub fn read(store: &Store, base: BaseHash) -> Result<Option<Adapter>, PersonalEr
     Ok(Some(adapter))
 }
 
-/// Keeps it, in the place of the one before.
-pub fn write(store: &Store, adapter: &Adapter, base: BaseHash) -> Result<(), PersonalError> {
+/// Keeps it, in the place of the one before, unless something that it was trained on was forgotten since
+/// [`tell_samples`].
+pub fn write(
+    store: &Store,
+    adapter: &Adapter,
+    base: BaseHash,
+    trained_on: &BTreeSet<SampleId>,
+) -> Result<(), PersonalError> {
     let bytes = disk::write(adapter, &AdapterFacts { base: base.0, kind: AdapterKind::Assistant })?;
+    let _held = hold(store)?;
+    match kept::read_ids(store, SAMPLES)? {
+        Some(known) if known.is_superset(trained_on) => {}
+        // Of a program of before, whose adapter goes with any sample, and is still there.
+        None if exists(store) => {}
+        _ => return Err(PersonalError::Forgotten),
+    }
     Ok(store.write(FILE, &bytes)?)
+}
+
+/// Until it is dropped, nobody else writes the adapter or takes it away.
+pub(crate) fn hold(store: &Store) -> Result<Held, StoreError> {
+    store.hold(LOCK)
 }
 
 /// Whether there is one.
@@ -71,14 +94,11 @@ pub fn exists(store: &Store) -> bool {
     store.exists(FILE)
 }
 
-/// Before it is trained on these samples: with those of before, unless it begins anew.
-pub(crate) fn tell_samples<'s>(
-    store: &Store,
-    samples: impl Iterator<Item = &'s Sample>,
-    anew: bool,
-) -> Result<(), StoreError> {
+/// Before it is trained on these samples: with those of before, for the adapter of before stands until there is another.
+pub fn tell_samples<'s>(store: &Store, samples: impl Iterator<Item = &'s Sample>) -> Result<(), StoreError> {
+    let _held = hold(store)?;
     let before = kept::read_ids(store, SAMPLES)?;
-    if before.is_none() && exists(store) && !anew {
+    if before.is_none() && exists(store) {
         // Of a program of before: what it was trained on is not known, and stays so.
         return Ok(());
     }
@@ -87,15 +107,17 @@ pub(crate) fn tell_samples<'s>(
     kept::write_ids(store, SAMPLES, &ids)
 }
 
-/// Whether it was, or may have been, trained on one of these samples.
-pub(crate) fn is_of(store: &Store, ids: &BTreeSet<SampleId>) -> Result<bool, StoreError> {
-    Ok(exists(store) && kept::read_ids(store, SAMPLES)?.is_none_or(|known| !known.is_disjoint(ids)))
-}
-
-/// Leaves no personal adapter.
-pub(crate) fn forget(store: &Store) -> Result<(), StoreError> {
-    store.remove(FILE)?;
-    store.remove(SAMPLES)
+/// Leaves no personal adapter, and none that is being trained, if it was or may have been trained on one of these
+/// samples. Whether there was one.
+pub(crate) fn forget_with(store: &Store, ids: &BTreeSet<SampleId>) -> Result<bool, StoreError> {
+    let _held = hold(store)?;
+    let is_there = exists(store);
+    let is_of = kept::read_ids(store, SAMPLES)?.map_or(is_there, |known| !known.is_disjoint(ids));
+    if is_of {
+        store.remove(FILE)?;
+        store.remove(SAMPLES)?;
+    }
+    Ok(is_there && is_of)
 }
 
 /// The release with the personal adapter beside it.

@@ -24,8 +24,8 @@
 //!   receipts.jsonl                    one line an accepted update
 //!   doing.json                        what `run` does and why it waits, for `status`
 //!   paused                            while the owner wants no rounds
-//!   lock visit.lock samples.lock      held by the process that works here, while it visits the aggregator, and while
-//!                                     samples are added or taken away
+//!   lock visit.lock samples.lock      held by the process that works here, while it visits the aggregator, while
+//!   forget.lock personal.lock         samples are added or taken away, a wish to forget is written, the personal adapter
 //! ```
 
 use std::{
@@ -96,7 +96,7 @@ pub enum StoreError {
     },
     /// What the directory was sealed with is not there.
     #[error(
-        "the key of {directory} is missing: expected {place}; without it nothing here can be opened, and `edge-client forget --all` starts anew"
+        "the key of {directory} is missing: expected {place}; if it lies elsewhere, --store-key names its place; if it is lost, nothing here can be opened, and `edge-client forget --all` starts anew"
     )]
     KeyLost {
         /// The state directory.
@@ -328,8 +328,15 @@ impl Store {
         }
         self.remove_parts()?;
         for name in self.secrets()? {
+            let written = fs::metadata(self.path(&name)).and_then(|known| known.modified());
             if let Some(content) = self.vault.read(&name)? {
                 self.write(&name, &content)?;
+                // A sample of before is as old as its file.
+                if let Ok(written) = written {
+                    let path = self.path(&name);
+                    let file = OpenOptions::new().write(true).open(&path).map_err(at("open", &path))?;
+                    file.set_modified(written).map_err(at("date", &path))?;
+                }
             }
         }
         self.write(vault::MARK, b"")?;
@@ -397,8 +404,16 @@ impl Store {
     /// anew, and after a kill both may be there. Then doing it again ends it.
     pub fn rename(&self, from: &str, to: &str) -> Result<(), StoreError> {
         if vault::is_secret(from) || vault::is_secret(to) {
-            let Some(content) = self.read(from)? else { return Ok(()) };
-            self.write(to, &content)?;
+            match self.read(from) {
+                Ok(None) => return Ok(()),
+                Ok(Some(content)) => self.write(to, &content)?,
+                // What it was to take the place of is of before it, and counts no more either.
+                Err(error @ StoreError::Sealed { .. }) => {
+                    tracing::warn!("{error}; {to} begins anew");
+                    self.remove(to)?;
+                }
+                Err(error) => return Err(error),
+            }
             return self.remove(from);
         }
         let path = self.path(to);

@@ -271,4 +271,15 @@ mod tests {
         assert_eq!(store.read("residual.bin").unwrap().unwrap(), b"owed");
         assert!(!store.path("round/residual.bin").exists());
     }
+
+    #[test]
+    fn a_damaged_residual_stops_nothing_and_is_not_sent_twice() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        store.write("residual.bin", b"owed before").unwrap();
+        store.write("round/residual.bin", b"owed").unwrap();
+        fs::write(store.path("round/residual.bin"), b"damaged").unwrap();
+        store.rename("round/residual.bin", "residual.bin").unwrap();
+        assert!(!store.exists("round/residual.bin") && !store.exists("residual.bin"));
+    }
 }

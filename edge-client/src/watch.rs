@@ -67,12 +67,25 @@ pub fn watched<T>(watched: Watched<'_>, work: impl FnOnce() -> T) -> (T, Option<
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         let watcher = watch(scope, watched, &over);
+        let ends = Ends { over: &over, watcher: watcher.thread().clone() };
         let done = work();
-        over.store(true, Ordering::Release);
-        watcher.thread().unpark();
+        drop(ends);
         let broken = watcher.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         (done, broken)
     })
+}
+
+/// Ends the watching when the work is over, also by a panic.
+struct Ends<'w> {
+    over: &'w AtomicBool,
+    watcher: thread::Thread,
+}
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Release);
+        self.watcher.unpark();
+    }
 }
 
 fn watch<'scope>(
@@ -82,9 +95,13 @@ fn watch<'scope>(
 ) -> ScopedJoinHandle<'scope, Option<Why>> {
     scope.spawn(move || {
         while !over.load(Ordering::Acquire) {
+            // A sensor may take its time.
+            if watched.stop.is_cancelled() || watched.wishes.iter().any(|wish| wish.exists()) {
+                watched.visit.cancel();
+                return None;
+            }
             let broken = watched.heed.as_mut().map(|heed| heed.why_not(true)).filter(|why| !why.is_nothing());
-            let is_wished = watched.wishes.iter().any(|wish| wish.exists());
-            if broken.is_some() || is_wished || watched.stop.is_cancelled() {
+            if broken.is_some() {
                 watched.visit.cancel();
                 return broken;
             }
@@ -145,5 +162,12 @@ mod tests {
             until_cancelled(visit);
         });
         assert_eq!(stopped, None);
+    }
+
+    #[test]
+    #[should_panic(expected = "a stage's bug")]
+    fn a_panic_ends_the_watching_too() {
+        let what = Watched { visit: Cancel::new(), stop: Cancel::new(), wishes: Vec::new(), heed: None };
+        watched(what, || panic!("a stage's bug"));
     }
 }

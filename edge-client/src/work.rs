@@ -75,7 +75,8 @@ impl<L: Link> Device<L> {
         self.stage(round, begun, Done::Sample { samples: sampled });
 
         let begun = Instant::now();
-        let screened = filter::screen(&self.guard, &self.policy, samples, &self.cancel, |_| ())?;
+        let screened =
+            filter::screen(&self.guard, &self.policy, samples, &self.cancel, |_| doing::goes_on())?;
         let found = filter::count(&screened);
         let filter::FilterCounts { kept, dropped, refused, flagged, .. } = found;
         self.stage(round, begun, Done::Filter { kept, dropped, refused, flagged });
@@ -88,7 +89,7 @@ impl<L: Link> Device<L> {
             screened,
             task.seed,
             &self.cancel,
-            |_| (),
+            |_| doing::goes_on(),
         )?;
         let ReviseCounts { revised, refused, dropped, attempts, .. } = counts;
         self.stage(round, begun, Done::Revise { revised, refused, dropped, attempts });
@@ -146,7 +147,7 @@ impl<L: Link> Device<L> {
     ) -> Result<(Packed, Residual, compress::PackSummary), PipelineError> {
         let (layout, trainable) = (trained.delta().layout().clone(), trainable(task.mode, task.round));
         // A residual of another layout or mode is of another federation: begin with none.
-        let owed = if task.mode == Mode::Exact { None } else { self.store.read(residual_of(task))? };
+        let owed = if task.mode == Mode::Exact { None } else { self.store.read_remade(residual_of(task))? };
         let mut residual = owed
             .and_then(|bytes| Residual::from_bytes(&bytes, layout.clone(), trainable).ok())
             .unwrap_or_else(|| Residual::zeros(layout.clone(), trainable));

@@ -27,8 +27,16 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return Some(5);
     }
     let wrong_base = matches!(cause.downcast_ref(), Some(PipelineError::Base { .. }));
-    let wrong_place =
-        matches!(cause.downcast_ref(), Some(StoreError::Directory { .. } | StoreError::Full { .. }));
+    let wrong_place = matches!(
+        cause.downcast_ref(),
+        Some(
+            StoreError::Directory { .. }
+                | StoreError::Full { .. }
+                | StoreError::KeyLost { .. }
+                | StoreError::KeyWrong { .. }
+                | StoreError::Key(_)
+        )
+    );
     let bad_input = wrong_base
         || wrong_place
         || cause.is::<BadInput>()

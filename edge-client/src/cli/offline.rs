@@ -166,8 +166,9 @@ pub(super) fn train(shared: &Shared, request: &TrainRequest) -> Result<()> {
     }
     let mut work = Work::open(shared, &request.file)?;
     let (start, first_rank) = start(&work, &request.goal)?;
-    if let Goal::Personal { anew } = request.goal {
-        personal::tell_samples(&work.place.look()?, work.samples.iter(), anew)?;
+    let trained_on = work.samples.iter().map(Sample::id).collect();
+    if let Goal::Personal { .. } = request.goal {
+        personal::tell_samples(&work.place.look()?, work.samples.iter())?;
     }
     let pairs = work.pairs()?;
     let Work { place, output, policy, stages, cancel, .. } = work;
@@ -197,7 +198,7 @@ pub(super) fn train(shared: &Shared, request: &TrainRequest) -> Result<()> {
         }
         Goal::Personal { .. } => {
             let adapter = personal::take(trained.adapter(), first_rank).context("personal adapter")?;
-            personal::write(&place.look()?, &adapter, stages.base())?;
+            personal::write(&place.look()?, &adapter, stages.base(), &trained_on)?;
             "personal adapter".to_owned()
         }
     };

@@ -33,6 +33,8 @@ pub(super) const PAUSED: &str = "paused";
 const POLL_SECONDS_MAX: u64 = 24 * 3600;
 /// Looks for `resume` so often.
 const PAUSED_WAIT: Duration = Duration::from_secs(10);
+/// Leaves a wish to forget so long to whoever made it, who waits for this process and tells what came of it.
+const FORGET_WAIT: Duration = Duration::from_secs(1);
 /// Looks for samples that are past their time so often.
 const EXPIRE: Duration = Duration::from_secs(24 * 3600);
 /// After a failure that may pass, if the aggregator did not say when to come back: devices that lost it at one moment
@@ -254,9 +256,6 @@ impl Member {
         let _visiting = self.device.store.hold_visit()?;
         self.forget()?;
         self.device.cancel = Cancel::new();
-        if self.identity.credentials.should_renew(Clock::system().unix_ms()) {
-            self.renew();
-        }
         let why = self.heed.as_mut().map(|heed| heed.why_not(false)).filter(|why| !why.is_nothing());
         if let Some(put_off) = self.wished().or(why.as_ref().map(Turn::by_rules)) {
             return Ok(put_off);
@@ -286,7 +285,7 @@ impl Member {
         let (why, wait) = if store.exists(PAUSED) {
             ("paused", PAUSED_WAIT)
         } else if forget::is_wished(store) {
-            ("something is to be forgotten first", Duration::ZERO)
+            ("something is to be forgotten first", FORGET_WAIT)
         } else {
             return None;
         };

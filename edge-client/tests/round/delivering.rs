@@ -1,6 +1,6 @@
 //! What becomes of an update that is sent: taken, refused, damaged, let go, or without an answer.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use commonweal_adapter::Adapter;
 use commonweal_protocol::{DeviceId, Digest, ReconnectWindow, Refusal, RoundId};
@@ -211,7 +211,8 @@ fn a_personal_adapter_changes_no_bit_of_what_is_sent() {
     let (with, without) = (World::new(), World::new());
     let mut own = Adapter::init(Arc::clone(with.device.model.layout()), 9);
     own.values_mut().iter_mut().for_each(|value| *value += 0.5);
-    personal::write(&with.device.store, &own, with.device.expected.base).unwrap();
+    personal::tell_samples(&with.device.store, [].iter()).unwrap();
+    personal::write(&with.device.store, &own, with.device.expected.base, &BTreeSet::new()).unwrap();
     for world in [&with, &without] {
         assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
     }
