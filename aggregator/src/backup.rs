@@ -1,23 +1,31 @@
 //! A copy of a state directory, also of one that is being served: whole, checked, and itself a state directory.
 //!
-//! Bytes are copied before the database and once more after it: what the database's snapshot names was stored before it,
-//! so one of the two passes meets it, whatever is swept meanwhile. The configuration is written last and makes the copy
-//! complete. Unfinished uploads are left out; devices send them again.
+//! Bytes are copied before the database and once more after it, and then it is looked whether what the database's snapshot
+//! names is there: a round that ended in between may have swept some of it, and then snapshot and pass are made again.
+//! The configuration is written last and makes the copy complete. Unfinished uploads are left out; devices send them again.
 
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use commonweal_protocol::Digest;
+use commonweal_protocol::{BaseHash, Digest};
 use rusqlite::{Connection, OpenFlags};
 
+use crate::desk::{self, DeskError};
 use crate::directory::{Directory, DirectoryError};
-use crate::store::{Access, Blob, FileBlob, Put, RealDisk, StoreError};
+use crate::publish::{PublishError, Publisher};
+use crate::round::Phase;
+use crate::store::{Access, Blob, FileBlob, PAGE_MAX, Put, RealDisk, Storage, StoreError};
 
 /// Digests listed at once.
 const DIGESTS_PAGE: usize = 1_000;
 /// Bytes of one blob that are copied at once; as large as any update or adapter may be in memory.
 const BLOB_BYTES_MAX: u64 = 4 << 30;
+
+/// Snapshots taken until one is whole.
+const SNAPSHOTS_MAX: u32 = 3;
 
 /// Why there is no backup.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +36,17 @@ pub enum BackupError {
     /// The bytes on either side.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// What the snapshot says does not decode.
+    #[error(transparent)]
+    Desk(#[from] DeskError),
+    /// The releases in it cannot be read.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// Rounds ended faster than the bytes were copied.
+    #[error(
+        "the state changed faster than it could be copied, {SNAPSHOTS_MAX} times; try again between two rounds"
+    )]
+    Busy,
     /// The database's snapshot.
     #[error("{}: no snapshot of the database could be written", path.display())]
     Snapshot {
@@ -54,18 +73,56 @@ pub struct Copied {
 pub fn back_up(from: &Directory, to: &Path) -> Result<Copied, BackupError> {
     Directory::require_none(to)?;
     let failed = |source| DirectoryError::File { path: to.to_owned(), source };
-    std::fs::create_dir_all(to).map_err(failed)?;
+    // As private as what it is a copy of.
+    DirBuilder::new().recursive(true).mode(0o700).create(to).map_err(failed)?;
     let source = FileBlob::open(&from.path().join("blobs"), Arc::new(RealDisk), Access::Shared)?;
     let copy = FileBlob::open(&to.join("blobs"), Arc::new(RealDisk), Access::Exclusive)?;
     let mut copied = Copied::default();
     copy_blobs(&source, &copy, &mut copied)?;
     let database = to.join("aggregator.db");
-    snapshot(&from.path().join("aggregator.db"), &database)
-        .map_err(|source| BackupError::Snapshot { path: database.clone(), source })?;
-    copied.database_bytes = std::fs::metadata(&database).map_err(failed)?.len();
-    copy_blobs(&source, &copy, &mut copied)?;
-    from.copy_to(to)?;
-    Ok(copied)
+    for _ in 0..SNAPSHOTS_MAX {
+        snapshot(&from.path().join("aggregator.db"), &database)
+            .map_err(|source| BackupError::Snapshot { path: database.clone(), source })?;
+        copied.database_bytes = std::fs::metadata(&database).map_err(failed)?.len();
+        copy_blobs(&source, &copy, &mut copied)?;
+        if is_whole(from, to, &copy)? {
+            from.copy_to(to)?;
+            return Ok(copied);
+        }
+        tracing::info!("a round ended meanwhile; the database is copied again");
+    }
+    Err(BackupError::Busy)
+}
+
+/// Whether all that the copied database needs to go on was copied: the release in force, and of the round under way its
+/// start, its candidate and its updates.
+fn is_whole(from: &Directory, to: &Path, copy: &FileBlob) -> Result<bool, BackupError> {
+    let storage = Storage::open(to, Access::Shared)?;
+    let base = BaseHash([0; 32]);
+    let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), from.signing_key()?, base);
+    let mut named = publisher.kept(1)?;
+    named.extend(publisher.kept_states(1)?);
+    let (rounds, progress) = desk::peek(storage.coord.as_ref())?;
+    if let Some(start) = rounds.start {
+        named.insert(start.digest);
+        named.extend(publisher.state(start.version)?.digests());
+    }
+    named.extend(progress.merge.unwrap_or_default().state.digests());
+    if let Phase::Aligning { candidate }
+    | Phase::Evaluating { candidate }
+    | Phase::Publishing { candidate, .. } = rounds.phase
+    {
+        named.insert(candidate);
+    }
+    for item in storage.inbox.list(&desk::queue(rounds.round), PAGE_MAX)? {
+        named.insert(desk::decode_accepted(&item.value)?.open.digest);
+    }
+    for digest in named {
+        if copy.length(&digest)?.is_none() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 fn copy_blobs(source: &FileBlob, copy: &FileBlob, copied: &mut Copied) -> Result<(), StoreError> {
@@ -108,7 +165,6 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
-    use crate::store::Storage;
 
     #[test]
     fn a_copy_is_a_state_directory_and_is_made_once() {
@@ -130,6 +186,8 @@ mod tests {
         assert_eq!(copy.signing_key().unwrap().to_bytes(), from.signing_key().unwrap().to_bytes());
         assert_eq!(copy.admin_token().unwrap(), from.admin_token().unwrap());
         copy.authority().unwrap();
+        let mode = std::fs::metadata(&to).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o700, "the copy is its owner's alone");
         for name in ["signing.pem", "authority.pem", "admin.token"] {
             let mode = std::fs::metadata(to.join(name)).unwrap().permissions().mode();
             assert_eq!(mode & 0o777, 0o600, "{name}");

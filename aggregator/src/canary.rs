@@ -36,6 +36,8 @@ pub struct Canary {
     pub trial: Option<Trial>,
     /// The last round whose reports are counted.
     pub counted_round: u64,
+    /// Why the release on trial is being rolled back; written before that is done.
+    pub verdict: Option<String>,
     /// How the last trial ended.
     pub last: Option<Ended>,
 }
@@ -96,7 +98,11 @@ impl Canary {
                 self.trial =
                     Some(Trial { version: head, reported: None, since_ms: now_ms, losses: Vec::new() });
             }
-            _ => self.end(head, true, "another release took its place".to_owned(), now_ms),
+            _ => {
+                self.end(head, true, "another release took its place".to_owned(), now_ms);
+                // They were of another adapter.
+                self.before.clear();
+            }
         }
         true
     }
@@ -160,6 +166,7 @@ impl Canary {
     }
 
     fn end(&mut self, stable: Version, rolled_back: bool, reason: String, now_ms: u64) {
+        self.verdict = None;
         if let Some(trial) = self.trial.take() {
             self.last = Some(Ended { version: trial.version, rolled_back, reason, ended_ms: now_ms });
         }

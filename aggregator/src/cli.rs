@@ -205,7 +205,8 @@ impl CliError {
                 ServeError::Config(_)
                 | ServeError::OtherBase { .. }
                 | ServeError::NoRelease
-                | ServeError::Exact(_),
+                | ServeError::Exact(_)
+                | ServeError::Desk(DeskError::Version { .. }),
             ) => 3,
             Self::Gate(_) => 4,
             Self::Serve(ServeError::Listen { .. } | ServeError::Admin { .. }) => 5,

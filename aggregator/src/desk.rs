@@ -17,7 +17,7 @@ use crate::store::{Append, Storage, StoreError};
 
 pub use record::{RECORDS, Record, records};
 pub use state::{Accepted, DeskError, Progress, peek};
-use state::{Durable, LOG, load};
+use state::{Durable, LOG, encode, load};
 pub(crate) use state::{RECEIPTS_KEPT_ROUNDS, decode_accepted, queue};
 
 /// What `drive` has to do next.
@@ -412,8 +412,7 @@ impl Desk {
     /// Appends the state. The directory's lock makes this process the only writer, so a head that moved can
     /// only be an own write that was thought to have failed.
     fn save(&self, inner: &mut Inner) -> Result<(), DeskError> {
-        let bytes = postcard::to_allocvec(&inner.durable)
-            .map_err(|error| DeskError::damaged("round's state", error))?;
+        let bytes = encode(&inner.durable)?;
         inner.sequence = match self.storage.coord.compare_and_set(LOG, inner.sequence, &bytes) {
             Err(StoreError::Conflict { found, .. }) => {
                 self.storage.coord.compare_and_set(LOG, found, &bytes)?

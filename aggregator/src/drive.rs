@@ -13,6 +13,7 @@ use std::time::Instant;
 use commonweal_adapter::AdapterKind;
 use commonweal_protocol::{DeviceId, Digest, Mode, ReportCard, RoundId, Version};
 
+use crate::canary;
 use crate::desk::{self, DeskError, Next, RECEIPTS_KEPT_ROUNDS, decode_accepted, queue};
 use crate::evaluate;
 use crate::events::{AlignFigures, Event as Told, Figures, Origin};
@@ -70,6 +71,8 @@ pub struct Driver<S> {
     stages: S,
     tries: u32,
     retry_ms: u64,
+    /// When the trial is looked after again that could not be.
+    trial_retry_ms: u64,
 }
 
 impl<S> std::fmt::Debug for Driver<S> {
@@ -81,7 +84,7 @@ impl<S> std::fmt::Debug for Driver<S> {
 impl<S: Stages> Driver<S> {
     /// Ready; first removes what an earlier process left and nothing names.
     pub fn new(parts: Parts, base: Base, stages: S) -> Self {
-        let driver = Self { parts, base, stages, tries: 0, retry_ms: 0 };
+        let driver = Self { parts, base, stages, tries: 0, retry_ms: 0, trial_retry_ms: 0 };
         driver.sweep();
         driver
     }
@@ -95,9 +98,14 @@ impl<S: Stages> Driver<S> {
         if now_ms < self.retry_ms {
             return Step::Wait(Some(self.retry_ms));
         }
-        if let Err(error) = self.look_after_trial() {
-            self.retry(self.parts.desk.round(), &error);
-            return Step::Worked;
+        // A trial that cannot be looked after stops no round.
+        if now_ms >= self.trial_retry_ms
+            && let Err(error) = self.look_after_trial()
+        {
+            self.trial_retry_ms = now_ms.saturating_add(RETRY_MS.1);
+            let (round, reason) =
+                (self.parts.desk.round(), format!("the release on trial: {}", chain(&error)));
+            self.parts.events.tell(&Told::Retrying { round, reason, after_ms: RETRY_MS.1 });
         }
         match self.parts.desk.next(now_ms) {
             Ok(Next::Work(round, work)) => {
@@ -343,6 +351,11 @@ impl<S: Stages> Driver<S> {
             let releases_kept = self.parts.config.receive.releases_kept;
             let mut named = self.parts.publisher.kept(releases_kept)?;
             named.extend(self.parts.publisher.kept_states(releases_kept)?);
+            // Nor may a trial outlive what it would go back to.
+            if let Some((canary, _)) = canary::read(self.parts.storage.coord.as_ref())? {
+                named.insert(self.parts.publisher.release(canary.stable)?.release.digest);
+                named.extend(self.parts.publisher.state(canary.stable)?.digests());
+            }
             let rounds = self.parts.desk.rounds();
             // However many releases followed it meanwhile, the round begins there.
             if let Some(start) = rounds.start {

@@ -253,8 +253,11 @@ impl Receiver {
         let (settings, version) = (&self.parts.config.release, head.release.version);
         let canary =
             if settings.is_canary() { canary::read(self.parts.storage.coord.as_ref())? } else { None };
-        let seen =
-            canary.map_or(version, |(canary, _)| canary.release_for(&device, version, settings.canary_share));
+        let seen = canary.map_or(version, |(mut canary, _)| {
+            // From the moment of its publication on, before the trial is written down.
+            canary.see_head(version, head.release.round.is_some(), self.now_ms());
+            canary.release_for(&device, version, settings.canary_share)
+        });
         if seen == version {
             return Ok((installed != Some(version)).then_some(head));
         }
@@ -284,7 +287,7 @@ impl Receiver {
         Ok(ContentPart { length, bytes })
     }
 
-    fn is_published(&self, digest: &Digest) -> Result<bool, crate::publish::PublishError> {
+    fn is_published(&self, digest: &Digest) -> Result<bool, DeskError> {
         let control = self.parts.desk.control().map(|signed| signed.control.digest);
         if control == Some(*digest) || self.live().published.digests.contains(digest) {
             return Ok(true);
@@ -299,7 +302,11 @@ impl Receiver {
                 return Ok(published.digests.contains(digest));
             }
         }
-        let digests = self.parts.publisher.kept(self.parts.config.receive.releases_kept)?;
+        let mut digests = self.parts.publisher.kept(self.parts.config.receive.releases_kept)?;
+        // However long the trial, whoever is not in its share may fetch what all have.
+        if let Some((canary, _)) = canary::read(self.parts.storage.coord.as_ref())? {
+            digests.insert(self.parts.publisher.release(canary.stable)?.release.digest);
+        }
         let is_published = digests.contains(digest);
         self.live().published = Published { head, digests };
         Ok(is_published)

@@ -29,6 +29,8 @@ use crate::receive::handler::{Service, Threads};
 use crate::receive::partial::PartialFiles;
 use crate::receive::{Parts, Receiver};
 use crate::store::{Access, RealDisk, Storage, StoreError, Watch};
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Lifetime of the aggregator's own certificate, which is issued anew at every start and every day.
 const SERVER_LIFE_MS: u64 = 30 * 24 * 3_600_000;
@@ -144,6 +146,16 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
             recent.hear(event);
         }
     });
+    // First of all: a signal to reload while the model is opened is one that came early, and no end.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|source| ServeError::System { what: "a runtime", source })?;
+    let hangup = {
+        let _inside = runtime.enter();
+        signal(SignalKind::hangup()).map_err(|source| ServeError::System { what: "signals", source })?
+    };
     let directory = Directory::open(&dir)?;
     let _lock = directory.lock()?;
     let (package, base) = open_package(&config.package)?;
@@ -209,7 +221,7 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
         stop: Arc::default(),
         linger_ms,
     };
-    shell.run(service, Driver::new(shell.parts.clone(), base, stages))?;
+    shell.run((runtime, hangup), service, Driver::new(shell.parts.clone(), base, stages))?;
     let version = publisher.head()?.map_or(head.version, |signed| signed.release.version);
     events.tell(&Event::Stopped { version });
     Ok(())
@@ -228,19 +240,24 @@ struct Shell {
 }
 
 impl Shell {
-    fn run(&self, service: Service, driver: Driver<ModelStages>) -> Result<(), ServeError> {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
-            .enable_all()
-            .build()
-            .map_err(|source| ServeError::System { what: "a runtime", source })?;
-        let result = runtime.block_on(self.listen(service, driver));
+    fn run(
+        &self,
+        (runtime, hangup): (Runtime, Signal),
+        service: Service,
+        driver: Driver<ModelStages>,
+    ) -> Result<(), ServeError> {
+        let result = runtime.block_on(self.listen(service, driver, hangup));
         // Requests that are still on a blocking thread finish their write; none is waited for longer.
         runtime.shutdown_timeout(Duration::from_secs(5));
         result
     }
 
-    async fn listen(&self, service: Service, driver: Driver<ModelStages>) -> Result<(), ServeError> {
+    async fn listen(
+        &self,
+        service: Service,
+        driver: Driver<ModelStages>,
+        mut hangup: Signal,
+    ) -> Result<(), ServeError> {
         let address = self.parts.config.listen;
         let identity = || self.authority.issue_server(self.parts.clock.unix_ms(), SERVER_LIFE_MS);
         let limits = ServeLimits::default();
@@ -269,8 +286,6 @@ impl Shell {
                 })
                 .map_err(|source| ServeError::System { what: "a thread", source })?
         };
-        let hangup = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup());
-        let mut hangup = hangup.map_err(|source| ServeError::System { what: "signals", source })?;
         let mut signals = Signals::new().map_err(|source| ServeError::System { what: "signals", source })?;
         let mut reload = tokio::time::interval(RELOAD);
         reload.tick().await;
@@ -400,13 +415,12 @@ pub fn drive<S: Stages>(mut driver: Driver<S>, watch: &dyn Watch, clock: &Clock,
 
 /// The signals that end a server.
 struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
+    terminate: Signal,
+    interrupt: Signal,
 }
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
-        use tokio::signal::unix::{SignalKind, signal};
         Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 

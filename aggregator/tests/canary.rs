@@ -19,7 +19,7 @@ use aggregator::events::{AlignFigures, EvaluateFigures, Event};
 use aggregator::laboratory::LaboratoryError;
 use aggregator::store::RealDisk;
 use commonweal_adapter::Adapter;
-use commonweal_protocol::{DeviceReport, Poll, Release, ReportCard, RoundId, Version};
+use commonweal_protocol::{DeviceReport, Fetch, Poll, Release, ReportCard, RoundId, Version};
 use support::*;
 
 struct Passing;
@@ -173,4 +173,79 @@ fn a_verdict_is_told_with_its_numbers() {
     let events = world.events.lock().unwrap();
     let sentence = events.iter().find(|event| matches!(event, Event::RolledBack { .. })).unwrap().sentence();
     assert!(sentence.contains("median 5.05 of 8 reports, before 2.05 of 8"), "{sentence}");
+}
+
+#[test]
+fn from_its_publication_on_a_release_is_seen_by_its_share_alone() {
+    let world = world();
+    finish(&world);
+    deliver(&world, 1, 2.0);
+    // Until the head has moved, and not a step further.
+    let mut driver = Driver::new(world.parts.clone(), world.base.clone(), Passing);
+    while head(&world).version == Version(0) {
+        assert_eq!(driver.step(), Step::Worked);
+    }
+    assert_eq!(state(&world).trial, None, "the trial is not written down yet");
+    let share = told(&world, 0);
+    assert!((25..=75).contains(&share.len()), "{share:?}");
+}
+
+#[test]
+fn a_kill_behind_a_roll_back_loses_neither_it_nor_why() {
+    let world = world();
+    finish(&world);
+    deliver(&world, 1, 2.0);
+    finish(&world);
+    let coord = world.parts.storage.coord.clone();
+    let (mut canary, sequence) = canary::read(coord.as_ref()).unwrap().unwrap();
+    canary.verdict = Some("worse by far".to_owned());
+    coord.compare_and_set(canary::LOG, sequence, &postcard::to_allocvec(&canary).unwrap()).unwrap();
+    world.parts.publisher.roll_back(Version(0), NOW_MS).unwrap();
+    let world = restart(world);
+    finish(&world);
+    assert_eq!(head(&world).version, Version(2), "it is not done twice");
+    let canary = state(&world);
+    assert_eq!((canary.stable, &canary.trial, &canary.verdict), (Version(2), &None, &None));
+    let ended = canary.last.unwrap();
+    assert_eq!((ended.version, ended.reason.as_str()), (Version(1), "worse by far"));
+}
+
+#[test]
+fn what_all_devices_have_is_kept_however_many_releases_follow() {
+    let few = |config: &mut Config| {
+        trials(config);
+        config.receive.releases_kept = 2;
+        config.release.canary_reports = 200;
+    };
+    let world = World::open(tempfile::tempdir().unwrap(), Arc::new(RealDisk), few);
+    finish(&world);
+    for round in 1..=5 {
+        deliver(&world, round, 2.0);
+        finish(&world);
+    }
+    let canary = state(&world);
+    assert_eq!((canary.stable, head(&world).version), (Version(0), Version(5)));
+    let first = world.parts.publisher.release(Version(0)).unwrap().release;
+    let fetch = Fetch { digest: first.digest, offset: 0 };
+    assert!(!world.receiver.read(device(1), fetch, 100).unwrap().bytes.is_empty());
+    world.parts.publisher.roll_back(Version(0), NOW_MS).unwrap();
+}
+
+#[test]
+fn trials_that_are_switched_off_are_over() {
+    let world = world();
+    finish(&world);
+    deliver(&world, 1, 2.0);
+    finish(&world);
+    assert!(state(&world).trial.is_some());
+    let World { dir, parts, receiver, .. } = world;
+    drop((parts, receiver));
+    let off = |config: &mut Config| {
+        trials(config);
+        config.release.canary_share = 0.0;
+    };
+    let world = World::open(dir, Arc::new(RealDisk), off);
+    finish(&world);
+    let canary = state(&world);
+    assert_eq!((canary.stable, &canary.trial, canary.before.len()), (Version(1), &None, 0));
 }

@@ -26,6 +26,7 @@ use commonweal_adapter::{
 use commonweal_protocol::{
     AggregatorKey, Fetch, Mode, Poll, Refusal, ReportCard, RoundId, Scaffold, Version,
 };
+use commonweal_transport::Opened;
 use rand::SeedableRng;
 use support::*;
 
@@ -488,4 +489,27 @@ fn a_rejected_buffer_takes_its_updates_along_and_the_slow_ones_stay() {
     assert_near(moved(&world, 0, 1), 0.2);
     let record = records(world.parts.storage.coord.as_ref(), RoundId(2), 1).unwrap().remove(0);
     assert!(record.lineage.iter().all(|origin| origin.staleness == 0), "no release lies between");
+}
+
+#[test]
+fn an_upload_that_a_merge_interrupts_goes_on_behind_it_where_it_was() {
+    let world = world(buffered);
+    for number in 1..=3 {
+        asked(&world, number).unwrap();
+    }
+    let bytes = update(0.1);
+    let (slow, announced) = (device(3), open(1, &bytes));
+    let half = bytes.len() / 2;
+    assert_eq!(world.receiver.open(slow, announced).unwrap(), Opened::Resume(0));
+    world.receiver.chunk(slow, announced.key(), &chunk(0, &bytes[..half])).unwrap();
+    for number in 1..=2 {
+        sent(&world, number, 1, 0.1).unwrap();
+    }
+    // The buffer is full and not merged yet.
+    let rest = chunk(half as u64, &bytes[half..]);
+    let refused = world.receiver.chunk(slow, announced.key(), &rest).unwrap_err();
+    assert_eq!(refused.reason, Refusal::Busy);
+    finish(&world, 1.0);
+    assert_eq!(world.receiver.open(slow, announced).unwrap(), Opened::Resume(half as u64));
+    sent(&world, 3, 1, 0.1).unwrap();
 }

@@ -231,7 +231,7 @@ mod tests {
         let path = directory.path().join("samples/000001.jsonl");
         fs::create_dir(directory.path().join("samples")).unwrap();
         fs::write(&path, format!("{line}\n")).unwrap();
-        let written = UNIX_EPOCH + std::time::Duration::from_millis(1_600_000_000_000);
+        let written = UNIX_EPOCH + std::time::Duration::from_secs(1_600_000_000);
         fs::File::options().write(true).open(&path).unwrap().set_modified(written).unwrap();
         let store = Store::open(directory.path()).unwrap();
         assert!(crate::seal::is_sealed(&fs::read(&path).unwrap()));

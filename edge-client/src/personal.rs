@@ -175,7 +175,8 @@ mod tests {
         let store = Store::open(directory.path()).unwrap();
         let (ours, other) = (BaseHash([1; 32]), BaseHash([2; 32]));
         assert!(!exists(&store) && read(&store, ours).unwrap().is_none());
-        write(&store, &filled(3), ours).unwrap();
+        tell_samples(&store, [].iter()).unwrap();
+        write(&store, &filled(3), ours, &BTreeSet::new()).unwrap();
         assert!(exists(&store));
         assert_eq!(read(&store, ours).unwrap(), Some(filled(3)));
         assert!(matches!(read(&store, other), Err(PersonalError::Base { .. })));

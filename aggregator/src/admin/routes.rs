@@ -1,6 +1,7 @@
 //! What can be asked, and the answers. Between `listen.rs` and `observe`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -15,6 +16,9 @@ use crate::receive::chain;
 
 /// Looks at the stores at once: one, for a look reads every device's record. Whoever asks meanwhile waits.
 const LOOKS_MAX: usize = 1;
+
+/// Waits so long for the stores before it says that they do not answer.
+const READY_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What every request sees.
 #[derive(Clone)]
@@ -55,11 +59,17 @@ async fn harden(mut response: Response) -> Response {
 }
 
 async fn ready(State(served): State<Served>) -> Response {
-    match served.look(|observer| Ok(observer.obstacles())).await {
-        Ok(obstacles) if obstacles.is_empty() => "ready\n".into_response(),
-        Ok(obstacles) => (StatusCode::SERVICE_UNAVAILABLE, obstacles.join("\n") + "\n").into_response(),
-        Err(failure) => failure,
+    // Behind no other look: what they wait for may be what is wrong.
+    let looked = tokio::task::spawn_blocking(move || served.observer.obstacles());
+    let obstacles = match tokio::time::timeout(READY_PATIENCE, looked).await {
+        Ok(Ok(obstacles)) => obstacles,
+        Ok(Err(error)) => vec![error.to_string()],
+        Err(_) => vec!["the store does not answer".to_owned()],
+    };
+    if obstacles.is_empty() {
+        return "ready\n".into_response();
     }
+    (StatusCode::SERVICE_UNAVAILABLE, obstacles.join("\n") + "\n").into_response()
 }
 
 async fn metrics(State(served): State<Served>) -> Response {

@@ -16,7 +16,8 @@ pub(super) fn show(opened: &Opened, version: u64, json: bool) -> Result<(), CliE
         None => None,
     };
     let canary = canary::read(coord)?.map(|(canary, _)| canary);
-    let stage = stage(canary.as_ref(), Version(version));
+    let head = publisher.head()?.map_or(release.version, |head| head.release.version);
+    let stage = stage(canary.as_ref(), head, release.version);
     if json {
         let lineage = record.as_ref().map(|record| &record.lineage);
         return say_json(&serde_json::json!({
@@ -73,16 +74,36 @@ fn say_lineage(record: &Record) {
 }
 
 /// Who may have the release, and why.
-fn stage(canary: Option<&Canary>, version: Version) -> (&'static str, Option<String>) {
-    let Some(canary) = canary else { return ("for all devices", None) };
-    let ended = canary.last.as_ref().filter(|ended| ended.version == version);
+fn stage(canary: Option<&Canary>, head: Version, version: Version) -> (&'static str, Option<String>) {
+    let ended = canary.and_then(|canary| canary.last.as_ref()).filter(|ended| ended.version == version);
     let reason = ended.map(|ended| ended.reason.clone());
-    match &canary.trial {
+    let trial = canary.and_then(|canary| Some((canary, canary.trial.as_ref()?)));
+    let stable = trial.map_or(head, |(canary, _)| canary.stable);
+    match trial {
         _ if ended.is_some_and(|ended| ended.rolled_back) => ("rolled back", reason),
-        Some(trial) if version == trial.version => (
-            "on trial",
-            Some(format!("{} reports, {} of the release before", trial.losses.len(), canary.before.len())),
-        ),
+        Some((canary, trial)) if version > stable => {
+            let (after, before) = (trial.losses.len(), canary.before.len());
+            ("on trial", Some(format!("{after} reports, {before} of the release before")))
+        }
+        _ if version < stable => ("no longer", Some(format!("release {stable} took its place"))),
         _ => ("for all devices", reason),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_in_force_is_told_from_what_was() {
+        let said = |canary: Option<&Canary>, version| stage(canary, Version(4), Version(version)).0;
+        assert_eq!([3, 4].map(|version| said(None, version)), ["no longer", "for all devices"]);
+        let mut canary = Canary::stable(Version(2));
+        canary.see_head(Version(3), true, 0);
+        canary.see_head(Version(4), true, 0);
+        let all = [1, 2, 3, 4].map(|version| said(Some(&canary), version));
+        assert_eq!(all, ["no longer", "for all devices", "on trial", "on trial"]);
+        canary.roll_back(Version(5), "worse".to_owned(), 0);
+        assert_eq!(stage(Some(&canary), Version(5), Version(4)), ("rolled back", Some("worse".to_owned())));
     }
 }

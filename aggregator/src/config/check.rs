@@ -348,14 +348,6 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_is_another_word_for_the_goal() {
-        let config: Config =
-            toml::from_str("[round]\nmode = \"buffered\"\nbuffer = 3\nquorum = 2\nstaleness_max = 6")
-                .unwrap();
-        assert_eq!((config.round.goal, config.round.staleness_max), (3, 6));
-    }
-
-    #[test]
     fn what_devices_could_not_pack_by_is_refused() {
         let (_dir, mut config) = sound();
         config.compress.block = 4;

@@ -68,6 +68,15 @@ pub enum DeskError {
     /// The lineage cannot be read.
     #[error("the releases cannot be read")]
     Publish(#[from] crate::publish::PublishError),
+    /// The state is of another version of this program.
+    #[error(
+        "the stored round's state is of another version of aggregator: expected it to begin with {FORM:02x?}, got \
+         {begins:02x?}; docs/operations.md says how to upgrade"
+    )]
+    Version {
+        /// Its first bytes.
+        begins: Vec<u8>,
+    },
     /// The round does not take the update.
     #[error(transparent)]
     NotAdmitted(#[from] NotAdmitted),
@@ -87,11 +96,20 @@ pub(crate) fn queue(round: RoundId) -> String {
     format!("update/{:020}", round.0)
 }
 
+/// Begins the stored state. A state of before version 0.2 of the store has none, and begins with a byte below 16.
+const FORM: [u8; 2] = [0xC7, 2];
+
 pub(super) fn load(coord: &dyn Coord) -> Result<(Durable, u64), DeskError> {
     let Some(entry) = coord.head(LOG)? else { return Ok((Durable::default(), 0)) };
-    let durable =
-        postcard::from_bytes(&entry.value).map_err(|error| DeskError::damaged("round's state", error))?;
+    let Some(value) = entry.value.strip_prefix(&FORM) else {
+        return Err(DeskError::Version { begins: entry.value.iter().take(FORM.len()).copied().collect() });
+    };
+    let durable = postcard::from_bytes(value).map_err(|error| DeskError::damaged("round's state", error))?;
     Ok((durable, entry.sequence))
+}
+
+pub(super) fn encode(durable: &Durable) -> Result<Vec<u8>, DeskError> {
+    postcard::to_extend(durable, FORM.to_vec()).map_err(|error| DeskError::damaged("round's state", error))
 }
 
 /// The stored state, for who only looks.
@@ -101,12 +119,7 @@ pub fn peek(coord: &dyn Coord) -> Result<(Rounds, Progress), DeskError> {
 }
 
 pub(crate) fn decode_accepted(bytes: &[u8]) -> Result<Accepted, DeskError> {
-    let damaged = |error| DeskError::damaged("update's receipt", error);
-    let (before, rest): ((Open, SignedReceipt), &[u8]) = postcard::take_from_bytes(bytes).map_err(damaged)?;
-    // A round that was begun by an earlier version goes on: its items end here.
-    let (norm, start) =
-        if rest.is_empty() { (None, None) } else { postcard::from_bytes(rest).map_err(damaged)? };
-    Ok(Accepted { open: before.0, receipt: before.1, norm, start })
+    postcard::from_bytes(bytes).map_err(|error| DeskError::damaged("update's receipt", error))
 }
 
 #[cfg(test)]
@@ -131,15 +144,22 @@ mod tests {
     }
 
     #[test]
-    fn items_are_read_back_also_those_of_a_version_that_kept_no_norm() {
+    fn items_are_read_back() {
         for norm in [None, Some(0.0), Some(12.5)] {
             let bytes = postcard::to_allocvec(&accepted(norm)).unwrap();
             assert_eq!(decode_accepted(&bytes).unwrap(), accepted(norm));
+            assert!(decode_accepted(&bytes[..bytes.len() - 1]).is_err());
         }
-        let Accepted { open, receipt, .. } = accepted(None);
-        let before = postcard::to_allocvec(&(open, receipt)).unwrap();
-        assert_eq!(decode_accepted(&before).unwrap(), accepted(None));
-        assert!(decode_accepted(&before[..before.len() - 1]).is_err());
-        assert!(decode_accepted(&[before, vec![1, 0]].concat()).is_err(), "half a norm");
+    }
+
+    #[test]
+    fn a_state_of_another_version_is_refused_by_name() {
+        let coord = crate::store::MemoryStore::default().storage().coord;
+        assert_eq!(load(coord.as_ref()).unwrap(), (Durable::default(), 0));
+        coord.compare_and_set(LOG, 0, &encode(&Durable::default()).unwrap()).unwrap();
+        assert_eq!(load(coord.as_ref()).unwrap(), (Durable::default(), 1));
+        let before = postcard::to_allocvec(&Durable::default()).unwrap();
+        coord.compare_and_set(LOG, 1, &before).unwrap();
+        assert!(matches!(load(coord.as_ref()), Err(DeskError::Version { .. })));
     }
 }

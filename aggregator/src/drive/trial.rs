@@ -3,7 +3,7 @@
 //! `canary` judges; this is its shell, on the thread of `drive`, which alone writes the state. Each write is a
 //! compare-and-set; after a kill the head and the log say what is still to do.
 
-use commonweal_protocol::{RoundId, Version};
+use commonweal_protocol::{Release, RoundId, Version};
 
 use super::{DriveError, Driver, Stages};
 use crate::canary::{self, Canary, Verdict};
@@ -14,12 +14,15 @@ impl<S: Stages> Driver<S> {
     /// Notices a new head, and ends the trial if enough is known.
     pub(super) fn look_after_trial(&self) -> Result<(), DriveError> {
         let settings = &self.parts.config.release;
-        if !settings.is_canary() {
-            return Ok(());
-        }
         let Some(head) = self.parts.publisher.head()? else { return Ok(()) };
         let (head, now_ms) = (head.release, self.parts.clock.unix_ms());
+        if !settings.is_canary() {
+            return self.forget_trials(head.version);
+        }
         let (mut canary, sequence) = self.read_canary(head.version)?;
+        if let (Some(trial), Some(reason)) = (canary.trial.clone(), canary.verdict.clone()) {
+            return self.roll_back(canary, sequence, &head, trial.version, reason);
+        }
         if canary.see_head(head.version, head.round.is_some(), now_ms) {
             self.write_canary(&canary, sequence)?;
             if let Some(trial) = &canary.trial {
@@ -37,13 +40,43 @@ impl<S: Stages> Driver<S> {
                 self.parts.events.tell(&Told::Promoted { version: canary.stable, reason });
             }
             Verdict::Worse(reason) => {
-                let (version, to) = (trial.version, canary.stable);
-                // If the head moved meanwhile, what is there now is looked at first.
-                let release = self.parts.publisher.roll_back(to, now_ms)?.release;
-                canary.roll_back(release.version, reason.clone(), now_ms);
-                self.write_canary(&canary, sequence)?;
-                self.parts.events.tell(&Told::RolledBack { version, to, now: release.version, reason });
+                // First on disk: a kill behind the roll-back must not lose why it was.
+                canary.verdict = Some(reason.clone());
+                let sequence = self.write_canary(&canary, sequence)?;
+                return self.roll_back(canary, sequence, &head, trial.version, reason);
             }
+        }
+        Ok(())
+    }
+
+    /// Brings back what all devices have, unless that was done before a kill, and tells why.
+    fn roll_back(
+        &self,
+        mut canary: Canary,
+        sequence: u64,
+        head: &Release,
+        version: Version,
+        reason: String,
+    ) -> Result<(), DriveError> {
+        let (to, now_ms) = (canary.stable, self.parts.clock.unix_ms());
+        let stable = self.parts.publisher.release(to)?.release;
+        let is_done = head.round.is_none() && head.version > version && head.digest == stable.digest;
+        let now =
+            if is_done { head.version } else { self.parts.publisher.roll_back(to, now_ms)?.release.version };
+        canary.roll_back(now, reason.clone(), now_ms);
+        self.write_canary(&canary, sequence)?;
+        self.parts.events.tell(&Told::RolledBack { version, to, now, reason });
+        Ok(())
+    }
+
+    /// Without trials all devices have the head; a later one is held against what is reported from then on.
+    fn forget_trials(&self, head: Version) -> Result<(), DriveError> {
+        let Some((canary, sequence)) = canary::read(self.parts.storage.coord.as_ref())? else {
+            return Ok(());
+        };
+        if canary.trial.is_some() || canary.stable != head {
+            let counted_round = canary.counted_round;
+            self.write_canary(&Canary { counted_round, ..Canary::stable(head) }, sequence)?;
         }
         Ok(())
     }
@@ -62,7 +95,7 @@ impl<S: Stages> Driver<S> {
         let reports =
             updates.iter().map(|update| (update.start.unwrap_or(start), update.open.report.loss_first));
         canary.count(round.0, reports);
-        self.write_canary(&canary, sequence)
+        self.write_canary(&canary, sequence).map(|_| ())
     }
 
     /// The state and its place in the log; all devices have `version` if there is none.
@@ -70,13 +103,14 @@ impl<S: Stages> Driver<S> {
         Ok(canary::read(self.parts.storage.coord.as_ref())?.unwrap_or((Canary::stable(version), 0)))
     }
 
-    fn write_canary(&self, canary: &Canary, sequence: u64) -> Result<(), DriveError> {
+    /// Its place in the log.
+    fn write_canary(&self, canary: &Canary, sequence: u64) -> Result<u64, DriveError> {
         let bytes = postcard::to_allocvec(canary).map_err(|error| DeskError::damaged("canary", error))?;
         let coord = &self.parts.storage.coord;
         let written = coord.compare_and_set(canary::LOG, sequence, &bytes)?;
         if written.is_multiple_of(64) {
             coord.truncate(canary::LOG, written)?;
         }
-        Ok(())
+        Ok(written)
     }
 }

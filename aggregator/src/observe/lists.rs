@@ -35,7 +35,7 @@ fn first(end: u64, limit: usize) -> u64 {
 }
 
 impl Observer {
-    /// Finished rounds before `before`, newest first. Norms by device are left out.
+    /// Finished rounds before `before`, newest first. What grows with a round's devices is left out.
     pub fn rounds(&self, before: Option<u64>, limit: usize) -> Result<Vec<Record>, ObserveError> {
         let coord = self.view.parts.storage.coord.as_ref();
         let count = coord.head(desk::RECORDS)?.map_or(0, |entry| entry.sequence);
@@ -45,6 +45,7 @@ impl Observer {
         page.reverse();
         for record in &mut page {
             record.norms.clear();
+            record.lineage.clear();
         }
         Ok(page)
     }

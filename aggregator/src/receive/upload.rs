@@ -14,6 +14,7 @@ use commonweal_transport::Opened;
 
 use super::{Receiver, chain};
 use crate::desk::{self, DeskError, Taken};
+use crate::round::NotAdmitted;
 
 /// A smaller chunk, unless it is the last, counts as a request: each chunk costs an fsync, whatever its length.
 const CHUNK_FREE_BYTES_MIN: usize = 64 << 10;
@@ -88,8 +89,7 @@ impl Receiver {
         let open = self.opened(device, &key, REQUEST)?;
         let refuse = |reason, detail: String| Err(self.refuse(Some(device), REQUEST, reason, detail));
         if let Err(error) = self.parts.desk.admits(key.round, &device) {
-            // The rest of a late update would be sent for nothing.
-            self.forget(device, &key);
+            self.let_go(device, &key, &error);
             return Err(self.not_admitted(device, REQUEST, error));
         }
         if !chunk.is_intact() {
@@ -124,6 +124,13 @@ impl Receiver {
         Ok(end)
     }
 
+    /// What would be sent for nothing. While a buffer is merged nothing is: the device comes back and goes on.
+    fn let_go(&self, device: DeviceId, key: &UploadKey, error: &NotAdmitted) {
+        if !matches!(error, NotAdmitted::Merging { .. }) {
+            self.forget(device, key);
+        }
+    }
+
     fn opened(&self, device: DeviceId, key: &UploadKey, request: &'static str) -> Result<Open, Refused> {
         match self.live().opens.get(&device) {
             Some(open) if open.key() == *key => Ok(*open),
@@ -142,7 +149,7 @@ impl Receiver {
         }
         let open = self.opened(device, &key, REQUEST)?;
         if let Err(error) = self.parts.desk.admits(key.round, &device) {
-            self.forget(device, &key);
+            self.let_go(device, &key, &error);
             return Err(self.not_admitted(device, REQUEST, error));
         }
         let (blobs, norm) = self.keep(device, &open)?;
@@ -163,7 +170,7 @@ impl Receiver {
             Ok(Taken::Before(into, before)) => self.repeat(device, REQUEST, &key, into, &before),
             Err(DeskError::NotAdmitted(error)) => {
                 // The round closed meanwhile: a late update is discarded, and its device knows.
-                self.forget(device, &key);
+                self.let_go(device, &key, &error);
                 Err(self.not_admitted(device, REQUEST, error))
             }
             Err(error) => Err(self.failed(device, REQUEST, &error)),

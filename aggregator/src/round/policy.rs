@@ -7,6 +7,8 @@ use super::{ROUNDS_BACK_MAX, Sampling};
 
 /// Most updates of one round: robust merging holds them all, and the state lists their devices.
 pub const GOAL_MAX: u32 = 10_000;
+/// Most tasks at once: each is in the state, which is written for each that is given.
+const TASKS_MAX: u32 = 40_000;
 
 /// Whom a round waits for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -25,8 +27,7 @@ pub enum RoundMode {
 pub struct Policy {
     /// Whom a round waits for.
     pub mode: RoundMode,
-    /// Updates wanted; in buffered mode the buffer's size, K. May be written `buffer`.
-    #[serde(alias = "buffer")]
+    /// Updates wanted; in buffered mode the buffer's size, K.
     pub goal: u32,
     /// Tasks handed out for each update wanted, since some devices vanish; in buffered mode, devices at work at once for
     /// each place in the buffer.
@@ -102,6 +103,12 @@ impl Policy {
             "over_selection",
             format!("1.0 to {over_selection_max:.1}"),
             self.over_selection.to_string(),
+        );
+        check(
+            self.selected_max(self.goal) <= TASKS_MAX,
+            "over_selection",
+            format!("at most {TASKS_MAX} tasks at once for the goal"),
+            self.selected_max(self.goal).to_string(),
         );
         check(
             (1_000..=7 * 24 * 3_600_000).contains(&self.deadline_ms),
