@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn a_state_of_another_version_is_refused_by_name() {
-        let coord = crate::store::MemoryStore::default().storage().coord;
+        let coord = crate::store::MemoryStorage::default().storage().coord;
         assert_eq!(load(coord.as_ref()).unwrap(), (Durable::default(), 0));
         coord.compare_and_set(LOG, 0, &encode(&Durable::default()).unwrap()).unwrap();
         assert_eq!(load(coord.as_ref()).unwrap(), (Durable::default(), 1));
