@@ -181,6 +181,7 @@ mod tests {
 
     /// Six samples, of which three were drawn and one is in the personal adapter, and all that rounds can leave.
     fn filled(store: &Store) {
+        personal::tell_samples(store, [sample(4), sample(5)].iter()).unwrap();
         for (name, added) in [("a.jsonl", 1_000), ("b.jsonl", 50_000)] {
             let from = if added == 1_000 { 0..3 } else { 3..6 };
             let good = from.map(|number| (number, sample(number))).collect();
@@ -191,7 +192,6 @@ mod tests {
             store.write(name, b"computed").unwrap();
         }
         store.write("personal.adapter", b"computed").unwrap();
-        personal::tell_samples(store, [sample(4), sample(5)].iter()).unwrap();
     }
 
     fn ids(numbers: &[usize]) -> BTreeSet<SampleId> {

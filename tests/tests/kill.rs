@@ -146,7 +146,7 @@ fn what_a_kill_leaves_on_the_disk_tells_no_word_and_is_forgotten_by_name() {
     // Without its key, what the kill left opens to nobody, and nothing is lost by trying.
     let key = state.join("store.key");
     fs::rename(&key, state.join("aside")).unwrap();
-    let refused = devices[0].call(&["once"]).with_code(1);
+    let refused = devices[0].call(&["once"]).with_code(3);
     assert!(refused.stderr.contains("store.key"), "{}", refused.stderr);
     fs::rename(state.join("aside"), &key).unwrap();
 
