@@ -7,7 +7,7 @@ use std::io::Write;
 use std::sync::Arc;
 
 use commonweal_protocol::{
-    DeviceId, Digest, Refusal, ReportCard, RoundCounts, RoundId, SignedControl, Version,
+    DeviceId, Digest, Refusal, ReportCard, RoundCounts, RoundId, SignedControl, TraceContext, Version,
 };
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +57,15 @@ pub enum Event {
         device: DeviceId,
         /// Its bytes.
         bytes: u64,
+        /// BLAKE3 of them.
+        digest: Digest,
+        /// The round whose task it did: an earlier one, perhaps, in buffered mode.
+        task_round: RoundId,
+        /// When the device began to bring it, if since this start.
+        opened_ms: Option<u64>,
+        /// The place of its delivery in the device's own traces, if the device sent it.
+        #[serde(skip)]
+        trace: Option<TraceContext>,
         /// Its weight.
         samples: u32,
         /// Updates so far.
@@ -70,6 +79,8 @@ pub enum Event {
         device: Option<DeviceId>,
         /// What it asked for.
         request: &'static str,
+        /// The update that it was about, if it was about one.
+        update: Option<Digest>,
         /// Why, as the peer is told.
         refusal: Refusal,
         /// Why, in the operator's words.

@@ -27,6 +27,7 @@ pub mod signer;
 pub mod backup;
 pub mod observe;
 pub mod admin;
+mod traces;
 pub mod serve;
 pub mod cli;
 pub mod pause;

@@ -86,11 +86,18 @@ pub struct Receiver {
 /// What is forgotten with the process; bounded by the enrolled devices.
 struct Live {
     /// The upload that each device opened last, of the current round only.
-    opens: BTreeMap<DeviceId, Open>,
+    opens: BTreeMap<DeviceId, Opening>,
     rates: Limits,
     published: Published,
     installed: BTreeMap<DeviceId, Version>,
     keys: BTreeMap<DeviceId, KeyNumber>,
+}
+
+/// An update that a device began to bring.
+#[derive(Clone, Copy)]
+struct Opening {
+    open: Open,
+    since_ms: u64,
 }
 
 /// What can be fetched, as of this head.
@@ -180,13 +187,32 @@ impl Receiver {
         reason: Refusal,
         detail: impl std::fmt::Display,
     ) -> Refused {
+        self.refuse_update(device, request, None, reason, detail)
+    }
+
+    /// The same, of a request that is about an update.
+    fn refuse_update(
+        &self,
+        device: Option<DeviceId>,
+        request: &'static str,
+        update: Option<Digest>,
+        reason: Refusal,
+        detail: impl std::fmt::Display,
+    ) -> Refused {
         let untold = if device.is_some() { Some(0) } else { self.live().rates.tell_stranger(self.now_ms()) };
         let Some(untold) = untold else { return Refused { reason, reconnect: self.reconnect() } };
         let told = match untold {
             0 => format!("{reason}: {detail}"),
             _ => format!("{reason}: {detail}; {untold} refusals before it were not told"),
         };
-        self.parts.events.tell(&Event::Refused { device, request, refusal: reason, reason: told, untold });
+        self.parts.events.tell(&Event::Refused {
+            device,
+            request,
+            update,
+            refusal: reason,
+            reason: told,
+            untold,
+        });
         Refused { reason, reconnect: self.reconnect() }
     }
 
@@ -194,7 +220,13 @@ impl Receiver {
         self.refuse(Some(device), request, Refusal::Internal, chain(error))
     }
 
-    fn not_admitted(&self, device: DeviceId, request: &'static str, error: NotAdmitted) -> Refused {
+    fn not_admitted(
+        &self,
+        device: DeviceId,
+        request: &'static str,
+        update: Digest,
+        error: NotAdmitted,
+    ) -> Refused {
         let reason = match error {
             NotAdmitted::StaleRound { .. } | NotAdmitted::TooStale { .. } => Refusal::StaleRound,
             NotAdmitted::NotSelected => Refusal::NotInRound,
@@ -204,7 +236,7 @@ impl Receiver {
                 return Refused { reason: Refusal::Busy, reconnect: self.reconnect() };
             }
         };
-        self.refuse(Some(device), request, reason, error)
+        self.refuse_update(Some(device), request, Some(update), reason, error)
     }
 
     /// Answers with work and news.

@@ -12,6 +12,7 @@ use std::time::Duration;
 use commonweal_adapter::exact;
 use commonweal_protocol::{CertificateChain, Csr, DeviceId, Mode, RoundId, Version};
 use commonweal_runtime::Cancel;
+use commonweal_traces::{Traces, TracesError};
 use commonweal_transport::{Authority, Clock, IdentityError, QuicServer, ServeLimits};
 
 use crate::admin::{Admin, Token};
@@ -29,6 +30,7 @@ use crate::receive::handler::{Service, Threads};
 use crate::receive::partial::PartialFiles;
 use crate::receive::{Parts, Receiver};
 use crate::store::{Access, RealDisk, Storage, StoreError, Watch};
+use crate::traces::Tracer;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -37,6 +39,8 @@ const SERVER_LIFE_MS: u64 = 30 * 24 * 3_600_000;
 const RELOAD: Duration = Duration::from_secs(24 * 3600);
 /// How often the driver looks without a hint.
 const LOOK: Duration = Duration::from_secs(1);
+/// How long the end waits for spans to reach their collector.
+const LAST_SPANS: Duration = Duration::from_secs(5);
 
 /// Why the server did not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -97,6 +101,9 @@ pub enum ServeError {
     /// The thread of the stages.
     #[error("the stages ended with a panic, which the log tells; the round goes on at the next start")]
     Driver,
+    /// Spans cannot be sent.
+    #[error(transparent)]
+    Traces(#[from] TracesError),
     /// Threads or signals.
     #[error("the system refused {what}")]
     System {
@@ -174,6 +181,16 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
         let (expected, got) = (head.base.to_string(), base.hash.to_string());
         return Err(ServeError::OtherBase { expected, got });
     }
+    let tracer = config.traces.endpoint.as_ref().map(|endpoint| {
+        let traces = Traces::start(endpoint, "commonweal-aggregator")?;
+        let aggregator = signer.keys().lineage().first();
+        Ok::<_, TracesError>(Arc::new(Tracer::new(traces, aggregator, clock.clone())))
+    });
+    let tracer = tracer.transpose()?;
+    let events = &match tracer.clone() {
+        Some(tracer) => events.heard_by(move |event| tracer.hear(event)),
+        None => events.clone(),
+    };
     let cancel = Cancel::new();
     let config_for_stages = Arc::new(config.clone());
     let mut stages = ModelStages {
@@ -224,6 +241,9 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
     shell.run((runtime, hangup), service, Driver::new(shell.parts.clone(), base, stages))?;
     let version = publisher.head()?.map_or(head.version, |signed| signed.release.version);
     events.tell(&Event::Stopped { version });
+    if let Some(tracer) = tracer {
+        tracer.finish(LAST_SPANS);
+    }
     Ok(())
 }
 

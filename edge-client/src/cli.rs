@@ -22,6 +22,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, builder::RangedU64ValueParser};
 use commonweal_runtime::Devices;
+use commonweal_traces::Endpoint;
 
 use crate::{events::Output, keys::KeyPlace};
 
@@ -88,6 +89,10 @@ pub struct Shared {
     /// Longest conversation in tokens, for answers and for training; fewer need less memory [default: the package's]
     #[arg(long, global = true, env = "COMMONWEAL_CONTEXT", value_name = "N", value_parser = at_least_one())]
     pub context: Option<usize>,
+    /// OpenTelemetry collector that gets spans of this device's updates; their place then goes with each update, so that they
+    /// can be followed to the release [default: none]
+    #[arg(long, global = true, env = "COMMONWEAL_TRACES", value_name = "http://HOST:PORT")]
+    pub traces: Option<Endpoint>,
     /// One JSON object a line on stdout
     #[arg(long, global = true)]
     pub json: bool,

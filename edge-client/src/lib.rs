@@ -16,6 +16,7 @@ pub mod store;
 pub mod trust;
 pub mod events;
 pub mod doing;
+pub mod traces;
 mod notify;
 pub mod rows;
 pub mod forms;

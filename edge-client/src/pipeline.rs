@@ -10,7 +10,7 @@ use std::{
 
 use commonweal_adapter::Adapter;
 use commonweal_protocol::{
-    DeviceId, DeviceReport, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
+    DeviceId, DeviceReport, Open, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
 };
 use commonweal_runtime::{Cancel, Model};
 use commonweal_safety::{Guard, Reviser};
@@ -27,6 +27,7 @@ use crate::{
     pipeline_error::damaged,
     policy::Policy,
     store::{Store, StoreError},
+    traces::Tracer,
     train::TrainingError,
     upload::{self, UploadError},
 };
@@ -67,6 +68,8 @@ pub struct Device<L> {
     pub runtime: Handle,
     /// Stops whatever runs.
     pub cancel: Cancel,
+    /// Where spans of its updates go, if its owner wants them to.
+    pub tracer: Option<Tracer>,
 }
 
 /// What a visit to the aggregator came to.
@@ -261,6 +264,7 @@ impl<L: Link> Device<L> {
         let begun = Instant::now();
         let round = task.round;
         let open = upload::announce(round, self.expected.base, packed, report.report, report.samples);
+        let open = Open { trace: self.tracer.as_ref().map(|tracer| tracer.upload(round)), ..open };
         let trust = &self.expected.trust;
         let send = || self.ask(upload::upload(&self.link, trust, self.id, &self.store, &open, packed));
         let mut sent = send()?;
@@ -289,6 +293,9 @@ impl<L: Link> Device<L> {
 
     pub(crate) fn stage(&self, round: u64, begun: Instant, done: Done) {
         let event = Event::Stage { round, seconds: begun.elapsed().as_secs_f64(), done };
+        if let (Some(tracer), Event::Stage { done, .. }) = (&self.tracer, &event) {
+            tracer.stage(RoundId(round), begun, done);
+        }
         doing::after_event(&self.store, &event);
         self.output.show(&event);
     }

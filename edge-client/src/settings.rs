@@ -10,6 +10,7 @@ use std::{
 };
 
 use commonweal_runtime::Devices;
+use commonweal_traces::Endpoint;
 use serde::{Deserialize, Serialize};
 
 use crate::keys::KeyPlace;
@@ -17,7 +18,7 @@ use crate::keys::KeyPlace;
 /// A person's file of settings, policy or principles has a few pages; more is a wrong file.
 const FILE_BYTES_MAX: u64 = 256 * 1024;
 
-/// `device.toml`; the first seven have a flag and an environment variable too.
+/// `device.toml`; the first eight have a flag and an environment variable too.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SettingsFile {
@@ -42,6 +43,10 @@ pub struct SettingsFile {
     /// Where the key is that seals the state directory: a file, or `keyring:NAME`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub store_key: Option<KeyPlace>,
+    /// An OpenTelemetry collector that gets spans of this device's updates. Whoever sets it agrees that their place goes with
+    /// each update (docs/privacy.md).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub traces: Option<Endpoint>,
     /// Longest wait between two polls, whatever the aggregator asks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub poll_seconds_max: Option<NonZeroU64>,
@@ -160,6 +165,7 @@ mod tests {
             "threads = 0\n",
             "poll_seconds_max = 0\n",
             "stall_seconds = 0\n",
+            "traces = \"https://collector:4318\"\n",
         ] {
             std::fs::write(directory.path().join("device.toml"), text).unwrap();
             assert!(

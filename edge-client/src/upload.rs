@@ -102,7 +102,7 @@ impl UploadError {
 /// What an update says about itself before its bytes.
 pub fn announce(round: RoundId, base: BaseHash, packed: &Packed, report: DeviceReport, samples: u32) -> Open {
     let bytes = packed.bytes();
-    Open { round, base, digest: Digest::of(bytes), length: bytes.len() as u64, samples, report }
+    Open { round, base, digest: Digest::of(bytes), length: bytes.len() as u64, samples, report, trace: None }
 }
 
 /// Delivers an update of this device and keeps its receipt, durably, before it returns.

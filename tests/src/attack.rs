@@ -65,7 +65,7 @@ pub fn lie(round: RoundId, base: BaseHash, payload: &[u8], honest: DeviceReport)
         ..honest
     };
     let (digest, length) = (Digest::of(payload), payload.len() as u64);
-    Open { round, base, digest, length, samples: CLAIMED_SAMPLES, report }
+    Open { round, base, digest, length, samples: CLAIMED_SAMPLES, report, trace: None }
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 pub mod attack;
 pub mod child;
+pub mod collector;
 pub mod modelless;
 pub mod visitor;
 pub mod program;

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use commonweal_protocol::Mode;
+use commonweal_traces::Endpoint;
 
 use crate::config::{Config, Listen, Optimizer, Rule};
 use crate::round::{RoundMode, Sampling};
@@ -21,6 +22,9 @@ pub(super) struct Flags {
     /// The operator's port (TCP): health, metrics; `off` for none [default: 127.0.0.1:4434].
     #[arg(long, env = "COMMONWEAL_ADMIN", value_name = "ADDRESS:PORT")]
     admin: Option<Listen>,
+    /// An OpenTelemetry collector that gets spans of rounds and updates [default: none].
+    #[arg(long, env = "COMMONWEAL_TRACES", value_name = "http://HOST:PORT")]
+    traces: Option<Endpoint>,
     /// Where devices find the aggregator, for invitations.
     #[arg(long, env = "COMMONWEAL_ADDRESS", value_name = "HOST:PORT")]
     address: Option<String>,
@@ -155,6 +159,9 @@ impl Flags {
         config.package = package.unwrap_or_default();
         set(&mut config.listen, self.listen.as_ref());
         set(&mut config.admin.listen, self.admin.as_ref());
+        if self.traces.is_some() {
+            config.traces.endpoint.clone_from(&self.traces);
+        }
         if self.address.is_some() {
             config.address.clone_from(&self.address);
         }

@@ -3,11 +3,13 @@
 //! from.
 //!
 //! In the environment `round.goal` is `COMMONWEAL_AGGREGATOR_ROUND__GOAL`. Values there and behind `--set` are TOML; what
-//! is no TOML is a string, so that paths and addresses need no quotes.
+//! is no TOML is a string, so that paths and addresses need no quotes. `OTEL_EXPORTER_OTLP_ENDPOINT` is `traces.endpoint`
+//! where nothing else says it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use commonweal_traces::Endpoint;
 use serde::Serialize;
 use toml::{Table, Value};
 
@@ -15,6 +17,8 @@ use super::{Config, ConfigError, FILE};
 
 /// What names of settings in the environment begin with.
 pub const PREFIX: &str = "COMMONWEAL_AGGREGATOR_";
+/// The setting that OpenTelemetry's own variables stand for.
+const TRACES: &str = "traces.endpoint";
 
 /// Where a setting comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -98,8 +102,14 @@ impl Settings {
     /// Overrules by the environment; whatever has the prefix and names no setting is a problem.
     #[must_use]
     pub fn with_environment(mut self, variables: impl IntoIterator<Item = (String, String)>) -> Self {
-        let mut ours: Vec<_> = variables.into_iter().filter(|(name, _)| name.starts_with(PREFIX)).collect();
-        ours.sort();
+        let variables: BTreeMap<String, String> = variables.into_iter().collect();
+        // What all programs with OpenTelemetry are told, unless this one was told otherwise.
+        let told = self.sources.contains_key(TRACES);
+        if let Some((name, endpoint)) = Endpoint::named(|name| variables.get(name).cloned()).filter(|_| !told)
+        {
+            self.put(TRACES, Value::String(endpoint), Source::Environment(name.to_owned()));
+        }
+        let ours = variables.into_iter().filter(|(name, _)| name.starts_with(PREFIX));
         for (name, text) in ours {
             let key = name[PREFIX.len()..].to_lowercase().replace("__", ".");
             self.put(&key, parse(&text), Source::Environment(name));

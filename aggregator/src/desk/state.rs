@@ -40,7 +40,8 @@ pub struct Progress {
 /// An accepted update, as the inbox keeps it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Accepted {
-    /// What the device announced.
+    /// What the device announced; kept without its trace, which is told when the update is taken and not needed after.
+    #[serde(with = "untraced")]
     pub open: Open,
     /// What it was answered, to be repeated word for word.
     pub receipt: SignedReceipt,
@@ -48,6 +49,26 @@ pub struct Accepted {
     pub norm: Option<f64>,
     /// The release that it was trained from; noted when it is taken.
     pub start: Option<Version>,
+    /// When the device began to bring it, as far as this process knows; not kept.
+    #[serde(skip)]
+    pub opened_ms: Option<u64>,
+}
+
+/// An announcement as it was stored before there were traces.
+mod untraced {
+    use commonweal_protocol::{BaseHash, DeviceReport, Digest, Open, RoundId};
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    type Stored = (RoundId, BaseHash, Digest, u64, u32, DeviceReport);
+
+    pub(super) fn serialize<S: Serializer>(open: &Open, serializer: S) -> Result<S::Ok, S::Error> {
+        (open.round, open.base, open.digest, open.length, open.samples, open.report).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Open, D::Error> {
+        let (round, base, digest, length, samples, report) = Stored::deserialize(deserializer)?;
+        Ok(Open { round, base, digest, length, samples, report, trace: None })
+    }
 }
 
 /// Why the desk could not do something.
@@ -124,7 +145,7 @@ pub(crate) fn decode_accepted(bytes: &[u8]) -> Result<Accepted, DeskError> {
 
 #[cfg(test)]
 mod tests {
-    use commonweal_protocol::{BaseHash, DeviceId, DeviceReport, Digest, Receipt, SigningKey};
+    use commonweal_protocol::{BaseHash, DeviceId, DeviceReport, Digest, Receipt, SigningKey, TraceContext};
 
     use super::*;
 
@@ -137,10 +158,11 @@ mod tests {
             length: 5,
             samples: 7,
             report: DeviceReport::default(),
+            trace: None,
         };
         let receipt = Receipt { round, device, digest, length: 5, received_ms: 11 };
         let receipt = SignedReceipt::sign(&SigningKey::from_bytes(&[3; 32]), receipt).unwrap();
-        Accepted { open, receipt, norm, start: norm.map(|_| Version(4)) }
+        Accepted { open, receipt, norm, start: norm.map(|_| Version(4)), opened_ms: None }
     }
 
     #[test]
@@ -150,6 +172,21 @@ mod tests {
             assert_eq!(decode_accepted(&bytes).unwrap(), accepted(norm));
             assert!(decode_accepted(&bytes[..bytes.len() - 1]).is_err());
         }
+    }
+
+    /// Items of before there were traces are the same bytes.
+    #[test]
+    fn an_item_is_kept_without_its_trace() {
+        let before = accepted(Some(1.5));
+        let trace = Some(TraceContext { trace: [5; 16], span: [6; 8] });
+        let after = Accepted { open: Open { trace, ..before.open }, opened_ms: Some(7), ..before.clone() };
+        let bytes = postcard::to_allocvec(&after).unwrap();
+        assert_eq!(bytes, postcard::to_allocvec(&before).unwrap());
+        assert_eq!(decode_accepted(&bytes).unwrap(), before);
+        let Open { round, base, digest, length, samples, report, .. } = before.open;
+        let fields =
+            (round, base, digest, length, samples, report, before.receipt, before.norm, before.start);
+        assert_eq!(bytes, postcard::to_allocvec(&fields).unwrap());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use commonweal_protocol::{
 };
 use commonweal_transport::Opened;
 
-use super::{Receiver, chain};
+use super::{Opening, Receiver, chain};
 use crate::desk::{self, DeskError, Taken};
 use crate::round::NotAdmitted;
 
@@ -31,7 +31,9 @@ impl Receiver {
     pub fn open(&self, device: DeviceId, open: Open) -> Result<Opened, Refused> {
         const REQUEST: &str = "open";
         let _lane = self.lane(device);
-        let refuse = |reason, detail: String| Err(self.refuse(Some(device), REQUEST, reason, detail));
+        let refuse = |reason, detail: String| {
+            Err(self.refuse_update(Some(device), REQUEST, Some(open.digest), reason, detail))
+        };
         if open.base != self.parts.base {
             return refuse(Refusal::WrongBase, format!("expected {}, got {}", self.parts.base, open.base));
         }
@@ -40,7 +42,7 @@ impl Receiver {
             return self.repeat(device, REQUEST, &open.key(), into, &before).map(Opened::Done);
         }
         if let Err(error) = self.parts.desk.admits(open.round, &device) {
-            return Err(self.not_admitted(device, REQUEST, error));
+            return Err(self.not_admitted(device, REQUEST, open.digest, error));
         }
         let bytes_max = self.bytes_max(open.round);
         if open.length > bytes_max as u64 {
@@ -50,15 +52,24 @@ impl Receiver {
         let key = open.key();
         let offset = self.make_room(device, &open).map_err(|error| {
             // A disk that is full for the moment: the device keeps its update and comes back.
-            self.refuse(Some(device), REQUEST, Refusal::Busy, error)
+            self.refuse_update(Some(device), REQUEST, Some(open.digest), Refusal::Busy, error)
         })?;
         if offset > open.length {
             self.discard(device, &key);
-            self.live().opens.insert(device, open);
+            self.begin(device, open);
             return Ok(Opened::Resume(0));
         }
-        self.live().opens.insert(device, open);
+        self.begin(device, open);
         Ok(Opened::Resume(offset))
+    }
+
+    /// Remembers what the device brings, and since when: one that it opens again it began before.
+    fn begin(&self, device: DeviceId, open: Open) {
+        let now_ms = self.now_ms();
+        let mut live = self.live();
+        let before = live.opens.get(&device).filter(|before| before.open.key() == open.key());
+        let since_ms = before.map_or(now_ms, |before| before.since_ms);
+        live.opens.insert(device, Opening { open, since_ms });
     }
 
     /// The offset to go on from, if the disk has room for the rest, twice: once as it comes in, once kept.
@@ -72,8 +83,8 @@ impl Receiver {
             let mut live = self.live();
             // Nothing more comes of a round that is over.
             let oldest = self.oldest_round(open.round);
-            live.opens.retain(|_, other| other.round >= oldest);
-            live.opens.iter().filter(|(other, _)| **other != device).map(|(_, open)| open.length).sum()
+            live.opens.retain(|_, other| other.open.round >= oldest);
+            live.opens.iter().filter(|(other, _)| **other != device).map(|(_, other)| other.open.length).sum()
         };
         let needed = (open.length.saturating_sub(offset))
             .saturating_add(open.length)
@@ -86,11 +97,13 @@ impl Receiver {
     pub fn chunk(&self, device: DeviceId, key: UploadKey, chunk: &Chunk) -> Result<u64, Refused> {
         const REQUEST: &str = "chunk";
         let _lane = self.lane(device);
-        let open = self.opened(device, &key, REQUEST)?;
-        let refuse = |reason, detail: String| Err(self.refuse(Some(device), REQUEST, reason, detail));
+        let Opening { open, .. } = self.opened(device, &key, REQUEST)?;
+        let refuse = |reason, detail: String| {
+            Err(self.refuse_update(Some(device), REQUEST, Some(key.digest), reason, detail))
+        };
         if let Err(error) = self.parts.desk.admits(key.round, &device) {
             self.let_go(device, &key, &error);
-            return Err(self.not_admitted(device, REQUEST, error));
+            return Err(self.not_admitted(device, REQUEST, key.digest, error));
         }
         if !chunk.is_intact() {
             return refuse(Refusal::ChunkCorrupt, format!("at offset {}", chunk.offset));
@@ -118,7 +131,7 @@ impl Receiver {
                 std::io::ErrorKind::StorageFull => Refusal::Busy,
                 _ => Refusal::Internal,
             };
-            self.refuse(Some(device), REQUEST, reason, error)
+            self.refuse_update(Some(device), REQUEST, Some(key.digest), reason, error)
         })?;
         self.parts.pause.here("upload", &self.parts.events);
         Ok(end)
@@ -131,9 +144,9 @@ impl Receiver {
         }
     }
 
-    fn opened(&self, device: DeviceId, key: &UploadKey, request: &'static str) -> Result<Open, Refused> {
+    fn opened(&self, device: DeviceId, key: &UploadKey, request: &'static str) -> Result<Opening, Refused> {
         match self.live().opens.get(&device) {
-            Some(open) if open.key() == *key => Ok(*open),
+            Some(opening) if opening.open.key() == *key => Ok(*opening),
             _ => Err(Refused { reason: Refusal::UploadUnknown, reconnect: self.reconnect() }),
         }
         .inspect_err(|_| tracing::debug!(%device, request, "no such upload is open"))
@@ -147,10 +160,10 @@ impl Receiver {
         if let Some((into, before)) = taken.map_err(|error| self.failed(device, REQUEST, &error))? {
             return self.repeat(device, REQUEST, &key, into, &before);
         }
-        let open = self.opened(device, &key, REQUEST)?;
+        let Opening { open, since_ms } = self.opened(device, &key, REQUEST)?;
         if let Err(error) = self.parts.desk.admits(key.round, &device) {
             self.let_go(device, &key, &error);
-            return Err(self.not_admitted(device, REQUEST, error));
+            return Err(self.not_admitted(device, REQUEST, key.digest, error));
         }
         let (blobs, norm) = self.keep(device, &open)?;
         let received_ms = self.now_ms();
@@ -158,7 +171,8 @@ impl Receiver {
             Receipt { round: open.round, device, digest: open.digest, length: open.length, received_ms };
         let receipt = SignedReceipt::sign(self.parts.signer.keys().signing(), receipt)
             .map_err(|error| self.failed(device, REQUEST, &error))?;
-        let accepted = desk::Accepted { open, receipt, norm: Some(norm), start: None };
+        let accepted =
+            desk::Accepted { open, receipt, norm: Some(norm), start: None, opened_ms: Some(since_ms) };
         let taken = self.parts.desk.take(received_ms, &accepted);
         drop(blobs);
         match taken {
@@ -171,7 +185,7 @@ impl Receiver {
             Err(DeskError::NotAdmitted(error)) => {
                 // The round closed meanwhile: a late update is discarded, and its device knows.
                 self.let_go(device, &key, &error);
-                Err(self.not_admitted(device, REQUEST, error))
+                Err(self.not_admitted(device, REQUEST, key.digest, error))
             }
             Err(error) => Err(self.failed(device, REQUEST, &error)),
         }
@@ -185,7 +199,7 @@ impl Receiver {
             let bytes = self.read_whole(device, open)?;
             let norm = self.check_update(open.round, &bytes).map_err(|detail| {
                 self.forget(device, &open.key());
-                self.refuse(Some(device), REQUEST, Refusal::UpdateUnusable, detail)
+                self.refuse_update(Some(device), REQUEST, Some(open.digest), Refusal::UpdateUnusable, detail)
             })?;
             Ok((bytes, norm))
         })?;
@@ -208,7 +222,13 @@ impl Receiver {
         self.forget(device, key);
         if before.open.digest != key.digest {
             let detail = format!("accepted {}, got {}", before.open.digest, key.digest);
-            return Err(self.refuse(Some(device), request, Refusal::AlreadySent, detail));
+            return Err(self.refuse_update(
+                Some(device),
+                request,
+                Some(key.digest),
+                Refusal::AlreadySent,
+                detail,
+            ));
         }
         // Counts it now if a failing store kept that from happening then.
         let counted = self.parts.desk.count_again(self.now_ms(), into, device);
@@ -229,7 +249,7 @@ impl Receiver {
             .map_err(|error| self.failed(device, REQUEST, &error))?;
         let refuse = |reason, detail: String| {
             self.discard(device, &key);
-            Err(self.refuse(Some(device), REQUEST, reason, detail))
+            Err(self.refuse_update(Some(device), REQUEST, Some(open.digest), reason, detail))
         };
         if held != open.length {
             return refuse(Refusal::LengthMismatch, format!("expected {} bytes, got {held}", open.length));
@@ -274,7 +294,7 @@ impl Receiver {
     fn forget(&self, device: DeviceId, key: &UploadKey) {
         self.discard(device, key);
         let mut live = self.live();
-        if live.opens.get(&device).is_some_and(|open| open.key() == *key) {
+        if live.opens.get(&device).is_some_and(|opening| opening.open.key() == *key) {
             live.opens.remove(&device);
         }
     }

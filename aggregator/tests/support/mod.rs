@@ -58,6 +58,7 @@ pub fn open(round: u64, bytes: &[u8]) -> Open {
         length: bytes.len() as u64,
         samples: 10,
         report: DeviceReport::default(),
+        trace: None,
     }
 }
 

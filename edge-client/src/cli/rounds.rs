@@ -22,6 +22,7 @@ use crate::{
     priority, sensors,
     settings::SettingsFile,
     store::StoreError,
+    traces::Tracer,
     trust::Trust,
     watch::{Heed, Watched, watched},
     when::Why,
@@ -214,6 +215,11 @@ impl Member {
         let cancel = open::stop_on_signal(runtime.handle());
         let link = connect(&runtime, &identity, &place.settings)?;
         let open::Stages { model, guard, reviser } = open::Stages::open(shared, &place, &policy, &cancel)?;
+        let endpoint = shared.traces.as_ref().or(place.settings.traces.as_ref());
+        let trace = |endpoint| {
+            Tracer::start(endpoint, *identity.credentials.signing_key(), identity.credentials.device())
+        };
+        let tracer = endpoint.map(trace).transpose()?;
         let (trust, base) = (Trust::open(&store, &identity.credentials)?, crate::pipeline::base_of(&model));
         let device = Device {
             id: identity.credentials.device(),
@@ -227,6 +233,7 @@ impl Member {
             output: shared.output(),
             runtime: runtime.handle().clone(),
             cancel: cancel.clone(),
+            tracer,
         };
         let mut member =
             Self { settings: place.settings, identity, device, runtime, stop: cancel, expired_ms: 0, heed };

@@ -191,6 +191,7 @@ impl World {
             output: Output::Text,
             runtime: runtime.handle().clone(),
             cancel,
+            tracer: None,
         };
         let world = Self { directory, _runtime: runtime, device, told };
         world.begin(1);

@@ -57,4 +57,4 @@ pub use release::{Direction, Gate, Metric, Release, ReleaseNotice, ReportCard, R
 pub use signature::{AggregatorKey, Signature, SignatureError, SigningKey};
 pub use succession::{Lineage, SignedSuccession, Succession, SuccessionError};
 pub use task::{CompressSettings, Mode, Poll, PollReply, RoundTask, Start, TrainSettings};
-pub use update::{DeviceReport, Open, UploadKey};
+pub use update::{DeviceReport, Open, TraceContext, UploadKey};

@@ -19,6 +19,17 @@ pub struct Open {
     pub samples: u32,
     /// How it came to be.
     pub report: DeviceReport,
+    /// Where its owner's own traces have its delivery, if the owner lets them be followed.
+    pub trace: Option<TraceContext>,
+}
+
+/// The place of a span in its trace, as OpenTelemetry has them. Neither says anything else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TraceContext {
+    /// The trace.
+    pub trace: [u8; 16],
+    /// The span in it.
+    pub span: [u8; 8],
 }
 
 /// What names an upload, beside the device: the same key is the same upload, however often it is sent.
@@ -67,6 +78,9 @@ impl Open {
         Invalid::unless_at_least("update length", self.length, 1u64)?;
         Invalid::unless_at_most("update length", self.length, bounds::UPDATE_BYTES_MAX)?;
         Invalid::unless_at_least("samples", self.samples, 1u64)?;
+        if self.trace.is_some_and(|trace| trace.trace == [0; 16] || trace.span == [0; 8]) {
+            return Err(Invalid::NotAllowed { field: "trace's place", got: 0 });
+        }
         self.report.check()
     }
 }

@@ -8,7 +8,7 @@ mod samples;
 use commonweal_protocol::{
     AggregatorKey, Chunk, DecodeError, Direction, EncodeError, EnrolmentReply, Gate, Header, Invalid,
     Invitation, InvitationError, Metric, Opaque, PollReply, ReconnectWindow, Refused, Reply, Request,
-    SignatureError, SignedReceipt, SignedRelease, bounds, decode, encode,
+    SignatureError, SignedReceipt, SignedRelease, TraceContext, bounds, decode, encode,
 };
 
 fn body(request: &Request) -> Vec<u8> {
@@ -96,6 +96,12 @@ fn values_out_of_bounds_are_refused_both_ways() {
     assert!(open(&|open| open.report.loss_first = f32::NAN));
     assert!(open(&|open| open.report.delta_norm = f32::INFINITY));
     assert!(open(&|open| open.report.delta_norm = -1.0));
+    assert!(!open(&|open| open.trace = None));
+    for zero in
+        [TraceContext { trace: [0; 16], ..samples::TRACE }, TraceContext { span: [0; 8], ..samples::TRACE }]
+    {
+        assert!(open(&|open| open.trace = Some(zero)), "a place that OpenTelemetry does not have");
+    }
 
     let task = |change: &dyn Fn(&mut commonweal_protocol::RoundTask)| {
         let mut task = samples::task();

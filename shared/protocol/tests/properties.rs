@@ -9,8 +9,8 @@ mod samples;
 
 use commonweal_protocol::{
     AggregatorKey, BaseHash, Chunk, Content, DeviceReport, Digest, Fetch, Header, KeyNumber, Lineage, Opaque,
-    Open, Poll, ReconnectWindow, Refusal, Refused, Reply, Request, RoundId, SigningKey, Version, bounds,
-    decode, encode,
+    Open, Poll, ReconnectWindow, Refusal, Refused, Reply, Request, RoundId, SigningKey, TraceContext,
+    Version, bounds, decode, encode,
 };
 use proptest::prelude::*;
 
@@ -42,14 +42,22 @@ fn report() -> impl Strategy<Value = DeviceReport> {
 }
 
 fn open() -> impl Strategy<Value = Open> {
-    let parts = (any::<u64>(), any::<[u8; 32]>(), digest(), 1..=bounds::UPDATE_BYTES_MAX, 1u32.., report());
-    parts.prop_map(|(round, base, digest, length, samples, report)| Open {
+    let trace = prop::option::of((any::<[u8; 16]>(), any::<[u8; 8]>())).prop_map(|place| {
+        place.map(|(mut trace, mut span)| {
+            (trace[0], span[7]) = (trace[0] | 1, span[7] | 1);
+            TraceContext { trace, span }
+        })
+    });
+    let parts =
+        (any::<u64>(), any::<[u8; 32]>(), digest(), 1..=bounds::UPDATE_BYTES_MAX, 1u32.., report(), trace);
+    parts.prop_map(|(round, base, digest, length, samples, report, trace)| Open {
         round: RoundId(round),
         base: BaseHash(base),
         digest,
         length,
         samples,
         report,
+        trace,
     })
 }
 

@@ -80,6 +80,7 @@ impl Device {
             length: bytes.len() as u64,
             samples: random.random_range(1..100),
             report: DeviceReport::default(),
+            trace: None,
         };
         self.sent.entry(round).or_default().push((open, bytes.clone()));
         self.pending = Some((open, bytes));

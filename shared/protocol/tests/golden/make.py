@@ -109,7 +109,7 @@ SEED_BEFORE = bytes([4]) * 32
 
 chunk = varint(1 << 20) + HASH + sized(b"abc")
 report = b"".join(map(varint, [60, 41, 12, 0, 7, 9, 50, 123456])) + f32(2.5) + f32(1.25) + f32(0.75)
-opening = varint(300) + BASE + DIGEST + varint(1234567) + varint(48) + report
+opening = varint(300) + BASE + DIGEST + varint(1234567) + varint(48) + report + some(bytes([0x55]) * 16 + bytes([0x66]) * 8)
 train = b"".join(map(varint, [50, 5, 8, 512])) + f32(0.001) + f32(0.01) + f32(1.0) + f32(0.1)
 compress = bytes([4]) + varint(64) + some(f32(0.25)) + flag(True) + flag(True) + bytes([1])
 start = varint(2) + DIGEST + varint(70000)

@@ -8,8 +8,8 @@ use commonweal_protocol::{
     DeviceId, DeviceReport, Digest, Direction, Enroll, Enrolled, EnrolmentReply, EnrolmentRequest, Fetch,
     Gate, KeyNumber, Lineage, Metric, Mode, Opaque, Open, Poll, PollReply, Receipt, ReconnectWindow, Refusal,
     Refused, Release, Renew, Reply, ReportCard, Request, RoundCounts, RoundId, RoundTask, Scaffold,
-    SignedControl, SignedReceipt, SignedRelease, SignedSuccession, SigningKey, Start, Token, TrainSettings,
-    Version,
+    SignedControl, SignedReceipt, SignedRelease, SignedSuccession, SigningKey, Start, Token, TraceContext,
+    TrainSettings, Version,
 };
 
 pub const DEVICE: DeviceId = DeviceId([0x11; 16]);
@@ -17,6 +17,7 @@ pub const DIGEST: Digest = Digest([0x22; 32]);
 pub const BASE: BaseHash = BaseHash([0xba; 32]);
 pub const RECONNECT: ReconnectWindow = ReconnectWindow { after_ms: 30_000, spread_ms: 5_000 };
 const ROUND: RoundId = RoundId(300);
+pub const TRACE: TraceContext = TraceContext { trace: [0x55; 16], span: [0x66; 8] };
 const HASH: Digest = Digest([0x33; 32]);
 
 pub fn key() -> SigningKey {
@@ -60,7 +61,15 @@ pub fn open() -> Open {
         loss_last: 1.25,
         delta_norm: 0.75,
     };
-    Open { round: ROUND, base: BASE, digest: DIGEST, length: 1_234_567, samples: 48, report }
+    Open {
+        round: ROUND,
+        base: BASE,
+        digest: DIGEST,
+        length: 1_234_567,
+        samples: 48,
+        report,
+        trace: Some(TRACE),
+    }
 }
 
 pub fn control() -> Control {

@@ -115,6 +115,7 @@ pub fn announce(payload: &[u8]) -> Open {
         length: payload.len() as u64,
         samples: 12,
         report: DeviceReport { sampled: 20, kept: 12, dropped: 8, ..DeviceReport::default() },
+        trace: None,
     }
 }
 

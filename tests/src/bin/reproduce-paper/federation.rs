@@ -450,6 +450,7 @@ fn device(
         output: Output::Json,
         runtime: runtime.handle().clone(),
         cancel: cancel.clone(),
+        tracer: None,
     })
 }
 
