@@ -154,6 +154,8 @@ pub async fn obtain(
     if let Some(bytes) = read_whole(store, digest)? {
         return read(&bytes, digest, expected);
     }
+    // Before its bytes are moved.
+    store.require_disk(&adapter_file(digest), content.length)?;
     let partial = format!("releases/{digest}.fetching");
     let mut coming = Coming { store, name: &partial, bytes: store.read(&partial)?.unwrap_or_default() };
     let fetched =

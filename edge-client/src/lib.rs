@@ -8,11 +8,13 @@
 pub mod units;
 pub mod settings;
 pub mod when;
+pub mod budget;
 pub mod policy;
 pub mod keys;
 pub mod seal;
 mod vault;
 pub mod store;
+pub mod spend;
 pub mod events;
 pub mod doing;
 mod notify;

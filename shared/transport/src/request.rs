@@ -4,6 +4,7 @@
 use crate::{
     LinkError,
     frames::{ReceiveError, SendError, receive, send},
+    meter::{self, Metered},
     wire::{Purpose, Stream, Wire},
 };
 use commonweal_protocol::{
@@ -22,6 +23,7 @@ struct Exchange<'w, W: Wire> {
 
 impl<'w, W: Wire> Exchange<'w, W> {
     async fn open(wire: &'w W, purpose: Purpose, window: Duration) -> Result<Self, LinkError> {
+        meter::may_ask(wire)?;
         Ok(Self { wire, stream: wire.open(purpose).await?, window })
     }
 
@@ -128,10 +130,12 @@ pub(crate) async fn upload<W: Wire>(
     let rest = rest.ok_or(LinkError::OutOfPlace { expected: "an offset within the update" })?;
     progress.resumed_from.get_or_insert(offset);
     progress.durable = progress.durable.max(offset);
+    let metered = Metered::begin(wire, rest.len() as u64)?;
     let mut at = offset;
     for bytes in rest.chunks(bounds::CHUNK_BYTES_MAX) {
         let chunk = Chunk::new(at, bytes.to_vec()).map_err(commonweal_protocol::EncodeError::from)?;
         at = chunk.end();
+        metered.go_on(wire, at - offset)?;
         exchange.push("uploading", &Request::Chunk(chunk)).await?;
         progress.sent_bytes += bytes.len() as u64;
     }
@@ -159,6 +163,8 @@ pub(crate) async fn download<W: Wire>(
     partial: &mut Vec<u8>,
 ) -> Result<(), LinkError> {
     const DURING: &str = "downloading";
+    let rest = |partial: &[u8]| content.length.saturating_sub(partial.len() as u64);
+    let metered = Metered::begin(wire, rest(partial))?;
     let mut exchange = Exchange::open(wire, Purpose::Transfer, window).await?;
     let fetch = Fetch { digest: content.digest, offset: partial.len() as u64 };
     exchange.push(DURING, &Request::Fetch(fetch)).await?;
@@ -167,6 +173,7 @@ pub(crate) async fn download<W: Wire>(
         _ => return Err(LinkError::OutOfPlace { expected: "the content asked for, of the length known" }),
     }
     while (partial.len() as u64) < content.length {
+        metered.go_on(wire, rest(partial))?;
         let Reply::Chunk(chunk) = exchange.reply(DURING, bounds::FRAME_BYTES_MAX).await? else {
             return Err(LinkError::OutOfPlace { expected: "a chunk" });
         };
