@@ -36,6 +36,7 @@ mod pipeline_error;
 mod task;
 mod begun;
 mod owed;
+mod chunks;
 mod work;
 pub mod pipeline;
 mod bus;

@@ -13,8 +13,9 @@
 //!   sealed *                          there once nothing of a person's lies in the clear
 //!   samples/000001.jsonl … *          what was added, one file an `add` (`kept.rs`)
 //!   used.samples *                    which of them a round has drawn
-//!   round/ *                          task, pairs, training checkpoint, packed update of the round in progress,
-//!                                     or why this round was given up; what an update that was let go would leave
+//!   round/ *                          of the round in progress: task, what is drawn, judged and rewritten so far, pairs,
+//!                                     training checkpoint, packed update, or why it was given up; what an update that was
+//!                                     let go would leave
 //!   residual.bin residual-a.bin *     error feedback: what compression has not sent yet; of rounds of A alone
 //!   control.bin control-pending.bin * SCAFFOLD: the control variate; the next one, until its round is merged
 //!   personal.adapter * personal.samples *  the personal adapter, and what it was trained on

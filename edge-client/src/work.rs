@@ -16,11 +16,10 @@ use crate::{
     control::{self, Controls},
     doing,
     events::{Done, Event, Output},
-    filter, install, kept,
+    filter, install,
     owed::{NEXT_RESIDUAL, residual_of},
     pipeline::{CHECKPOINT, Device, PACKED, PACKED_REPORT, PAIRS, PackedReport, PipelineError},
-    revise::{self, ReviseCounts, TrainingPair},
-    sample,
+    revise::{ReviseCounts, TrainingPair},
     store::{Store, StoreError},
     task::{train_task, trainable},
     train::{self, TrainSummary, Trained, TrainingError},
@@ -72,35 +71,26 @@ impl<L: Link> Device<L> {
         }
         let round = task.round.0;
         let begun = Instant::now();
-        let samples = sample::draw(kept::samples(&self.store)?, self.policy.train.samples_max, task.seed);
+        let samples = self.draw(task)?;
         let sampled = samples.len();
         if sampled == 0 {
             return Ok(None);
         }
-        kept::mark_used(&self.store, samples.iter())?;
         self.stage(round, begun, Done::Sample { samples: sampled });
 
         let begun = Instant::now();
-        let screened =
-            filter::screen(&self.guard, &self.policy, samples, &self.cancel, |_| doing::goes_on())?;
+        let screened = self.judge(task, samples)?;
         let found = filter::count(&screened);
         let filter::FilterCounts { kept, dropped, refused, flagged, .. } = found;
         self.stage(round, begun, Done::Filter { kept, dropped, refused, flagged });
 
         let begun = Instant::now();
-        let (pairs, counts) = revise::revise(
-            &self.guard,
-            &self.reviser,
-            &self.policy,
-            screened,
-            task.seed,
-            &self.cancel,
-            |_| doing::goes_on(),
-        )?;
+        let (pairs, counts) = self.rewrite(task, screened)?;
         let ReviseCounts { revised, refused, dropped, attempts, .. } = counts;
         self.stage(round, begun, Done::Revise { revised, refused, dropped, attempts });
         let prepared = Prepared { sampled, counts, pairs };
         self.store.write_within(PAIRS, &self.encode(PAIRS, &prepared)?)?;
+        self.remove_chunks()?;
         Ok(Some(prepared))
     }
 

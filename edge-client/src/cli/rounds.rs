@@ -45,7 +45,7 @@ const RETRY: ReconnectWindow = ReconnectWindow { after_ms: 2_500, spread_ms: 5_0
 /// After something that the disk's budget has no room for: what makes some is a person's, or another release.
 const DISK_RETRY: ReconnectWindow = ReconnectWindow { after_ms: 600_000, spread_ms: 600_000 };
 /// Devices whose budgets begin anew at one midnight do not come at one moment.
-const NEXT_DAY_SPREAD_MS: u32 = 3_600_000;
+const PUT_OFF_SPREAD_MS: u32 = 3_600_000;
 /// After a step that memory was too short for: what else takes it is a person's, and ends in minutes.
 const MEMORY_RETRY: ReconnectWindow = ReconnectWindow { after_ms: 60_000, spread_ms: 60_000 };
 /// Looks so often whether the owner's rules hold.
@@ -66,7 +66,10 @@ pub(super) fn once(shared: &Shared, heeds: bool) -> Result<()> {
     let _visiting = member.device.store.hold_visit()?;
     // A release may have been published while this device worked.
     if let Outcome::Delivered(_) = outcome {
-        member.device.poll()?;
+        match member.device.poll() {
+            Err(error) if error.put_off().is_some() => tracing::info!("{error}; the next visit asks for news"),
+            polled => polled.map(|_| ())?,
+        }
     }
     match outcome {
         Outcome::Refused(round, refusal) => {
@@ -143,7 +146,7 @@ fn window_after(error: &PipelineError, now_ms: u64) -> Option<ReconnectWindow> {
     }
     if let Some(PutOff { until_ms, .. }) = error.put_off() {
         let after_ms = u32::try_from(until_ms.saturating_sub(now_ms)).unwrap_or(u32::MAX);
-        return Some(ReconnectWindow { after_ms, spread_ms: NEXT_DAY_SPREAD_MS });
+        return Some(ReconnectWindow { after_ms, spread_ms: after_ms.min(PUT_OFF_SPREAD_MS) });
     }
     error.is_transient().then(|| error.reconnect().unwrap_or(RETRY))
 }
@@ -445,12 +448,16 @@ mod tests {
 
     #[test]
     fn a_budget_is_waited_for_until_its_day_and_said_in_a_sentence() {
-        let reason = "until tomorrow: 198MB of today's 200MB are used".to_owned();
-        let put_off = LinkError::PutOff(PutOff { reason, until_ms: 90_000 });
-        let error = PipelineError::from(put_off);
-        let window = ReconnectWindow { after_ms: 60_000, spread_ms: NEXT_DAY_SPREAD_MS };
-        assert_eq!(window_after(&error, 30_000), Some(window));
-        assert_eq!(window_after(&error, 100_000).unwrap().after_ms, 0);
+        let error = |until_ms| {
+            let reason = "until tomorrow: 198MB of today's 200MB are used".to_owned();
+            PipelineError::from(LinkError::PutOff(PutOff { reason, until_ms }))
+        };
+        let hours = window_after(&error(8 * 3_600_000), 0).unwrap();
+        assert_eq!((hours.after_ms, hours.spread_ms), (8 * 3_600_000, PUT_OFF_SPREAD_MS));
+        let error = error(90_000);
+        let window = |after_ms, spread_ms| Some(ReconnectWindow { after_ms, spread_ms });
+        assert_eq!(window_after(&error, 30_000), window(60_000, 60_000));
+        assert_eq!(window_after(&error, 100_000), window(0, 0));
         assert_eq!(
             sentence(&why_again(&error)),
             "waits until tomorrow: 198MB of today's 200MB are used"

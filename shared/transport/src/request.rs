@@ -23,7 +23,6 @@ struct Exchange<'w, W: Wire> {
 
 impl<'w, W: Wire> Exchange<'w, W> {
     async fn open(wire: &'w W, purpose: Purpose, window: Duration) -> Result<Self, LinkError> {
-        meter::may_ask(wire)?;
         Ok(Self { wire, stream: wire.open(purpose).await?, window })
     }
 
@@ -70,13 +69,17 @@ impl<'w, W: Wire> Exchange<'w, W> {
     }
 }
 
-/// Asks and takes one reply.
+/// Asks and takes one reply. A certificate is renewed whatever the budget: a device that is put off for weeks would have
+/// to enrol anew.
 pub(crate) async fn ask<W: Wire>(
     wire: &W,
     window: Duration,
     during: &'static str,
     request: &Request,
 ) -> Result<Reply, LinkError> {
+    if !matches!(request, Request::Renew(_)) {
+        meter::may_ask(wire)?;
+    }
     let mut exchange = Exchange::open(wire, Purpose::Question, window).await?;
     exchange.push(during, request).await?;
     exchange.reply(during, bounds::CONTROL_BYTES_MAX).await
@@ -116,6 +119,7 @@ pub(crate) async fn upload<W: Wire>(
     payload: &[u8],
     progress: &mut UploadProgress,
 ) -> Result<Accepted, LinkError> {
+    meter::may_ask(wire)?;
     let mut exchange = Exchange::open(wire, Purpose::Transfer, window).await?;
     exchange.push("opening an upload", &Request::Open(*open)).await?;
     let offset = match exchange.reply("opening an upload", bounds::CONTROL_BYTES_MAX).await? {
@@ -165,6 +169,7 @@ pub(crate) async fn download<W: Wire>(
     const DURING: &str = "downloading";
     let rest = |partial: &[u8]| content.length.saturating_sub(partial.len() as u64);
     let metered = Metered::begin(wire, rest(partial))?;
+    meter::may_ask(wire)?;
     let mut exchange = Exchange::open(wire, Purpose::Transfer, window).await?;
     let fetch = Fetch { digest: content.digest, offset: partial.len() as u64 };
     exchange.push(DURING, &Request::Fetch(fetch)).await?;
