@@ -121,9 +121,7 @@ impl Period {
     /// The first date of one; none beyond the calendar.
     fn first(self, period: i64) -> Option<Date> {
         match self {
-            Self::Day => {
-                FIRST.checked_add(jiff::SignedDuration::from_hours(period.checked_mul(24)?)).ok()
-            }
+            Self::Day => FIRST.checked_add(jiff::SignedDuration::from_hours(period.checked_mul(24)?)).ok(),
             Self::Month => {
                 let (year, month) = (period.div_euclid(12), period.rem_euclid(12) + 1);
                 Date::new(i16::try_from(year).ok()?, i8::try_from(month).ok()?, 1).ok()
@@ -140,7 +138,9 @@ struct Day(Date);
 impl TryFrom<String> for Day {
     type Error = String;
     fn try_from(text: String) -> Result<Self, String> {
-        Date::from_str(&text).map(Self).map_err(|_| format!("expected a date such as 2026-11-29, got {text:?}"))
+        Date::from_str(&text)
+            .map(Self)
+            .map_err(|_| format!("expected a date such as 2026-11-29, got {text:?}"))
     }
 }
 
@@ -163,17 +163,11 @@ impl Moved {
     }
 
     fn plus(self, other: Self) -> Self {
-        Self {
-            all: self.all.saturating_add(other.all),
-            metered: self.metered.saturating_add(other.metered),
-        }
+        Self { all: self.all.saturating_add(other.all), metered: self.metered.saturating_add(other.metered) }
     }
 
     fn minus(self, other: Self) -> Self {
-        Self {
-            all: self.all.saturating_sub(other.all),
-            metered: self.metered.saturating_sub(other.metered),
-        }
+        Self { all: self.all.saturating_sub(other.all), metered: self.metered.saturating_sub(other.metered) }
     }
 }
 
@@ -371,7 +365,7 @@ impl Ledger {
     /// month has come. Any less might let the device move more than its owner allows.
     pub(crate) fn unknown(budget: &BudgetPolicy, today: Date) -> Self {
         let gone = |day: Limit, month: Limit| {
-            let (of, days) = (today.day().unsigned_abs().into(), today.days_in_month().unsigned_abs().into());
+            let [of, days] = [today.day(), today.days_in_month()].map(|day| u64::from(day.unsigned_abs()));
             let month = month.count().map_or(0, |limit| limit / days * of);
             day.count().unwrap_or(0).max(month)
         };
@@ -441,10 +435,8 @@ impl Used {
             Some(limit) => format!("{} of {limit}", Bytes::of(used)),
             None => Bytes::of(used).to_string(),
         };
-        let [today, month] = [
-            of(self.bytes_today, budget.bytes_per_day),
-            of(self.bytes_month, budget.bytes_per_month),
-        ];
+        let [today, month] =
+            [of(self.bytes_today, budget.bytes_per_day), of(self.bytes_month, budget.bytes_per_month)];
         let metered = if self.metered_bytes_month > 0 {
             let [today, month] = [
                 of(self.metered_bytes_today, budget.metered_bytes_per_day),
@@ -537,7 +529,10 @@ mod tests {
         let used = Used::of(&ledger, today);
         assert_eq!((used.bytes_today, used.metered_bytes_month), (120 * MB, 20 * MB));
         let told = used.sentence(&budget);
-        assert!(told.starts_with("120MB of 200MB today, 120MB this month; on metered networks 20MB of 20MB"), "{told}");
+        assert!(
+            told.starts_with("120MB of 200MB today, 120MB this month; on metered networks 20MB of 20MB"),
+            "{told}"
+        );
     }
 
     #[test]
@@ -551,7 +546,8 @@ mod tests {
     fn a_day_ends_at_midnight_where_the_device_is() {
         let tokyo = TimeZone::get("Asia/Tokyo").unwrap_or_else(|_| jiff::tz::offset(9).to_time_zone());
         let now = date(2026, 6, 1).at(23, 0, 0, 0).to_zoned_datetime(tokyo).unwrap();
-        let wait = decide(&budget(200, 0), &of(&[(now.date(), 200)]), &now, false, Wish::GoOn(1)).unwrap_err();
+        let wait =
+            decide(&budget(200, 0), &of(&[(now.date(), 200)]), &now, false, Wish::GoOn(1)).unwrap_err();
         assert_eq!(wait.until_ms, now.timestamp().as_millisecond() as u64 + 3_600_000);
     }
 

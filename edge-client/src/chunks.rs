@@ -43,7 +43,11 @@ impl<L: Link> Device<L> {
     }
 
     /// Judges the samples; what was judged before a break is not judged again.
-    pub(crate) fn judge(&self, task: &RoundTask, samples: Vec<Sample>) -> Result<Vec<Screened>, PipelineError> {
+    pub(crate) fn judge(
+        &self,
+        task: &RoundTask,
+        samples: Vec<Sample>,
+    ) -> Result<Vec<Screened>, PipelineError> {
         if !self.policy.filter.enabled {
             return Ok(filter::unseen(samples));
         }

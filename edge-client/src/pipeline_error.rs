@@ -72,9 +72,7 @@ impl PipelineError {
         let store = match self {
             Self::Store(error)
             | Self::Install(InstallError::Store(error))
-            | Self::Control(
-                ControlError::Store(error) | ControlError::Install(InstallError::Store(error)),
-            )
+            | Self::Control(ControlError::Store(error) | ControlError::Install(InstallError::Store(error)))
             | Self::Train(TrainingError::Store(error)) => error,
             _ => return None,
         };

@@ -435,7 +435,10 @@ mod tests {
         let text = "[budget]\nbytes_per_day = \"200 MB\"\nbytes_per_month = \"off\"\nmemory = \"1GB\"\n";
         let policy = Policy::from_toml(text).unwrap();
         assert_eq!(policy.budget.bytes_per_day.count(), Some(200_000_000));
-        assert_eq!((policy.budget.bytes_per_month, policy.budget.disk.count()), (Limit::OFF, Some(20_000_000_000)));
+        assert_eq!(
+            (policy.budget.bytes_per_month, policy.budget.disk.count()),
+            (Limit::OFF, Some(20_000_000_000))
+        );
         assert_eq!(Policy::from_toml(&toml::to_string(&policy).unwrap()).unwrap(), policy);
         assert_eq!(policy.of_work(), Policy::default());
         assert!(!serde_json::to_string(&policy.of_work()).unwrap().contains("budget"));

@@ -77,30 +77,26 @@ pub(crate) fn time(clock: &Clock, zone: &TimeZone) -> ZonedDateTime {
 impl Spending {
     /// The account of a directory that this process holds. One that is damaged is laid aside, and its place is taken by
     /// one that says that this date's bytes are used up.
-    pub fn open(store: &Store, budget: BudgetPolicy, clock: Clock, zone: TimeZone) -> Result<Self, StoreError> {
+    pub fn open(
+        store: &Store,
+        budget: BudgetPolicy,
+        clock: Clock,
+        zone: TimeZone,
+    ) -> Result<Self, StoreError> {
         let today = time(&clock, &zone).date();
         let path = store.path(FILE);
         let ledger = match read(store) {
             Ok(ledger) => ledger.unwrap_or_default(),
             Err(error @ StoreError::Damaged { .. }) => {
                 let aside = store.path(&format!("{FILE}.damaged"));
-                tracing::warn!(
-                    "{error}; it is {} now, and today's bytes count as used up",
-                    aside.display()
-                );
+                tracing::warn!("{error}; it is {} now, and today's bytes count as used up", aside.display());
                 fs::rename(&path, &aside).map_err(at("lay aside", &path))?;
                 Ledger::unknown(&budget, today)
             }
             Err(error) => return Err(error),
         };
-        let state = State {
-            ledger,
-            counted: 0,
-            unwritten: 0,
-            ahead: 0,
-            ahead_on: (today, false),
-            is_metered: false,
-        };
+        let state =
+            State { ledger, counted: 0, unwritten: 0, ahead: 0, ahead_on: (today, false), is_metered: false };
         let spending = Self { path, budget, clock, zone, moved: AtomicU64::new(0), state: Mutex::new(state) };
         spending.write(&mut spending.state())?;
         Ok(spending)
@@ -315,7 +311,10 @@ mod tests {
         spending.moved(LIMIT - 100);
         spending.may_go_on(100).unwrap();
         let put_off = spending.may_go_on(101).unwrap_err();
-        assert!(put_off.reason.starts_with("until tomorrow: 15MB of today's 16MB for metered"), "{put_off:?}");
+        assert!(
+            put_off.reason.starts_with("until tomorrow: 15MB of today's 16MB for metered"),
+            "{put_off:?}"
+        );
         assert_eq!(put_off.until_ms, NOON_MS + DAY_MS / 2);
         assert!(spending.may_begin(101).is_err());
         spending.set_metered(false);

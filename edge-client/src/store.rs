@@ -490,7 +490,13 @@ impl Store {
             return Ok(());
         }
         let (more, used) = (Bytes::of(more), Bytes::of(used));
-        Err(StoreError::OverBudget { path: self.path(name), more, used, max, directory: self.directory.clone() })
+        Err(StoreError::OverBudget {
+            path: self.path(name),
+            more,
+            used,
+            max,
+            directory: self.directory.clone(),
+        })
     }
 
     /// Bytes of all files in the directory.

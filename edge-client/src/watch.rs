@@ -152,7 +152,13 @@ mod tests {
         let mut run = |work: &dyn Fn(&Cancel)| {
             let visit = Cancel::new();
             let wishes = vec![directory.path().join("another"), wish.clone()];
-            let what = Watched { visit: visit.clone(), stop: stop.clone(), wishes, heed: Some(&mut heed), memory_max: Limit::OFF };
+            let what = Watched {
+                visit: visit.clone(),
+                stop: stop.clone(),
+                wishes,
+                heed: Some(&mut heed),
+                memory_max: Limit::OFF,
+            };
             watched(what, || work(&visit)).1
         };
         assert_eq!(run(&|visit| assert!(!visit.is_cancelled())), None);
@@ -182,7 +188,12 @@ mod tests {
             let visit = Cancel::new();
             let stop = Cancel::new();
             let what = Watched { visit: visit.clone(), stop, wishes: Vec::new(), heed: None, memory_max };
-            watched(what, || if is_ended { until_cancelled(&visit) }).1
+            watched(what, || {
+                if is_ended {
+                    until_cancelled(&visit)
+                }
+            })
+            .1
         };
         assert_eq!(work(Limit::of(1 << 50), false), None);
         let broken = work(Limit::of(1_000_000), true).unwrap();
@@ -193,7 +204,13 @@ mod tests {
     #[test]
     #[should_panic(expected = "a stage's bug")]
     fn a_panic_ends_the_watching_too() {
-        let what = Watched { visit: Cancel::new(), stop: Cancel::new(), wishes: Vec::new(), heed: None, memory_max: Limit::OFF };
+        let what = Watched {
+            visit: Cancel::new(),
+            stop: Cancel::new(),
+            wishes: Vec::new(),
+            heed: None,
+            memory_max: Limit::OFF,
+        };
         let stage = |is_broken: bool| assert!(!is_broken, "a stage's bug");
         watched(what, || stage(true));
     }

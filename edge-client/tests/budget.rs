@@ -167,8 +167,7 @@ impl World {
         let clock = Clock::manual(NOON_MS);
         let authority = Authority::create(NOON_MS).unwrap();
         let device_key = DeviceKey::generate().unwrap();
-        let chain =
-            authority.issue_device(&device_key.csr().unwrap(), DEVICE, NOON_MS, 30 * DAY_MS).unwrap();
+        let chain = authority.issue_device(&device_key.csr().unwrap(), DEVICE, NOON_MS, 30 * DAY_MS).unwrap();
         let signing_key = AggregatorKey::of(&key());
         let enrolled = Enrolled { device: DEVICE, chain, signing_key };
         let credentials = Credentials::new(device_key, &enrolled, authority.digest()).unwrap();
@@ -286,7 +285,11 @@ async fn a_release_and_an_update_wait_for_another_day_and_then_go_on() {
 
     world.spending.end();
     let (told, counted) = (world.account().bytes_month, world.counted());
-    eprintln!("the account says {told} bytes, the relay saw {counted}, content was {} and {}", content, packed.bytes().len());
+    eprintln!(
+        "the account says {told} bytes, the relay saw {counted}, content was {} and {}",
+        content,
+        packed.bytes().len()
+    );
     assert!(told.abs_diff(counted) <= END_BYTES.max(counted / 1_000), "{told}, {counted}");
 }
 

@@ -22,9 +22,9 @@ use crate::{
     priority,
     sensors::{self, Sensors},
     settings::SettingsFile,
+    spend::Spending,
     store::StoreError,
     watch::{Heed, Watched, watched},
-    spend::Spending,
     when::{Unknown, Why},
 };
 
@@ -67,7 +67,9 @@ pub(super) fn once(shared: &Shared, heeds: bool) -> Result<()> {
     // A release may have been published while this device worked.
     if let Outcome::Delivered(_) = outcome {
         match member.device.poll() {
-            Err(error) if error.put_off().is_some() => tracing::info!("{error}; the next visit asks for news"),
+            Err(error) if error.put_off().is_some() => {
+                tracing::info!("{error}; the next visit asks for news")
+            }
             polled => polled.map(|_| ())?,
         }
     }
@@ -458,10 +460,7 @@ mod tests {
         let window = |after_ms, spread_ms| Some(ReconnectWindow { after_ms, spread_ms });
         assert_eq!(window_after(&error, 30_000), window(60_000, 60_000));
         assert_eq!(window_after(&error, 100_000), window(0, 0));
-        assert_eq!(
-            sentence(&why_again(&error)),
-            "waits until tomorrow: 198MB of today's 200MB are used"
-        );
+        assert_eq!(sentence(&why_again(&error)), "waits until tomorrow: 198MB of today's 200MB are used");
         assert_eq!(sentence("no work"), "waits: no work");
         assert_eq!(crate::cli::exit::code(&error.into()), 5);
     }

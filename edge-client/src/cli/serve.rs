@@ -96,9 +96,9 @@ fn check(request: &Request, consent: Consent) -> Result<()> {
 fn keeper(place: open::Place, disk_max: Limit) -> Keep {
     Box::new(move |samples: Vec<Sample>| {
         let parsed = Parsed { good: samples.into_iter().enumerate().collect(), bad: Vec::new() };
-        let kept = place
-            .look()
-            .and_then(|store| Ok(kept::keep(&store.within(disk_max), &parsed, "serve", Clock::system().unix_ms())?));
+        let kept = place.look().and_then(|store| {
+            Ok(kept::keep(&store.within(disk_max), &parsed, "serve", Clock::system().unix_ms())?)
+        });
         match kept {
             Ok(added) => tracing::info!("{added} chats are samples now"),
             Err(error) => tracing::error!("{} chats could not be kept: {error:#}", parsed.good.len()),

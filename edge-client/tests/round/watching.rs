@@ -56,7 +56,13 @@ fn a_touch_ends_the_round_where_it_is_and_the_rest_follows_to_the_same_bits() {
         File::options().append(true).open(keyboard).unwrap().write_all(&[1; 24]).unwrap();
         Instant::now()
     });
-    let watch = Watched { visit, stop: Cancel::new(), wishes: Vec::new(), heed: Some(&mut heed), memory_max: Limit::OFF };
+    let watch = Watched {
+        visit,
+        stop: Cancel::new(),
+        wishes: Vec::new(),
+        heed: Some(&mut heed),
+        memory_max: Limit::OFF,
+    };
     let ((ended, at), broken) = watched(watch, || (world.device.visit(), Instant::now()));
     let after = at.duration_since(touched.join().unwrap());
     eprintln!("the round's work ended {} ms after the touch, its checkpoint written", after.as_millis());

@@ -217,7 +217,8 @@ fn held_below(root: &Path) -> Option<u64> {
 }
 
 fn available_below(root: &Path, budget: u64) -> Option<Available> {
-    let machine = fs::read_to_string(root.join("proc/meminfo")).ok().and_then(|text| kilobytes(&text, "MemAvailable:"));
+    let machine =
+        fs::read_to_string(root.join("proc/meminfo")).ok().and_then(|text| kilobytes(&text, "MemAvailable:"));
     let machine = machine.map(|bytes| Available { bytes, bound: Bound::Machine });
     let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
     let group = group_left(root, &groups).map(|bytes| Available { bytes, bound: Bound::ControlGroup });

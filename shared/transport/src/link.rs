@@ -153,10 +153,7 @@ impl LinkError {
 
     /// Whether the network, and not the peer's word, stands in the way (exit code 5 and not 4).
     pub fn is_unavailable(&self) -> bool {
-        matches!(
-            self,
-            Self::Unreachable { .. } | Self::Cut { .. } | Self::Stalled { .. } | Self::PutOff(_)
-        )
+        matches!(self, Self::Unreachable { .. } | Self::Cut { .. } | Self::Stalled { .. } | Self::PutOff(_))
     }
 
     /// Until when this device's own budget puts it off, if that is what stands in the way.
