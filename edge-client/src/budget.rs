@@ -377,17 +377,14 @@ impl Ledger {
 
     fn entry(&mut self, date: Date) -> &mut Entry {
         let date = Day(date);
-        let at = match self.dates.binary_search_by_key(&date, |entry| entry.date) {
-            Ok(at) => at,
-            Err(_) => {
-                if self.dates.len() >= DATES_MAX {
-                    self.dates.remove(0);
-                }
-                let at = self.dates.partition_point(|entry| entry.date < date);
-                self.dates.insert(at, Entry::new(date));
-                at
+        let at = self.dates.binary_search_by_key(&date, |entry| entry.date).unwrap_or_else(|_| {
+            if self.dates.len() >= DATES_MAX {
+                self.dates.remove(0);
             }
-        };
+            let at = self.dates.partition_point(|entry| entry.date < date);
+            self.dates.insert(at, Entry::new(date));
+            at
+        });
         &mut self.dates[at]
     }
 
@@ -667,7 +664,7 @@ mod tests {
             }
             let mut days = 1;
             // No more than the wrong dates that were shown in the meantime: then there is nothing left to take back.
-            for _ in 0..2 * jumps.len() + 1 {
+            for _ in 0..=2 * jumps.len() {
                 today = today.tomorrow().unwrap();
                 days += 1;
                 moved += whole(&mut ledger, today);

@@ -85,7 +85,7 @@ impl<L: Link> Device<L> {
         screened: Vec<Screened>,
     ) -> Result<(Vec<TrainingPair>, ReviseCounts), PipelineError> {
         let begun = self.begun_with(task)?;
-        let mut sorted = Sorted::new(&self.reviser, &self.policy, screened);
+        let mut sorted = Sorted::new(&self.reviser, screened);
         for number in 0.. {
             let Some(chunk) = sorted.next_chunk() else { break };
             let ids: Vec<SampleId> = chunk.iter().map(|(_, one)| one.sample().id()).collect();

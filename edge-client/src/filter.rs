@@ -254,7 +254,7 @@ mod tests {
         let samples = || vec![two_exchanges(), Sample::from_pair("p".into(), "r".into()).unwrap()];
         let ids: Vec<SampleId> = samples().iter().map(Sample::id).collect();
         let mut chunk = samples().into_iter();
-        let cut = decide(&policy, chunk.next().unwrap(), &[(2, Some(judgement(0.3000000000000000166)))]);
+        let cut = decide(&policy, chunk.next().unwrap(), &[(2, Some(judgement(0.1 + 0.2)))]);
         let whole = decide(&policy, chunk.next().unwrap(), &[(1, Some(judgement(0.9)))]);
         let screened = [cut, whole];
         let bytes = postcard::to_allocvec(&Judgements::of(&ids, &screened)).unwrap();

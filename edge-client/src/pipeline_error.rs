@@ -69,12 +69,12 @@ impl PipelineError {
 
     /// What the disk's budget had no room for, if that is what it was.
     pub fn over_disk(&self) -> Option<&StoreError> {
-        let store = match self {
-            Self::Store(error)
-            | Self::Install(InstallError::Store(error))
-            | Self::Control(ControlError::Store(error) | ControlError::Install(InstallError::Store(error)))
-            | Self::Train(TrainingError::Store(error)) => error,
-            _ => return None,
+        let (Self::Store(store)
+        | Self::Install(InstallError::Store(store))
+        | Self::Control(ControlError::Store(store) | ControlError::Install(InstallError::Store(store)))
+        | Self::Train(TrainingError::Store(store))) = self
+        else {
+            return None;
         };
         Some(store).filter(|error| matches!(error, StoreError::OverBudget { .. }))
     }

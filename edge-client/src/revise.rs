@@ -87,7 +87,7 @@ pub fn revise(
     cancel: &Cancel,
     mut progress: impl FnMut(usize),
 ) -> Result<(Vec<TrainingPair>, ReviseCounts), ReviseError> {
-    let mut sorted = Sorted::new(reviser, policy, screened);
+    let mut sorted = Sorted::new(reviser, screened);
     progress(sorted.done());
     while let Some(chunk) = sorted.next_chunk() {
         let rewritten = rewrite(guard, reviser, policy, &chunk, seed, cancel)?;
@@ -126,7 +126,7 @@ pub(crate) struct Sorted {
 }
 
 impl Sorted {
-    pub(crate) fn new(reviser: &Reviser, policy: &Policy, screened: Vec<Screened>) -> Self {
+    pub(crate) fn new(reviser: &Reviser, screened: Vec<Screened>) -> Self {
         let mut pairs = Vec::with_capacity(screened.len());
         let mut counts = ReviseCounts::default();
         let mut flagged: Vec<Placed> = Vec::new();

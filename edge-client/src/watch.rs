@@ -190,7 +190,7 @@ mod tests {
             let what = Watched { visit: visit.clone(), stop, wishes: Vec::new(), heed: None, memory_max };
             watched(what, || {
                 if is_ended {
-                    until_cancelled(&visit)
+                    until_cancelled(&visit);
                 }
             })
             .1

@@ -68,7 +68,7 @@ pub(super) fn once(shared: &Shared, heeds: bool) -> Result<()> {
     if let Outcome::Delivered(_) = outcome {
         match member.device.poll() {
             Err(error) if error.put_off().is_some() => {
-                tracing::info!("{error}; the next visit asks for news")
+                tracing::info!("{error}; the next visit asks for news");
             }
             polled => polled.map(|_| ())?,
         }
@@ -118,9 +118,10 @@ pub(super) fn run(shared: &Shared, rounds: Option<u64>, heeds: bool) -> Result<(
                     return Err(error.into());
                 };
                 let why = why_again(&error);
-                match error.put_off() {
-                    Some(PutOff { reason, .. }) => tracing::info!("waits {reason}"),
-                    None => tracing::warn!("{:#}; trying again", anyhow::Error::new(error)),
+                if let Some(PutOff { reason, .. }) = error.put_off() {
+                    tracing::info!("waits {reason}");
+                } else {
+                    tracing::warn!("{:#}; trying again", anyhow::Error::new(error));
                 }
                 (draw(window, longest, random.next_u64()), why)
             }
