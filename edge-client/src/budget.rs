@@ -364,15 +364,18 @@ impl Ledger {
     /// An account in the place of one that cannot be read: today's bytes are used up, and this month's as far as the
     /// month has come. Any less might let the device move more than its owner allows.
     pub(crate) fn unknown(budget: &BudgetPolicy, today: Date) -> Self {
-        let gone = |day: Limit, month: Limit| {
-            let [of, days] = [today.day(), today.days_in_month()].map(|day| u64::from(day.unsigned_abs()));
-            let month = month.count().map_or(0, |limit| limit / days * of);
-            day.count().unwrap_or(0).max(month)
-        };
-        let all = gone(budget.bytes_per_day, budget.bytes_per_month);
-        let metered = gone(budget.metered_bytes_per_day, budget.metered_bytes_per_month);
-        let moved = Moved { all: all.max(metered), metered };
-        Self { dates: vec![Entry { moved, ..Entry::new(Day(today)) }] }
+        let [of, days] = [today.day(), today.days_in_month()].map(|day| u64::from(day.unsigned_abs()));
+        let mut ledger = Self::default();
+        for (day, month, is_metered) in [
+            (budget.bytes_per_day, budget.bytes_per_month, false),
+            (budget.metered_bytes_per_day, budget.metered_bytes_per_month, true),
+        ] {
+            let day = day.count().unwrap_or(0);
+            let before = month.count().map_or(0, |limit| limit / days * of).saturating_sub(day);
+            ledger.charge(today.first_of_month(), before, is_metered);
+            ledger.charge(today, day, is_metered);
+        }
+        ledger
     }
 
     fn entry(&mut self, date: Date) -> &mut Entry {
@@ -587,7 +590,12 @@ mod tests {
         let tomorrow = date(2026, 11, 16);
         assert_eq!(waits(&budget, &ledger, tomorrow, Wish::GoOn(200 * MB)), None);
         assert_eq!(ledger.left(&budget, tomorrow, false), 200 * MB);
-        assert_eq!(Used::of(&ledger, today).bytes_month, 300 * MB);
+        let used = Used::of(&ledger, today);
+        assert_eq!((used.bytes_today, used.bytes_month), (200 * MB, 300 * MB));
+        assert!(
+            waits(&budget, &Ledger::unknown(&budget, date(2026, 11, 1)), date(2026, 11, 1), Wish::GoOn(1))
+                .is_some()
+        );
     }
 
     #[test]
