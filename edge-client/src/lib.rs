@@ -15,6 +15,7 @@ pub mod seal;
 mod vault;
 pub mod store;
 pub mod spend;
+pub mod trust;
 pub mod events;
 pub mod doing;
 mod notify;

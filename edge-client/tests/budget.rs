@@ -17,8 +17,8 @@ use commonweal_adapter::{
 };
 use commonweal_protocol::{
     Accepted, AggregatorKey, BaseHash, CertificateChain, Chunk, Csr, DeviceId, DeviceReport, Digest, Enroll,
-    Enrolled, Fetch, Open, Poll, PollReply, Receipt, ReconnectWindow, Refusal, Refused, Release, ReportCard,
-    RoundId, SignedReceipt, SignedRelease, SigningKey, UploadKey, Version,
+    Enrolled, Fetch, KeyNumber, Lineage, Open, Poll, PollReply, Receipt, ReconnectWindow, Refusal, Refused,
+    Release, ReportCard, RoundId, SignedReceipt, SignedRelease, SigningKey, UploadKey, Version,
 };
 use commonweal_transport::{
     Authority, Clock, ContentPart, Credentials, DeviceKey, Handler, Link, LinkLimits, Opened, Peer, PutOff,
@@ -30,6 +30,7 @@ use edge_client::{
     install::{self, Expected, InstallError},
     spend::{self, Spending},
     store::Store,
+    trust::Trust,
     units::Limit,
     upload::{self, UploadError},
 };
@@ -63,7 +64,12 @@ impl Handler for Desk {
     }
 
     async fn poll(&self, _: &Peer, _: Poll) -> Result<PollReply, Refused> {
-        Ok(PollReply { task: None, release: None, reconnect: ReconnectWindow::default() })
+        Ok(PollReply {
+            task: None,
+            release: None,
+            successions: Vec::new(),
+            reconnect: ReconnectWindow::default(),
+        })
     }
 
     async fn open(&self, _: &Peer, _: Open) -> Result<Opened, Refused> {
@@ -169,7 +175,7 @@ impl World {
         let device_key = DeviceKey::generate().unwrap();
         let chain = authority.issue_device(&device_key.csr().unwrap(), DEVICE, NOON_MS, 30 * DAY_MS).unwrap();
         let signing_key = AggregatorKey::of(&key());
-        let enrolled = Enrolled { device: DEVICE, chain, signing_key };
+        let enrolled = Enrolled { device: DEVICE, chain, signing_key, key_number: KeyNumber(0) };
         let credentials = Credentials::new(device_key, &enrolled, authority.digest()).unwrap();
 
         let layout = layout(release_mb);
@@ -200,7 +206,8 @@ impl World {
         let port = relay(server.local_addr(), Arc::clone(&counted)).await.port();
         let (limits, meter) = (LinkLimits::default(), Arc::clone(&spending));
         let link = QuicLink::metered("127.0.0.1", port, credentials, limits, clock.clone(), meter).unwrap();
-        let expected = Expected { key: signing_key, base: BASE, layout };
+        let trust = Trust::new(DEVICE, Lineage::new(KeyNumber(0), signing_key));
+        let expected = Expected { trust, base: BASE, layout };
         Self {
             clock,
             store,
@@ -233,8 +240,8 @@ impl World {
 
     async fn upload(&self, packed: &Packed) -> Result<(), UploadError> {
         let open = upload::announce(RoundId(3), BASE, packed, DeviceReport::default(), 1);
-        let key = &self.expected.key;
-        upload::upload(&self.link, key, DEVICE, &self.store, &open, packed).await.map(|_| ())
+        let trust = &self.expected.trust;
+        upload::upload(&self.link, trust, DEVICE, &self.store, &open, packed).await.map(|_| ())
     }
 
     fn next_day(&self) {
@@ -254,7 +261,7 @@ async fn a_release_and_an_update_wait_for_another_day_and_then_go_on() {
     // A release of more than a day's bytes, an update that fits into a day and not into what the release leaves of one.
     let (world, packed) = (World::start(20).await, update(40));
     assert!(packed.bytes().len() > 9_000_000, "{}", packed.bytes().len());
-    world.link.poll(Poll { base: BASE, installed: None }).await.unwrap();
+    world.link.poll(Poll { base: BASE, installed: None, key: KeyNumber(0) }).await.unwrap();
 
     let Err(InstallError::Fetch { source, .. }) = world.install().await else { panic!("it does not fit") };
     is_until_tomorrow(&world, source.put_off().unwrap());
@@ -279,7 +286,7 @@ async fn a_release_and_an_update_wait_for_another_day_and_then_go_on() {
 
     world.next_day();
     world.upload(&packed).await.unwrap();
-    assert!(upload::is_delivered(&world.store, &world.expected.key, RoundId(3)).unwrap());
+    assert!(upload::is_delivered(&world.store, &world.expected.trust, RoundId(3)).unwrap());
     assert!(*world.desk.held.lock().unwrap() == packed.bytes());
 
     world.spending.end();

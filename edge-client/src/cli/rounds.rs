@@ -24,6 +24,7 @@ use crate::{
     settings::SettingsFile,
     spend::Spending,
     store::StoreError,
+    trust::Trust,
     watch::{Heed, Watched, watched},
     when::{Unknown, Why},
 };
@@ -258,12 +259,12 @@ impl Member {
         let spending = Arc::new(Spending::open(&store, policy.budget, Clock::system(), zone)?);
         let link = connect(&runtime, &identity, &place.settings, &spending)?;
         let open::Stages { model, guard, reviser } = open::Stages::open(shared, &place, &policy, &cancel)?;
-        let (key, base) = (*identity.credentials.signing_key(), crate::pipeline::base_of(&model));
+        let (trust, base) = (Trust::open(&store, &identity.credentials)?, crate::pipeline::base_of(&model));
         let device = Device {
             id: identity.credentials.device(),
             store,
             policy,
-            expected: Expected { key, base, layout: model.layout().clone() },
+            expected: Expected { trust, base, layout: model.layout().clone() },
             model,
             guard,
             reviser,
