@@ -9,6 +9,7 @@ mod check;
 mod device;
 mod gates;
 mod settings;
+mod storage;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,7 @@ pub use admin::{Admin, Listen};
 pub use device::{Compress, Train};
 pub use gates::Gates;
 pub use settings::{PREFIX, Setting, Settings, Source};
+pub use storage::Storage;
 
 /// Name of the file in the state directory.
 pub const FILE: &str = "aggregator.toml";
@@ -66,6 +68,8 @@ pub struct Config {
     pub release: Release,
     /// The operator's port.
     pub admin: Admin,
+    /// Where state is kept.
+    pub storage: Storage,
 }
 
 impl Default for Config {
@@ -89,6 +93,7 @@ impl Default for Config {
             evaluate: Evaluate::default(),
             release: Release::default(),
             admin: Admin::default(),
+            storage: Storage::default(),
         }
     }
 }

@@ -109,6 +109,11 @@ impl std::fmt::Debug for Publisher {
 }
 
 impl Publisher {
+    /// Whether there is any release, whoever signed it.
+    pub fn is_any(coord: &dyn Coord) -> Result<bool, StoreError> {
+        Ok(coord.head(LOG)?.is_some())
+    }
+
     /// Releases of `base`, signed by `key`.
     pub fn new(coord: Arc<dyn Coord>, blob: Arc<dyn Blob>, key: SigningKey, base: BaseHash) -> Self {
         Self { coord, blob, key, base }
@@ -188,7 +193,12 @@ impl Publisher {
                 });
             }
         };
-        self.append(version, candidate, now_ms)
+        let same = candidate.clone();
+        match self.append(version, candidate, now_ms) {
+            // Another process may have published this very round in the same moment.
+            Err(moved @ PublishError::Moved { .. }) => self.already(&same)?.ok_or(moved),
+            published => published,
+        }
     }
 
     /// The release that a round already made of its parent, however the head has moved since.

@@ -62,6 +62,11 @@ impl Visitor {
         Ok(Self { id, store, link, expected, random: ChaCha8Rng::seed_from_u64(limits.seed) })
     }
 
+    /// Goes to another of the aggregator's processes from now on.
+    pub fn turn_to(&mut self, link: QuicLink) {
+        self.link = link;
+    }
+
     /// Its link.
     pub fn link(&self) -> &QuicLink {
         &self.link
