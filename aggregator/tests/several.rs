@@ -31,7 +31,7 @@ use aggregator::round::{Policy, RoundMode};
 use aggregator::serve;
 use aggregator::store::{Faults, MemoryStorage};
 use commonweal_adapter::Adapter;
-use commonweal_protocol::{DeviceId, Digest, Poll, ReportCard, RoundId, SigningKey, Version};
+use commonweal_protocol::{DeviceId, Digest, KeyNumber, Poll, ReportCard, RoundId, SigningKey, Version};
 use commonweal_transport::{Clock, Opened};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -96,7 +96,7 @@ fn process(memory: &MemoryStorage, config: &Config, told: &Arc<Mutex<Vec<String>
         desk,
         base: BASE,
         layout: layout(),
-        key,
+        signer: key.into(),
         clock,
         events,
         pause: PausePoint::default(),
@@ -125,7 +125,9 @@ fn take_part(number: u8, receivers: &[Arc<Receiver>], stop: &AtomicBool) -> Rece
     while !stop.load(Ordering::SeqCst) {
         thread::sleep(Duration::from_millis(random.random_range(1..8)));
         let receiver = &receivers[random.random_range(0..receivers.len())];
-        let Ok(reply) = receiver.poll(id, Poll { base: BASE, installed: None }) else { continue };
+        let Ok(reply) = receiver.poll(id, Poll { base: BASE, installed: None, key: KeyNumber(0) }) else {
+            continue;
+        };
         let Some(task) = reply.task.filter(|task| !receipts.contains_key(&(task.round, id))) else {
             continue;
         };

@@ -95,7 +95,7 @@ pub async fn begin(
         Scaffold::Control(signed) => {
             let round = signed.control.round;
             let source = |source| ControlError::Signature { round, source };
-            signed.verify(&expected.key).map_err(source)?
+            signed.verify(&expected.trust.key()).map_err(source)?
         }
     };
     if control.base != expected.base {

@@ -1,16 +1,19 @@
 //! Stage 7, **install**: verifies a signed release, keeps it, and makes it the adapter in use, in one rename.
 //!
-//! The start of a round comes the same way. The device trusts the aggregator's key from its enrolment and nothing else:
+//! The start of a round comes the same way. The device trusts the aggregator's key in force (`trust.rs`) and nothing else:
 //! signature, base, age, digest and layout are checked before a release is installed. An older release never comes
 //! back: a roll-back is published under a new version.
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use commonweal_adapter::{Adapter, AdapterLayout, ReadError, disk};
-use commonweal_protocol::{AggregatorKey, BaseHash, Content, Digest, SignatureError, SignedRelease, Version};
+use commonweal_protocol::{BaseHash, Content, Digest, SignatureError, SignedRelease, Version};
 use commonweal_transport::{Link, LinkError};
 
-use crate::store::{Stamp, Store, StoreError};
+use crate::{
+    store::{Stamp, Store, StoreError},
+    trust::Trust,
+};
 
 const INSTALLED: &str = "installed";
 /// Releases kept besides the one in use, to go back to by hand.
@@ -19,8 +22,8 @@ const KEPT: usize = 2;
 /// Why a release was not installed; the one before stays in use.
 #[derive(Debug, thiserror::Error)]
 pub enum InstallError {
-    /// Not from the aggregator that enrolled this device.
-    #[error("release {version} is not signed by the aggregator")]
+    /// Not from the aggregator that enrolled this device, or by a key that it has retired.
+    #[error("release {version} is not signed by the aggregator's key in force")]
     Signature {
         /// The release.
         version: Version,
@@ -82,8 +85,8 @@ pub enum InstallError {
 /// What a device checks an adapter against.
 #[derive(Clone, Debug)]
 pub struct Expected {
-    /// The aggregator's signing key.
-    pub key: AggregatorKey,
+    /// Whose word it is to be.
+    pub trust: Trust,
     /// The frozen base.
     pub base: BaseHash,
     /// The package's adapter layout; rank and alpha may differ, the linears may not.
@@ -119,7 +122,7 @@ pub async fn install(
 ) -> Result<Installed, InstallError> {
     let version = signed.release.version;
     let release =
-        signed.verify(&expected.key).map_err(|source| InstallError::Signature { version, source })?;
+        signed.verify(&expected.trust.key()).map_err(|source| InstallError::Signature { version, source })?;
     if release.base != expected.base {
         return Err(InstallError::Base { version, expected: expected.base, got: release.base });
     }
@@ -315,7 +318,8 @@ mod tests {
         layout::{Module, Target},
     };
     use commonweal_protocol::{
-        CertificateChain, Csr, Open, Poll, PollReply, Release, ReportCard, SigningKey,
+        AggregatorKey, CertificateChain, Csr, DeviceId, KeyNumber, Lineage, Open, Poll, PollReply, Release,
+        ReportCard, SigningKey,
     };
     use commonweal_transport::Uploaded;
 
@@ -391,7 +395,15 @@ mod tests {
             let module = Module { target: Target::Q, inputs: 3, outputs: 4 };
             let layout = Arc::new(AdapterLayout::new(1, 2, 4.0, vec![module]).unwrap());
             let store = Store::open(directory.path()).unwrap();
-            Self { _directory: directory, store, expected: Expected { key: key(7), base: BASE, layout } }
+            Self {
+                _directory: directory,
+                store,
+                expected: Expected {
+                    trust: Trust::new(DeviceId([1; 16]), Lineage::new(KeyNumber(0), key(7))),
+                    base: BASE,
+                    layout,
+                },
+            }
         }
 
         /// An adapter's file, another one for another seed.

@@ -13,6 +13,7 @@ pub mod keys;
 pub mod seal;
 mod vault;
 pub mod store;
+pub mod trust;
 pub mod events;
 pub mod doing;
 mod notify;

@@ -10,6 +10,7 @@ use crate::{
     install::InstallError,
     store::{Store, StoreError},
     train::TrainingError,
+    trust::TrustError,
     upload::UploadError,
 };
 
@@ -27,6 +28,9 @@ pub enum PipelineError {
         /// The round's.
         got: BaseHash,
     },
+    /// The aggregator's newer key is not to be trusted.
+    #[error("the aggregator's word cannot be checked")]
+    Trust(#[from] TrustError),
     /// A release or the round's start could not be had.
     #[error("install failed")]
     Install(#[from] InstallError),

@@ -8,7 +8,7 @@
 //! ```text
 //! device/
 //!   device.toml policy.toml           what the owner set
-//!   identity/                         key, certificate, CA, aggregator's signing key, address
+//!   identity/                         key, certificate, CA, address, aggregator's signing keys (`trust.rs`)
 //!   store.key                         seals what is marked *, if no other place is named for it
 //!   sealed *                          there once nothing of a person's lies in the clear
 //!   samples/000001.jsonl … *          what was added, one file an `add` (`kept.rs`)

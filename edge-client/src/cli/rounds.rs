@@ -22,6 +22,7 @@ use crate::{
     priority, sensors,
     settings::SettingsFile,
     store::StoreError,
+    trust::Trust,
     watch::{Heed, Watched, watched},
     when::Why,
 };
@@ -213,12 +214,12 @@ impl Member {
         let cancel = open::stop_on_signal(runtime.handle());
         let link = connect(&runtime, &identity, &place.settings)?;
         let open::Stages { model, guard, reviser } = open::Stages::open(shared, &place, &policy, &cancel)?;
-        let (key, base) = (*identity.credentials.signing_key(), crate::pipeline::base_of(&model));
+        let (trust, base) = (Trust::open(&store, &identity.credentials)?, crate::pipeline::base_of(&model));
         let device = Device {
             id: identity.credentials.device(),
             store,
             policy,
-            expected: Expected { key, base, layout: model.layout().clone() },
+            expected: Expected { trust, base, layout: model.layout().clone() },
             model,
             guard,
             reviser,
