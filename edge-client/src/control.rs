@@ -119,7 +119,7 @@ pub(crate) fn write_next(
     let facts = AdapterFacts { base: base.0, kind: AdapterKind::Control };
     let mut bytes = round.0.to_le_bytes().to_vec();
     bytes.extend(disk::write(next, &facts)?);
-    Ok(store.write(NEXT, &bytes)?)
+    Ok(store.write_within(NEXT, &bytes)?)
 }
 
 /// After a receipt; can be done again.

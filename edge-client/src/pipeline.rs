@@ -294,8 +294,12 @@ impl<L: Link> Device<L> {
     }
 
     pub(crate) fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), StoreError> {
-        let bytes = serde_json::to_vec(value).map_err(|error| damaged(&self.store, name, &error))?;
-        self.store.write(name, &bytes)
+        self.store.write(name, &self.encode(name, value)?)
+    }
+
+    /// A file of the round as it is kept.
+    pub(crate) fn encode(&self, name: &str, value: &impl Serialize) -> Result<Vec<u8>, StoreError> {
+        serde_json::to_vec(value).map_err(|error| damaged(&self.store, name, &error))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use commonweal_protocol::{BaseHash, ReconnectWindow, Refusal};
 use commonweal_safety::{GuardError, ReviseError};
-use commonweal_transport::LinkError;
+use commonweal_transport::{LinkError, PutOff};
 
 use crate::{
     compress::PackError,
@@ -69,6 +69,23 @@ impl PipelineError {
     /// Whether memory was short, of which there may be more another time.
     pub fn is_want_of_memory(&self) -> bool {
         matches!(self, Self::Train(TrainingError::Memory(_)))
+    }
+
+    /// What the disk's budget had no room for, if that is what it was.
+    pub fn over_disk(&self) -> Option<&StoreError> {
+        let (Self::Store(store)
+        | Self::Install(InstallError::Store(store))
+        | Self::Control(ControlError::Store(store) | ControlError::Install(InstallError::Store(store)))
+        | Self::Train(TrainingError::Store(store))) = self
+        else {
+            return None;
+        };
+        Some(store).filter(|error| matches!(error, StoreError::OverBudget { .. }))
+    }
+
+    /// Until when the owner's budget for the network puts it off, if that is what it was.
+    pub fn put_off(&self) -> Option<&PutOff> {
+        self.link().and_then(LinkError::put_off)
     }
 
     /// The aggregator's no, if that is what it was.
