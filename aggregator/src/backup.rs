@@ -13,6 +13,7 @@ use std::time::Duration;
 use commonweal_protocol::{BaseHash, Digest};
 use rusqlite::{Connection, OpenFlags};
 
+use crate::config;
 use crate::desk::{self, DeskError};
 use crate::directory::{Directory, DirectoryError};
 use crate::publish::{PublishError, Publisher};
@@ -42,6 +43,12 @@ pub enum BackupError {
     /// The releases in it cannot be read.
     #[error(transparent)]
     Publish(#[from] PublishError),
+    /// What is to be copied is not here.
+    #[error(
+        "storage.coordination or storage.objects is set: the database and the objects are copied by their own means \
+         (pg_dump, the bucket's versions), and of this directory only the keys; docs/operations.md, Backup"
+    )]
+    Elsewhere,
     /// Rounds ended faster than the bytes were copied.
     #[error(
         "the state changed faster than it could be copied, {SNAPSHOTS_MAX} times; try again between two rounds"
@@ -69,8 +76,11 @@ pub struct Copied {
     pub database_bytes: u64,
 }
 
-/// Copies `from` to `to`, where there must be no state directory yet.
-pub fn back_up(from: &Directory, to: &Path) -> Result<Copied, BackupError> {
+/// Copies `from` to `to`, where there must be no state directory yet. What is not in the directory cannot be copied so.
+pub fn back_up(from: &Directory, settings: &config::Storage, to: &Path) -> Result<Copied, BackupError> {
+    if !settings.is_local() {
+        return Err(BackupError::Elsewhere);
+    }
     Directory::require_none(to)?;
     let failed = |source| DirectoryError::File { path: to.to_owned(), source };
     // As private as what it is a copy of.
@@ -179,7 +189,7 @@ mod tests {
         storage.coord.compare_and_set("log", 0, b"first").unwrap();
 
         let to = dir.path().join("copy");
-        let copied = back_up(&from, &to).unwrap();
+        let copied = back_up(&from, &config::Storage::default(), &to).unwrap();
         assert_eq!((copied.blobs, copied.blobs_bytes), (1, 10));
         // What happens after it is not in it.
         storage.coord.compare_and_set("log", 1, b"second").unwrap();
@@ -198,7 +208,7 @@ mod tests {
         let stored = Storage::open(&to, Access::Exclusive).unwrap();
         assert_eq!(stored.coord.head("log").unwrap().unwrap().value, b"first");
         assert_eq!(stored.blob.read_all(&Digest::of(bytes), 100).unwrap(), bytes);
-        let again = back_up(&from, &to).unwrap_err();
+        let again = back_up(&from, &config::Storage::default(), &to).unwrap_err();
         assert!(again.to_string().contains("copy: is a state directory already"), "{again}");
     }
 }

@@ -69,7 +69,8 @@ enum Verb {
     Init(Box<init::Init>),
     /// Take devices' updates, hold rounds, publish releases; until a signal, or for some rounds.
     #[command(after_help = "Examples:\n  aggregator serve --dir state\n  \
-        aggregator serve --dir state --rounds 3 --json\n\n\
+        aggregator serve --dir state --rounds 3 --json\n  \
+        aggregator serve --role front --dir state\n\n\
         COMMONWEAL_PAUSE_AT=upload|receipt|merge|merged|align|evaluate|publish|published halts there (kill tests).")]
     Serve(Box<ServeVerb>),
     /// Print single-use invitations for devices.
@@ -139,6 +140,10 @@ enum Verb {
 struct ServeVerb {
     #[command(flatten)]
     flags: Flags,
+    /// What this process does, where several share a database: answer devices (front), drive the rounds when it has the lead
+    /// (drive), or both.
+    #[arg(long, env = "COMMONWEAL_ROLE", value_enum, default_value = "all")]
+    role: crate::serve::Role,
     /// Stop after this many rounds, counted from this start.
     #[arg(long, env = "COMMONWEAL_ROUNDS")]
     rounds: Option<u64>,
@@ -204,10 +209,13 @@ impl CliError {
         match self {
             Self::Config(_)
             | Self::Input(_)
+            | Self::Backup(BackupError::Elsewhere)
+            | Self::Store(StoreError::Schema { .. })
             | Self::Publish(PublishError::Unknown { .. } | PublishError::OtherBase { .. })
             | Self::Enroll(EnrollError::DeviceUnknown { .. })
             | Self::Serve(
                 ServeError::Config(_)
+                | ServeError::Store(StoreError::Schema { .. })
                 | ServeError::OtherBase { .. }
                 | ServeError::NoRelease
                 | ServeError::Exact(_)
@@ -229,6 +237,7 @@ fn directory_code(error: &DirectoryError) -> u8 {
         DirectoryError::Absent { .. }
         | DirectoryError::Present { .. }
         | DirectoryError::File { .. }
+        | DirectoryError::Shared { .. }
         | DirectoryError::Token { .. } => 3,
         DirectoryError::Locked { .. } => 5,
         DirectoryError::Keys { .. } | DirectoryError::Authority { .. } => 1,
@@ -260,7 +269,7 @@ impl Opened {
     fn open(dir: &Path, set: &[String]) -> Result<Self, CliError> {
         let directory = Directory::open(dir)?;
         let config = settings::of(dir)?.with_set(set).formed()?;
-        let storage = Storage::open(dir, Access::Shared)?;
+        let storage = Storage::of(dir, &config.storage, Access::Shared)?;
         Ok(Self { directory, config, storage })
     }
 
@@ -287,6 +296,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
             let options = crate::serve::Options {
                 dir,
                 config,
+                role: serve.role,
                 rounds: serve.rounds,
                 linger_ms: serve.linger_seconds.saturating_mul(1_000),
             };
@@ -303,7 +313,9 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Config(verb) => settings::config(&dir, &verb, &set, json),
         Verb::Dashboard(verb) => dashboard::dashboard(&dir, &verb, &set, json),
         Verb::Backup { to } => {
-            let copied = crate::backup::back_up(&Directory::open(&dir)?, &to)?;
+            let directory = Directory::open(&dir)?;
+            let config = settings::of(&dir)?.with_set(&set).formed()?;
+            let copied = crate::backup::back_up(&directory, &config.storage, &to)?;
             if json {
                 return say_json(&copied);
             }

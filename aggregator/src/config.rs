@@ -10,6 +10,7 @@ mod device;
 mod gates;
 mod settings;
 mod traces;
+mod storage;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ pub use admin::{Admin, Listen};
 pub use device::{Compress, Train};
 pub use gates::Gates;
 pub use settings::{PREFIX, Setting, Settings, Source};
+pub use storage::Storage;
 pub use traces::Traces;
 
 /// Name of the file in the state directory.
@@ -70,6 +72,8 @@ pub struct Config {
     pub admin: Admin,
     /// Spans of rounds and updates.
     pub traces: Traces,
+    /// Where state is kept.
+    pub storage: Storage,
 }
 
 impl Default for Config {
@@ -94,6 +98,7 @@ impl Default for Config {
             release: Release::default(),
             admin: Admin::default(),
             traces: Traces::default(),
+            storage: Storage::default(),
         }
     }
 }
@@ -391,8 +396,15 @@ impl Config {
     /// The file of a state directory.
     pub fn read(dir: &Path) -> Result<Self, ConfigError> {
         let path = dir.join(FILE);
-        let text = std::fs::read_to_string(&path)
-            .map_err(|source| ConfigError::File { path: path.clone(), source })?;
-        toml::from_str(&text).map_err(|source| ConfigError::Form { path, source: Box::new(source) })
+        Self::of_text(&Self::text(&path)?, &path)
+    }
+
+    fn text(path: &Path) -> Result<String, ConfigError> {
+        std::fs::read_to_string(path).map_err(|source| ConfigError::File { path: path.to_owned(), source })
+    }
+
+    fn of_text(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        toml::from_str(text)
+            .map_err(|source| ConfigError::Form { path: path.to_owned(), source: Box::new(source) })
     }
 }

@@ -5,6 +5,7 @@
 
 mod state;
 mod record;
+mod share;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -13,9 +14,10 @@ use commonweal_protocol::{DeviceId, Release, RoundId, SignedControl, Start};
 use crate::events::{Event as Told, Events, Figures, MergeFigures};
 use crate::publish::Publisher;
 use crate::round::{Action, Event, NotAdmitted, Outcome, Phase, Policy, ROUNDS_BACK_MAX, Rounds, Summary};
-use crate::store::{Append, Storage, StoreError};
+use crate::store::{Append, Storage, StoreError, While};
 
 pub use record::{RECORDS, Record, records};
+pub use share::Pass;
 pub use state::{Accepted, DeskError, Progress, peek};
 use state::{Durable, LOG, encode, load};
 pub(crate) use state::{RECEIPTS_KEPT_ROUNDS, decode_accepted, queue};
@@ -50,6 +52,7 @@ struct Inner {
     finished: Option<RoundId>,
     /// A step failed midway, or a process ended in one: the round's end may be on record and not in the state.
     is_unsure: bool,
+    shared: share::Shared,
 }
 
 /// See the module.
@@ -58,6 +61,8 @@ pub struct Desk {
     publisher: Publisher,
     policy: Policy,
     events: Events,
+    /// Whether other processes move the state too (`share.rs`).
+    is_shared: bool,
     inner: Mutex<Inner>,
     blobs: RwLock<()>,
 }
@@ -86,11 +91,18 @@ impl Desk {
             stop: false,
             finished: None,
             is_unsure: true,
+            shared: share::Shared::default(),
         };
-        let desk =
-            Self { storage, publisher, policy, events, inner: Mutex::new(inner), blobs: RwLock::new(()) };
-        desk.apply(&mut desk.lock(), now_ms, Event::Resumed)?;
-        desk.reconcile(&mut desk.lock(), now_ms)?;
+        let is_shared = storage.lead.is_shared();
+        let (inner, blobs) = (Mutex::new(inner), RwLock::new(()));
+        let desk = Self { storage, publisher, policy, events, is_shared, inner, blobs };
+        if is_shared {
+            // The round goes on whether or not this process is there.
+            desk.look()?;
+        } else {
+            desk.apply(&mut desk.lock(), now_ms, &Event::Resumed)?;
+            desk.reconcile(&mut desk.lock(), now_ms)?;
+        }
         Ok(Arc::new(desk))
     }
 
@@ -99,7 +111,7 @@ impl Desk {
     }
 
     /// Held from storing an update's bytes until the inbox names them, so that no sweep falls in between.
-    pub fn keep_blobs(&self) -> RwLockReadGuard<'_, ()> {
+    fn keep_blobs(&self) -> RwLockReadGuard<'_, ()> {
         self.blobs.read().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -137,7 +149,7 @@ impl Desk {
         start: Start,
     ) -> Result<Option<(RoundId, Start, u64)>, DeskError> {
         let mut inner = self.lock();
-        let actions = self.apply(&mut inner, now_ms, Event::Polled(device, start))?;
+        let actions = self.apply(&mut inner, now_ms, &Event::Polled(device, start))?;
         if !actions.contains(&Action::Assign(device)) {
             return Ok(None);
         }
@@ -151,7 +163,10 @@ impl Desk {
 
     /// Takes an update into the round, durably and once. Whoever closes the round waits for this, so an
     /// update is either in before the merge or was never acknowledged.
-    pub fn take(&self, now_ms: u64, accepted: &Accepted) -> Result<Taken, DeskError> {
+    pub fn take(&self, now_ms: u64, accepted: &Accepted, pass: &Pass<'_>) -> Result<Taken, DeskError> {
+        if let Pass::Through { round, sequence } = pass {
+            return self.take_through(accepted, (*round, *sequence));
+        }
         let device = accepted.receipt.receipt.device;
         let mut inner = self.lock();
         self.settle(&mut inner, now_ms)?;
@@ -164,21 +179,10 @@ impl Desk {
             Append::Appended => Taken::Now,
             Append::Duplicate(found) => Taken::Before(round, Box::new(decode_accepted(&found)?)),
         };
-        self.apply(&mut inner, now_ms, Event::Received(device))?;
+        self.apply(&mut inner, now_ms, &Event::Received(device))?;
         if taken == Taken::Now {
             let (received, target) = inner.durable.rounds.progress();
-            self.events.tell(&Told::Received {
-                round,
-                device,
-                bytes: accepted.open.length,
-                digest: accepted.open.digest,
-                task_round: accepted.open.round,
-                opened_ms: accepted.opened_ms,
-                trace: accepted.open.trace,
-                samples: accepted.open.samples,
-                received,
-                target,
-            });
+            self.events.tell(&received_event(round, &accepted, (received, target)));
         }
         Ok(taken)
     }
@@ -202,9 +206,13 @@ impl Desk {
 
     /// Counts what is in the inbox of round `into`, if a failing store kept that from happening.
     pub fn count_again(&self, now_ms: u64, into: RoundId, device: DeviceId) -> Result<(), DeskError> {
+        if self.is_shared {
+            // Who drives counts by the inbox.
+            return Ok(());
+        }
         let mut inner = self.lock();
         if inner.durable.rounds.round == into {
-            self.apply(&mut inner, now_ms, Event::Received(device))?;
+            self.apply(&mut inner, now_ms, &Event::Received(device))?;
         }
         Ok(())
     }
@@ -214,16 +222,22 @@ impl Desk {
         let mut inner = self.lock();
         self.settle(&mut inner, now_ms)?;
         if inner.work.is_none() {
-            if inner.durable.rounds.is_due(now_ms) {
+            if self.is_shared {
+                self.attend(&mut inner, now_ms)?;
+            } else if inner.durable.rounds.is_due(now_ms) {
                 self.reconcile(&mut inner, now_ms)?;
             }
-            self.apply(&mut inner, now_ms, Event::TimePassed)?;
+            self.apply(&mut inner, now_ms, &Event::TimePassed)?;
             self.open_by_itself(&mut inner, now_ms)?;
         }
+        self.shut_to_merge(&mut inner)?;
         Ok(match &inner.work {
             Some(work) => Next::Work(inner.durable.rounds.round, work.clone()),
             None if inner.stop => Next::Stop,
-            None => Next::Wait(inner.wake_ms),
+            None => {
+                let wakes = [inner.wake_ms, self.attend_ms(&inner)];
+                Next::Wait(wakes.into_iter().flatten().min())
+            }
         })
     }
 
@@ -233,21 +247,27 @@ impl Desk {
             && matches!(inner.durable.rounds.phase, Phase::Waiting { .. })
             && let Some(head) = self.publisher.head()?
         {
-            self.apply(inner, now_ms, Event::Head(start_of(&head.release)))?;
+            self.apply(inner, now_ms, &Event::Head(start_of(&head.release)))?;
         }
         Ok(())
     }
 
-    /// A stage is done: its figures and its event are saved together.
+    /// A stage's work is done: its figures and its event are saved together. What another process did meanwhile, or took
+    /// over, is left to that one.
     pub fn done(
         &self,
         now_ms: u64,
+        (round, work): (RoundId, &Action),
         seconds: f64,
         figures: Option<Figures>,
         event: Event,
     ) -> Result<(), DeskError> {
         let mut inner = self.lock();
-        let round = inner.durable.rounds.round;
+        self.settle(&mut inner, now_ms)?;
+        if inner.durable.rounds.round != round || inner.work.as_ref() != Some(work) {
+            tracing::info!(%round, "the stage is done already");
+            return Ok(());
+        }
         let before = (inner.durable.progress.clone(), inner.durable.control);
         if let Some(figures) = &figures {
             let progress = &mut inner.durable.progress;
@@ -269,7 +289,13 @@ impl Desk {
             };
             inner.durable.progress.seconds.insert(stage.to_owned(), seconds);
         }
-        if let Err(error) = self.apply(&mut inner, now_ms, event) {
+        let done = self.step(&mut inner, now_ms, event);
+        if self.is_overtaken(&mut inner, &done) {
+            tracing::info!(%round, "another process drives");
+            return Ok(());
+        }
+        inner.is_unsure = done.is_err();
+        if let Err(error) = done {
             (inner.durable.progress, inner.durable.control) = before;
             return Err(error);
         }
@@ -291,7 +317,7 @@ impl Desk {
         let round = inner.durable.rounds.round;
         for item in self.storage.inbox.list(&queue(round), crate::store::PAGE_MAX)? {
             if let Ok(device) = item.key.parse() {
-                self.apply(inner, now_ms, Event::Received(device))?;
+                self.apply(inner, now_ms, &Event::Received(device))?;
             }
         }
         Ok(())
@@ -300,6 +326,7 @@ impl Desk {
     /// A round whose end is on record is over, though the state behind the record was not saved: a record cannot be taken
     /// back, and what would happen now may be something else. Looked for after whatever failed, and at the start.
     fn settle(&self, inner: &mut Inner, now_ms: u64) -> Result<(), DeskError> {
+        self.follow(inner)?;
         if !inner.is_unsure {
             return Ok(());
         }
@@ -317,17 +344,36 @@ impl Desk {
     }
 
     /// What an event leads to, once it is known where the round stands.
-    fn apply(&self, inner: &mut Inner, now_ms: u64, event: Event) -> Result<Vec<Action>, DeskError> {
-        self.settle(inner, now_ms)?;
-        let done = self.step(inner, now_ms, event);
-        inner.is_unsure = done.is_err();
-        done
+    fn apply(&self, inner: &mut Inner, now_ms: u64, event: &Event) -> Result<Vec<Action>, DeskError> {
+        for _ in 0..share::TRIES {
+            self.settle(inner, now_ms)?;
+            let done = self.step(inner, now_ms, event.clone());
+            if !self.is_overtaken(inner, &done) {
+                inner.is_unsure = done.is_err();
+                return done;
+            }
+        }
+        Err(DeskError::Contended)
     }
 
-    /// One step of the state machine: on a copy, which becomes the state once it is saved.
+    /// One step of the state machine.
     fn step(&self, inner: &mut Inner, now_ms: u64, event: Event) -> Result<Vec<Action>, DeskError> {
+        self.step_by(inner, now_ms, |rounds| rounds.tick(&self.policy, now_ms, event))
+    }
+
+    /// A step on a copy, which becomes the state once it is saved.
+    fn step_by(
+        &self,
+        inner: &mut Inner,
+        now_ms: u64,
+        tick: impl FnOnce(&mut Rounds) -> Vec<Action>,
+    ) -> Result<Vec<Action>, DeskError> {
         let mut durable = inner.durable.clone();
-        let actions = durable.rounds.tick(&self.policy, now_ms, event);
+        let mut actions = tick(&mut durable.rounds);
+        // What only this process would remember the others have to know.
+        if self.is_shared && !actions.contains(&Action::Save) && durable.rounds != inner.durable.rounds {
+            actions.insert(0, Action::Save);
+        }
         let before = std::mem::replace(&mut inner.durable, durable);
         let mut effects = Effects::default();
         for action in &actions {
@@ -379,7 +425,7 @@ impl Desk {
                 effects.work = Some(work.clone());
             }
             Action::Finish(summary) => {
-                self.record(summary, &inner.durable.progress)?;
+                self.record(summary, &inner.durable.progress, inner.sequence)?;
                 inner.durable.progress = Progress::default();
                 effects.finished = Some(summary.round);
                 effects.told.extend(match &summary.outcome {
@@ -413,12 +459,12 @@ impl Desk {
         Ok(Told::RoundClosed { round: rounds.round, selected, received, uploaded_bytes })
     }
 
-    /// Appends the state. The directory's lock makes this process the only writer, so a head that moved can
-    /// only be an own write that was thought to have failed.
+    /// Appends the state. Of an only writer, which the directory's lock makes this process, a head that moved can only be an
+    /// own write that was thought to have failed; among several it is another's, and the step is taken anew.
     fn save(&self, inner: &mut Inner) -> Result<(), DeskError> {
         let bytes = encode(&inner.durable)?;
         inner.sequence = match self.storage.coord.compare_and_set(LOG, inner.sequence, &bytes) {
-            Err(StoreError::Conflict { found, .. }) => {
+            Err(StoreError::Conflict { found, .. }) if !self.is_shared => {
                 self.storage.coord.compare_and_set(LOG, found, &bytes)?
             }
             result => result?,
@@ -429,11 +475,14 @@ impl Desk {
         Ok(())
     }
 
-    fn record(&self, summary: &Summary, progress: &Progress) -> Result<(), DeskError> {
+    /// A record cannot be taken back: among several processes it is written only while the state stands that it is of.
+    fn record(&self, summary: &Summary, progress: &Progress, sequence: u64) -> Result<(), DeskError> {
         let head = self.publisher.head()?;
         let card = head.as_ref().map(|signed| &signed.release.report_card);
         let version = head.as_ref().map(|signed| signed.release.version).unwrap_or_default();
-        Record::of_round(summary, progress, version, card).append(self.storage.coord.as_ref())
+        let record = Record::of_round(summary, progress, version, card);
+        let state = self.is_shared.then_some(While { log: LOG, sequence });
+        record.append_while(self.storage.coord.as_ref(), state)
     }
 }
 
@@ -449,4 +498,20 @@ struct Effects {
     stop: bool,
     finished: Option<RoundId>,
     told: Vec<Told>,
+}
+
+/// What is told of an update that was taken, with how many there are now and how many close the round.
+fn received_event(round: RoundId, accepted: &Accepted, (received, target): (u32, u32)) -> Told {
+    Told::Received {
+        round,
+        device: accepted.receipt.receipt.device,
+        bytes: accepted.open.length,
+        digest: accepted.open.digest,
+        task_round: accepted.open.round,
+        opened_ms: accepted.opened_ms,
+        trace: accepted.open.trace,
+        samples: accepted.open.samples,
+        received,
+        target,
+    }
 }

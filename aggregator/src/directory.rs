@@ -63,6 +63,12 @@ pub enum DirectoryError {
         /// Which file.
         path: PathBuf,
     },
+    /// Others can read what nobody else should.
+    #[error("{}: expected a file that its owner alone may read (chmod 600)", path.display())]
+    Shared {
+        /// Which file.
+        path: PathBuf,
+    },
     /// The authority is damaged.
     #[error("{}: expected a certificate authority", path.display())]
     Authority {
@@ -271,6 +277,15 @@ impl Directory {
             Err(fs4::TryLockError::Error(source)) => Err(DirectoryError::File { path, source }),
         }
     }
+}
+
+/// A secret's file, which others must not be able to read.
+pub(crate) fn read_private(path: &Path) -> Result<zeroize::Zeroizing<String>, DirectoryError> {
+    let failed = |source| DirectoryError::File { path: path.to_owned(), source };
+    if fs::metadata(path).map_err(failed)?.mode() & 0o077 != 0 {
+        return Err(DirectoryError::Shared { path: path.to_owned() });
+    }
+    read(path)
 }
 
 fn read(path: &Path) -> Result<zeroize::Zeroizing<String>, DirectoryError> {

@@ -8,7 +8,8 @@ mod remember;
 mod correct;
 mod trial;
 
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use commonweal_adapter::AdapterKind;
 use commonweal_protocol::{DeviceId, Digest, Mode, ReportCard, RoundId, Version};
@@ -18,6 +19,7 @@ use crate::desk::{self, DeskError, Next, RECEIPTS_KEPT_ROUNDS, decode_accepted, 
 use crate::evaluate;
 use crate::events::{AlignFigures, Event as Told, Figures, Origin};
 use crate::laboratory::{Base, LaboratoryError};
+use crate::lead::Leadership;
 use crate::merge::{self, Member};
 use crate::publish::{Candidate, PublishError};
 use crate::receive::{Parts, chain};
@@ -26,8 +28,10 @@ use crate::store::{PAGE_MAX, StoreError};
 
 pub use stages::{ModelStages, Stages};
 
-/// Who claims updates; there is one reducer for each state directory.
+/// Who claims updates: whoever drives, and only one does.
 const OWNER: &str = "drive";
+/// Blobs that are deleted by one call.
+const DELETED_AT_ONCE: usize = 1_000;
 /// How long a claim lasts; longer than any merge.
 const LEASE_MS: u64 = 3_600_000;
 /// Times that a stage which lacks its library or its files is tried before the round is given up.
@@ -69,6 +73,9 @@ pub struct Driver<S> {
     parts: Parts,
     base: Base,
     stages: S,
+    lead: Arc<Leadership>,
+    /// Whether this process has driven since it last took the lead.
+    is_driving: bool,
     tries: u32,
     retry_ms: u64,
     /// When the trial is looked after again that could not be.
@@ -82,16 +89,53 @@ impl<S> std::fmt::Debug for Driver<S> {
 }
 
 impl<S: Stages> Driver<S> {
-    /// Ready; first removes what an earlier process left and nothing names.
+    /// Ready; where there is no other, first removes what an earlier process left and nothing names.
     pub fn new(parts: Parts, base: Base, stages: S) -> Self {
-        let driver = Self { parts, base, stages, tries: 0, retry_ms: 0, trial_retry_ms: 0 };
-        driver.sweep();
+        let lease = Duration::from_secs(parts.config.storage.lead_seconds.into());
+        let lead = Arc::new(Leadership::new(parts.storage.lead.clone(), lease));
+        let is_driving = !lead.is_shared();
+        let driver = Self { parts, base, stages, lead, is_driving, tries: 0, retry_ms: 0, trial_retry_ms: 0 };
+        if is_driving {
+            driver.sweep();
+        }
         driver
     }
 
-    /// Does the next thing, if there is one.
+    /// Its part in who drives; somebody has to keep it ([`Leadership::keep`]).
+    pub fn lead(&self) -> Arc<Leadership> {
+        self.lead.clone()
+    }
+
+    /// Whether this process drives; takes everything up anew when it comes to that.
+    fn drives(&mut self, now_ms: u64) -> Result<bool, DeskError> {
+        if !self.lead.is_held() {
+            if self.is_driving {
+                self.is_driving = false;
+                self.parts.desk.stand_by();
+                self.parts.events.tell(&Told::StandsBy);
+            }
+            return Ok(false);
+        }
+        if !self.is_driving {
+            self.parts.desk.take_lead(now_ms)?;
+            (self.is_driving, self.tries, self.retry_ms, self.trial_retry_ms) = (true, 0, 0, 0);
+            self.parts.events.tell(&Told::Drives { round: self.parts.desk.round() });
+            self.sweep();
+        }
+        Ok(true)
+    }
+
+    /// Does the next thing, if there is one and it is this process's to do.
     pub fn step(&mut self) -> Step {
         let now_ms = self.parts.clock.unix_ms();
+        match self.drives(now_ms) {
+            Ok(true) => {}
+            Ok(false) => return Step::Wait(None),
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "the round cannot be taken up yet");
+                return Step::Wait(None);
+            }
+        }
         if let Some(round) = self.parts.desk.take_finished() {
             self.clean_up(round);
         }
@@ -133,7 +177,7 @@ impl<S: Stages> Driver<S> {
         let outcome = outcome.and_then(|(figures, event)| {
             let now_ms = self.parts.clock.unix_ms();
             let seconds = started.elapsed().as_secs_f64();
-            Ok(self.parts.desk.done(now_ms, seconds, figures, event)?)
+            Ok(self.parts.desk.done(now_ms, (round, work), seconds, figures, event)?)
         });
         match outcome {
             Ok(()) => (self.tries, self.retry_ms) = (0, 0),
@@ -142,7 +186,8 @@ impl<S: Stages> Driver<S> {
                 self.tries = 0;
                 let reason = format!("unavailable: {}", chain(&error));
                 let now_ms = self.parts.clock.unix_ms();
-                if let Err(error) = self.parts.desk.done(now_ms, 0.0, None, Event::Refused(reason)) {
+                let refused = Event::Refused(reason);
+                if let Err(error) = self.parts.desk.done(now_ms, (round, work), 0.0, None, refused) {
                     self.retry(round, &error);
                 }
             }
@@ -174,7 +219,14 @@ impl<S: Stages> Driver<S> {
             Err(reason) => return refused(format!("merge: {reason}")),
         };
         let now_ms = self.parts.clock.unix_ms();
-        let items = self.parts.storage.inbox.claim(&queue(round), OWNER, now_ms, LEASE_MS, PAGE_MAX)?;
+        let inbox = &self.parts.storage.inbox;
+        let items = inbox.claim(&queue(round), OWNER, now_ms, LEASE_MS, PAGE_MAX)?;
+        // A claim leaves out what another is just looking at, as one may that was thought to be dead.
+        let there = inbox.list(&queue(round), PAGE_MAX)?.len();
+        if items.len() < there {
+            let reason = format!("{there} updates are there, {} are free", items.len());
+            return Err(StoreError::not_done("claim from", &queue(round), reason).into());
+        }
         let updates: Vec<desk::Accepted> =
             items.iter().map(|item| decode_accepted(&item.value)).collect::<Result<_, _>>()?;
         let members: Vec<Member> = updates
@@ -348,6 +400,8 @@ impl<S: Stages> Driver<S> {
     fn sweep(&self) {
         let _blobs = self.parts.desk.sweep_blobs();
         let result = (|| -> Result<usize, DriveError> {
+            // Whatever is stored from here on is named before, or stored again behind it.
+            self.parts.desk.shut()?;
             let releases_kept = self.parts.config.receive.releases_kept;
             let mut named = self.parts.publisher.kept(releases_kept)?;
             named.extend(self.parts.publisher.kept_states(releases_kept)?);
@@ -380,9 +434,15 @@ impl<S: Stages> Driver<S> {
                 if after.is_none() {
                     return Ok(deleted);
                 }
-                for digest in page.iter().filter(|digest| !named.contains(digest)) {
-                    self.parts.storage.blob.delete(digest)?;
-                    deleted += 1;
+                let unnamed: Vec<Digest> =
+                    page.iter().filter(|digest| !named.contains(digest)).copied().collect();
+                for some in unnamed.chunks(DELETED_AT_ONCE) {
+                    // Nothing refuses a deletion that comes too late.
+                    if !self.lead.is_held() {
+                        return Err(DriveError::Cancelled);
+                    }
+                    self.parts.storage.blob.delete_all(some)?;
+                    deleted += some.len();
                 }
             }
         })();

@@ -19,8 +19,8 @@ use crate::optimize::OptimizerState;
 pub enum Event {
     /// The server takes connections.
     Listening {
-        /// Where.
-        address: String,
+        /// Where; nowhere for who only drives.
+        address: Option<String>,
         /// Where the operator's port is, if there is one.
         admin: Option<String>,
         /// The current release.
@@ -28,6 +28,13 @@ pub enum Event {
         /// The round to come or to be resumed.
         round: RoundId,
     },
+    /// This process drives the rounds from now on, of those that share its stores.
+    Drives {
+        /// The round under way, or the next.
+        round: RoundId,
+    },
+    /// Another process may drive from now on.
+    StandsBy,
     /// A device has its certificate.
     Enrolled {
         /// Its name from now on.
@@ -342,8 +349,11 @@ impl Event {
                 let admin = admin
                     .as_ref()
                     .map_or_else(String::new, |admin| format!(", for operators on http://{admin}"));
+                let address = address.as_deref().unwrap_or("no address for devices");
                 format!("listening on {address}{admin}; release {version}, round {round} is next")
             }
+            Self::Drives { round } => format!("drives the rounds from here on, round {round} is next"),
+            Self::StandsBy => "stands by: another process may drive".to_owned(),
             Self::Enrolled { device } => format!("device {device} enrolled"),
             Self::RoundOpened { round, start, target } => {
                 format!("round {round} opened from release {start}, {target} updates wanted")

@@ -105,14 +105,23 @@ impl Observer {
             Err(error) => obstacles.push(format!("store: {}", crate::receive::chain(&error))),
         }
         let reserve = self.view.parts.config.receive.reserve_bytes;
-        match self.view.parts.storage.blob.free_bytes() {
-            Ok(free) if free > reserve => {}
+        match self.free_bytes() {
+            Ok(free) if free.is_none_or(|free| free > reserve) => {}
             Ok(free) => obstacles.push(format!(
-                "disk: expected more than {reserve} free bytes (receive.reserve_bytes), got {free}"
+                "disk: expected more than {reserve} free bytes (receive.reserve_bytes), got {}",
+                free.unwrap_or_default()
             )),
             Err(error) => obstacles.push(format!("disk: {}", crate::receive::chain(&error))),
         }
         obstacles
+    }
+
+    /// Free bytes for unfinished uploads and for what is kept, the lesser of both; none if no end is known of either.
+    fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+        let parts = &self.view.parts;
+        let subject = |error| StoreError::not_done("measure", "partials", error);
+        let (here, kept) = (parts.partials.free_bytes().map_err(subject)?, parts.storage.blob.free_bytes()?);
+        Ok([here, kept].into_iter().flatten().min())
     }
 
     /// How things stand.

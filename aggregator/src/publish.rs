@@ -110,6 +110,11 @@ impl std::fmt::Debug for Publisher {
 }
 
 impl Publisher {
+    /// Whether there is any release, whoever signed it.
+    pub fn is_any(coord: &dyn Coord) -> Result<bool, StoreError> {
+        Ok(coord.head(LOG)?.is_some())
+    }
+
     /// Releases of `base`, signed by the key that is in force when they are published.
     pub fn new(
         coord: Arc<dyn Coord>,
@@ -201,7 +206,12 @@ impl Publisher {
                 });
             }
         };
-        self.append(version, candidate, now_ms)
+        let same = candidate.clone();
+        match self.append(version, candidate, now_ms) {
+            // Another process may have published this very round in the same moment.
+            Err(moved @ PublishError::Moved { .. }) => self.already(&same)?.ok_or(moved),
+            published => published,
+        }
     }
 
     /// The release that a round already made of its parent, however the head has moved since.

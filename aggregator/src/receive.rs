@@ -91,6 +91,8 @@ struct Live {
     published: Published,
     installed: BTreeMap<DeviceId, Version>,
     keys: BTreeMap<DeviceId, KeyNumber>,
+    /// The round that was current when other processes' doings were last looked at.
+    followed: RoundId,
 }
 
 /// An update that a device began to bring.
@@ -119,7 +121,8 @@ impl Receiver {
         let bytes_max = pair::bytes_max(&parts.layout, Trainable::Both, parts.config.train.scaffold);
         let rates = Limits::new(&parts.config.receive, bytes_max as u64);
         let (opens, installed, keys) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let live = Live { opens, rates, published: Published::default(), installed, keys };
+        let (published, followed) = (Published::default(), RoundId(0));
+        let live = Live { opens, rates, published, installed, keys, followed };
         let lanes = std::array::from_fn(|_| Mutex::default());
         let crowd = Mutex::new(Crowd::default());
         Self { parts, live: Mutex::new(live), crowd, lanes, whole: Mutex::default() }
@@ -169,6 +172,17 @@ impl Receiver {
     /// Requests refused because they came too fast.
     pub fn throttled(&self) -> u64 {
         self.live().rates.throttled()
+    }
+
+    /// Takes up what other processes did; after a round, forgets its unfinished uploads.
+    pub fn follow(&self) -> Result<(), DeskError> {
+        self.parts.desk.look()?;
+        let round = self.parts.desk.round();
+        let is_news = std::mem::replace(&mut self.live().followed, round) != round;
+        if is_news && let Err(error) = self.parts.partials.discard_before(self.oldest_round(round).0) {
+            tracing::warn!(%round, %error, "unfinished uploads are left over");
+        }
+        Ok(())
     }
 
     fn reconnect(&self) -> ReconnectWindow {

@@ -346,6 +346,35 @@ impl Rounds {
         actions
     }
 
+    /// What is to be done where the rounds stand, and when to look again at the latest: for who did not take the last step
+    /// itself.
+    pub fn outlook(&self, policy: &Policy) -> (Option<Action>, Option<u64>) {
+        let wake_ms = match &self.phase {
+            Phase::Waiting { since_ms, .. } => {
+                since_ms.map(|since_ms| since_ms.saturating_add(policy.wait_ms))
+            }
+            Phase::Collecting { deadline_ms, .. } => Some(*deadline_ms),
+            _ => None,
+        };
+        (self.work(), wake_ms)
+    }
+
+    /// The stage's work, in a stage.
+    fn work(&self) -> Option<Action> {
+        match &self.phase {
+            Phase::Waiting { .. } | Phase::Collecting { .. } => None,
+            Phase::Merging => Some(Action::Merge),
+            Phase::Aligning { candidate } => Some(Action::Align(*candidate)),
+            Phase::Evaluating { candidate } => Some(Action::Evaluate(*candidate)),
+            Phase::Publishing { candidate, card } => Some(Action::Publish(*candidate, card.clone())),
+        }
+    }
+
+    /// Whether the round after the last wanted one is next.
+    pub fn is_over(&self, policy: &Policy) -> bool {
+        matches!(self.phase, Phase::Waiting { .. }) && policy.is_past_last(self.round)
+    }
+
     /// Takes up the phase's work where a stopped process left it.
     fn resume(&mut self, policy: &Policy, now_ms: u64) -> Vec<Action> {
         match &mut self.phase {
@@ -361,10 +390,7 @@ impl Rounds {
                 let wake = Action::WakeAt(*deadline_ms);
                 vec![Action::Save, wake]
             }
-            Phase::Merging => vec![Action::Merge],
-            Phase::Aligning { candidate } => vec![Action::Align(*candidate)],
-            Phase::Evaluating { candidate } => vec![Action::Evaluate(*candidate)],
-            Phase::Publishing { candidate, card } => vec![Action::Publish(*candidate, card.clone())],
+            _ => self.work().into_iter().collect(),
         }
     }
 }

@@ -1,7 +1,8 @@
 //! The shell: owns the lock, the socket, the timers and the threads, and ends them in order.
 //!
 //! `receive` answers on the runtime's blocking threads; `drive` has a thread of its own, so that model work never
-//! delays a device. A process that is killed at any point is taken up by the next: nothing here is state.
+//! delays a device. A process that is killed at any point is taken up by the next: nothing here is state. Where several
+//! share the stores, each does its [`Role`], and one of those that may drive does ([`crate::lead`]).
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -13,7 +14,7 @@ use commonweal_adapter::exact;
 use commonweal_protocol::{CertificateChain, Csr, DeviceId, Mode, RoundId, Version};
 use commonweal_runtime::Cancel;
 use commonweal_traces::{Traces, TracesError};
-use commonweal_transport::{Authority, Clock, IdentityError, QuicServer, ServeLimits};
+use commonweal_transport::{Authority, Clock, IdentityError, QuicServer, ServeLimits, ServerIdentity};
 
 use crate::admin::{Admin, Token};
 use crate::config::{Config, ConfigError, Listen};
@@ -26,7 +27,7 @@ use crate::observe::{Counts, Observer, Recent, View};
 use crate::pause::PausePoint;
 use crate::publish::{PublishError, Publisher};
 use crate::receive::enroll::{Certify, Registry};
-use crate::receive::handler::{Service, Threads};
+use crate::receive::handler::{Service, Threads as Where};
 use crate::receive::partial::PartialFiles;
 use crate::receive::{Parts, Receiver};
 use crate::store::{Access, RealDisk, Storage, StoreError, Watch};
@@ -41,6 +42,8 @@ const RELOAD: Duration = Duration::from_secs(24 * 3600);
 const LOOK: Duration = Duration::from_secs(1);
 /// How long the end waits for spans to reach their collector.
 const LAST_SPANS: Duration = Duration::from_secs(5);
+/// How often, at most, a process looks at what the others do.
+const FOLLOW_APART: Duration = Duration::from_millis(50);
 
 /// Why the server did not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +118,30 @@ pub enum ServeError {
     },
 }
 
+/// What a process does of it all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Role {
+    /// Receives, and drives when it has the lead.
+    #[default]
+    All,
+    /// Answers devices; needs no model.
+    Front,
+    /// Drives when it has the lead; answers no device.
+    Drive,
+}
+
+impl Role {
+    /// Whether it answers devices.
+    pub fn receives(self) -> bool {
+        self != Self::Drive
+    }
+
+    /// Whether it may drive.
+    pub fn drives(self) -> bool {
+        self != Self::Front
+    }
+}
+
 /// How to serve.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -122,6 +149,8 @@ pub struct Options {
     pub dir: PathBuf,
     /// Checked settings.
     pub config: Config,
+    /// What this process does.
+    pub role: Role,
     /// Rounds to hold, counted from this start.
     pub rounds: Option<u64>,
     /// How long to wait, after the last round, for its devices to install the release.
@@ -143,7 +172,12 @@ impl Certify for Authority {
 
 /// Serves until a signal, or until the wanted rounds are over.
 pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
-    let Options { dir, mut config, rounds, linger_ms } = options;
+    let Options { dir, mut config, role, rounds, linger_ms } = options;
+    if role != Role::All && config.storage.coordination.is_none() {
+        let problem =
+            "--role: front and drive need storage.coordination, which all processes of a federation share";
+        return Err(ConfigError::Values(vec![problem.to_owned()]).into());
+    }
     let clock = Clock::system();
     let (counts, recent) = (Arc::new(Counts::new()), Arc::new(Recent::new(clock.clone())));
     let events = &events.heard_by({
@@ -173,7 +207,7 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
     if config.train.mode == Mode::Exact {
         exact::check_size(&base.layout, config.round.goal as usize)?;
     }
-    let storage = Storage::open(&dir, Access::Exclusive)?;
+    let storage = Storage::of(&dir, &config.storage, Access::Exclusive)?;
     let signer = directory.signer()?;
     let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), signer.clone(), base.hash);
     let head = publisher.head()?.ok_or(ServeError::NoRelease)?.release;
@@ -201,7 +235,9 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
         laboratory: None,
     };
     // A library that is missing, or a prompt that has no room, is better known now than after the first round.
-    stages.laboratory()?.check_prompts(&config)?;
+    if role.drives() {
+        stages.laboratory()?.check_prompts(&config)?;
+    }
     if let Some(rounds) = rounds {
         let current = desk::peek(storage.coord.as_ref())?.0.round.0;
         config.round.last = Some(RoundId(current.saturating_add(rounds).saturating_sub(1)));
@@ -226,9 +262,11 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
     let receiver = Arc::new(Receiver::new(parts.clone()));
     let authority = Arc::new(directory.authority()?);
     let registry = Registry::new(storage.coord.clone());
-    let service = Service::new(receiver.clone(), registry, authority.clone(), Threads::Blocking);
+    let service = Service::new(receiver.clone(), registry, authority.clone(), Where::Blocking);
+    let driver = role.drives().then(|| Driver::new(parts.clone(), base, stages));
     let shell = Shell {
         parts,
+        role,
         receiver,
         authority,
         directory,
@@ -238,7 +276,7 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
         stop: Arc::default(),
         linger_ms,
     };
-    shell.run((runtime, hangup), service, Driver::new(shell.parts.clone(), base, stages))?;
+    shell.run((runtime, hangup), service, driver)?;
     let version = publisher.head()?.map_or(head.version, |signed| signed.release.version);
     events.tell(&Event::Stopped { version });
     if let Some(tracer) = tracer {
@@ -249,6 +287,7 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
 
 struct Shell {
     parts: Parts,
+    role: Role,
     receiver: Arc<Receiver>,
     authority: Arc<Authority>,
     directory: Directory,
@@ -264,7 +303,7 @@ impl Shell {
         &self,
         (runtime, hangup): (Runtime, Signal),
         service: Service,
-        driver: Driver<ModelStages>,
+        driver: Option<Driver<ModelStages>>,
     ) -> Result<(), ServeError> {
         let result = runtime.block_on(self.listen(service, driver, hangup));
         // Requests that are still on a blocking thread finish their write; none is waited for longer.
@@ -275,37 +314,29 @@ impl Shell {
     async fn listen(
         &self,
         service: Service,
-        driver: Driver<ModelStages>,
+        driver: Option<Driver<ModelStages>>,
         mut hangup: Signal,
     ) -> Result<(), ServeError> {
-        let address = self.parts.config.listen;
-        let identity = || self.authority.issue_server(self.parts.clock.unix_ms(), SERVER_LIFE_MS);
-        let limits = ServeLimits::default();
-        let server = QuicServer::bind(address, identity()?, service, limits, self.parts.clock.clone())
-            .map_err(|source| ServeError::Listen { address, source: source.into() })?;
-        let server = Arc::new(server);
-        let (admin, port) = self.open_port(&server).await?;
+        let server = if self.role.receives() { Some(self.bind(service)?) } else { None };
+        let (admin, port) = self.open_port(server.as_ref()).await?;
         let listening = Event::Listening {
-            address: server.local_addr().to_string(),
+            address: server.as_ref().map(|server| server.local_addr().to_string()),
             admin: admin.map(|address| address.to_string()),
             version: self.version()?,
             round: self.parts.desk.round(),
         };
         self.parts.events.tell(&listening);
+        // Without a driver nobody ends by himself.
         let (finished, mut end) = tokio::sync::oneshot::channel();
-        let thread = {
-            let (watch, stop) = (self.parts.storage.watch.clone(), self.stop.clone());
-            let clock = self.parts.clock.clone();
-            std::thread::Builder::new()
-                .name("drive".to_owned())
-                .spawn(move || {
-                    drive(driver, watch.as_ref(), &clock, &stop);
-                    if finished.send(()).is_err() {
-                        tracing::debug!("ended by a signal");
-                    }
-                })
-                .map_err(|source| ServeError::System { what: "a thread", source })?
-        };
+        let mut threads = Threads::of(self.stop.clone());
+        let mut idle = None;
+        match driver {
+            Some(driver) => threads.drive(driver, &self.parts, finished)?,
+            None => idle = Some(finished),
+        }
+        if self.parts.desk.is_shared() {
+            threads.follow(&self.parts, &self.receiver)?;
+        }
         let mut signals = Signals::new().map_err(|source| ServeError::System { what: "signals", source })?;
         let mut reload = tokio::time::interval(RELOAD);
         reload.tick().await;
@@ -319,9 +350,9 @@ impl Shell {
                     }
                     break;
                 }
-                _ = reload.tick() => server.reload(identity()?)?,
+                _ = reload.tick() => self.reload(server.as_ref())?,
                 _ = hangup.recv() => {
-                    server.reload(identity()?)?;
+                    self.reload(server.as_ref())?;
                     let problem = self.directory.admin_token().map(|token| port.replace_token(&token));
                     let problem = problem.err().map(|error| crate::receive::chain(&error));
                     self.parts.events.tell(&Event::Reloaded { problem });
@@ -331,21 +362,44 @@ impl Shell {
         self.stop.store(true, Ordering::SeqCst);
         self.cancel.cancel();
         self.parts.storage.watch.notify();
-        server.close().await;
+        if let Some(server) = server {
+            server.close().await;
+        }
         port.close().await;
+        drop(idle);
         // The driver ends at the next step; its stage's calls were cancelled.
-        join(thread).await
+        threads.join().await
+    }
+
+    fn bind(&self, service: Service) -> Result<Arc<QuicServer>, ServeError> {
+        let (address, limits) = (self.parts.config.listen, ServeLimits::default());
+        let server = QuicServer::bind(address, self.identity()?, service, limits, self.parts.clock.clone());
+        server.map(Arc::new).map_err(|source| ServeError::Listen { address, source: source.into() })
+    }
+
+    fn identity(&self) -> Result<ServerIdentity, IdentityError> {
+        self.authority.issue_server(self.parts.clock.unix_ms(), SERVER_LIFE_MS)
+    }
+
+    fn reload(&self, server: Option<&Arc<QuicServer>>) -> Result<(), ServeError> {
+        server.map_or(Ok(()), |server| server.reload(self.identity()?)).map_err(ServeError::from)
     }
 
     /// The operator's port, if there is to be one, and where it is.
-    async fn open_port(&self, server: &Arc<QuicServer>) -> Result<(Option<SocketAddr>, Port), ServeError> {
+    async fn open_port(
+        &self,
+        server: Option<&Arc<QuicServer>>,
+    ) -> Result<(Option<SocketAddr>, Port), ServeError> {
         let Listen::At(address) = self.parts.config.admin.listen else { return Ok((None, Port::default())) };
         let refused = |source: std::io::Error| ServeError::Admin { address, source };
         let listener = tokio::net::TcpListener::bind(address).await.map_err(refused)?;
         let local = listener.local_addr().map_err(refused)?;
         let connections = {
-            let server = Arc::downgrade(server);
-            Arc::new(move || server.upgrade().map_or(0, |server| server.connections()))
+            let server = server.map(Arc::downgrade);
+            Arc::new(move || {
+                let server = server.as_ref().and_then(std::sync::Weak::upgrade);
+                server.map_or(0, |server| server.connections())
+            })
         };
         let observer = Observer::new(View {
             parts: self.parts.clone(),
@@ -408,11 +462,82 @@ impl Port {
     }
 }
 
-/// The end of the driver's thread.
+/// The threads beside the runtime's, and how they end.
+struct Threads {
+    stop: Arc<AtomicBool>,
+    running: Vec<std::thread::JoinHandle<()>>,
+}
+
+impl Threads {
+    fn of(stop: Arc<AtomicBool>) -> Self {
+        Self { stop, running: Vec::new() }
+    }
+
+    fn start(
+        &mut self,
+        name: &str,
+        work: impl FnOnce(&AtomicBool) + Send + 'static,
+    ) -> Result<(), ServeError> {
+        let stop = self.stop.clone();
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&stop));
+        self.running.push(thread.map_err(|source| ServeError::System { what: "a thread", source })?);
+        Ok(())
+    }
+
+    /// The stages, and the lead that they need.
+    fn drive(
+        &mut self,
+        driver: Driver<ModelStages>,
+        parts: &Parts,
+        finished: tokio::sync::oneshot::Sender<()>,
+    ) -> Result<(), ServeError> {
+        let lead = driver.lead();
+        if lead.is_shared() {
+            self.start("lead", move |stop| lead.keep(stop))?;
+        }
+        let (watch, clock) = (parts.storage.watch.clone(), parts.clock.clone());
+        self.start("drive", move |stop| {
+            drive(driver, watch.as_ref(), &clock, stop);
+            if finished.send(()).is_err() {
+                tracing::debug!("ended by a signal");
+            }
+        })
+    }
+
+    /// What others do, and what no device comes back for after it.
+    fn follow(&mut self, parts: &Parts, receiver: &Arc<Receiver>) -> Result<(), ServeError> {
+        let (receiver, watch) = (receiver.clone(), parts.storage.watch.clone());
+        self.start("follow", move |stop| follow(&receiver, watch.as_ref(), stop))
+    }
+
+    /// Waits for all of them.
+    async fn join(self) -> Result<(), ServeError> {
+        for thread in self.running {
+            thread.thread().unpark();
+            join(thread).await?;
+        }
+        Ok(())
+    }
+}
+
+/// The end of a thread.
 async fn join(thread: std::thread::JoinHandle<()>) -> Result<(), ServeError> {
     match tokio::task::spawn_blocking(move || thread.join()).await {
         Ok(Ok(())) => Ok(()),
         _ => Err(ServeError::Driver),
+    }
+}
+
+/// Looks at what other processes do until somebody says stop and wakes the watch.
+pub fn follow(receiver: &Receiver, watch: &dyn Watch, stop: &AtomicBool) {
+    while !stop.load(Ordering::SeqCst) {
+        let mark = watch.mark();
+        if let Err(error) = receiver.follow() {
+            tracing::warn!(error = crate::receive::chain(&error), "the round's state cannot be read");
+        }
+        watch.wait(mark, LOOK);
+        // Hints come by the dozen while devices come.
+        std::thread::sleep(FOLLOW_APART);
     }
 }
 

@@ -1,8 +1,9 @@
-//! What the aggregator must not forget, behind four small traits.
+//! What the aggregator must not forget, behind four small traits; and a fifth for who drives, where several could.
 //!
 //! `receive` writes to [`Inbox`] and [`Blob`], the round and `publish` write to [`Coord`], and
-//! [`Watch`] only says "look again". One machine needs SQLite and files ([`Storage::open`]); the same
-//! contract suite (`contract.rs`) runs on those and on the in-memory twins of the simulation.
+//! [`Watch`] only says "look again". One machine needs SQLite and files ([`Storage::open`]); several share PostgreSQL and
+//! a bucket ([`Storage::of`]). The same contract suite (`contract.rs`) runs on those and on the in-memory twins of the
+//! simulation.
 //!
 //! Errors are split by what a caller may conclude. After a *determinate* error nothing happened. After
 //! an *indeterminate* one the operation may or may not have happened, and the caller must look.
@@ -11,8 +12,17 @@ mod sqlite;
 mod files;
 mod memory;
 mod watch;
+mod lead;
+pub mod place;
+mod trust;
+mod bridge;
+mod postgres;
+mod http;
+mod objects;
+#[cfg(any(test, feature = "contract"))]
+pub mod contract;
 #[cfg(test)]
-mod contract;
+mod tests;
 
 use std::io::Read;
 use std::path::Path;
@@ -21,12 +31,18 @@ use std::time::Duration;
 
 use commonweal_protocol::Digest;
 
-#[cfg(test)]
-pub(crate) use contract::SmallDisk;
+use crate::config;
+use bridge::Bridge;
+
 pub(crate) use files::sync_dir;
 pub use files::{Disk, FileBlob, RealDisk};
+pub use lead::SoleLead;
 pub use memory::{Faults, MemoryStorage};
+pub use objects::ObjectBlob;
+pub use postgres::{PostgresStore, PostgresWatch};
 pub use sqlite::SqliteStore;
+#[cfg(test)]
+pub(crate) use tests::SmallDisk;
 pub use watch::LocalWatch;
 
 /// Largest value of one entry or item: a round's state with its bounded membership fits 16 times.
@@ -89,6 +105,18 @@ pub enum StoreError {
         /// Who believed to hold it.
         owner: String,
     },
+    /// What is stored has the form of another version of this program. Nothing was touched.
+    #[error(
+        "database {subject}: expected schema version {expected}, got {got}; docs/operations.md says how to upgrade"
+    )]
+    Schema {
+        /// The database.
+        subject: String,
+        /// This program's.
+        expected: i64,
+        /// What is there.
+        got: i64,
+    },
     /// Too large, too long, or not what its digest says. Nothing was written.
     #[error("{subject}: expected {expected}, got {got}")]
     Refused {
@@ -125,16 +153,44 @@ pub struct Entry {
     pub value: Vec<u8>,
 }
 
+/// A condition of a write: the head of another log is still where the writer saw it. Whoever moves that head first waits
+/// for such writes under way, and sees them afterwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct While<'log> {
+    /// The other log.
+    pub log: &'log str,
+    /// Where its head must be.
+    pub sequence: u64,
+}
+
 /// Append-only logs with a compare-and-set head: releases, the round's state, devices and tokens.
 pub trait Coord: Send + Sync {
     /// The newest entry of `log`.
     fn head(&self, log: &str) -> Result<Option<Entry>, StoreError>;
     /// Appends `value` if the head's sequence is `expected` (0 for an empty log); returns the new one.
     fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError>;
+    /// The same, if another log has not moved either; a conflict names the log that has.
+    fn compare_and_set_while(
+        &self,
+        log: &str,
+        expected: u64,
+        value: &[u8],
+        other: While<'_>,
+    ) -> Result<u64, StoreError>;
     /// Entries from sequence `from` upwards, at most `limit`.
     fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError>;
     /// Names of logs that begin with `prefix` and come after `after`, in order, at most `limit`.
     fn logs(&self, prefix: &str, after: &str, limit: usize) -> Result<Vec<String>, StoreError>;
+    /// The same with the newest entry of each, for logs whose entries are small.
+    fn heads(&self, prefix: &str, after: &str, limit: usize) -> Result<Vec<(String, Entry)>, StoreError> {
+        let mut heads = Vec::new();
+        for log in self.logs(prefix, after, limit)? {
+            if let Some(entry) = self.head(&log)? {
+                heads.push((log, entry));
+            }
+        }
+        Ok(heads)
+    }
     /// Forgets entries below sequence `below`; the head always stays.
     fn truncate(&self, log: &str, below: u64) -> Result<(), StoreError>;
 }
@@ -160,8 +216,12 @@ pub trait Blob: Send + Sync {
     fn list(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<Digest>, StoreError>;
     /// Forgets a blob; absent is not an error.
     fn delete(&self, digest: &Digest) -> Result<(), StoreError>;
-    /// Free bytes where blobs are kept, to refuse an upload before it begins.
-    fn free_bytes(&self) -> Result<u64, StoreError>;
+    /// Forgets several; a failure leaves open which of them are forgotten.
+    fn delete_all(&self, digests: &[Digest]) -> Result<(), StoreError> {
+        digests.iter().try_for_each(|digest| self.delete(digest))
+    }
+    /// Free bytes where blobs are kept, to refuse an upload before it begins; none where no end is known.
+    fn free_bytes(&self) -> Result<Option<u64>, StoreError>;
 
     /// The whole blob, refused above `length_max`.
     fn read_all(&self, digest: &Digest, length_max: u64) -> Result<Vec<u8>, StoreError> {
@@ -216,11 +276,21 @@ pub enum Append {
 pub trait Inbox: Send + Sync {
     /// Stores an item unless its key is there; durable on return.
     fn append_once(&self, queue: &str, key: &str, value: &[u8]) -> Result<Append, StoreError>;
+    /// The same, if a log has not moved; otherwise a conflict, whether the key is there or not.
+    fn append_once_while(
+        &self,
+        queue: &str,
+        key: &str,
+        value: &[u8],
+        log: While<'_>,
+    ) -> Result<Append, StoreError>;
     /// The item's value, acknowledged or not.
     fn find(&self, queue: &str, key: &str) -> Result<Option<Vec<u8>>, StoreError>;
     /// All items of a queue by key, acknowledged or not, at most `limit`.
     fn list(&self, queue: &str, limit: usize) -> Result<Vec<Item>, StoreError>;
-    /// Leases up to `limit` unacknowledged items that nobody else holds at `now_ms`, by key.
+    /// Leases up to `limit` unacknowledged items that nobody else holds at `now_ms`, by key. An item that another claim is
+    /// just looking at may be left out. Times are the callers': whose clock is ahead by the length of a lease takes what
+    /// another still holds.
     fn claim(
         &self,
         queue: &str,
@@ -247,6 +317,17 @@ pub trait Watch: Send + Sync {
     fn wait(&self, mark: u64, timeout: Duration);
 }
 
+/// One driver at a time, of all processes that share the stores.
+pub trait Lead: Send + Sync {
+    /// Takes or prolongs the lead; false if another has it. It lasts for `lease` from before this call, by the store's own
+    /// clock: nobody else has it until then.
+    fn lead(&self, owner: &str, lease: Duration) -> Result<bool, StoreError>;
+    /// Gives it up, if `owner` has it.
+    fn resign(&self, owner: &str) -> Result<(), StoreError>;
+    /// Whether others could take it, so that everything here may change at any time.
+    fn is_shared(&self) -> bool;
+}
+
 /// Whether another process may have the same directory open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
@@ -256,7 +337,7 @@ pub enum Access {
     Shared,
 }
 
-/// The four stores of one aggregator.
+/// The stores of one aggregator.
 #[derive(Clone)]
 pub struct Storage {
     /// Logs.
@@ -267,6 +348,8 @@ pub struct Storage {
     pub inbox: Arc<dyn Inbox>,
     /// Hints.
     pub watch: Arc<dyn Watch>,
+    /// Who drives.
+    pub lead: Arc<dyn Lead>,
 }
 
 impl std::fmt::Debug for Storage {
@@ -284,8 +367,53 @@ impl Storage {
             inbox: sqlite,
             blob: Arc::new(FileBlob::open(&dir.join("blobs"), Arc::new(RealDisk), access)?),
             watch: Arc::new(LocalWatch::default()),
+            lead: Arc::new(SoleLead),
         })
     }
+}
+
+impl Storage {
+    /// Where the settings say; what they do not name is under `dir`, as in [`Storage::open`].
+    pub fn of(dir: &Path, settings: &config::Storage, access: Access) -> Result<Self, StoreError> {
+        if settings.is_local() {
+            return Self::open(dir, access);
+        }
+        let bridge = Bridge::start().map_err(|error| StoreError::not_done("open", "a runtime", error))?;
+        let blob: Arc<dyn Blob> = match &settings.objects {
+            None => Arc::new(FileBlob::open(&dir.join("blobs"), Arc::new(RealDisk), access)?),
+            Some(url) => objects(url, settings, bridge.clone())?,
+        };
+        let Some(url) = &settings.coordination else {
+            let sqlite = Arc::new(SqliteStore::open(&dir.join("aggregator.db"))?);
+            let (watch, lead) = (Arc::new(LocalWatch::default()), Arc::new(SoleLead));
+            return Ok(Self { coord: sqlite.clone(), inbox: sqlite, blob, watch, lead });
+        };
+        let postgres = Arc::new(PostgresStore::open(url, settings, bridge)?);
+        let watch = Arc::new(postgres.watch());
+        Ok(Self { coord: postgres.clone(), inbox: postgres.clone(), blob, watch, lead: postgres })
+    }
+}
+
+/// What is in the database of the settings, for who has no state directory yet; none where they name none.
+pub fn database(settings: &config::Storage) -> Result<Option<Arc<dyn Coord>>, StoreError> {
+    let Some(url) = &settings.coordination else { return Ok(None) };
+    let bridge = Bridge::start().map_err(|error| StoreError::not_done("open", "a runtime", error))?;
+    Ok(Some(Arc::new(PostgresStore::open(url, settings, bridge)?)))
+}
+
+fn objects(url: &str, settings: &config::Storage, bridge: Arc<Bridge>) -> Result<Arc<dyn Blob>, StoreError> {
+    Ok(match place::Objects::parse(url).map_err(|wrong| refused("storage.objects", wrong))? {
+        // Others may be writing there.
+        place::Objects::Folder(path) => Arc::new(FileBlob::open(&path, Arc::new(RealDisk), Access::Shared)?),
+        place::Objects::Bucket { name, prefix } => {
+            Arc::new(ObjectBlob::bucket(&name, &prefix, settings, bridge)?)
+        }
+    })
+}
+
+/// A setting that cannot be used; what it is set to may be no one's to see.
+fn refused(setting: &str, expected: String) -> StoreError {
+    StoreError::Refused { subject: setting.to_owned(), expected, got: "something else".to_owned() }
 }
 
 /// Refuses names and values beyond the bounds before a backend sees them.

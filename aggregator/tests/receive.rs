@@ -16,7 +16,7 @@ use aggregator::optimize::OptimizerState;
 use aggregator::publish::{Candidate, Publisher};
 use aggregator::receive::handler::{Service, Threads};
 use aggregator::receive::{Parts, Receiver};
-use aggregator::store::{Coord, Disk, Entry, RealDisk, StoreError};
+use aggregator::store::{Coord, Disk, Entry, RealDisk, StoreError, While};
 use commonweal_adapter::{
     Adapter, AdapterDelta, AdapterLayout, Bits, CompressOptions, Module, Residual, Target, Trainable,
 };
@@ -405,6 +405,15 @@ impl<F: Fn(&'static str) + Send + Sync> Coord for Spy<F> {
     }
     fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
         self.0.compare_and_set(log, expected, value)
+    }
+    fn compare_and_set_while(
+        &self,
+        log: &str,
+        expected: u64,
+        value: &[u8],
+        other: While<'_>,
+    ) -> Result<u64, StoreError> {
+        self.0.compare_and_set_while(log, expected, value, other)
     }
     fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
         self.1("scan");

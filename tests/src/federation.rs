@@ -8,7 +8,7 @@ use std::{
     process::Command,
 };
 
-use aggregator::config::{Config, Gates};
+use aggregator::config::{self, Config, Gates};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -41,6 +41,14 @@ impl Federation {
     /// # Panics
     /// When it fails.
     pub fn new(devices: u32, change: impl FnOnce(&mut Config)) -> Self {
+        Self::over(&config::Storage::default(), devices, change)
+    }
+
+    /// The same, with its state where these settings say.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub fn over(storage: &config::Storage, devices: u32, change: impl FnOnce(&mut Config)) -> Self {
         let directory = tempfile::tempdir().unwrap_or_else(|error| panic!("no temporary directory: {error}"));
         // The system names a free port; between here and `serve` nobody else asks for it.
         let probe = UdpSocket::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
@@ -55,7 +63,8 @@ impl Federation {
                 .verb("init")
                 .args(["--json", "--address", &address, "--listen", &address, "--package"])
                 .arg(package)
-                .args(arguments),
+                .args(arguments)
+                .args(settings(storage)),
         )
         .with_code(0);
         federation.first_version = init.objects()[0]["version"].as_u64().unwrap_or_default();
@@ -78,6 +87,11 @@ impl Federation {
         self.directory.path().join("aggregator")
     }
 
+    /// Where devices find it.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     /// A file or folder beside the state directory, for a test's own use.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
@@ -92,7 +106,7 @@ impl Federation {
         let mut config = Config::read(&state).unwrap_or_else(|error| panic!("{error}"));
         change(&mut config);
         let text = toml::to_string(&config).unwrap_or_else(|error| panic!("{error}"));
-        let path = state.join(aggregator::config::FILE);
+        let path = state.join(config::FILE);
         fs::write(&path, text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     }
 
@@ -101,6 +115,35 @@ impl Federation {
         let mut command = command("aggregator");
         command.arg(verb).arg("--dir").arg(self.state());
         command
+    }
+
+    /// Another machine's state directory of the same federation; what it serves at is its own.
+    ///
+    /// # Panics
+    /// When the keys cannot be copied.
+    #[must_use]
+    pub fn elsewhere(&self) -> Self {
+        let directory = tempfile::tempdir().unwrap_or_else(|error| panic!("no temporary directory: {error}"));
+        let probe = UdpSocket::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
+        let address = probe.unwrap_or_else(|error| panic!("no free port: {error}")).to_string();
+        let other = Self { directory, address, first_version: self.first_version };
+        let copied = fs::create_dir_all(other.state()).is_ok()
+            && ["aggregator.toml", "signing.pem", "authority.pem", "admin.token"]
+                .iter()
+                .all(|name| fs::copy(self.state().join(name), other.state().join(name)).is_ok());
+        assert!(copied, "the keys of {} cannot be copied", self.state().display());
+        let listen = other.address.parse().unwrap_or_else(|error| panic!("{}: {error}", other.address));
+        other.configure(|config| (config.listen, config.address) = (listen, Some(other.address.clone())));
+        other
+    }
+
+    /// `aggregator serve --role ROLE`, listening.
+    pub fn serve_as(&self, role: &str) -> Running {
+        let mut command = self.verb("serve");
+        command.args(["--json", "--role", role]);
+        let mut running = Running::start(role, &mut command, &self.path("aggregator.log"));
+        running.event("listening");
+        running
     }
 
     /// `aggregator serve --rounds 1`, listening.
@@ -208,6 +251,12 @@ impl Device {
         let log = self.directory.with_extension("log");
         Running::start(&self.name, &mut self.command(program, &arguments), &log)
     }
+}
+
+/// What says so on a command line.
+fn settings(storage: &config::Storage) -> Vec<String> {
+    let texts = toml::Table::try_from(storage).unwrap_or_default();
+    texts.iter().flat_map(|(key, value)| ["--set".to_owned(), format!("storage.{key}={value}")]).collect()
 }
 
 /// Harmless conversations, other ones for another `device`.

@@ -3,6 +3,7 @@
 //! starts are the matter and not what an adapter says.
 
 use std::{
+    fs,
     io::Read as _,
     net::{Ipv4Addr, SocketAddr},
     path::Path,
@@ -14,7 +15,7 @@ use std::{
 };
 
 use aggregator::{
-    config::{Config, Gates},
+    config::{self, Config, Gates},
     desk::{Desk, Record},
     directory::Directory,
     drive::{Driver, Stages},
@@ -30,7 +31,7 @@ use aggregator::{
         partial::PartialFiles,
     },
     round::Policy,
-    serve,
+    serve::{self, Role},
     store::{Access, RealDisk, Storage},
 };
 use anyhow::{Context, Result};
@@ -65,6 +66,21 @@ pub fn config(round: Policy) -> Config {
     config
 }
 
+/// Beside an aggregator's directory: where its state is, if it is not in there.
+const STORAGE: &str = "storage.json";
+
+/// Has the aggregators whose directories lie in `place` share a database, and a folder for objects.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn share(place: &Path, storage: config::Storage) -> Result<()> {
+    let objects = Some(format!("file://{}", place.join("objects").display()));
+    // Nothing is decided for so long after who drove was killed.
+    let storage = config::Storage { objects, lead_seconds: 2, ..storage };
+    fs::create_dir_all(place)?;
+    Ok(fs::write(place.join(STORAGE), serde_json::to_vec(&storage)?)?)
+}
+
 /// An aggregator's directory, open.
 #[derive(Debug)]
 pub struct Modelless {
@@ -78,17 +94,22 @@ pub struct Modelless {
 impl Modelless {
     /// Opens the aggregator in a directory, with an adapter of so many MB (see [`visitor::layout`]); a fresh one begins with
     /// the first adapter as its first release. `events` goes to the caller, who may measure by it.
-    pub fn open(path: &Path, adapter_mb: u32, config: Config, events: Events) -> Result<Self> {
+    pub fn open(path: &Path, adapter_mb: u32, mut config: Config, events: Events) -> Result<Self> {
+        if let Ok(storage) = fs::read(path.with_file_name(STORAGE)) {
+            config.storage = serde_json::from_slice(&storage)?;
+        }
         let (base, clock) = (Base { hash: BASE, layout: visitor::layout(adapter_mb)? }, Clock::system());
         let is_new = Directory::open(path).is_err();
         let directory =
             if is_new { Directory::create(path, clock.unix_ms())? } else { Directory::open(path)? };
-        let storage = Storage::open(path, Access::Exclusive)?;
+        let storage = Storage::of(path, &config.storage, Access::Exclusive)?;
         let signer = directory.signer()?;
         let publisher =
             Publisher::new(storage.coord.clone(), storage.blob.clone(), signer.clone(), base.hash);
-        if is_new {
+        if !Publisher::is_any(storage.coord.as_ref())? {
             first_release(&storage, &publisher, &base, &clock)?;
+        }
+        if is_new {
             directory
                 .write_config("# The program that serves this directory sets everything by itself.\n")?;
         }
@@ -113,6 +134,12 @@ impl Modelless {
         Ok(Self { parts, base, directory, authority, registry })
     }
 
+    /// Makes another directory of the same federation: its keys.
+    pub fn copy_keys(from: &Path, to: &Path) -> Result<()> {
+        fs::create_dir_all(to)?;
+        Ok(Directory::open(from)?.copy_to(to)?)
+    }
+
     /// What answers devices, for whoever looks at it while it serves.
     pub fn parts(&self) -> &Parts {
         &self.parts
@@ -133,7 +160,10 @@ impl Modelless {
 
     /// What answers devices.
     pub fn service(&self) -> Service {
-        let receiver = Arc::new(Receiver::new(self.parts.clone()));
+        self.service_of(Arc::new(Receiver::new(self.parts.clone())))
+    }
+
+    fn service_of(&self, receiver: Arc<Receiver>) -> Service {
         Service::new(receiver, self.registry.clone(), self.authority.clone(), Threads::Blocking)
     }
 
@@ -153,15 +183,37 @@ impl Modelless {
         limits: ServeLimits,
         listening: impl FnOnce(&Self, SocketAddr) -> Result<()>,
     ) -> Result<()> {
+        self.serve_as(Role::All, port, limits, listening)
+    }
+
+    /// The same, as one of several processes over one database. One that only drives listens too, and nobody comes.
+    pub fn serve_as(
+        self,
+        role: Role,
+        port: u16,
+        limits: ServeLimits,
+        listening: impl FnOnce(&Self, SocketAddr) -> Result<()>,
+    ) -> Result<()> {
         let clock = &self.parts.clock;
-        let driver = Driver::new(self.parts.clone(), self.base.clone(), NoModel);
+        let receiver = Arc::new(Receiver::new(self.parts.clone()));
+        let driver = role.drives().then(|| Driver::new(self.parts.clone(), self.base.clone(), NoModel));
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let _inside = runtime.enter();
-        let server = self.bind(port, self.service(), limits)?;
+        let server = self.bind(port, self.service_of(receiver.clone()), limits)?;
         listening(&self, server.local_addr())?;
         let (stop, watch) = (AtomicBool::new(false), self.parts.storage.watch.as_ref());
         thread::scope(|scope| {
-            scope.spawn(|| serve::drive(driver, watch, clock, &stop));
+            if let Some(driver) = driver {
+                let lead = driver.lead();
+                if lead.is_shared() {
+                    let stop = &stop;
+                    scope.spawn(move || lead.keep(stop));
+                }
+                scope.spawn(|| serve::drive(driver, watch, clock, &stop));
+            }
+            if self.parts.desk.is_shared() {
+                scope.spawn(|| serve::follow(&receiver, watch, &stop));
+            }
             let ended = std::io::stdin().read_to_end(&mut Vec::new());
             stop.store(true, Ordering::SeqCst);
             watch.notify();

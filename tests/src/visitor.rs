@@ -68,6 +68,11 @@ impl Visitor {
         (&self.expected, &self.store)
     }
 
+    /// Goes to another of the aggregator's processes from now on.
+    pub fn turn_to(&mut self, link: QuicLink) {
+        self.link = link;
+    }
+
     /// Its link.
     pub fn link(&self) -> &QuicLink {
         &self.link

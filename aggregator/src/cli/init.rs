@@ -15,7 +15,10 @@ use crate::events::{Event, Events};
 use crate::laboratory::{Laboratory, LaboratoryError, has_guard, open_package};
 use crate::optimize::OptimizerState;
 use crate::publish::{Candidate, Publisher};
-use crate::store::{Access, Storage};
+use crate::store::{self, Access, Storage};
+
+const OCCUPIED: &str = "storage.coordination: expected a database without a federation, this one has releases; to serve \
+    it from another machine, copy one of its state directories (docs/operations.md, Several machines)";
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Init {
@@ -38,6 +41,11 @@ pub(super) fn init(dir: &Path, init: &Init, set: &[String], json: bool) -> Resul
         return Err(LaboratoryError::NoGuard.into());
     }
     Directory::require_none(dir)?;
+    if let Some(database) = store::database(&config.storage)?
+        && Publisher::is_any(database.as_ref())?
+    {
+        return Err(CliError::Input(OCCUPIED.to_owned()));
+    }
     let adapter = Adapter::init(base.layout.clone(), init.seed);
     let card = if init.no_evaluate {
         ReportCard::default()
@@ -47,7 +55,7 @@ pub(super) fn init(dir: &Path, init: &Init, set: &[String], json: bool) -> Resul
     };
     // Whatever can be wrong with the input was found above: nothing is left behind by then.
     let directory = Directory::create(dir, now_ms())?;
-    let storage = Storage::open(dir, Access::Exclusive)?;
+    let storage = Storage::of(dir, &config.storage, Access::Exclusive)?;
     let bytes = base.write(&adapter).map_err(|error| CliError::other("the first adapter", error))?;
     let digest = Digest::of(&bytes);
     storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice())?;

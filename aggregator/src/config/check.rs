@@ -18,6 +18,7 @@ impl Config {
     pub fn check(&self) -> Result<(), ConfigError> {
         let mut problems: Vec<String> =
             self.round.problems().into_iter().map(|problem| problem.to_string()).collect();
+        problems.extend(self.storage.problems());
         let mut require = |holds: bool, text: String| {
             if !holds {
                 problems.push(text);

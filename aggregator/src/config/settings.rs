@@ -14,11 +14,17 @@ use serde::Serialize;
 use toml::{Table, Value};
 
 use super::{Config, ConfigError, FILE};
+use crate::store::place::is_secret;
 
 /// What names of settings in the environment begin with.
 pub const PREFIX: &str = "COMMONWEAL_AGGREGATOR_";
 /// The setting that OpenTelemetry's own variables stand for.
 const TRACES: &str = "traces.endpoint";
+
+/// Settings that are URLs.
+const URLS: [&str; 3] = ["storage.coordination", "storage.objects", "storage.endpoint"];
+/// Shown in place of what may be a secret.
+const HIDDEN: &str = "(not shown)";
 
 /// Where a setting comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -170,12 +176,19 @@ impl Settings {
         if self.problems.is_empty() { Ok(self.config) } else { Err(ConfigError::Values(self.problems)) }
     }
 
-    /// Every setting by name. Those without a value and without a default are not there.
+    /// Every setting by name, to be shown: a URL that may hold a password is not. Those without a value and without a
+    /// default are not there.
     pub fn all(&self) -> Vec<Setting> {
         let source = |key: &String| self.sources.get(key).cloned().unwrap_or(Source::Default);
+        let shown = |key: &String, value: Value| match &value {
+            Value::String(url) if URLS.contains(&key.as_str()) && is_secret(url) => {
+                Value::String(HIDDEN.to_owned())
+            }
+            _ => value,
+        };
         all_leaves(&self.config)
             .into_iter()
-            .map(|(key, value)| Setting { source: source(&key), key, value })
+            .map(|(key, value)| Setting { source: source(&key), value: shown(&key, value), key })
             .collect()
     }
 
@@ -351,6 +364,20 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part} in {text}");
         }
+    }
+
+    #[test]
+    fn a_password_in_a_url_is_refused_and_shown_nowhere() {
+        let settings = Settings::new()
+            .with_environment(variables(&[("STORAGE__COORDINATION", "postgres://a:hunter2@b/c")]))
+            .with_set(&["storage.objects=s3://key:hunter2@bucket".to_owned()]);
+        let shown = format!("{:?} {}", settings.all(), settings.checked().unwrap_err());
+        assert!(!shown.contains("hunter2") && shown.contains(HIDDEN), "{shown}");
+        for part in ["storage.coordination: expected no password", "storage.objects: expected s3://"] {
+            assert!(shown.contains(part), "{part} in {shown}");
+        }
+        let settings = Settings::new().with_set(&["storage.coordination=postgres://a@b/c".to_owned()]);
+        assert_eq!(source(&settings, "storage.coordination").0, Value::String("postgres://a@b/c".to_owned()));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{DeskError, Progress};
 use crate::events::{AlignFigures, MergeFigures, Origin};
 use crate::round::{Outcome, Summary};
-use crate::store::{Coord, StoreError};
+use crate::store::{Coord, StoreError, While};
 
 /// The log of records; entry `n` is round `n − 1`.
 pub const RECORDS: &str = "rounds";
@@ -149,10 +149,21 @@ impl Record {
 
     /// Appends the record unless the round has one.
     pub fn append(&self, coord: &dyn Coord) -> Result<(), DeskError> {
+        self.append_while(coord, None)
+    }
+
+    /// The same, if another log has not moved.
+    pub(super) fn append_while(&self, coord: &dyn Coord, other: Option<While<'_>>) -> Result<(), DeskError> {
         let bytes = serde_json::to_vec(self).map_err(|error| DeskError::damaged("round's record", error))?;
-        match coord.compare_and_set(RECORDS, self.round.0, &bytes) {
+        let appended = match other {
+            None => coord.compare_and_set(RECORDS, self.round.0, &bytes),
+            Some(other) => coord.compare_and_set_while(RECORDS, self.round.0, &bytes, other),
+        };
+        match appended {
             Ok(_) => Ok(()),
-            Err(StoreError::Conflict { expected, found, .. }) if found > expected => Ok(()),
+            Err(StoreError::Conflict { log, expected, found }) if log == RECORDS && found > expected => {
+                Ok(())
+            }
             Err(error) => Err(error.into()),
         }
     }

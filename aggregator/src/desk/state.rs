@@ -98,6 +98,12 @@ pub enum DeskError {
         /// Its first bytes.
         begins: Vec<u8>,
     },
+    /// No update comes in at this moment.
+    #[error("updates are not taken at this moment")]
+    Shut,
+    /// Other processes were faster, again and again.
+    #[error("other processes moved the round's state each time that it was to be moved")]
+    Contended,
     /// The round does not take the update.
     #[error(transparent)]
     NotAdmitted(#[from] NotAdmitted),

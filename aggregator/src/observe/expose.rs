@@ -153,8 +153,10 @@ fn store(registry: &mut Registry, standing: &Standing) {
         parts.get_or_create(&Part { part }).set(bytes as f64);
     }
     registry.register_with_unit("store", "What the state directory holds", Unit::Bytes, parts);
-    let free = ConstGauge::new(store.free_bytes);
-    registry.register_with_unit("store_free", "Free disk under the state directory", Unit::Bytes, free);
+    if let Some(free) = store.free_bytes {
+        let help = "Free disk for unfinished uploads and for what is kept";
+        registry.register_with_unit("store_free", help, Unit::Bytes, ConstGauge::new(free));
+    }
 }
 
 fn whole(registry: &mut Registry, name: &str, help: &str, value: u64) {

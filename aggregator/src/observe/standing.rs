@@ -88,13 +88,14 @@ pub struct StoreStanding {
     pub blobs_bytes: u64,
     /// Of unfinished uploads.
     pub partials_bytes: u64,
-    /// Still free.
-    pub free_bytes: u64,
+    /// Still free; none where no end is known.
+    pub free_bytes: Option<u64>,
 }
 
 pub(super) fn look(observer: &Observer) -> Result<Standing, ObserveError> {
     let parts = &observer.view.parts;
     let now_ms = parts.clock.unix_ms();
+    parts.desk.look()?;
     let release = parts.publisher.head()?.map(|signed| signed.release);
     let (rounds, progress) = (parts.desk.rounds(), parts.desk.progress());
     let (received, target) = rounds.progress();
@@ -137,7 +138,7 @@ pub(super) fn look(observer: &Observer) -> Result<Standing, ObserveError> {
                 .sum(),
             blobs_bytes: bytes_under(&observer.view.directory.join("blobs")),
             partials_bytes: bytes_under(&observer.view.directory.join("partials")),
-            free_bytes: parts.storage.blob.free_bytes()?,
+            free_bytes: observer.free_bytes()?,
         },
         connections_open: (observer.view.connections)(),
         requests_throttled: observer.view.receiver.throttled(),

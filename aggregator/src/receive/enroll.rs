@@ -9,7 +9,7 @@ use commonweal_protocol::{CertificateChain, Csr, DeviceId, Token};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::chain;
-use crate::store::{Coord, PAGE_MAX, StoreError};
+use crate::store::{Coord, Entry, PAGE_MAX, StoreError};
 
 /// Issues certificates; the transport's certificate authority, or a twin in simulations.
 pub trait Certify: Send + Sync {
@@ -110,6 +110,11 @@ fn device_log(device: &DeviceId) -> String {
     format!("device/{device}")
 }
 
+fn decode<T: DeserializeOwned>(log: &str, entry: &Entry) -> Result<T, EnrollError> {
+    serde_json::from_slice(&entry.value)
+        .map_err(|source| EnrollError::Damaged { log: log.to_owned(), source })
+}
+
 impl Registry {
     /// Over this store.
     pub fn new(coord: Arc<dyn Coord>) -> Self {
@@ -118,9 +123,7 @@ impl Registry {
 
     fn load<T: DeserializeOwned>(&self, log: &str) -> Result<Option<(u64, T)>, EnrollError> {
         let Some(entry) = self.coord.head(log)? else { return Ok(None) };
-        let record = serde_json::from_slice(&entry.value)
-            .map_err(|source| EnrollError::Damaged { log: log.to_owned(), source })?;
-        Ok(Some((entry.sequence, record)))
+        Ok(Some((entry.sequence, decode(log, &entry)?)))
     }
 
     fn save<T: Serialize>(&self, log: &str, expected: u64, record: &T) -> Result<(), EnrollError> {
@@ -236,13 +239,12 @@ impl Registry {
         let mut devices = Vec::new();
         let mut after = String::new();
         loop {
-            let page = self.coord.logs("device/", &after, PAGE_MAX)?;
-            let Some(last) = page.last() else { return Ok(devices) };
+            let page = self.coord.heads("device/", &after, PAGE_MAX)?;
+            let Some((last, _)) = page.last() else { return Ok(devices) };
             after.clone_from(last);
-            for log in &page {
-                let id = log.trim_start_matches("device/").parse().ok();
-                if let (Some(id), Some((_, record))) = (id, self.load(log)?) {
-                    devices.push((id, record));
+            for (log, entry) in &page {
+                if let Ok(id) = log.trim_start_matches("device/").parse() {
+                    devices.push((id, decode(log, entry)?));
                 }
             }
         }
@@ -253,13 +255,12 @@ impl Registry {
         let mut open = 0;
         let mut after = String::new();
         loop {
-            let page = self.coord.logs("token/", &after, PAGE_MAX)?;
-            let Some(last) = page.last() else { return Ok(open) };
+            let page = self.coord.heads("token/", &after, PAGE_MAX)?;
+            let Some((last, _)) = page.last() else { return Ok(open) };
             after.clone_from(last);
-            for log in &page {
-                if let Some((_, record)) = self.load::<TokenRecord>(log)? {
-                    open += usize::from(record.device.is_none() && record.expires_ms > now_ms);
-                }
+            for (log, entry) in &page {
+                let record: TokenRecord = decode(log, entry)?;
+                open += usize::from(record.device.is_none() && record.expires_ms > now_ms);
             }
         }
     }
@@ -369,7 +370,7 @@ mod tests {
     }
 
     impl Coord for RenewsOnce {
-        fn head(&self, log: &str) -> Result<Option<crate::store::Entry>, StoreError> {
+        fn head(&self, log: &str) -> Result<Option<Entry>, StoreError> {
             self.memory.head(log)
         }
         fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
@@ -378,7 +379,16 @@ mod tests {
             }
             self.memory.compare_and_set(log, expected, value)
         }
-        fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<crate::store::Entry>, StoreError> {
+        fn compare_and_set_while(
+            &self,
+            log: &str,
+            expected: u64,
+            value: &[u8],
+            other: crate::store::While<'_>,
+        ) -> Result<u64, StoreError> {
+            self.memory.compare_and_set_while(log, expected, value, other)
+        }
+        fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
             self.memory.scan(log, from, limit)
         }
         fn logs(&self, prefix: &str, after: &str, limit: usize) -> Result<Vec<String>, StoreError> {

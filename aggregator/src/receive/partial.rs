@@ -28,6 +28,8 @@ pub trait Partials: Send + Sync {
     fn discard_before(&self, round: u64) -> io::Result<()>;
     /// Bytes held of all uploads, to keep free what has been promised.
     fn bytes_held(&self) -> io::Result<u64>;
+    /// Free bytes where they are kept; none where no end is known.
+    fn free_bytes(&self) -> io::Result<Option<u64>>;
 }
 
 /// Files `ROUND-DEVICE-DIGEST.part` in one directory.
@@ -131,6 +133,10 @@ impl Partials for PartialFiles {
         })?;
         Ok(bytes)
     }
+
+    fn free_bytes(&self) -> io::Result<Option<u64>> {
+        self.disk.free_bytes(&self.dir).map(Some)
+    }
 }
 
 type Held = BTreeMap<(DeviceId, UploadKey), Vec<u8>>;
@@ -188,6 +194,10 @@ impl Partials for PartialMemory {
 
     fn bytes_held(&self) -> io::Result<u64> {
         Ok(self.with(|held| held.values().map(|bytes| bytes.len() as u64).sum()))
+    }
+
+    fn free_bytes(&self) -> io::Result<Option<u64>> {
+        Ok(None)
     }
 }
 

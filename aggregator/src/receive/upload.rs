@@ -3,7 +3,7 @@
 //! `partial` keeps the bytes that are not yet whole; `desk` takes the update into the round.
 
 use std::panic::resume_unwind;
-use std::sync::{PoisonError, RwLockReadGuard};
+use std::sync::PoisonError;
 use std::thread;
 
 use commonweal_adapter::pair;
@@ -18,6 +18,9 @@ use crate::round::NotAdmitted;
 
 /// A smaller chunk, unless it is the last, counts as a request: each chunk costs an fsync, whatever its length.
 const CHUNK_FREE_BYTES_MIN: usize = 64 << 10;
+
+/// Times that an update's bytes are stored until the round takes it.
+const PASSES_MAX: u32 = 3;
 
 /// Does what needs much memory on a thread that ends with it. Allocators keep a part of what a thread gave back for that
 /// thread, and would keep an update's worth for each of those that answer requests. Where there are more threads than
@@ -37,6 +40,7 @@ impl Receiver {
         if open.base != self.parts.base {
             return refuse(Refusal::WrongBase, format!("expected {}, got {}", self.parts.base, open.base));
         }
+        self.parts.desk.look().map_err(|error| self.failed(device, REQUEST, &error))?;
         let taken = self.parts.desk.taken(open.round, &device);
         if let Some((into, before)) = taken.map_err(|error| self.failed(device, REQUEST, &error))? {
             return self.repeat(device, REQUEST, &open.key(), into, &before).map(Opened::Done);
@@ -72,13 +76,16 @@ impl Receiver {
         live.opens.insert(device, Opening { open, since_ms });
     }
 
-    /// The offset to go on from, if the disk has room for the rest, twice: once as it comes in, once kept.
+    /// The offset to go on from, if there is room for the rest, twice: once as it comes in, once kept. Both may be on one
+    /// disk, so that each has to have room for both; a store without a known end has it.
     fn make_room(&self, device: DeviceId, open: &Open) -> Result<u64, String> {
         let partials = &self.parts.partials;
         let key = open.key();
         partials.discard_others(&device, &key).map_err(|error| error.to_string())?;
         let offset = partials.offset(&device, &key).map_err(|error| error.to_string())?;
-        let free = self.parts.storage.blob.free_bytes().map_err(|error| chain(&error))?;
+        let here = partials.free_bytes().map_err(|error| error.to_string())?;
+        let kept = self.parts.storage.blob.free_bytes().map_err(|error| chain(&error))?;
+        let free = [here, kept].into_iter().flatten().min();
         let promised: u64 = {
             let mut live = self.live();
             // Nothing more comes of a round that is over.
@@ -90,7 +97,10 @@ impl Receiver {
             .saturating_add(open.length)
             .saturating_add(promised.saturating_mul(2))
             .saturating_add(self.parts.config.receive.reserve_bytes);
-        if free < needed { Err(format!("expected {needed} free bytes, got {free}")) } else { Ok(offset) }
+        match free {
+            Some(free) if free < needed => Err(format!("expected {needed} free bytes, got {free}")),
+            _ => Ok(offset),
+        }
     }
 
     /// Appends a chunk; durable on return.
@@ -156,6 +166,7 @@ impl Receiver {
     pub fn finish(&self, device: DeviceId, key: UploadKey) -> Result<Accepted, Refused> {
         const REQUEST: &str = "finish";
         let _lane = self.lane(device);
+        self.parts.desk.look().map_err(|error| self.failed(device, REQUEST, &error))?;
         let taken = self.parts.desk.taken(key.round, &device);
         if let Some((into, before)) = taken.map_err(|error| self.failed(device, REQUEST, &error))? {
             return self.repeat(device, REQUEST, &key, into, &before);
@@ -165,7 +176,7 @@ impl Receiver {
             self.let_go(device, &key, &error);
             return Err(self.not_admitted(device, REQUEST, key.digest, error));
         }
-        let (blobs, norm) = self.keep(device, &open)?;
+        let norm = self.check_whole(device, &open)?;
         let received_ms = self.now_ms();
         let receipt =
             Receipt { round: open.round, device, digest: open.digest, length: open.length, received_ms };
@@ -173,41 +184,58 @@ impl Receiver {
             .map_err(|error| self.failed(device, REQUEST, &error))?;
         let accepted =
             desk::Accepted { open, receipt, norm: Some(norm), start: None, opened_ms: Some(since_ms) };
-        let taken = self.parts.desk.take(received_ms, &accepted);
-        drop(blobs);
-        match taken {
-            Ok(Taken::Now) => {
+        match self.keep(device, &accepted)? {
+            Taken::Now => {
                 self.parts.pause.here("receipt", &self.parts.events);
                 self.forget(device, &key);
                 Ok(Accepted { receipt, reconnect: self.reconnect() })
             }
-            Ok(Taken::Before(into, before)) => self.repeat(device, REQUEST, &key, into, &before),
-            Err(DeskError::NotAdmitted(error)) => {
-                // The round closed meanwhile: a late update is discarded, and its device knows.
-                self.let_go(device, &key, &error);
-                Err(self.not_admitted(device, REQUEST, key.digest, error))
-            }
-            Err(error) => Err(self.failed(device, REQUEST, &error)),
+            Taken::Before(into, before) => self.repeat(device, REQUEST, &key, into, &before),
         }
     }
 
-    /// Checks the whole and stores it; no sweep takes it away while the guard is held. With it, the update's norm.
-    fn keep(&self, device: DeviceId, open: &Open) -> Result<(RwLockReadGuard<'_, ()>, f64), Refused> {
+    /// Checks the whole; its norm.
+    fn check_whole(&self, device: DeviceId, open: &Open) -> Result<f64, Refused> {
         const REQUEST: &str = "finish";
         let _whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
-        let (bytes, norm) = apart(|| -> Result<_, Refused> {
+        apart(|| {
             let bytes = self.read_whole(device, open)?;
-            let norm = self.check_update(open.round, &bytes).map_err(|detail| {
+            self.check_update(open.round, &bytes).map_err(|detail| {
                 self.forget(device, &open.key());
                 self.refuse_update(Some(device), REQUEST, Some(open.digest), Refusal::UpdateUnusable, detail)
-            })?;
-            Ok((bytes, norm))
-        })?;
-        let blobs = self.parts.desk.keep_blobs();
-        let blob = &self.parts.storage.blob;
-        blob.put_if_absent(&open.digest, open.length, &mut bytes.as_slice())
-            .map_err(|error| self.failed(device, REQUEST, &error))?;
-        Ok((blobs, norm))
+            })
+        })
+    }
+
+    /// Stores the bytes, and takes the update into the round. No sweep takes the bytes away in between; where one came, they
+    /// are stored again.
+    fn keep(&self, device: DeviceId, accepted: &desk::Accepted) -> Result<Taken, Refused> {
+        const REQUEST: &str = "finish";
+        let (desk, open) = (&self.parts.desk, &accepted.open);
+        for _ in 0..PASSES_MAX {
+            let pass = match desk.pass() {
+                Err(DeskError::Shut) => continue,
+                pass => pass.map_err(|error| self.failed(device, REQUEST, &error))?,
+            };
+            let read = self.parts.partials.read(&device, &open.key());
+            let mut source = read.map_err(|error| self.failed(device, REQUEST, &error))?;
+            let blob = &self.parts.storage.blob;
+            blob.put_if_absent(&open.digest, open.length, source.as_mut())
+                .map_err(|error| self.failed(device, REQUEST, &error))?;
+            match desk.take(self.now_ms(), accepted, &pass) {
+                Ok(taken) => return Ok(taken),
+                Err(DeskError::Shut) => {}
+                Err(DeskError::NotAdmitted(error)) => {
+                    // The round closed meanwhile: a late update is discarded, and its device knows.
+                    self.let_go(device, &open.key(), &error);
+                    return Err(self.not_admitted(device, REQUEST, open.digest, error));
+                }
+                Err(error) => return Err(self.failed(device, REQUEST, &error)),
+            }
+        }
+        // Ordinary while a round is closed, and the device comes back with it.
+        tracing::debug!(%device, "to come back: updates are not taken at this moment");
+        Err(Refused { reason: Refusal::Busy, reconnect: self.reconnect() })
     }
 
     /// The same answer as before for the same update, in the word of the key in force; another one is refused.

@@ -1,19 +1,111 @@
-//! One contract suite per trait, run on every backend.
+//! The contract of the stores: one suite per trait, run on every backend. Behind the cargo feature `contract`, for the
+//! tests of backends that need a server.
+//!
+//! A case panics where the contract is broken. Each begins with empty stores.
 
-use std::io::Read;
-use std::path::Path;
+#![expect(clippy::unwrap_used, reason = "a case of the suite fails by panicking")]
+
+use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use commonweal_protocol::Digest;
 
-use super::*;
+use super::{
+    Append, Blob, Coord, Entry, Inbox, Item, Lead, NAME_BYTES_MAX, Put, Storage, StoreError, VALUE_BYTES_MAX,
+    Watch, While,
+};
+
+/// All four traits, alone and from many threads.
+pub fn suite(storage: &Storage) {
+    coord(storage.coord.as_ref());
+    inbox(storage.inbox.as_ref());
+    blob(storage.blob.as_ref());
+    watch(&storage.watch);
+    lead(storage.lead.as_ref());
+    conditions(storage);
+    together(storage);
+}
+
+/// Who drives.
+pub fn lead(lead: &dyn Lead) {
+    let long = Duration::from_secs(3600);
+    assert!(lead.lead("one", long).unwrap() && lead.lead("one", long).unwrap());
+    if lead.is_shared() {
+        assert!(!lead.lead("other", long).unwrap());
+        lead.resign("other").unwrap();
+        assert!(!lead.lead("other", long).unwrap(), "only its holder gives it up");
+        lead.resign("one").unwrap();
+        assert!(lead.lead("other", Duration::from_millis(1)).unwrap());
+        // Whoever does not come back loses it.
+        while !lead.lead("one", long).unwrap() {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+    lead.resign("one").unwrap();
+}
+
+/// Writes that another log's head has to stand still for.
+fn conditions(storage: &Storage) {
+    let (coord, inbox) = (storage.coord.as_ref(), storage.inbox.as_ref());
+    let door = |sequence| While { log: "door", sequence };
+    let is_moved = |result: Result<_, StoreError>| matches!(result, Err(StoreError::Conflict { log, .. }) if log == "door");
+    assert!(is_moved(coord.compare_and_set_while("kept", 0, b"", door(1)).map(drop)));
+    assert!(is_moved(inbox.append_once_while("kept", "a", b"A", door(1)).map(drop)));
+    coord.compare_and_set("door", 0, b"open").unwrap();
+    assert_eq!(coord.compare_and_set_while("kept", 0, b"1", door(1)).unwrap(), 1);
+    assert_eq!(coord.compare_and_set_while("kept", 1, b"2", door(1)).unwrap(), 2);
+    assert!(matches!(
+        coord.compare_and_set_while("kept", 1, b"", door(1)),
+        Err(StoreError::Conflict { log, expected: 1, found: 2 }) if log == "kept"
+    ));
+    assert_eq!(inbox.append_once_while("kept", "a", b"A", door(1)).unwrap(), Append::Appended);
+    let again = inbox.append_once_while("kept", "a", b"B", door(1)).unwrap();
+    assert_eq!(again, Append::Duplicate(b"A".to_vec()));
+    coord.compare_and_set("door", 1, b"shut").unwrap();
+    for key in ["a", "b"] {
+        assert!(is_moved(inbox.append_once_while("kept", key, b"", door(1)).map(drop)), "{key}");
+    }
+    assert!(is_moved(coord.compare_and_set_while("kept", 2, b"3", door(1)).map(drop)));
+    assert_eq!((coord.head("kept").unwrap().unwrap().sequence, inbox.list("kept", 9).unwrap().len()), (2, 1));
+    inbox.purge_through("kept").unwrap();
+
+    // What was appended while it was open is seen by whoever shut it, however close they were.
+    let appended = std::sync::atomic::AtomicUsize::new(0);
+    for round in 1..=20_u64 {
+        let queue = format!("late {round:02}");
+        let sequence = coord.head("door").unwrap().unwrap().sequence;
+        appended.store(0, std::sync::atomic::Ordering::SeqCst);
+        let seen = thread::scope(|scope| {
+            for writer in 0..4 {
+                let (queue, appended) = (&queue, &appended);
+                scope.spawn(move || {
+                    for key in 0..1_000 {
+                        match inbox.append_once_while(queue, &format!("{writer} {key}"), b"", door(sequence))
+                        {
+                            Ok(_) => appended.fetch_add(1, std::sync::atomic::Ordering::SeqCst),
+                            Err(StoreError::Conflict { .. }) => return,
+                            Err(error) => panic!("{error}"),
+                        };
+                    }
+                });
+            }
+            thread::sleep(Duration::from_millis(round));
+            coord.compare_and_set("door", sequence, b"").unwrap();
+            inbox.list(&queue, 10_000).unwrap().len()
+        });
+        assert_eq!(seen, appended.load(std::sync::atomic::Ordering::SeqCst), "nothing came behind it");
+        inbox.purge_through(&queue).unwrap();
+    }
+}
 
 fn digest(bytes: &[u8]) -> Digest {
     Digest::of(bytes)
 }
 
-fn coord(coord: &dyn Coord) {
+/// Logs.
+pub fn coord(coord: &dyn Coord) {
     assert_eq!(coord.head("release").unwrap(), None);
     assert_eq!(coord.compare_and_set("release", 0, b"one").unwrap(), 1);
     assert!(matches!(
@@ -35,6 +127,13 @@ fn coord(coord: &dyn Coord) {
     assert_eq!(coord.logs("device/", "device/a", 10).unwrap(), ["device/b"]);
     assert_eq!(coord.logs("device/", "", 1).unwrap(), ["device/a"]);
 
+    coord.compare_and_set("device/a", 1, b"A").unwrap();
+    let head = |sequence, value: &[u8]| Entry { sequence, value: value.to_vec() };
+    let heads = [("device/a".to_owned(), head(2, b"A")), ("device/b".to_owned(), head(1, b""))];
+    assert_eq!(coord.heads("device/", "", 10).unwrap(), heads);
+    assert_eq!(coord.heads("device/", "device/a", 10).unwrap(), heads[1..]);
+    assert_eq!(coord.heads("device/", "", 1).unwrap(), heads[..1]);
+
     coord.truncate("release", 3).unwrap();
     assert_eq!(coord.scan("release", 0, 10).unwrap().len(), 1);
     coord.truncate("release", u64::MAX).unwrap();
@@ -47,7 +146,8 @@ fn coord(coord: &dyn Coord) {
     assert_eq!(coord.head("big").unwrap(), None);
 }
 
-fn inbox(inbox: &dyn Inbox) {
+/// Queues.
+pub fn inbox(inbox: &dyn Inbox) {
     assert_eq!(inbox.append_once("round", "b", b"B").unwrap(), Append::Appended);
     assert_eq!(inbox.append_once("round", "a", b"A").unwrap(), Append::Appended);
     assert_eq!(inbox.append_once("round", "a", b"other").unwrap(), Append::Duplicate(b"A".to_vec()));
@@ -83,7 +183,8 @@ fn inbox(inbox: &dyn Inbox) {
     assert!(inbox.append_once("round", "big", &vec![0; VALUE_BYTES_MAX + 1]).is_err());
 }
 
-fn blob(blob: &dyn Blob) {
+/// Content by digest.
+pub fn blob(blob: &dyn Blob) {
     let bytes = b"the quick brown fox".as_slice();
     let name = digest(bytes);
     assert_eq!(blob.length(&name).unwrap(), None);
@@ -111,13 +212,18 @@ fn blob(blob: &dyn Blob) {
     names.sort_unstable_by_key(|name| name.0);
     assert_eq!(blob.list(None, 100).unwrap(), names);
     assert_eq!(blob.list(Some(&names[1]), 2).unwrap(), names[2..4]);
+    large(blob);
+    blob.delete_all(&[names[0], digest(b"never stored")]).unwrap();
+    assert_eq!(blob.list(None, 100).unwrap(), names[1..]);
+    blob.delete_all(&[]).unwrap();
     blob.delete(&name).unwrap();
     blob.delete(&name).unwrap();
     assert_eq!(blob.length(&name).unwrap(), None);
-    assert!(blob.free_bytes().unwrap() > 0);
+    assert!(blob.free_bytes().unwrap().is_none_or(|free| free > 0));
 }
 
-fn watch(watch: &Arc<dyn Watch>) {
+/// Hints.
+pub fn watch(watch: &Arc<dyn Watch>) {
     let mark = watch.mark();
     watch.wait(mark, Duration::ZERO);
     watch.notify();
@@ -125,142 +231,89 @@ fn watch(watch: &Arc<dyn Watch>) {
     watch.wait(mark, Duration::from_secs(3600));
     let mark = watch.mark();
     let other = watch.clone();
-    let notifier = std::thread::spawn(move || other.notify());
+    let notifier = thread::spawn(move || other.notify());
     watch.wait(mark, Duration::from_secs(3600));
     notifier.join().unwrap();
 }
 
-fn suite(storage: &Storage) {
-    coord(storage.coord.as_ref());
-    inbox(storage.inbox.as_ref());
-    blob(storage.blob.as_ref());
-    watch(&storage.watch);
-}
-
-#[test]
-fn memory_keeps_the_contract() {
-    suite(&MemoryStorage::default().storage());
-}
-
-#[test]
-fn disk_keeps_the_contract() {
-    let dir = tempfile::tempdir().unwrap();
-    suite(&Storage::open(dir.path(), Access::Exclusive).unwrap());
-}
-
-#[test]
-fn what_was_stored_is_there_after_reopening() {
-    let dir = tempfile::tempdir().unwrap();
-    let storage = Storage::open(dir.path(), Access::Exclusive).unwrap();
-    storage.coord.compare_and_set("release", 0, b"one").unwrap();
-    storage.inbox.append_once("round", "a", b"A").unwrap();
-    storage.blob.put_if_absent(&digest(b"x"), 1, &mut b"x".as_slice()).unwrap();
-    drop(storage);
-    let storage = Storage::open(dir.path(), Access::Exclusive).unwrap();
-    assert_eq!(storage.coord.head("release").unwrap().unwrap().value, b"one");
-    assert_eq!(storage.inbox.find("round", "a").unwrap().unwrap(), b"A");
-    assert_eq!(storage.blob.read_all(&digest(b"x"), 1).unwrap(), b"x");
-}
-
-#[test]
-fn a_newer_schema_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("aggregator.db");
-    drop(SqliteStore::open(&path).unwrap());
-    rusqlite::Connection::open(&path).unwrap().pragma_update(None, "user_version", 99).unwrap();
-    let error = SqliteStore::open(&path).unwrap_err();
-    assert!(error.to_string().contains("expected schema version 1, got 99"), "{error}");
-}
-
-#[test]
-fn a_file_that_is_no_database_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("aggregator.db");
-    std::fs::write(&path, [7; 4096]).unwrap();
-    assert!(SqliteStore::open(&path).unwrap_err().is_determinate());
-}
-
-/// A disk with room for `left` bytes.
-#[derive(Debug)]
-pub(crate) struct SmallDisk {
-    left: std::sync::atomic::AtomicU64,
-}
-
-impl SmallDisk {
-    pub(crate) fn with_room(left: u64) -> Arc<Self> {
-        Arc::new(Self { left: left.into() })
+/// What does not fit into one piece of whatever a backend sends at once.
+fn large(blob: &dyn Blob) {
+    let bytes: Vec<u8> = (0..20_000_003_u32).map(|at| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let (name, length) = (digest(&bytes), bytes.len() as u64);
+    let put = |name: &Digest, length: u64| blob.put_if_absent(name, length, &mut bytes.as_slice());
+    for (name, length) in [(name, length - 1), (name, length + 1), (digest(b"another"), length)] {
+        assert!(put(&name, length).unwrap_err().is_determinate());
+        assert_eq!(blob.length(&name).unwrap(), None, "nothing of what is refused is there");
     }
+    assert_eq!(put(&name, length).unwrap(), Put::Stored);
+    assert_eq!(blob.length(&name).unwrap(), Some(length));
+    assert_eq!(blob.read_range(&name, length - 3, 1 << 20).unwrap(), bytes[bytes.len() - 3..]);
+    assert_eq!(digest(&blob.read_all(&name, length).unwrap()), name);
+    blob.delete(&name).unwrap();
 }
 
-impl Disk for SmallDisk {
-    fn write(&self, file: &mut std::fs::File, bytes: &[u8]) -> std::io::Result<()> {
-        use std::sync::atomic::Ordering::SeqCst;
-        let room = self.left.load(SeqCst);
-        // As a real disk does: what fits is written, then the error comes.
-        let fits = room.min(bytes.len() as u64);
-        self.left.store(room - fits, SeqCst);
-        std::io::Write::write_all(file, &bytes[..fits as usize])?;
-        if fits < bytes.len() as u64 {
-            return Err(std::io::ErrorKind::StorageFull.into());
-        }
-        Ok(())
-    }
+const WRITERS: usize = 8;
+const WRITES: usize = 25;
 
-    fn free_bytes(&self, _dir: &Path) -> std::io::Result<u64> {
-        Ok(self.left.load(std::sync::atomic::Ordering::SeqCst))
-    }
-}
-
-#[test]
-fn a_full_disk_leaves_no_blob_and_no_temporary_file() {
-    let dir = tempfile::tempdir().unwrap();
-    let blob = FileBlob::open(dir.path(), SmallDisk::with_room(100), Access::Exclusive).unwrap();
-    let bytes = [5_u8; 150];
-    let error = blob.put_if_absent(&digest(&bytes), 150, &mut bytes.as_slice()).unwrap_err();
-    assert!(error.is_determinate());
-    assert_eq!(blob.length(&digest(&bytes)).unwrap(), None);
-    assert_eq!(std::fs::read_dir(dir.path().join("temporary")).unwrap().count(), 0);
-}
-
-#[test]
-fn damage_on_disk_is_found_when_a_blob_is_read_whole() {
-    let dir = tempfile::tempdir().unwrap();
-    let blob = FileBlob::open(dir.path(), Arc::new(RealDisk), Access::Exclusive).unwrap();
-    let name = digest(b"intact");
-    blob.put_if_absent(&name, 6, &mut b"intact".as_slice()).unwrap();
-    std::fs::write(dir.path().join(&name.to_string()[..2]).join(name.to_string()), b"broken").unwrap();
-    assert!(matches!(blob.read_all(&name, 6), Err(StoreError::Refused { .. })));
-}
-
-#[test]
-fn a_source_that_fails_leaves_nothing() {
-    struct Failing;
-    impl Read for Failing {
-        fn read(&mut self, _buffer: &mut [u8]) -> std::io::Result<usize> {
-            Err(std::io::ErrorKind::ConnectionReset.into())
-        }
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let blob = FileBlob::open(dir.path(), Arc::new(RealDisk), Access::Exclusive).unwrap();
-    assert!(blob.put_if_absent(&digest(b"x"), 1, &mut Failing).unwrap_err().is_determinate());
-    assert!(blob.list(None, 1).unwrap().is_empty());
-}
-
-#[test]
-fn injected_faults_say_what_a_caller_may_conclude() {
-    let memory = MemoryStorage::default();
-    memory.inject(1, Faults { determinate: 0.3, indeterminate: 0.3 });
-    let storage = memory.storage();
-    let mut applied_though_unsure = 0;
-    for number in 0..200 {
-        let key = format!("{number}");
-        match storage.inbox.append_once("q", &key, b"v") {
-            Ok(_) => assert!(storage.inbox.find("q", &key).unwrap().is_some()),
-            Err(error) if error.is_determinate() => {
-                assert!(storage.inbox.find("q", &key).unwrap().is_none());
+/// Several threads at once: every head is moved by one of them, every key is stored and held by one.
+fn together(storage: &Storage) {
+    let each = |work: &(dyn Fn(usize) + Sync)| {
+        thread::scope(|scope| {
+            for writer in 0..WRITERS {
+                scope.spawn(move || work(writer));
             }
-            Err(_) => applied_though_unsure += usize::from(storage.inbox.find("q", &key).unwrap().is_some()),
+        });
+    };
+    each(&|writer| {
+        let mut moved = 0;
+        while moved < WRITES {
+            let head = storage.coord.head("contended").unwrap().map_or(0, |entry| entry.sequence);
+            let value = format!("{writer} {moved}");
+            match storage.coord.compare_and_set("contended", head, value.as_bytes()) {
+                Ok(sequence) => {
+                    assert_eq!(sequence, head + 1);
+                    moved += 1;
+                }
+                Err(StoreError::Conflict { expected, found, .. }) => {
+                    assert!(expected == head && found > head);
+                }
+                Err(error) => panic!("{error}"),
+            }
+            storage.coord.truncate("contended", 0).unwrap();
         }
-    }
-    assert!((10..60).contains(&applied_though_unsure), "{applied_though_unsure}");
+    });
+    let entries = storage.coord.scan("contended", 1, WRITERS * WRITES + 1).unwrap();
+    let values: BTreeSet<_> = entries.iter().map(|entry| entry.value.clone()).collect();
+    assert_eq!(
+        (entries.len(), values.len()),
+        (WRITERS * WRITES, WRITERS * WRITES),
+        "each write is there once"
+    );
+
+    let appended = std::sync::atomic::AtomicUsize::new(0);
+    each(&|writer| {
+        for key in 0..WRITES {
+            let value = format!("{writer}");
+            match storage.inbox.append_once("contended", &format!("{key:02}"), value.as_bytes()).unwrap() {
+                Append::Appended => drop(appended.fetch_add(1, std::sync::atomic::Ordering::SeqCst)),
+                Append::Duplicate(found) => assert_ne!(found, value.as_bytes()),
+            }
+        }
+    });
+    assert_eq!(appended.into_inner(), WRITES, "each key is stored once");
+    let held = std::sync::Mutex::new(Vec::new());
+    each(&|writer| {
+        let items = storage.inbox.claim("contended", &format!("{writer}"), 1, 1_000, WRITES).unwrap();
+        held.lock().unwrap().extend(items.into_iter().map(|item| item.key));
+    });
+    let held = held.into_inner().unwrap();
+    let keys: BTreeSet<_> = held.iter().collect();
+    assert_eq!((held.len(), keys.len()), (WRITES, WRITES), "each item is held by one");
+    storage.inbox.purge_through("contended").unwrap();
+
+    let bytes = vec![7; 100_000];
+    each(&|_| {
+        storage.blob.put_if_absent(&digest(&bytes), 100_000, &mut bytes.as_slice()).unwrap();
+    });
+    assert_eq!(storage.blob.read_all(&digest(&bytes), 100_000).unwrap(), bytes);
 }

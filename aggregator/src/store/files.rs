@@ -6,10 +6,14 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use commonweal_protocol::Digest;
 
 use super::{Access, Blob, PAGE_MAX, Put, StoreError};
+
+/// A temporary file that was not written to for so long belongs to nobody.
+const LEFT_OVER: Duration = Duration::from_secs(24 * 3600);
 
 /// The only door to disk space, so that tests can fill it.
 pub trait Disk: Send + Sync + std::fmt::Debug {
@@ -42,7 +46,8 @@ pub struct FileBlob {
 }
 
 impl FileBlob {
-    /// Opens or creates `dir`. A sole owner also removes what an interrupted write left behind.
+    /// Opens or creates `dir`. A sole owner also removes what an interrupted write left behind; others what is so old
+    /// that nobody writes it any more.
     pub fn open(dir: &Path, disk: Arc<dyn Disk>, access: Access) -> Result<Self, StoreError> {
         let failed = |error: io::Error| StoreError::not_done("open", &dir.display().to_string(), error);
         let temporary = dir.join("temporary");
@@ -50,6 +55,14 @@ impl FileBlob {
             fs::remove_dir_all(&temporary).map_err(failed)?;
         }
         fs::create_dir_all(&temporary).map_err(failed)?;
+        for file in fs::read_dir(&temporary).map_err(failed)? {
+            let file = file.map_err(failed)?;
+            let age = file.metadata().and_then(|about| about.modified()).map(|written| written.elapsed());
+            if matches!(age, Ok(Ok(age)) if age > LEFT_OVER) {
+                // Another process may do the same at the same time.
+                drop(fs::remove_file(file.path()));
+            }
+        }
         Ok(Self { dir: dir.to_owned(), disk, next_temporary: AtomicU64::new(0) })
     }
 
@@ -120,7 +133,9 @@ impl Blob for FileBlob {
             return Ok(Put::Present);
         }
         let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
-        let temporary = self.dir.join("temporary").join(format!("{name}.{}.{number}", std::process::id()));
+        // Several machines may share the folder, where the same number can be two processes.
+        let mark = format!("{name}.{}.{number}.{:016x}", std::process::id(), rand::random::<u64>());
+        let temporary = self.dir.join("temporary").join(mark);
         if let Err(error) = self.write_temporary(&temporary, digest, length, source) {
             drop(fs::remove_file(&temporary));
             return Err(error);
@@ -189,9 +204,10 @@ impl Blob for FileBlob {
         }
     }
 
-    fn free_bytes(&self) -> Result<u64, StoreError> {
+    fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
         self.disk
             .free_bytes(&self.dir)
+            .map(Some)
             .map_err(|error| StoreError::not_done("measure", &self.dir.display().to_string(), error))
     }
 }

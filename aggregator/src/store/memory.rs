@@ -4,13 +4,15 @@
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use commonweal_protocol::Digest;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::{
-    Append, Blob, Coord, Entry, Inbox, Item, LocalWatch, PAGE_MAX, Put, Storage, StoreError, check_bounds,
+    Append, Blob, Coord, Entry, Inbox, Item, Lead, LocalWatch, PAGE_MAX, Put, SoleLead, Storage, StoreError,
+    While, check_bounds,
 };
 
 /// How often a write fails.
@@ -39,6 +41,8 @@ struct Contents {
     random: Option<ChaCha8Rng>,
     writes_left: Option<u64>,
     free_bytes: Option<u64>,
+    /// Who drives, where several may.
+    lead: Option<String>,
 }
 
 impl Contents {
@@ -66,6 +70,7 @@ impl Contents {
 #[derive(Clone, Debug, Default)]
 pub struct MemoryStorage {
     contents: Arc<Mutex<Contents>>,
+    is_shared: bool,
 }
 
 impl MemoryStorage {
@@ -84,6 +89,17 @@ impl MemoryStorage {
     /// Whether [`MemoryStorage::crash_after`]'s writes are used up.
     pub fn has_crashed(&self) -> bool {
         self.lock().writes_left == Some(0)
+    }
+
+    /// The same contents for several aggregators at once.
+    #[must_use]
+    pub fn shared(&self) -> Self {
+        Self { is_shared: true, ..self.clone() }
+    }
+
+    /// Whoever has the lead loses it, as when time passes, and does not know.
+    pub fn lapse_lead(&self) {
+        self.lock().lead = None;
     }
 
     /// From now on, no write fails.
@@ -122,6 +138,7 @@ impl MemoryStorage {
             blob: Arc::new(self.clone()),
             inbox: Arc::new(self.clone()),
             watch: Arc::new(LocalWatch::default()),
+            lead: if self.is_shared { Arc::new(self.clone()) } else { Arc::new(SoleLead) },
         }
     }
 
@@ -150,16 +167,29 @@ impl MemoryStorage {
     }
 }
 
-impl Coord for MemoryStorage {
-    fn head(&self, log: &str) -> Result<Option<Entry>, StoreError> {
-        let contents = self.lock();
-        let newest = contents.logs.get(log).and_then(BTreeMap::last_key_value);
-        Ok(newest.map(|(&sequence, value)| Entry { sequence, value: value.clone() }))
+impl Contents {
+    fn check(&self, other: Option<While<'_>>) -> Result<(), StoreError> {
+        let Some(other) = other else { return Ok(()) };
+        let found =
+            self.logs.get(other.log).and_then(BTreeMap::last_key_value).map_or(0, |(&sequence, _)| sequence);
+        if found == other.sequence {
+            return Ok(());
+        }
+        Err(StoreError::Conflict { log: other.log.to_owned(), expected: other.sequence, found })
     }
+}
 
-    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
+impl MemoryStorage {
+    fn move_head(
+        &self,
+        log: &str,
+        expected: u64,
+        value: &[u8],
+        other: Option<While<'_>>,
+    ) -> Result<u64, StoreError> {
         check_bounds(log, "", value)?;
         self.write("append to", log, |contents| {
+            contents.check(other)?;
             let entries = contents.logs.entry(log.to_owned()).or_default();
             let found = entries.last_key_value().map_or(0, |(&sequence, _)| sequence);
             if found != expected {
@@ -168,6 +198,47 @@ impl Coord for MemoryStorage {
             entries.insert(expected + 1, value.to_vec());
             Ok(expected + 1)
         })
+    }
+
+    fn append(
+        &self,
+        queue: &str,
+        key: &str,
+        value: &[u8],
+        log: Option<While<'_>>,
+    ) -> Result<Append, StoreError> {
+        check_bounds(queue, key, value)?;
+        self.write("append to", queue, |contents| {
+            contents.check(log)?;
+            let items = contents.queues.entry(queue.to_owned()).or_default();
+            if let Some(found) = items.get(key) {
+                return Ok(Append::Duplicate(found.value.clone()));
+            }
+            items.insert(key.to_owned(), Queued { value: value.to_vec(), ..Queued::default() });
+            Ok(Append::Appended)
+        })
+    }
+}
+
+impl Coord for MemoryStorage {
+    fn head(&self, log: &str) -> Result<Option<Entry>, StoreError> {
+        let contents = self.lock();
+        let newest = contents.logs.get(log).and_then(BTreeMap::last_key_value);
+        Ok(newest.map(|(&sequence, value)| Entry { sequence, value: value.clone() }))
+    }
+
+    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
+        self.move_head(log, expected, value, None)
+    }
+
+    fn compare_and_set_while(
+        &self,
+        log: &str,
+        expected: u64,
+        value: &[u8],
+        other: While<'_>,
+    ) -> Result<u64, StoreError> {
+        self.move_head(log, expected, value, Some(other))
     }
 
     fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
@@ -204,15 +275,17 @@ impl Coord for MemoryStorage {
 
 impl Inbox for MemoryStorage {
     fn append_once(&self, queue: &str, key: &str, value: &[u8]) -> Result<Append, StoreError> {
-        check_bounds(queue, key, value)?;
-        self.write("append to", queue, |contents| {
-            let items = contents.queues.entry(queue.to_owned()).or_default();
-            if let Some(found) = items.get(key) {
-                return Ok(Append::Duplicate(found.value.clone()));
-            }
-            items.insert(key.to_owned(), Queued { value: value.to_vec(), ..Queued::default() });
-            Ok(Append::Appended)
-        })
+        self.append(queue, key, value, None)
+    }
+
+    fn append_once_while(
+        &self,
+        queue: &str,
+        key: &str,
+        value: &[u8],
+        log: While<'_>,
+    ) -> Result<Append, StoreError> {
+        self.append(queue, key, value, Some(log))
     }
 
     fn find(&self, queue: &str, key: &str) -> Result<Option<Vec<u8>>, StoreError> {
@@ -278,6 +351,29 @@ impl Inbox for MemoryStorage {
             contents.queues.retain(|name, _| name.as_str() > queue);
             Ok(())
         })
+    }
+}
+
+impl Lead for MemoryStorage {
+    fn lead(&self, owner: &str, _: Duration) -> Result<bool, StoreError> {
+        self.write("take", "the lead", |contents| {
+            let is_free = contents.lead.as_deref().is_none_or(|holder| holder == owner);
+            if is_free {
+                contents.lead = Some(owner.to_owned());
+            }
+            Ok(is_free)
+        })
+    }
+
+    fn resign(&self, owner: &str) -> Result<(), StoreError> {
+        self.write("give up", "the lead", |contents| {
+            contents.lead.take_if(|holder| holder == owner);
+            Ok(())
+        })
+    }
+
+    fn is_shared(&self) -> bool {
+        self.is_shared
     }
 }
 
@@ -364,7 +460,7 @@ impl Blob for MemoryStorage {
         })
     }
 
-    fn free_bytes(&self) -> Result<u64, StoreError> {
-        Ok(self.lock().free_bytes.unwrap_or(u64::MAX))
+    fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+        Ok(self.lock().free_bytes)
     }
 }

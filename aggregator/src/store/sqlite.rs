@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
-use super::{Append, Coord, Entry, Inbox, Item, PAGE_MAX, StoreError, check_bounds};
+use super::{Append, Coord, Entry, Inbox, Item, PAGE_MAX, StoreError, While, check_bounds};
 
 const SCHEMA_VERSION: i64 = 1;
 const SCHEMA: &str = "
@@ -55,10 +55,10 @@ impl SqliteStore {
             0 => transaction.execute_batch(SCHEMA).map_err(failed)?,
             SCHEMA_VERSION => {}
             found => {
-                return Err(StoreError::Refused {
-                    subject: format!("database {subject}"),
-                    expected: format!("schema version {SCHEMA_VERSION}"),
-                    got: found.to_string(),
+                return Err(StoreError::Schema {
+                    subject: subject.to_owned(),
+                    expected: SCHEMA_VERSION,
+                    got: found,
                 });
             }
         }
@@ -101,6 +101,24 @@ fn limit_of(limit: usize) -> i64 {
     limit.min(PAGE_MAX) as i64
 }
 
+/// A conflict unless the log's head is there.
+fn check_head(
+    transaction: &Transaction<'_>,
+    operation: &'static str,
+    wanted: While<'_>,
+) -> Result<(), StoreError> {
+    let While { log, sequence: expected } = wanted;
+    let found: i64 = transaction
+        .prepare_cached("SELECT coalesce(max(sequence), 0) FROM coord WHERE log = ?1")
+        .and_then(|mut statement| statement.query_row([log], |row| row.get(0)))
+        .map_err(|error| StoreError::not_done(operation, log, error))?;
+    let found = found as u64;
+    if found != expected {
+        return Err(StoreError::Conflict { log: log.to_owned(), expected, found });
+    }
+    Ok(())
+}
+
 impl Coord for SqliteStore {
     fn head(&self, log: &str) -> Result<Option<Entry>, StoreError> {
         self.read("read", log, |connection| {
@@ -116,24 +134,17 @@ impl Coord for SqliteStore {
     }
 
     fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
-        check_bounds(log, "", value)?;
-        self.write("append to", log, |transaction| {
-            let not_done = |error: rusqlite::Error| StoreError::not_done("append to", log, error);
-            let found: i64 = transaction
-                .prepare_cached("SELECT coalesce(max(sequence), 0) FROM coord WHERE log = ?1")
-                .and_then(|mut statement| statement.query_row([log], |row| row.get(0)))
-                .map_err(not_done)?;
-            let found = found as u64;
-            if found != expected {
-                return Err(StoreError::Conflict { log: log.to_owned(), expected, found });
-            }
-            let next = expected + 1;
-            transaction
-                .prepare_cached("INSERT INTO coord (log, sequence, value) VALUES (?1, ?2, ?3)")
-                .and_then(|mut statement| statement.execute(params![log, next as i64, value]))
-                .map_err(not_done)?;
-            Ok(next)
-        })
+        self.move_head(log, expected, value, None)
+    }
+
+    fn compare_and_set_while(
+        &self,
+        log: &str,
+        expected: u64,
+        value: &[u8],
+        other: While<'_>,
+    ) -> Result<u64, StoreError> {
+        self.move_head(log, expected, value, Some(other))
     }
 
     fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
@@ -180,22 +191,17 @@ impl Coord for SqliteStore {
 
 impl Inbox for SqliteStore {
     fn append_once(&self, queue: &str, key: &str, value: &[u8]) -> Result<Append, StoreError> {
-        check_bounds(queue, key, value)?;
-        self.write("append to", queue, |transaction| {
-            let not_done = |error: rusqlite::Error| StoreError::not_done("append to", queue, error);
-            let found: Option<Vec<u8>> = transaction
-                .prepare_cached("SELECT value FROM inbox WHERE queue = ?1 AND key = ?2")
-                .and_then(|mut statement| statement.query_row([queue, key], |row| row.get(0)).optional())
-                .map_err(not_done)?;
-            if let Some(found) = found {
-                return Ok(Append::Duplicate(found));
-            }
-            transaction
-                .prepare_cached("INSERT INTO inbox (queue, key, value) VALUES (?1, ?2, ?3)")
-                .and_then(|mut statement| statement.execute(params![queue, key, value]))
-                .map_err(not_done)?;
-            Ok(Append::Appended)
-        })
+        self.append(queue, key, value, None)
+    }
+
+    fn append_once_while(
+        &self,
+        queue: &str,
+        key: &str,
+        value: &[u8],
+        log: While<'_>,
+    ) -> Result<Append, StoreError> {
+        self.append(queue, key, value, Some(log))
     }
 
     fn find(&self, queue: &str, key: &str) -> Result<Option<Vec<u8>>, StoreError> {
@@ -286,6 +292,53 @@ impl Inbox for SqliteStore {
 }
 
 impl SqliteStore {
+    fn move_head(
+        &self,
+        log: &str,
+        expected: u64,
+        value: &[u8],
+        other: Option<While<'_>>,
+    ) -> Result<u64, StoreError> {
+        check_bounds(log, "", value)?;
+        self.write("append to", log, |transaction| {
+            let not_done = |error: rusqlite::Error| StoreError::not_done("append to", log, error);
+            check_head(transaction, "append to", While { log, sequence: expected })?;
+            other.map_or(Ok(()), |other| check_head(transaction, "append to", other))?;
+            let next = expected + 1;
+            transaction
+                .prepare_cached("INSERT INTO coord (log, sequence, value) VALUES (?1, ?2, ?3)")
+                .and_then(|mut statement| statement.execute(params![log, next as i64, value]))
+                .map_err(not_done)?;
+            Ok(next)
+        })
+    }
+
+    fn append(
+        &self,
+        queue: &str,
+        key: &str,
+        value: &[u8],
+        log: Option<While<'_>>,
+    ) -> Result<Append, StoreError> {
+        check_bounds(queue, key, value)?;
+        self.write("append to", queue, |transaction| {
+            let not_done = |error: rusqlite::Error| StoreError::not_done("append to", queue, error);
+            log.map_or(Ok(()), |log| check_head(transaction, "append to", log))?;
+            let found: Option<Vec<u8>> = transaction
+                .prepare_cached("SELECT value FROM inbox WHERE queue = ?1 AND key = ?2")
+                .and_then(|mut statement| statement.query_row([queue, key], |row| row.get(0)).optional())
+                .map_err(not_done)?;
+            if let Some(found) = found {
+                return Ok(Append::Duplicate(found));
+            }
+            transaction
+                .prepare_cached("INSERT INTO inbox (queue, key, value) VALUES (?1, ?2, ?3)")
+                .and_then(|mut statement| statement.execute(params![queue, key, value]))
+                .map_err(not_done)?;
+            Ok(Append::Appended)
+        })
+    }
+
     fn held(
         &self,
         sql: &str,

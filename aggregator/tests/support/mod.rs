@@ -15,7 +15,7 @@ use aggregator::receive::enroll::Registry;
 use aggregator::receive::partial::PartialFiles;
 use aggregator::receive::{Parts, Receiver};
 use aggregator::round::Policy;
-use aggregator::store::{Access, Disk, FileBlob, LocalWatch, RealDisk, SqliteStore, Storage};
+use aggregator::store::{Access, Disk, FileBlob, LocalWatch, RealDisk, SoleLead, SqliteStore, Storage};
 use commonweal_adapter::{
     Adapter, AdapterDelta, AdapterLayout, Bits, CompressOptions, Module, Residual, Target, Trainable,
     compress,
@@ -104,6 +104,7 @@ impl World {
             inbox: sqlite,
             blob: Arc::new(blob),
             watch: Arc::new(LocalWatch::default()),
+            lead: Arc::new(SoleLead),
         };
         let key = SigningKey::from_bytes(&[3; 32]);
         let base = Base { hash: BASE, layout: layout() };

@@ -80,7 +80,7 @@ function showNow(now) {
     ["Open invitations", String(now.invitations_open)],
     ["Connections", String(now.connections_open)],
     ["Disk used", size(now.store.database_bytes + now.store.blobs_bytes + now.store.partials_bytes)],
-    ["Disk free", size(now.store.free_bytes)],
+    ["Disk free", now.store.free_bytes === null ? "no end known" : size(now.store.free_bytes)],
     ["Up since", moment(now.started_ms)],
   ];
   $("tiles").replaceChildren(...tiles.map(([name, value]) => {

@@ -5,7 +5,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -38,7 +38,9 @@ pub(super) struct Fleet {
 /// What the tasks share.
 struct Shared {
     host: String,
-    port: u16,
+    /// Those of all processes that answer; a visit goes to the next one, as a balancer has it.
+    ports: Vec<u16>,
+    visits: AtomicUsize,
     /// Every device's update: what it holds is the same, what it is counted by is not.
     update: Packed,
     waiting: Mutex<VecDeque<Device>>,
@@ -102,14 +104,23 @@ struct Took {
 
 impl Fleet {
     /// Enrols all devices over the network.
-    pub(super) fn enroll(arguments: &Arguments, invitations: &[String]) -> Result<(Self, Level)> {
+    pub(super) fn enroll(
+        arguments: &Arguments,
+        invitations: &[String],
+        ports: &[u16],
+    ) -> Result<(Self, Level)> {
         let runtime = Runtime::new().context("cannot start")?;
         let first: Invitation = invitations.first().context("no invitations")?.parse()?;
         let layout = visitor::layout(arguments.adapter_mb)?;
         let update = visitor::noise(&layout, &mut ChaCha8Rng::seed_from_u64(0))?;
-        let (host, port) = (first.host.to_string(), first.port);
-        let shared = Shared { host, port, update, waiting: Mutex::default(), counts: Counts::default() };
-        let shared = Arc::new(shared);
+        let shared = Arc::new(Shared {
+            host: first.host.to_string(),
+            ports: ports.to_vec(),
+            visits: AtomicUsize::new(0),
+            update,
+            waiting: Mutex::default(),
+            counts: Counts::default(),
+        });
         let invitations: VecDeque<Invitation> =
             invitations.iter().map(|text| text.parse()).collect::<Result<_, _>>()?;
         let invitations = Arc::new(Mutex::new(invitations));
@@ -119,7 +130,8 @@ impl Fleet {
                 let mut times = Vec::new();
                 loop {
                     let next = invitations.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-                    let Some(invitation) = next else { return Ok(times) };
+                    let Some(mut invitation) = next else { return Ok(times) };
+                    invitation.port = shared.port()?;
                     let begun = Instant::now();
                     let credentials = enroll(&invitation).await?;
                     times.push(Took { poll: begun.elapsed(), visit: begun.elapsed() });
@@ -201,6 +213,12 @@ impl Shared {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
     }
 
+    /// Whose turn it is of those that answer.
+    fn port(&self) -> Result<u16> {
+        let visit = self.visits.fetch_add(1, Ordering::Relaxed);
+        self.ports.get(visit % self.ports.len().max(1)).copied().context("nobody answers devices")
+    }
+
     fn put_back(&self, device: Device) {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push_back(device);
     }
@@ -209,7 +227,8 @@ impl Shared {
         let begun = Instant::now();
         let credentials = device.credentials.clone();
         let key = *credentials.signing_key();
-        let link = QuicLink::new(&self.host, self.port, credentials, limits(), Clock::system())?;
+        let port = self.port().unwrap_or_default();
+        let link = QuicLink::new(&self.host, port, credentials, limits(), Clock::system())?;
         let reply = link.poll(Poll { base: BASE, installed: device.installed, key: KeyNumber(0) }).await?;
         let poll = begun.elapsed();
         if let Some(signed) = reply.release.filter(|it| Some(it.release.version) != device.installed) {

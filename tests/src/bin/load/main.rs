@@ -1,7 +1,7 @@
 //! The program `load`: thousands of devices and one aggregator on this machine, over real QUIC with mutual TLS and real
 //! disks. How much it answers, how fast, and what gives way first.
 //!
-//! The aggregator is a process of its own (`serving.rs`); the devices are here (`devices.rs`). All enrol over the network
+//! The aggregator is a process of its own (`serving.rs`), or several over a PostgreSQL (`site.rs`); the devices are here (`devices.rs`). All enrol over the network
 //! first. Then, for each number of them that visit at once, devices come for a while, each visit with one connection: it
 //! asks for work, fetches the release if it has another, delivers an update if it got a task. There is no model. Devices
 //! and aggregator share the processors, so the aggregator's own share of the time is told beside the rate.
@@ -9,17 +9,19 @@
 mod devices;
 mod process;
 mod serving;
+mod site;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::{Context, Result};
+use aggregator::serve::Role;
+use anyhow::Result;
 use clap::{Parser, Subcommand};
-use commonweal_tests::child::{self, Child};
+use commonweal_tests::child;
 use serde::Serialize;
 
 use devices::{Fleet, Level};
 use process::Used;
-use serving::Told;
+use site::Site;
 
 /// Sends thousands of devices to one aggregator, and measures what it answers.
 ///
@@ -42,6 +44,10 @@ struct Arguments {
     /// Size of the adapter, in MB (10⁶ bytes) of 32-bit values; an update is a quarter of it
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=400))]
     adapter_mb: u32,
+    /// Processes that answer devices, over a PostgreSQL of their own, beside one that drives; 0 for one aggregator with all
+    /// in its directory
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=16))]
+    fronts: u32,
     /// Where to keep the aggregator's files, and leave them [default: a temporary directory]
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -63,7 +69,7 @@ impl Arguments {
 enum Part {
     /// Be the aggregator of a directory
     #[command(hide = true)]
-    Serve { dir: PathBuf },
+    Serve { dir: PathBuf, role: Role },
 }
 
 /// What was measured.
@@ -72,6 +78,7 @@ struct Report {
     devices: u32,
     goal: u32,
     adapter_mb: u32,
+    fronts: u32,
     cores: usize,
     enrolling: Level,
     enrolling_used: Used,
@@ -81,38 +88,30 @@ struct Report {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     child::program("error", || match &arguments.part {
-        Some(Part::Serve { dir }) => serving::serve(&arguments, dir),
+        Some(Part::Serve { dir, role }) => serving::serve(&arguments, dir, *role),
         None => measure(&arguments),
     })
 }
 
 fn measure(arguments: &Arguments) -> Result<()> {
     let temporary = tempfile::tempdir()?;
-    let directory = arguments.dir.as_deref().unwrap_or(temporary.path()).join("aggregator");
-    let numbers = [
-        ("--devices", arguments.devices),
-        ("--goal", arguments.goal()),
-        ("--adapter-mb", arguments.adapter_mb),
-    ];
-    let numbers = numbers.iter().flat_map(|(name, number)| [(*name).to_owned(), number.to_string()]);
-    let place = directory.to_str().context("a directory whose name is text")?.to_owned();
-    let mut aggregator = Child::start(numbers.chain(["serve".to_owned(), place]))?;
-    let Told { invitations } = aggregator.hear()?;
+    let site = Site::start(arguments, arguments.dir.as_deref().unwrap_or(temporary.path()))?;
 
-    let before = Used::of(aggregator.id())?;
-    let (mut fleet, enrolling) = Fleet::enroll(arguments, &invitations)?;
-    let enrolling_used = Used::of(aggregator.id())?.since(&before);
+    let before = site.used()?;
+    let (mut fleet, enrolling) = Fleet::enroll(arguments, &site.invitations, &site.ports)?;
+    let enrolling_used = site.used()?.since(&before);
     eprintln!("{} devices enrolled, {:.0} a second", arguments.devices, enrolling.rate());
     let mut visiting = Vec::new();
     for &at_once in &arguments.at_once {
-        let before = Used::of(aggregator.id())?;
+        let before = site.used()?;
         let level = fleet.visit(at_once, arguments.seconds)?;
-        visiting.push((level, Used::of(aggregator.id())?.since(&before)));
+        visiting.push((level, site.used()?.since(&before)));
         eprintln!("{at_once} at once: measured");
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let (devices, goal, adapter_mb) = (arguments.devices, arguments.goal(), arguments.adapter_mb);
-    let report = Report { devices, goal, adapter_mb, cores, enrolling, enrolling_used, visiting };
+    let &Arguments { devices, adapter_mb, fronts, .. } = arguments;
+    let goal = arguments.goal();
+    let report = Report { devices, goal, adapter_mb, fronts, cores, enrolling, enrolling_used, visiting };
     if arguments.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
@@ -123,11 +122,14 @@ fn measure(arguments: &Arguments) -> Result<()> {
 
 impl std::fmt::Display for Report {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { devices, goal, adapter_mb, cores, enrolling, enrolling_used, visiting } = self;
+        let Self { devices, goal, adapter_mb, fronts, cores, enrolling, enrolling_used, visiting } = self;
         writeln!(
             formatter,
             "{devices} devices, rounds of {goal} updates, an adapter of {adapter_mb} MB; {cores} cores for both sides"
         )?;
+        if *fronts > 0 {
+            writeln!(formatter, "PostgreSQL, {fronts} processes that answer devices and one that drives")?;
+        }
         writeln!(
             formatter,
             "enrolling: {:.0} a second, p50 {:.0} ms, p99 {:.0} ms; the aggregator took {:.2} cores",
@@ -139,14 +141,14 @@ impl std::fmt::Display for Report {
         writeln!(formatter)?;
         writeln!(
             formatter,
-            "| at once | visits/s | asking, ms p50 / p95 / p99 | whole visit, ms p50 / p99 | updates | releases fetched | refused, busy | failed | aggregator, cores | peak MB |"
+            "| at once | visits/s | asking, ms p50 / p95 / p99 | whole visit, ms p50 / p99 | updates | releases fetched | refused, busy | failed | aggregator, cores | database, cores | peak MB |"
         )?;
-        writeln!(formatter, "|---|---|---|---|---|---|---|---|---|---|")?;
+        writeln!(formatter, "|---|---|---|---|---|---|---|---|---|---|---|")?;
         for (level, used) in visiting {
             let Level { at_once, poll, visit, updates, fetched, busy, failed, seconds, .. } = level;
             writeln!(
                 formatter,
-                "| {at_once} | {:.0} | {:.0} / {:.0} / {:.0} | {:.0} / {:.0} | {updates} | {fetched} | {busy} | {failed} | {:.2} | {:.0} |",
+                "| {at_once} | {:.0} | {:.0} / {:.0} / {:.0} | {:.0} / {:.0} | {updates} | {fetched} | {busy} | {failed} | {:.2} | {:.2} | {:.0} |",
                 level.rate(),
                 poll.p50,
                 poll.p95,
@@ -154,6 +156,7 @@ impl std::fmt::Display for Report {
                 visit.p50,
                 visit.p99,
                 used.cpu_seconds / seconds,
+                used.database_seconds / seconds,
                 used.peak_mb
             )?;
         }

@@ -6,10 +6,12 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 
 /// Time and memory of a process.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(super) struct Used {
     /// Seconds of processor time, all threads together.
     pub(super) cpu_seconds: f64,
+    /// The same of the database's processes, where there are such.
+    pub(super) database_seconds: f64,
     /// The most memory that it held so far, in MB (10⁶ bytes).
     pub(super) peak_mb: f64,
 }
@@ -30,12 +32,27 @@ impl Used {
         let kilobytes = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
         Ok(Self {
             cpu_seconds: (ticks.0 + ticks.1) / TICKS_PER_SECOND,
+            database_seconds: 0.0,
             peak_mb: kilobytes.context("/proc does not tell the memory")? * 1024.0 / 1e6,
         })
     }
 
     /// Time since an earlier look; the peak stays that of the whole life.
     pub(super) fn since(self, before: &Self) -> Self {
-        Self { cpu_seconds: self.cpu_seconds - before.cpu_seconds, ..self }
+        Self {
+            cpu_seconds: self.cpu_seconds - before.cpu_seconds,
+            // A session that ended takes its time with it.
+            database_seconds: (self.database_seconds - before.database_seconds).max(0.0),
+            ..self
+        }
+    }
+
+    /// Both together.
+    pub(super) fn and(self, other: &Self) -> Self {
+        Self {
+            cpu_seconds: self.cpu_seconds + other.cpu_seconds,
+            database_seconds: self.database_seconds + other.database_seconds,
+            peak_mb: self.peak_mb + other.peak_mb,
+        }
     }
 }

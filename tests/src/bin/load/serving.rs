@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use aggregator::{events::Events, round::Policy};
+use aggregator::{events::Events, round::Policy, serve::Role};
 use anyhow::Result;
 use commonweal_tests::{
     child::tell,
@@ -18,10 +18,22 @@ use crate::Arguments;
 pub(super) struct Told {
     /// One for each device.
     pub(super) invitations: Vec<String>,
+    /// Where it listens.
+    pub(super) port: u16,
 }
 
 /// Serves until the standard input ends.
-pub(super) fn serve(arguments: &Arguments, path: &Path) -> Result<()> {
+pub(super) fn serve(arguments: &Arguments, path: &Path, role: Role) -> Result<()> {
+    // One of them invites for all.
+    let invited = if role == Role::Drive { 0 } else { arguments.devices };
+    open(arguments, path)?.serve_as(role, 0, ServeLimits::default(), |aggregator, address| {
+        tell(&Told { invitations: aggregator.invite(invited, address)?, port: address.port() });
+        Ok(())
+    })
+}
+
+/// The aggregator of a directory, fresh or as it was left.
+pub(super) fn open(arguments: &Arguments, path: &Path) -> Result<Modelless> {
     let mut config = modelless::config(Policy {
         goal: arguments.goal(),
         quorum: 1,
@@ -31,9 +43,5 @@ pub(super) fn serve(arguments: &Arguments, path: &Path) -> Result<()> {
     });
     config.receive.releases_kept = 3;
     let events = Events::to(|event| tracing::info!("{}", event.sentence()));
-    let aggregator = Modelless::open(path, arguments.adapter_mb, config, events)?;
-    aggregator.serve(0, ServeLimits::default(), |aggregator, address| {
-        tell(&Told { invitations: aggregator.invite(arguments.devices, address)? });
-        Ok(())
-    })
+    Modelless::open(path, arguments.adapter_mb, config, events)
 }

@@ -4,9 +4,11 @@
 use std::{fs, io::Read as _, path::Path, thread, time::Duration};
 
 use anyhow::{Context, Result};
-use commonweal_protocol::{DeviceId, SignedReceipt};
-use commonweal_tests::visitor::{self, BASE, Visit, Visitor};
-use commonweal_transport::{Credentials, LinkLimits};
+use commonweal_tests::{
+    verdict::Held,
+    visitor::{self, BASE, Visit, Visitor},
+};
+use commonweal_transport::{Clock, Credentials, LinkLimits, QuicLink};
 use edge_client::{store::Store, upload};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -24,15 +26,16 @@ const AGAIN: Duration = Duration::from_millis(20);
 struct Identity {
     pem: String,
     host: String,
-    port: u16,
+    /// Those of each of the aggregator's processes that answers devices.
+    ports: Vec<u16>,
 }
 
 /// Enrols a device over the network and keeps its identity in its directory.
-pub(super) fn enroll(directory: &Path, invitation: &str) -> Result<()> {
+pub(super) fn enroll(directory: &Path, invitation: &str, ports: &[u16]) -> Result<()> {
     let invitation: commonweal_protocol::Invitation = invitation.parse()?;
     let credentials = Runtime::new()?.block_on(visitor::enroll(&invitation, &LinkLimits::default()))?;
     let (pem, host) = (credentials.to_pem().to_string(), invitation.host.to_string());
-    let identity = serde_json::to_vec(&Identity { pem, host, port: invitation.port })?;
+    let identity = serde_json::to_vec(&Identity { pem, host, ports: ports.to_vec() })?;
     fs::create_dir_all(directory)?;
     fs::write(directory.join(IDENTITY), identity)?;
     Ok(())
@@ -49,13 +52,16 @@ pub(super) fn run(directory: &Path, number: u64) -> Result<()> {
     let runtime = Runtime::new()?;
     let (identity, credentials) = identity(directory)?;
     let layout = visitor::layout(ADAPTER_MB)?;
+    // What is waited for after a kill is this, on each connection that the aggregator took with it.
+    let limits = LinkLimits { seed: number, stall_ms: 500, ..LinkLimits::default() };
+    let mut ports = identity.ports.clone().into_iter().cycle().skip(number as usize);
+    let port = ports.next().context("an aggregator that listens")?;
     let mut visitor = {
         let _inside = runtime.enter();
-        let (address, place) = ((identity.host.as_str(), identity.port), directory.join("state"));
-        // What is waited for after a kill is this, on each connection that the aggregator took with it.
-        let limits = LinkLimits { seed: number, stall_ms: 500, ..LinkLimits::default() };
-        Visitor::new(address, credentials, (BASE, layout.clone()), &place, limits)?
+        let (address, place) = ((identity.host.as_str(), port), directory.join("state"));
+        Visitor::new(address, credentials.clone(), (BASE, layout.clone()), &place, limits)?
     };
+    let others = identity.ports.len() > 1;
     thread::spawn(move || {
         loop {
             let update = |task: &commonweal_protocol::RoundTask| {
@@ -72,18 +78,19 @@ pub(super) fn run(directory: &Path, number: u64) -> Result<()> {
                 }
             };
             thread::sleep(pause);
+            // The next visit is another process's, as a balancer has it.
+            if let (true, Some(port)) = (others, ports.next()) {
+                let _inside = runtime.enter();
+                match QuicLink::new(&identity.host, port, credentials.clone(), limits, Clock::system()) {
+                    Ok(link) => visitor.turn_to(link),
+                    Err(error) => tracing::info!("{error}"),
+                }
+            }
         }
     });
     std::io::stdin().read_to_end(&mut Vec::new()).context("standard input")?;
     // The thread ends with the process.
     Ok(())
-}
-
-/// What a device holds in the end.
-#[derive(Debug)]
-pub(super) struct Held {
-    pub(super) id: DeviceId,
-    pub(super) receipts: Vec<SignedReceipt>,
 }
 
 /// Reads the receipts of a device that does not run. Each is held to the aggregator's key.

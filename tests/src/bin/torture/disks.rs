@@ -13,10 +13,9 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
-use crate::{
-    fleet::Fleet,
-    verdict::{self, Found},
-};
+use commonweal_tests::verdict::{self, Found};
+
+use crate::{fleet::Fleet, serving};
 
 /// How long the disk stays as it was made.
 const SPOILED: Duration = Duration::from_secs(5);
@@ -73,7 +72,7 @@ pub(super) fn spoil(place: &Path, devices: u32) -> Result<Vec<Spoiled>> {
 
 fn federation(disk: &Disk, harm: Harm, place: &Path, devices: u32) -> Result<Found> {
     let directory = disk.0.join("aggregator");
-    let mut fleet = Fleet::start(&directory, place, devices)?;
+    let mut fleet = Fleet::start(&directory, place, devices, 0)?;
     for _ in 0..TIMES {
         fleet.goes_on()?;
         match harm {
@@ -87,8 +86,8 @@ fn federation(disk: &Disk, harm: Harm, place: &Path, devices: u32) -> Result<Fou
         }
     }
     fleet.goes_on()?;
-    let held = fleet.stop()?;
-    verdict::judge(&directory, devices, &held)
+    let (held, _) = fleet.stop()?;
+    verdict::judge(serving::open(&directory, devices)?.parts(), &held)
 }
 
 /// A mounted file system in memory; unmounted when dropped.

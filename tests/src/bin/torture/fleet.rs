@@ -2,6 +2,7 @@
 
 use std::{
     ffi::OsString,
+    fs,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -9,49 +10,101 @@ use std::{
 
 use aggregator::{
     desk::{self, Record, records},
+    serve::Role,
     store::{Access, Storage},
 };
 use anyhow::{Context, Result, bail};
+use clap::ValueEnum as _;
 use commonweal_protocol::RoundId;
-use commonweal_tests::child::Child;
-
-use crate::{
-    device::{self, Held},
-    serving::Listening,
+use commonweal_tests::{
+    child::Child,
+    modelless::{self, Modelless},
+    postgres::Postgres,
+    verdict::Held,
 };
 
+use crate::{
+    device,
+    serving::{self, Listening},
+};
+
+/// Processes that drive, where there are several: one does, the other stands by.
+const DRIVERS: u32 = 2;
 /// How long a federation that nobody harms any more may take to a release: rounds take a second or two.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// An aggregator and its devices, all running.
 pub(super) struct Fleet {
-    /// The aggregator's directory.
-    aggregator_dir: PathBuf,
     place: PathBuf,
-    port: u16,
     devices: u32,
-    aggregator: Child,
+    /// Its processes; more than one over the database.
+    servers: Vec<Server>,
     running: Vec<Child>,
+    /// Where their state is, if not in the directory of the only one.
+    storage: Option<Storage>,
+    postgres: Option<Postgres>,
+}
+
+/// A process of the aggregator's.
+struct Server {
+    directory: PathBuf,
+    port: u16,
+    role: Role,
+    child: Child,
 }
 
 impl Fleet {
-    /// A fresh one, with the aggregator's directory at `aggregator_dir` and the devices' under `place`.
-    pub(super) fn start(aggregator_dir: &Path, place: &Path, devices: u32) -> Result<Self> {
-        let (aggregator, told) = serve(aggregator_dir, 0, devices)?;
-        for (number, invitation) in told.invitations.iter().enumerate() {
-            device::enroll(&device_dir(place, number), invitation)?;
+    /// A fresh one, with the aggregator's directory at `aggregator_dir` and the devices' under `place`; over a database,
+    /// with so many processes that answer devices, unless that is none.
+    pub(super) fn start(aggregator_dir: &Path, place: &Path, devices: u32, fronts: u32) -> Result<Self> {
+        let postgres = if fronts == 0 {
+            None
+        } else {
+            Some(Postgres::start().context("there is no PostgreSQL (Debian: apt-get install postgresql)")?)
+        };
+        fs::create_dir_all(place)?;
+        if let Some(postgres) = &postgres {
+            modelless::share(place, postgres.settings(place))?;
+        }
+        // Its keys, and the first release.
+        let first = serving::open(aggregator_dir, devices)?.parts().storage.clone();
+        let storage = postgres.is_some().then_some(first);
+        let mut roles = vec![if fronts == 0 { Role::All } else { Role::Front }];
+        roles.extend((1..fronts).map(|_| Role::Front));
+        roles.extend((0..if fronts == 0 { 0 } else { DRIVERS }).map(|_| Role::Drive));
+        let mut invitations = Vec::new();
+        let mut servers = Vec::new();
+        for (number, role) in roles.into_iter().enumerate() {
+            let directory = match number {
+                0 => aggregator_dir.to_owned(),
+                _ => aggregator_dir.with_file_name(format!("aggregator-{number}")),
+            };
+            if number > 0 {
+                Modelless::copy_keys(aggregator_dir, &directory)?;
+            }
+            let (child, told) = serve(&directory, 0, devices, role)?;
+            if number == 0 {
+                invitations = told.invitations;
+            }
+            servers.push(Server { directory, port: told.port, role, child });
+        }
+        let ports: Vec<u16> =
+            servers.iter().filter(|server| server.role.receives()).map(|server| server.port).collect();
+        for (number, invitation) in invitations.iter().enumerate() {
+            device::enroll(&device_dir(place, number), invitation, &ports)?;
         }
         let running = (0..devices).map(|number| run(place, number as usize)).collect::<Result<_>>()?;
-        let (aggregator_dir, place) = (aggregator_dir.to_owned(), place.to_owned());
-        Ok(Self { aggregator_dir, place, port: told.port, devices, aggregator, running })
+        Ok(Self { place: place.to_owned(), devices, servers, running, storage, postgres })
     }
 
-    /// Kills the aggregator, and starts it again.
-    pub(super) fn kill_aggregator(&mut self) -> Result<()> {
+    /// Kills a process of the aggregator's, drawn by any number, and starts it again.
+    pub(super) fn kill_aggregator(&mut self, drawn: u32) -> Result<()> {
         self.check()?;
+        let index = drawn as usize % self.servers.len();
+        let server = &mut self.servers[index];
         // A child dropped is waited for, and this one would wait for its standard input: kill first.
-        self.aggregator.kill()?;
-        self.aggregator = serve(&self.aggregator_dir, self.port, self.devices)?.0;
+        server.child.kill()?;
+        server.child = serve(&server.directory, server.port, self.devices, server.role)?.0;
         Ok(())
     }
 
@@ -65,8 +118,10 @@ impl Fleet {
 
     /// Everybody who runs does so still: whatever befalls them, nobody ends by themselves.
     fn check(&mut self) -> Result<()> {
-        if let Some(status) = self.aggregator.ended()? {
-            bail!("the aggregator ended by itself with {status}");
+        for server in &mut self.servers {
+            if let Some(status) = server.child.ended()? {
+                bail!("the aggregator ended by itself with {status}");
+            }
         }
         for (number, device) in self.running.iter_mut().enumerate() {
             if let Some(status) = device.ended()? {
@@ -78,9 +133,13 @@ impl Fleet {
 
     /// The rounds that are over.
     pub(super) fn rounds(&self) -> Result<Vec<Record>> {
-        let storage = Storage::open(&self.aggregator_dir, Access::Shared)?;
-        let current = desk::peek(storage.coord.as_ref())?.0.round.0;
-        Ok(records(storage.coord.as_ref(), RoundId(0), current as usize + 2)?)
+        let storage = match (&self.storage, self.servers.first()) {
+            (None, Some(only)) => Storage::open(&only.directory, Access::Shared)?,
+            (storage, _) => storage.clone().context("no aggregator")?,
+        };
+        let coord = storage.coord.as_ref();
+        let current = desk::peek(coord)?.0.round.0;
+        Ok(records(coord, RoundId(0), current as usize + 2)?)
     }
 
     /// Waits until a round has come to a release that began after now: everybody who was killed is back at work.
@@ -99,16 +158,19 @@ impl Fleet {
         Ok(())
     }
 
-    /// Ends everybody in peace; gives what the devices hold.
-    pub(super) fn stop(self) -> Result<Vec<Held>> {
+    /// Ends everybody in peace; gives what the devices hold, and the database, if there is one.
+    pub(super) fn stop(self) -> Result<(Vec<Held>, Option<Postgres>)> {
         for device in self.running {
             device.end()?;
         }
-        let status = self.aggregator.end()?;
-        if !status.success() {
-            bail!("the aggregator ended with {status}");
+        for server in self.servers {
+            let status = server.child.end()?;
+            if !status.success() {
+                bail!("the aggregator ended with {status}");
+            }
         }
-        (0..self.devices as usize).map(|number| device::held(&device_dir(&self.place, number))).collect()
+        let held = (0..self.devices as usize).map(|number| device::held(&device_dir(&self.place, number)));
+        Ok((held.collect::<Result<_>>()?, self.postgres))
     }
 }
 
@@ -116,9 +178,10 @@ fn device_dir(place: &Path, number: usize) -> PathBuf {
     place.join(format!("device-{number}"))
 }
 
-fn serve(directory: &Path, port: u16, devices: u32) -> Result<(Child, Listening)> {
-    let arguments: [OsString; 4] =
-        ["serve".into(), directory.into(), port.to_string().into(), devices.to_string().into()];
+fn serve(directory: &Path, port: u16, devices: u32, role: Role) -> Result<(Child, Listening)> {
+    let role = role.to_possible_value().context("a role with a name")?.get_name().to_owned();
+    let arguments: [OsString; 5] =
+        ["serve".into(), directory.into(), port.to_string().into(), devices.to_string().into(), role.into()];
     let mut aggregator = Child::start(arguments)?;
     let told = aggregator.hear().context("the aggregator did not start")?;
     Ok((aggregator, told))

@@ -11,10 +11,9 @@ use rand::{Rng as _, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
-use crate::{
-    fleet::Fleet,
-    verdict::{self, Found},
-};
+use commonweal_tests::verdict::{self, Found};
+
+use crate::{fleet::Fleet, serving};
 
 /// One kill in so many is the aggregator's.
 const AGGREGATOR_SHARE: u32 = 3;
@@ -35,7 +34,7 @@ pub(super) struct Kills {
 /// Kills `cycles` times, lets the federation come to itself, and judges what it then holds.
 pub(super) fn kill(
     place: &Path,
-    devices: u32,
+    (devices, fronts): (u32, u32),
     cycles: u64,
     pause_ms: u64,
     seed: u64,
@@ -44,12 +43,12 @@ pub(super) fn kill(
     let begun = Instant::now();
     let mut kills = Kills::default();
     let directory = place.join("aggregator");
-    let mut fleet = Fleet::start(&directory, place, devices)?;
+    let mut fleet = Fleet::start(&directory, place, devices, fronts)?;
     for cycle in 1..=cycles {
         let longest = pause_ms * if random.random_ratio(1, LONG_SHARE) { LONG_FACTOR } else { 1 };
         thread::sleep(Duration::from_millis(random.random_range(0..=longest)));
         if random.random_ratio(1, AGGREGATOR_SHARE) {
-            fleet.kill_aggregator()?;
+            fleet.kill_aggregator(random.random())?;
             kills.aggregator += 1;
         } else {
             fleet.kill_device(random.random_range(0..devices as usize))?;
@@ -63,6 +62,6 @@ pub(super) fn kill(
     }
     kills.seconds = begun.elapsed().as_secs_f64();
     fleet.goes_on()?;
-    let held = fleet.stop()?;
-    Ok((kills, verdict::judge(&directory, devices, &held)?))
+    let (held, _postgres) = fleet.stop()?;
+    Ok((kills, verdict::judge(serving::open(&directory, devices)?.parts(), &held)?))
 }

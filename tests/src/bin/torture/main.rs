@@ -3,7 +3,8 @@
 //!
 //! The aggregator and each device are processes of their own (`serving.rs`, `device.rs`); this one kills them at moments
 //! that a seed draws (`kills.rs`), spoils the aggregator's disk (`disks.rs`), and looks at what both sides have on disk
-//! afterwards (`verdict.rs`). There is no model: nothing is trained, aligned or evaluated, so that thousands of rounds
+//! afterwards (`verdict.rs` of the tests). With `--fronts` the aggregator is several processes over one PostgreSQL: so many that
+//! answer devices, and two of which one drives. There is no model: nothing is trained, aligned or evaluated, so that thousands of rounds
 //! fit into minutes; `tests/kill.rs` kills the real programs at chosen places.
 
 mod device;
@@ -11,13 +12,13 @@ mod disks;
 mod fleet;
 mod kills;
 mod serving;
-mod verdict;
 
 use std::{path::PathBuf, process::ExitCode};
 
+use aggregator::serve::Role;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use commonweal_tests::child;
+use commonweal_tests::{child, verdict};
 use serde::Serialize;
 
 /// Kills an aggregator and its devices at random moments, and counts what was lost.
@@ -33,6 +34,10 @@ struct Arguments {
     /// Devices
     #[arg(long, default_value_t = 6, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=64))]
     devices: u32,
+    /// Processes that answer devices, over a PostgreSQL of their own, beside two that drive; 0 for one aggregator with all
+    /// in its directory
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=8))]
+    fronts: u32,
     /// Longest time between two kills, in ms
     #[arg(long, default_value_t = 400, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=60_000))]
     pause_ms: u64,
@@ -54,7 +59,7 @@ struct Arguments {
 enum Part {
     /// Be the aggregator of a directory
     #[command(hide = true)]
-    Serve { dir: PathBuf, port: u16, devices: u32 },
+    Serve { dir: PathBuf, port: u16, devices: u32, role: Role },
     /// Be the device of a directory
     #[command(hide = true)]
     Device { dir: PathBuf, number: u64 },
@@ -65,6 +70,7 @@ enum Part {
 struct Report {
     seed: u64,
     devices: u32,
+    fronts: u32,
     kills: kills::Kills,
     killed: verdict::Found,
     disks: Vec<disks::Spoiled>,
@@ -73,19 +79,20 @@ struct Report {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     child::program("error", || match &arguments.part {
-        Some(Part::Serve { dir, port, devices }) => serving::serve(dir, *port, *devices),
+        Some(Part::Serve { dir, port, devices, role }) => serving::serve(dir, *port, *devices, *role),
         Some(Part::Device { dir, number }) => device::run(dir, *number),
         None => torture(&arguments),
     })
 }
 
 fn torture(arguments: &Arguments) -> Result<()> {
-    let &Arguments { cycles, devices, pause_ms, seed, .. } = arguments;
+    let &Arguments { cycles, devices, fronts, pause_ms, seed, .. } = arguments;
     let temporary = tempfile::tempdir()?;
     let place = arguments.dir.as_deref().unwrap_or(temporary.path());
-    let (kills, killed) = kills::kill(&place.join("kills"), devices, cycles, pause_ms, seed)?;
-    let disks = disks::spoil(&place.join("disks"), devices)?;
-    let report = Report { seed, devices, kills, killed, disks };
+    let (kills, killed) = kills::kill(&place.join("kills"), (devices, fronts), cycles, pause_ms, seed)?;
+    // A database has a disk of its own, which others have to see to.
+    let disks = if fronts == 0 { disks::spoil(&place.join("disks"), devices)? } else { Vec::new() };
+    let report = Report { seed, devices, fronts, kills, killed, disks };
     if arguments.json {
         println!("{}", serde_json::to_string(&report)?);
         return Ok(());

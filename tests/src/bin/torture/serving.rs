@@ -1,8 +1,9 @@
-//! The aggregator's process: `modelless.rs` of the tests, with rounds of a few hundred milliseconds.
+//! An aggregator's process: `modelless.rs` of the tests, with rounds of a few hundred milliseconds. It is alone over its
+//! directory, or one of several over a database.
 
 use std::path::Path;
 
-use aggregator::{config::Config, events::Events, round::Policy};
+use aggregator::{config::Config, events::Events, round::Policy, serve::Role};
 use anyhow::Result;
 use commonweal_tests::{
     child::tell,
@@ -25,13 +26,14 @@ pub(super) struct Listening {
 
 /// The aggregator of a directory, fresh or as it was left.
 pub(super) fn open(path: &Path, devices: u32) -> Result<Modelless> {
-    Modelless::open(path, ADAPTER_MB, config(devices), Events::to(|_| ()))
+    let events = Events::to(|event| tracing::debug!("{}", event.sentence()));
+    Modelless::open(path, ADAPTER_MB, config(devices), events)
 }
 
 /// Serves at a port, 0 for any, until the standard input ends.
-pub(super) fn serve(path: &Path, port: u16, devices: u32) -> Result<()> {
+pub(super) fn serve(path: &Path, port: u16, devices: u32, role: Role) -> Result<()> {
     let aggregator = open(path, devices)?;
-    aggregator.serve(port, ServeLimits::default(), |aggregator, address| {
+    aggregator.serve_as(role, port, ServeLimits::default(), |aggregator, address| {
         let invitations = if port == 0 { aggregator.invite(devices, address)? } else { Vec::new() };
         tell(&Listening { port: address.port(), invitations });
         Ok(())

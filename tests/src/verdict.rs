@@ -4,33 +4,43 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    path::Path,
 };
 
 use aggregator::{
     desk::{Record, records},
     publish::Publisher,
+    receive::Parts,
     store::Blob,
 };
 use anyhow::{Context, Result, bail, ensure};
-use commonweal_protocol::{DeviceId, Digest, RoundId, Version};
+use commonweal_protocol::{DeviceId, Digest, RoundId, SignedReceipt, Version};
 use serde::Serialize;
 
-use crate::{device::Held, serving};
+/// What a device holds in the end.
+#[derive(Debug)]
+pub struct Held {
+    /// Its name.
+    pub id: DeviceId,
+    /// What it was promised, each checked against the aggregator's key.
+    pub receipts: Vec<SignedReceipt>,
+}
 
 /// Longest blob that is read again: an adapter's file.
 const BLOB_BYTES_MAX: u64 = 64 << 20;
 
 /// What there was, all of it as it must be.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
-pub(super) struct Found {
-    rounds: u64,
-    published: u64,
-    /// Ended with too few updates.
-    abandoned: u64,
-    receipts: u64,
+pub struct Found {
+    /// Rounds that ended.
+    pub rounds: u64,
+    /// With a release.
+    pub published: u64,
+    /// With too few updates.
+    pub abandoned: u64,
+    /// Receipts of all devices.
+    pub receipts: u64,
     /// Updates that became part of a release.
-    merged: u64,
+    pub merged: u64,
 }
 
 impl fmt::Display for Found {
@@ -43,13 +53,11 @@ impl fmt::Display for Found {
     }
 }
 
-/// Judges the files of processes that have ended.
+/// Judges what an aggregator whose processes have ended has stored.
 ///
 /// # Errors
 /// What does not hold.
-pub(super) fn judge(directory: &Path, devices: u32, held: &[Held]) -> Result<Found> {
-    let aggregator = serving::open(directory, devices)?;
-    let parts = aggregator.parts();
+pub fn judge(parts: &Parts, held: &[Held]) -> Result<Found> {
     let current = parts.desk.round();
     let rounds = records(parts.storage.coord.as_ref(), RoundId(0), current.0 as usize + 2)?;
     let mut found = Found::default();
@@ -175,7 +183,9 @@ mod tests {
     #[test]
     fn rounds_without_a_record_are_found() {
         let directory = tempfile::tempdir().unwrap();
-        let aggregator = serving::open(directory.path(), 4).unwrap();
+        let config = crate::modelless::config(aggregator::round::Policy::default());
+        let events = aggregator::events::Events::to(|_| ());
+        let aggregator = crate::modelless::Modelless::open(directory.path(), 1, config, events).unwrap();
         let publisher = &aggregator.parts().publisher;
         let mut rounds = vec![Record { round: RoundId(0), published: true, ..Record::default() }];
         check_rounds(&rounds, publisher).unwrap();

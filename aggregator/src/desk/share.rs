@@ -1,0 +1,297 @@
+//! The desk of several processes: each follows the one stored state and moves it by compare-and-set, and begins anew from
+//! what it finds when another was faster.
+//!
+//! Updates come in through a *door*, a log whose newest entry says for which round, if any. An update is appended on
+//! condition that the door has not moved since before its bytes were stored; whoever closes a round or deletes bytes shuts
+//! the door first, and then sees every update that came in. Only who drives moves it. Where there is one process, a lock
+//! does the same.
+
+use std::sync::RwLockReadGuard;
+use std::time::{Duration, Instant};
+
+use commonweal_protocol::RoundId;
+
+use super::state::{LOG, load};
+use super::{Accepted, Desk, DeskError, Inner, Taken, decode_accepted, queue, received_event};
+use crate::round::{Action, Event, Phase};
+use crate::store::{Append, PAGE_MAX, StoreError, While};
+
+/// The log of the door.
+const DOOR: &str = "door";
+/// How long an update waits for the door.
+const DOOR_PATIENCE: Duration = Duration::from_secs(5);
+const DOOR_LOOK: Duration = Duration::from_millis(100);
+/// The inbox is looked through so often at most, and less often the more is in it.
+const COUNT_MS: u64 = 200;
+const COUNT_ITEMS_PER_MS: u64 = 5;
+/// Times that a step is tried while others move the state.
+pub(super) const TRIES: u32 = 50;
+
+/// Where the door stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Door {
+    sequence: u64,
+    open_for: Option<RoundId>,
+}
+
+/// Held from before an update's bytes are stored until the inbox names them.
+#[derive(Debug)]
+pub enum Pass<'desk> {
+    /// No sweep begins while it is held.
+    Here(RwLockReadGuard<'desk, ()>),
+    /// Void once the door has moved.
+    Through {
+        /// The round whose updates come in.
+        round: RoundId,
+        /// Where the door stood.
+        sequence: u64,
+    },
+}
+
+/// What of the desk only matters among several.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    /// Another process moved the state; what is here is to be read again.
+    pub(super) is_behind: bool,
+    /// This process drives, as far as it knows.
+    leads: bool,
+    /// Of who drives.
+    door: Option<Door>,
+    /// The round whose door was shut after its merge had begun.
+    shut_for: Option<RoundId>,
+    counted_ms: u64,
+    counted: u64,
+}
+
+impl Desk {
+    /// Whether other processes move the state too.
+    pub fn is_shared(&self) -> bool {
+        self.is_shared
+    }
+
+    /// Takes up what other processes did.
+    pub fn look(&self) -> Result<(), DeskError> {
+        if !self.is_shared {
+            return Ok(());
+        }
+        self.follow(&mut self.lock())
+    }
+
+    pub(super) fn follow(&self, inner: &mut Inner) -> Result<(), DeskError> {
+        if !self.is_shared {
+            return Ok(());
+        }
+        let is_known = !inner.is_unsure && !inner.shared.is_behind;
+        if is_known && self.storage.coord.scan(LOG, inner.sequence.saturating_add(1), 1)?.is_empty() {
+            return Ok(());
+        }
+        (inner.durable, inner.sequence) = load(self.storage.coord.as_ref())?;
+        let rounds = &inner.durable.rounds;
+        (inner.work, inner.wake_ms) = rounds.outlook(&self.policy);
+        inner.stop = rounds.is_over(&self.policy);
+        inner.shared.is_behind = false;
+        // Who drives also looks whether the round's end is on record; to the others the state is all there is.
+        inner.is_unsure &= inner.shared.leads;
+        Ok(())
+    }
+
+    /// This process drives from now on: nothing that it remembers of another time holds.
+    pub fn take_lead(&self, now_ms: u64) -> Result<(), DeskError> {
+        let mut inner = self.lock();
+        inner.is_unsure = true;
+        inner.shared = Shared { leads: true, ..Shared::default() };
+        self.settle(&mut inner, now_ms)?;
+        // While nobody drove, perhaps nobody received either.
+        if inner.durable.rounds.is_due(now_ms) {
+            self.apply(&mut inner, now_ms, &Event::Resumed)?;
+        }
+        Ok(())
+    }
+
+    /// Another process may drive from now on.
+    pub fn stand_by(&self) {
+        self.lock().shared.leads = false;
+    }
+
+    fn door(&self) -> Result<Door, DeskError> {
+        let Some(entry) = self.storage.coord.head(DOOR)? else { return Ok(Door::default()) };
+        let open_for =
+            postcard::from_bytes(&entry.value).map_err(|error| DeskError::damaged("door", error))?;
+        Ok(Door { sequence: entry.sequence, open_for })
+    }
+
+    /// Moves the door. It opens for a round only while the state in which that round collects stands.
+    fn move_door(&self, inner: &mut Inner, open_for: Option<RoundId>) -> Result<(), DeskError> {
+        let door = match inner.shared.door {
+            Some(door) => door,
+            None => self.door()?,
+        };
+        inner.shared.door = None;
+        let value = postcard::to_allocvec(&open_for).map_err(|error| DeskError::damaged("door", error))?;
+        let coord = &self.storage.coord;
+        let sequence = if open_for.is_some() {
+            let state = While { log: LOG, sequence: inner.sequence };
+            coord.compare_and_set_while(DOOR, door.sequence, &value, state)?
+        } else {
+            coord.compare_and_set(DOOR, door.sequence, &value)?
+        };
+        inner.shared.door = Some(Door { sequence, open_for });
+        if sequence.is_multiple_of(64) {
+            coord.truncate(DOOR, sequence)?;
+        }
+        self.storage.watch.notify();
+        Ok(())
+    }
+
+    /// From here on no update comes in whose bytes are not named; who drives opens again with the next step.
+    pub fn shut(&self) -> Result<(), DeskError> {
+        if !self.is_shared {
+            return Ok(());
+        }
+        self.move_door(&mut self.lock(), None)
+    }
+
+    /// What who drives does before a step: the door stands as the round does, and what came in is counted.
+    pub(super) fn attend(&self, inner: &mut Inner, now_ms: u64) -> Result<(), DeskError> {
+        let round = inner.durable.rounds.round;
+        let is_collecting = |inner: &Inner| {
+            matches!(inner.durable.rounds.phase, Phase::Collecting { .. })
+                && inner.durable.rounds.round == round
+        };
+        if inner.shared.door.is_none() {
+            inner.shared.door = Some(self.door()?);
+        }
+        let open_for = inner.shared.door.and_then(|door| door.open_for);
+        if !is_collecting(inner) {
+            return if open_for.is_some() { self.move_door(inner, None) } else { Ok(()) };
+        }
+        if inner.durable.rounds.is_due(now_ms) {
+            if open_for.is_some() {
+                self.move_door(inner, None)?;
+            }
+            return self.count_all(inner, now_ms);
+        }
+        if now_ms >= inner.shared.next_count_ms() || now_ms < inner.shared.counted_ms {
+            self.count_all(inner, now_ms)?;
+        }
+        if !is_collecting(inner) || open_for == Some(round) {
+            return Ok(());
+        }
+        match self.move_door(inner, Some(round)) {
+            // A task was handed out meanwhile: the next step sees to it.
+            Err(DeskError::Store(StoreError::Conflict { .. })) => {
+                inner.shared.is_behind = true;
+                Ok(())
+            }
+            moved => moved,
+        }
+    }
+
+    /// When who drives has to attend again.
+    pub(super) fn attend_ms(&self, inner: &Inner) -> Option<u64> {
+        let is_collecting = matches!(inner.durable.rounds.phase, Phase::Collecting { .. });
+        (self.is_shared && is_collecting).then(|| inner.shared.next_count_ms())
+    }
+
+    /// No update follows that a merge would miss: the door was shut after the state began to merge.
+    pub(super) fn shut_to_merge(&self, inner: &mut Inner) -> Result<(), DeskError> {
+        let round = inner.durable.rounds.round;
+        if self.is_shared && inner.work == Some(Action::Merge) && inner.shared.shut_for != Some(round) {
+            self.move_door(inner, None)?;
+            inner.shared.shut_for = Some(round);
+        }
+        Ok(())
+    }
+
+    /// Counts all that is in the inbox, in one step.
+    fn count_all(&self, inner: &mut Inner, now_ms: u64) -> Result<(), DeskError> {
+        let round = inner.durable.rounds.round;
+        let items = self.storage.inbox.list(&queue(round), PAGE_MAX)?;
+        (inner.shared.counted_ms, inner.shared.counted) = (now_ms, items.len() as u64);
+        let devices: Vec<_> = items.iter().filter_map(|item| item.key.parse().ok()).collect();
+        for _ in 0..TRIES {
+            self.settle(inner, now_ms)?;
+            if inner.durable.rounds.round != round {
+                return Ok(());
+            }
+            let counted = self.step_by(inner, now_ms, |rounds| {
+                let count = |device| rounds.tick(&self.policy, now_ms, Event::Received(device));
+                devices.iter().copied().flat_map(count).collect()
+            });
+            if !self.is_overtaken(inner, &counted) {
+                inner.is_unsure = counted.is_err();
+                return counted.map(drop);
+            }
+        }
+        Err(DeskError::Contended)
+    }
+
+    /// Whether a step failed only because another process moved the state first.
+    pub(super) fn is_overtaken<T>(&self, inner: &mut Inner, done: &Result<T, DeskError>) -> bool {
+        let is_overtaken = self.is_shared
+            && matches!(done, Err(DeskError::Store(StoreError::Conflict { log, .. })) if log == LOG);
+        inner.shared.is_behind |= is_overtaken;
+        // A record may have been written before the state could not be.
+        inner.is_unsure |= is_overtaken;
+        is_overtaken
+    }
+
+    /// Leave to store an update's bytes. Waits for the door for a while.
+    pub fn pass(&self) -> Result<Pass<'_>, DeskError> {
+        if !self.is_shared {
+            return Ok(Pass::Here(self.keep_blobs()));
+        }
+        let end = Instant::now() + DOOR_PATIENCE;
+        loop {
+            let mark = self.storage.watch.mark();
+            let door = self.door()?;
+            if let Some(round) = door.open_for {
+                return Ok(Pass::Through { round, sequence: door.sequence });
+            }
+            if Instant::now() >= end {
+                return Err(DeskError::Shut);
+            }
+            self.storage.watch.wait(mark, DOOR_LOOK);
+        }
+    }
+
+    /// Appends an update through the door. The state is not moved: who drives counts what is in the inbox.
+    pub(super) fn take_through(
+        &self,
+        accepted: &Accepted,
+        (round, sequence): (RoundId, u64),
+    ) -> Result<Taken, DeskError> {
+        let device = accepted.receipt.receipt.device;
+        let (accepted, received, target) = {
+            let mut inner = self.lock();
+            self.follow(&mut inner)?;
+            let rounds = &inner.durable.rounds;
+            rounds.admits(&self.policy, accepted.open.round, &device)?;
+            if rounds.round != round {
+                return Err(DeskError::Shut);
+            }
+            let (received, target) = rounds.progress();
+            (Accepted { start: rounds.trained_from(&device), ..*accepted }, received, target)
+        };
+        let value = postcard::to_allocvec(&accepted).map_err(|error| DeskError::damaged("receipt", error))?;
+        let (queue, door) = (queue(round), While { log: DOOR, sequence });
+        let appended = self.storage.inbox.append_once_while(&queue, &device.to_string(), &value, door);
+        let taken = match appended {
+            Err(StoreError::Conflict { .. }) => return Err(DeskError::Shut),
+            Ok(Append::Duplicate(found)) => Taken::Before(round, Box::new(decode_accepted(&found)?)),
+            Ok(Append::Appended) => Taken::Now,
+            Err(error) => return Err(error.into()),
+        };
+        if taken == Taken::Now {
+            self.storage.watch.notify();
+            self.events.tell(&received_event(round, &accepted, (received + 1, target)));
+        }
+        Ok(taken)
+    }
+}
+
+impl Shared {
+    fn next_count_ms(&self) -> u64 {
+        self.counted_ms.saturating_add(COUNT_MS + self.counted / COUNT_ITEMS_PER_MS)
+    }
+}

@@ -1,0 +1,362 @@
+//! `Blob` in a store of objects that speaks S3, through the `object_store` crate: an object for each blob, named by its
+//! digest below the prefix.
+//!
+//! An object appears whole or not at all, and only after its bytes hashed to its name: what is large goes up in parts, which
+//! are put together at the end. Memory is two parts. Two who store the same blob at once store the same bytes.
+
+use std::collections::BTreeSet;
+use std::io::Read;
+use std::sync::Arc;
+use std::time::Duration;
+
+use commonweal_protocol::Digest;
+use futures_util::{StreamExt as _, TryStreamExt as _};
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::path::Path;
+use object_store::{
+    Error, MultipartUpload, ObjectStore, ObjectStoreExt as _, PutPayload, RetryConfig, limit::LimitStore,
+};
+
+use super::bridge::{Bridge, Unanswered};
+use super::http::Carrier;
+use super::{Blob, PAGE_MAX, Put, StoreError, place, refused, trust};
+use crate::config;
+
+/// Bytes of a part, and of what goes up in one piece.
+const PART_BYTES: usize = 8 << 20;
+/// Requests under way at once; more wait.
+const REQUESTS_MAX: usize = 64;
+/// How long a request may take, its repetitions included.
+const PATIENCE: Duration = Duration::from_secs(120);
+const RETRY: Duration = Duration::from_secs(30);
+const RETRIES_MAX: usize = 4;
+
+/// Blobs in a bucket.
+pub struct ObjectBlob {
+    bridge: Arc<Bridge>,
+    store: Arc<dyn ObjectStore>,
+    prefix: Path,
+    /// Whether listings come in the order of names, as S3's do.
+    is_ordered: bool,
+}
+
+impl std::fmt::Debug for ObjectBlob {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.debug_tuple("ObjectBlob").field(&self.store.to_string()).field(&self.prefix).finish()
+    }
+}
+
+impl ObjectBlob {
+    /// A bucket. Credentials come from the environment (`AWS_…`) or the machine's role, as the crate finds them.
+    pub(super) fn bucket(
+        name: &str,
+        prefix: &str,
+        settings: &config::Storage,
+        bridge: Arc<Bridge>,
+    ) -> Result<Self, StoreError> {
+        let subject = format!("s3://{name}/{prefix}");
+        let failed = |error: Error| StoreError::not_done("open", &subject, error);
+        let mut builder = AmazonS3Builder::from_env().with_bucket_name(name).with_retry(RetryConfig {
+            max_retries: RETRIES_MAX,
+            retry_timeout: RETRY,
+            ..RetryConfig::default()
+        });
+        if let Some(region) = &settings.region {
+            builder = builder.with_region(region);
+        }
+        if let Some(endpoint) = &settings.endpoint {
+            builder = builder.with_endpoint(endpoint);
+        }
+        let credentials =
+            settings.credentials().map_err(|wrong| refused("storage.credentials_file", wrong))?;
+        if let Some(credentials) = credentials {
+            builder = builder
+                .with_access_key_id(credentials.access_key_id)
+                .with_secret_access_key(credentials.secret_access_key.as_str());
+        }
+        let is_clear = builder
+            .get_config_value(&AmazonS3ConfigKey::Endpoint)
+            .is_some_and(|endpoint| endpoint.starts_with("http://"));
+        if let Some(endpoint) = builder.get_config_value(&AmazonS3ConfigKey::Endpoint) {
+            place::check_endpoint(&endpoint)
+                .map_err(|wrong| refused("the object store's endpoint", wrong))?;
+        }
+        let carrier = Carrier { tls: trust::client(settings)?, is_clear };
+        let store = builder.with_allow_http(is_clear).with_http_connector(carrier).build().map_err(failed)?;
+        let store = LimitStore::new(store, REQUESTS_MAX);
+        let blob = Self::over(Arc::new(store), Path::from(prefix), true, bridge);
+        // Better known now than with the first device's update.
+        blob.list(None, 1)?;
+        Ok(blob)
+    }
+
+    /// Any store of the crate's.
+    pub(super) fn over(
+        store: Arc<dyn ObjectStore>,
+        prefix: Path,
+        is_ordered: bool,
+        bridge: Arc<Bridge>,
+    ) -> Self {
+        Self { bridge, store, prefix, is_ordered }
+    }
+
+    fn path(&self, digest: &Digest) -> Path {
+        self.prefix.clone().join(digest.to_string())
+    }
+
+    fn wait<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Trouble> {
+        match self.bridge.wait(PATIENCE, work) {
+            Ok(answer) => answer.map_err(Trouble::Answer),
+            Err(none) => Err(Trouble::None(none)),
+        }
+    }
+
+    fn put(&self, digest: &Digest, payload: PutPayload) -> Result<(), StoreError> {
+        let (store, path) = (self.store.clone(), self.path(digest));
+        self.wait(async move { store.put(&path, payload).await.map(drop) })
+            .map_err(|trouble| trouble.of_write("write blob", &digest.to_string()))
+    }
+
+    /// Sends what does not fit into one piece; `first` was read already.
+    fn put_parts(&self, digest: &Digest, first: Vec<u8>, mut source: Checked<'_>) -> Result<(), StoreError> {
+        let name = digest.to_string();
+        // Until the parts are put together there is no object, whatever was sent.
+        let failed = |trouble: Trouble| StoreError::not_done("write blob", &name, trouble);
+        let (store, path) = (self.store.clone(), self.path(digest));
+        let upload = self.wait(async move { store.put_multipart(&path).await }).map_err(failed)?;
+        let mut parts = Parts { blob: self, upload: Some(upload) };
+        let mut part = first;
+        while !part.is_empty() {
+            parts.send(part).map_err(failed)?;
+            part = source.part()?;
+        }
+        source.check()?;
+        parts.complete().map_err(|trouble| trouble.of_write("write blob", &name))
+    }
+}
+
+/// Why a request brought nothing.
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error(transparent)]
+    Answer(Error),
+    #[error(transparent)]
+    None(Unanswered),
+}
+
+impl Trouble {
+    fn is_missing(&self) -> bool {
+        matches!(self, Self::Answer(Error::NotFound { .. }))
+    }
+
+    /// Only what the store itself refused certainly did not happen.
+    fn of_write(self, operation: &'static str, subject: &str) -> StoreError {
+        match self {
+            Self::Answer(
+                Error::NotFound { .. }
+                | Error::InvalidPath { .. }
+                | Error::NotSupported { .. }
+                | Error::AlreadyExists { .. }
+                | Error::Precondition { .. }
+                | Error::NotModified { .. }
+                | Error::NotImplemented { .. }
+                | Error::PermissionDenied { .. }
+                | Error::Unauthenticated { .. },
+            ) => StoreError::not_done(operation, subject, self),
+            _ => StoreError::unsure(operation, subject, self),
+        }
+    }
+}
+
+/// An upload in parts; taken back unless it is completed.
+struct Parts<'blob> {
+    blob: &'blob ObjectBlob,
+    upload: Option<Box<dyn MultipartUpload>>,
+}
+
+impl Parts<'_> {
+    fn send(&mut self, part: Vec<u8>) -> Result<(), Trouble> {
+        let Some(upload) = &mut self.upload else { return Ok(()) };
+        self.blob.wait(upload.put_part(PutPayload::from(part)))
+    }
+
+    fn complete(mut self) -> Result<(), Trouble> {
+        let Some(mut upload) = self.upload.take() else { return Ok(()) };
+        self.blob.wait(async move { upload.complete().await.map(drop) })
+    }
+}
+
+impl Drop for Parts<'_> {
+    fn drop(&mut self) {
+        let Some(mut upload) = self.upload.take() else { return };
+        if let Err(error) = self.blob.wait(async move { upload.abort().await }) {
+            tracing::warn!(%error, "parts of an upload are left over; the bucket's own rule ends them");
+        }
+    }
+}
+
+/// Reads a source piece by piece, and what it must be.
+struct Checked<'source> {
+    source: &'source mut dyn Read,
+    hasher: blake3::Hasher,
+    digest: Digest,
+    length: u64,
+    read: u64,
+}
+
+impl<'source> Checked<'source> {
+    fn new(digest: &Digest, length: u64, source: &'source mut dyn Read) -> Self {
+        Self { source, hasher: blake3::Hasher::new(), digest: *digest, length, read: 0 }
+    }
+
+    /// The next part; empty at the end. Never more than one byte beyond the promised length.
+    fn part(&mut self) -> Result<Vec<u8>, StoreError> {
+        let left = (self.length - self.read).saturating_add(1).min(PART_BYTES as u64);
+        let mut bytes = Vec::with_capacity(left as usize);
+        (&mut *self.source)
+            .take(left)
+            .read_to_end(&mut bytes)
+            .map_err(|error| StoreError::not_done("write blob", &self.digest.to_string(), error))?;
+        self.read += bytes.len() as u64;
+        self.hasher.update(&bytes);
+        if self.read > self.length {
+            return Err(self.refused(format!("{} bytes", self.length), "more".to_owned()));
+        }
+        Ok(bytes)
+    }
+
+    fn check(&self) -> Result<(), StoreError> {
+        if self.read != self.length {
+            return Err(self.refused(format!("{} bytes", self.length), self.read.to_string()));
+        }
+        let found = Digest::from(self.hasher.finalize());
+        if found != self.digest {
+            return Err(self.refused("that digest".to_owned(), found.to_string()));
+        }
+        Ok(())
+    }
+
+    fn refused(&self, expected: String, got: String) -> StoreError {
+        StoreError::Refused { subject: format!("blob {}", self.digest), expected, got }
+    }
+}
+
+impl Blob for ObjectBlob {
+    fn put_if_absent(&self, digest: &Digest, length: u64, source: &mut dyn Read) -> Result<Put, StoreError> {
+        // An object that is there is whole and durable: that is what a store of objects promises.
+        if self.length(digest)?.is_some() {
+            return Ok(Put::Present);
+        }
+        let mut source = Checked::new(digest, length, source);
+        let first = source.part()?;
+        if (first.len() as u64) < length && first.len() == PART_BYTES {
+            self.put_parts(digest, first, source)?;
+            return Ok(Put::Stored);
+        }
+        // Nothing may follow.
+        if source.read == length && !source.part()?.is_empty() {
+            return Err(source.refused(format!("{length} bytes"), "more".to_owned()));
+        }
+        source.check()?;
+        self.put(digest, PutPayload::from(first))?;
+        Ok(Put::Stored)
+    }
+
+    fn length(&self, digest: &Digest) -> Result<Option<u64>, StoreError> {
+        let (store, path) = (self.store.clone(), self.path(digest));
+        match self.wait(async move { store.head(&path).await }) {
+            Ok(about) => Ok(Some(about.size)),
+            Err(trouble) if trouble.is_missing() => Ok(None),
+            Err(trouble) => Err(StoreError::not_done("look for blob", &digest.to_string(), trouble)),
+        }
+    }
+
+    fn read_range(&self, digest: &Digest, offset: u64, length: usize) -> Result<Vec<u8>, StoreError> {
+        let name = digest.to_string();
+        let missing = || StoreError::Missing { subject: format!("blob {name}") };
+        if length > 0 {
+            let (store, path) = (self.store.clone(), self.path(digest));
+            let range = offset..offset.saturating_add(length as u64);
+            match self.wait(async move { store.get_range(&path, range).await }) {
+                Ok(bytes) => return Ok(bytes.into()),
+                Err(trouble) if trouble.is_missing() => return Err(missing()),
+                // Beyond the end is no error here; stores differ in how they say it.
+                Err(trouble) => match self.length(digest)? {
+                    Some(held) if held > offset => {
+                        return Err(StoreError::not_done("read blob", &name, trouble));
+                    }
+                    _ => {}
+                },
+            }
+        }
+        self.length(digest)?.map(|_| Vec::new()).ok_or_else(missing)
+    }
+
+    fn list(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<Digest>, StoreError> {
+        let limit = limit.min(PAGE_MAX);
+        let (store, is_ordered) = (self.store.clone(), self.is_ordered);
+        let prefix = (!self.prefix.is_root()).then(|| self.prefix.clone());
+        let depth = self.prefix.parts_count() + 1;
+        let (offset, after) = (after.map(|after| self.path(after)), after.copied());
+        let listed = self.wait(async move {
+            let mut objects = match &offset {
+                Some(offset) => store.list_with_offset(prefix.as_ref(), offset),
+                None => store.list(prefix.as_ref()),
+            };
+            // The smallest so many, in whatever order they come.
+            let mut smallest = BTreeSet::<[u8; 32]>::new();
+            while let Some(object) = objects.try_next().await? {
+                // Whatever else an operator put here is not a blob.
+                let name = object.location.filename().filter(|_| object.location.parts_count() == depth);
+                let Some(Ok(digest)) = name.map(str::parse::<Digest>) else { continue };
+                if after.is_none_or(|after| digest.0 > after.0) {
+                    smallest.insert(digest.0);
+                }
+                if smallest.len() > limit {
+                    smallest.pop_last();
+                    if is_ordered {
+                        break;
+                    }
+                }
+            }
+            Ok(smallest)
+        });
+        let smallest =
+            listed.map_err(|trouble| StoreError::not_done("list", self.prefix.as_ref(), trouble))?;
+        Ok(smallest.into_iter().map(Digest).collect())
+    }
+
+    fn delete(&self, digest: &Digest) -> Result<(), StoreError> {
+        let (store, path) = (self.store.clone(), self.path(digest));
+        match self.wait(async move { store.delete(&path).await }) {
+            Err(trouble) if !trouble.is_missing() => {
+                Err(trouble.of_write("delete blob", &digest.to_string()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn delete_all(&self, digests: &[Digest]) -> Result<(), StoreError> {
+        let paths: Vec<_> = digests.iter().map(|digest| Ok(self.path(digest))).collect();
+        let store = self.store.clone();
+        let deleted = self.wait(async move {
+            let mut deleted = store.delete_stream(futures_util::stream::iter(paths).boxed());
+            while let Some(one) = deleted.next().await {
+                match one {
+                    Err(Error::NotFound { .. }) | Ok(_) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(())
+        });
+        deleted.map_err(|trouble| StoreError::unsure("delete", "blobs", trouble))
+    }
+
+    /// A bucket has no end that it would tell.
+    fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
+        Ok(None)
+    }
+}

@@ -1,0 +1,170 @@
+//! Every backend that needs no server keeps the contract; and what each owes beyond it.
+
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use commonweal_protocol::Digest;
+use object_store::local::LocalFileSystem;
+use object_store::memory::InMemory;
+
+use super::bridge::Bridge;
+use super::contract::suite;
+use super::*;
+
+fn digest(bytes: &[u8]) -> Digest {
+    Digest::of(bytes)
+}
+
+#[test]
+fn memory_keeps_the_contract() {
+    suite(&MemoryStorage::default().storage());
+}
+
+#[test]
+fn disk_keeps_the_contract() {
+    let dir = tempfile::tempdir().unwrap();
+    suite(&Storage::open(dir.path(), Access::Exclusive).unwrap());
+}
+
+#[test]
+fn objects_keep_the_contract_wherever_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = LocalFileSystem::new_with_prefix(dir.path()).unwrap().with_fsync(true);
+    let bridge = Bridge::start().unwrap();
+    let stores: [Arc<dyn object_store::ObjectStore>; 2] = [Arc::new(files), Arc::new(InMemory::new())];
+    for (store, prefix) in stores.into_iter().zip(["a/prefix", ""]) {
+        let blob = ObjectBlob::over(store.clone(), prefix.into(), false, bridge.clone());
+        // Somebody else's objects beside them are none of ours.
+        let path = object_store::path::Path::from(prefix).join("notes.txt");
+        let put = async move { object_store::ObjectStoreExt::put(&store, &path, "hello".into()).await };
+        bridge.wait(Duration::from_secs(60), put).unwrap().unwrap();
+        suite(&Storage { blob: Arc::new(blob), ..MemoryStorage::default().storage() });
+    }
+}
+
+#[test]
+fn a_folder_that_is_shared_keeps_the_contract() {
+    let dir = tempfile::tempdir().unwrap();
+    let objects = Some(format!("file://{}", dir.path().join("objects").display()));
+    let settings = config::Storage { objects, ..config::Storage::default() };
+    suite(&Storage::of(dir.path(), &settings, Access::Exclusive).unwrap());
+    assert!(dir.path().join("objects/temporary").is_dir() && !dir.path().join("blobs").exists());
+}
+
+#[test]
+fn what_was_stored_is_there_after_reopening() {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = Storage::open(dir.path(), Access::Exclusive).unwrap();
+    storage.coord.compare_and_set("release", 0, b"one").unwrap();
+    storage.inbox.append_once("round", "a", b"A").unwrap();
+    storage.blob.put_if_absent(&digest(b"x"), 1, &mut b"x".as_slice()).unwrap();
+    drop(storage);
+    let storage = Storage::open(dir.path(), Access::Exclusive).unwrap();
+    assert_eq!(storage.coord.head("release").unwrap().unwrap().value, b"one");
+    assert_eq!(storage.inbox.find("round", "a").unwrap().unwrap(), b"A");
+    assert_eq!(storage.blob.read_all(&digest(b"x"), 1).unwrap(), b"x");
+}
+
+#[test]
+fn a_newer_schema_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("aggregator.db");
+    drop(SqliteStore::open(&path).unwrap());
+    rusqlite::Connection::open(&path).unwrap().pragma_update(None, "user_version", 99).unwrap();
+    let error = SqliteStore::open(&path).unwrap_err();
+    assert!(error.to_string().contains("expected schema version 1, got 99"), "{error}");
+}
+
+#[test]
+fn a_file_that_is_no_database_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("aggregator.db");
+    std::fs::write(&path, [7; 4096]).unwrap();
+    assert!(SqliteStore::open(&path).unwrap_err().is_determinate());
+}
+
+/// A disk with room for `left` bytes.
+#[derive(Debug)]
+pub(crate) struct SmallDisk {
+    left: std::sync::atomic::AtomicU64,
+}
+
+impl SmallDisk {
+    pub(crate) fn with_room(left: u64) -> Arc<Self> {
+        Arc::new(Self { left: left.into() })
+    }
+}
+
+impl Disk for SmallDisk {
+    fn write(&self, file: &mut std::fs::File, bytes: &[u8]) -> std::io::Result<()> {
+        use std::sync::atomic::Ordering::SeqCst;
+        let room = self.left.load(SeqCst);
+        // As a real disk does: what fits is written, then the error comes.
+        let fits = room.min(bytes.len() as u64);
+        self.left.store(room - fits, SeqCst);
+        std::io::Write::write_all(file, &bytes[..fits as usize])?;
+        if fits < bytes.len() as u64 {
+            return Err(std::io::ErrorKind::StorageFull.into());
+        }
+        Ok(())
+    }
+
+    fn free_bytes(&self, _dir: &Path) -> std::io::Result<u64> {
+        Ok(self.left.load(std::sync::atomic::Ordering::SeqCst))
+    }
+}
+
+#[test]
+fn a_full_disk_leaves_no_blob_and_no_temporary_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let blob = FileBlob::open(dir.path(), SmallDisk::with_room(100), Access::Exclusive).unwrap();
+    let bytes = [5_u8; 150];
+    let error = blob.put_if_absent(&digest(&bytes), 150, &mut bytes.as_slice()).unwrap_err();
+    assert!(error.is_determinate());
+    assert_eq!(blob.length(&digest(&bytes)).unwrap(), None);
+    assert_eq!(std::fs::read_dir(dir.path().join("temporary")).unwrap().count(), 0);
+}
+
+#[test]
+fn damage_on_disk_is_found_when_a_blob_is_read_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let blob = FileBlob::open(dir.path(), Arc::new(RealDisk), Access::Exclusive).unwrap();
+    let name = digest(b"intact");
+    blob.put_if_absent(&name, 6, &mut b"intact".as_slice()).unwrap();
+    std::fs::write(dir.path().join(&name.to_string()[..2]).join(name.to_string()), b"broken").unwrap();
+    assert!(matches!(blob.read_all(&name, 6), Err(StoreError::Refused { .. })));
+}
+
+#[test]
+fn a_source_that_fails_leaves_nothing() {
+    struct Failing;
+    impl Read for Failing {
+        fn read(&mut self, _buffer: &mut [u8]) -> std::io::Result<usize> {
+            Err(std::io::ErrorKind::ConnectionReset.into())
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let blob = FileBlob::open(dir.path(), Arc::new(RealDisk), Access::Exclusive).unwrap();
+    assert!(blob.put_if_absent(&digest(b"x"), 1, &mut Failing).unwrap_err().is_determinate());
+    assert!(blob.list(None, 1).unwrap().is_empty());
+}
+
+#[test]
+fn injected_faults_say_what_a_caller_may_conclude() {
+    let memory = MemoryStorage::default();
+    memory.inject(1, Faults { determinate: 0.3, indeterminate: 0.3 });
+    let storage = memory.storage();
+    let mut applied_though_unsure = 0;
+    for number in 0..200 {
+        let key = format!("{number}");
+        match storage.inbox.append_once("q", &key, b"v") {
+            Ok(_) => assert!(storage.inbox.find("q", &key).unwrap().is_some()),
+            Err(error) if error.is_determinate() => {
+                assert!(storage.inbox.find("q", &key).unwrap().is_none());
+            }
+            Err(_) => applied_though_unsure += usize::from(storage.inbox.find("q", &key).unwrap().is_some()),
+        }
+    }
+    assert!((10..60).contains(&applied_though_unsure), "{applied_though_unsure}");
+}

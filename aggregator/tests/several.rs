@@ -1,0 +1,310 @@
+//! Several processes over one store, each with its own desk, receiver and driver on threads of their own: devices go to any
+//! of them, the lead changes hands while its holder believes to have it, and the store fails. Every update that got a
+//! receipt is merged once, or its round came to nothing and counted it. Real desk, receiver, merge and publisher.
+#![allow(
+    clippy::unwrap_used,
+    missing_docs,
+    unreachable_pub,
+    dead_code,
+    reason = "a test that cannot get its value has failed"
+)]
+
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use aggregator::config::{Config, Gates};
+use aggregator::desk::{Desk, Record, records};
+use aggregator::drive::{Driver, Stages};
+use aggregator::events::{AlignFigures, EvaluateFigures, Event, Events};
+use aggregator::laboratory::{Base, LaboratoryError};
+use aggregator::optimize::OptimizerState;
+use aggregator::pause::PausePoint;
+use aggregator::publish::{Candidate, Publisher};
+use aggregator::receive::partial::PartialMemory;
+use aggregator::receive::{Parts, Receiver};
+use aggregator::round::{Policy, RoundMode};
+use aggregator::serve;
+use aggregator::store::{Faults, MemoryStorage};
+use commonweal_adapter::Adapter;
+use commonweal_protocol::{DeviceId, Digest, KeyNumber, Poll, ReportCard, RoundId, SigningKey, Version};
+use commonweal_transport::{Clock, Opened};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use support::{BASE, chunk, device, layout, open, update};
+
+const PROCESSES: usize = 3;
+const DEVICES: u8 = 8;
+
+struct Passing;
+
+impl Stages for Passing {
+    fn align(&mut self, _: RoundId, candidate: Adapter) -> Result<(Adapter, AlignFigures), LaboratoryError> {
+        // Long enough for the lead to change hands meanwhile.
+        thread::sleep(Duration::from_millis(2));
+        Ok((candidate, AlignFigures::default()))
+    }
+
+    fn evaluate(&mut self, _: RoundId, _: &Adapter) -> Result<EvaluateFigures, LaboratoryError> {
+        Ok(EvaluateFigures::default())
+    }
+}
+
+fn config(mode: RoundMode) -> Config {
+    let round = Policy {
+        mode,
+        goal: 5,
+        over_selection: 1.6,
+        quorum: 2,
+        wait_ms: 20,
+        deadline_ms: 150,
+        ..Policy::default()
+    };
+    let mut config = Config { round, ..Config::default() };
+    config.align.enabled = false;
+    config.evaluate.gates = Gates::off();
+    (config.receive.reserve_bytes, config.receive.releases_kept) = (0, 40);
+    (config.receive.requests_burst, config.receive.requests_per_second) = (1_000_000, 1e6);
+    config.storage.lead_seconds = 3;
+    config
+}
+
+/// One process's parts, over the shared contents.
+fn process(memory: &MemoryStorage, config: &Config, told: &Arc<Mutex<Vec<String>>>) -> Parts {
+    let storage = memory.shared().storage();
+    let key = SigningKey::from_bytes(&[3; 32]);
+    let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), key.clone(), BASE);
+    let told = told.clone();
+    let events = Events::to(move |event| {
+        if matches!(event, Event::Rejected { .. } | Event::Retrying { .. }) {
+            told.lock().unwrap().push(event.sentence());
+        }
+    });
+    let clock = Clock::system();
+    let policy = config.round.clone();
+    let desk =
+        Desk::open(storage.clone(), publisher.clone(), policy, events.clone(), clock.unix_ms()).unwrap();
+    Parts {
+        config: Arc::new(config.clone()),
+        storage,
+        partials: Arc::new(PartialMemory::default()),
+        publisher,
+        desk,
+        base: BASE,
+        layout: layout(),
+        signer: key.into(),
+        clock,
+        events,
+        pause: PausePoint::default(),
+    }
+}
+
+fn first_release(memory: &MemoryStorage, base: &Base) {
+    let storage = memory.storage();
+    let bytes = base.write(&Adapter::init(layout(), 0)).unwrap();
+    let digest = Digest::of(&bytes);
+    storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice()).unwrap();
+    let card = ReportCard::default();
+    Record::of_base(&card, 0).append(storage.coord.as_ref()).unwrap();
+    let publisher = Publisher::new(storage.coord, storage.blob, SigningKey::from_bytes(&[3; 32]), BASE);
+    let state = OptimizerState::default();
+    publisher.publish(Candidate { round: None, parent: None, digest, state, card }, 0).unwrap();
+}
+
+type Receipts = BTreeMap<(RoundId, DeviceId), Digest>;
+
+/// A device goes to one process after the other, sends what it is asked for, and keeps what it is promised.
+fn take_part(number: u8, receivers: &[Arc<Receiver>], stop: &AtomicBool) -> Receipts {
+    let mut random = ChaCha8Rng::seed_from_u64(number.into());
+    let mut receipts = Receipts::new();
+    let id = device(number);
+    while !stop.load(Ordering::SeqCst) {
+        thread::sleep(Duration::from_millis(random.random_range(1..8)));
+        let receiver = &receivers[random.random_range(0..receivers.len())];
+        let Ok(reply) = receiver.poll(id, Poll { base: BASE, installed: None, key: KeyNumber(0) }) else {
+            continue;
+        };
+        let Some(task) = reply.task.filter(|task| !receipts.contains_key(&(task.round, id))) else {
+            continue;
+        };
+        let bytes = update(f32::from(number) / 100.0 + (task.round.0 % 50) as f32 / 1000.0);
+        let announced = open(task.round.0, &bytes);
+        // Tried again at another process until it is promised or refused for good.
+        for _ in 0..8 {
+            let receiver = &receivers[random.random_range(0..receivers.len())];
+            let accepted = match receiver.open(id, announced) {
+                Ok(Opened::Done(accepted)) => Ok(accepted),
+                Ok(Opened::Resume(offset)) => {
+                    let rest = bytes.get(offset as usize..).unwrap_or_default();
+                    let sent = if rest.is_empty() {
+                        Ok(0)
+                    } else {
+                        receiver.chunk(id, announced.key(), &chunk(offset, rest))
+                    };
+                    sent.and_then(|_| receiver.finish(id, announced.key()))
+                }
+                Err(refused) => Err(refused),
+            };
+            if let Ok(accepted) = accepted {
+                let receipt = accepted.receipt.receipt;
+                assert_eq!((receipt.device, receipt.digest), (id, announced.digest));
+                receipts.insert((receipt.round, id), receipt.digest);
+                break;
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+    receipts
+}
+
+/// Every process is told that something may have changed, as by a database.
+fn hint(parts: &[Parts]) {
+    for parts in parts {
+        parts.storage.watch.notify();
+    }
+}
+
+/// Runs until so many rounds are over; what was promised, and what is on record.
+fn run(mode: RoundMode, rounds: u64, faults: Faults) -> Outcome {
+    let memory = MemoryStorage::default();
+    let base = Base { hash: BASE, layout: layout() };
+    first_release(&memory, &base);
+    let config = config(mode);
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let parts: Vec<Parts> = (0..PROCESSES).map(|_| process(&memory, &config, &told)).collect();
+    let receivers: Vec<_> = parts.iter().map(|parts| Arc::new(Receiver::new(parts.clone()))).collect();
+    let (no_devices, no_drivers) = (AtomicBool::new(false), AtomicBool::new(false));
+    let lapses = AtomicU64::new(0);
+    let receipts = thread::scope(|scope| {
+        for (parts, receiver) in parts.iter().zip(&receivers) {
+            let driver = Driver::new(parts.clone(), base.clone(), Passing);
+            let (lead, watch, stop) = (driver.lead(), parts.storage.watch.clone(), &no_drivers);
+            scope.spawn(move || {
+                while !stop.load(Ordering::SeqCst) {
+                    let _ = lead.prolong();
+                    thread::sleep(Duration::from_millis(15));
+                }
+                lead.resign();
+            });
+            let clock = parts.clock.clone();
+            let driven = watch.clone();
+            scope.spawn(move || serve::drive(driver, driven.as_ref(), &clock, stop));
+            scope.spawn(move || serve::follow(receiver, watch.as_ref(), stop));
+        }
+        let devices: Vec<_> = (1..=DEVICES)
+            .map(|number| {
+                let (receivers, stop) = (&receivers, &no_devices);
+                scope.spawn(move || take_part(number, receivers, stop))
+            })
+            .collect();
+        let mut random = ChaCha8Rng::seed_from_u64(rounds);
+        let current = || memory.storage().coord.head(aggregator::desk::RECORDS).unwrap().unwrap().sequence;
+        while current() <= rounds {
+            thread::sleep(Duration::from_millis(random.random_range(1..30)));
+            match random.random_range(0..4) {
+                // Somebody else may take it, while this one works on for a while.
+                0 => {
+                    memory.lapse_lead();
+                    lapses.fetch_add(1, Ordering::SeqCst);
+                }
+                1 => memory.inject(random.random(), faults),
+                _ => memory.heal(),
+            }
+            hint(&parts);
+        }
+        memory.heal();
+        no_devices.store(true, Ordering::SeqCst);
+        let receipts = devices.into_iter().flat_map(|device| device.join().unwrap()).collect();
+        no_drivers.store(true, Ordering::SeqCst);
+        hint(&parts);
+        receipts
+    });
+    let records = records(memory.storage().coord.as_ref(), RoundId(1), 10_000).unwrap();
+    let problems = told.lock().unwrap();
+    let lost = problems.iter().filter(|problem| problem.contains("is not stored")).count();
+    assert_eq!(lost, 0, "a sweep took what was promised: {problems:?}");
+    let desk = parts[0].desk.clone();
+    desk.look().unwrap();
+    Outcome { memory, desk, receipts, records, lapses: lapses.into_inner() }
+}
+
+struct Outcome {
+    memory: MemoryStorage,
+    desk: Arc<Desk>,
+    receipts: Receipts,
+    records: Vec<Record>,
+    lapses: u64,
+}
+
+fn judge(mode: RoundMode, outcome: Outcome) {
+    let Outcome { memory, desk, receipts, records, lapses } = outcome;
+    let mut merged: BTreeMap<(RoundId, DeviceId), Digest> = BTreeMap::new();
+    for (record, number) in records.iter().zip(1..) {
+        assert_eq!(record.round, RoundId(number), "each round is on record once");
+        let devices: BTreeSet<_> = record.lineage.iter().map(|origin| origin.device).collect();
+        assert_eq!(devices.len(), record.lineage.len(), "nobody is merged twice in round {number}");
+        for origin in &record.lineage {
+            let before = merged.insert((origin.round, origin.device), origin.digest);
+            assert_eq!(before, None, "an update of {} is merged twice", origin.device);
+        }
+    }
+    let outcome = |round: RoundId| records.iter().find(|record| record.round == round);
+    let mut dropped: BTreeMap<RoundId, u32> = BTreeMap::new();
+    for (key, digest) in &receipts {
+        match (merged.get(key), outcome(key.0)) {
+            (Some(found), _) => assert_eq!(found, digest),
+            (None, Some(record)) if record.outcome == "abandoned" => *dropped.entry(key.0).or_default() += 1,
+            // A round that is not over has its updates in the inbox.
+            (None, record) => match desk.taken(key.0, &key.1).unwrap() {
+                Some((into, taken)) if into == desk.round() && taken.open.digest == *digest => {}
+                found => panic!("{key:?} was promised and is lost: {record:?}, {found:?}"),
+            },
+        }
+    }
+    for (round, dropped) in &dropped {
+        let record = outcome(*round).unwrap();
+        assert!(record.updates >= *dropped, "round {round} counted {} of {dropped}", record.updates);
+        assert!(record.updates < 2, "round {round} had its quorum and was given up");
+    }
+    let storage = memory.storage();
+    let key = SigningKey::from_bytes(&[3; 32]);
+    let publisher = Publisher::new(storage.coord, storage.blob.clone(), key, BASE);
+    let releases = publisher.history(Version(1), 10_000).unwrap();
+    let published: Vec<_> = releases.iter().filter_map(|release| release.release.round).collect();
+    let recorded: Vec<_> =
+        records.iter().filter(|record| record.published).map(|record| record.round).collect();
+    assert_eq!(published, recorded, "what is on record is what was published");
+    for digest in publisher.kept(40).unwrap() {
+        storage.blob.read_all(&digest, 1 << 20).unwrap();
+    }
+    eprintln!(
+        "{mode:?}: {} rounds, {} published, {} receipts, {} merged, the lead lapsed {lapses} times",
+        records.len(),
+        published.len(),
+        receipts.len(),
+        merged.len()
+    );
+    assert!(published.len() > records.len() / 3, "rounds come to something");
+}
+
+#[test]
+fn what_is_promised_is_merged_once_whoever_drives() {
+    let faults = Faults { determinate: 0.0, indeterminate: 0.0 };
+    judge(RoundMode::Synchronous, run(RoundMode::Synchronous, 40, faults));
+}
+
+#[test]
+fn what_is_promised_is_merged_once_though_the_store_fails_too() {
+    let faults = Faults { determinate: 0.1, indeterminate: 0.1 };
+    judge(RoundMode::Synchronous, run(RoundMode::Synchronous, 40, faults));
+}
+
+#[test]
+fn buffers_are_filled_by_whoever_receives() {
+    let faults = Faults { determinate: 0.05, indeterminate: 0.05 };
+    judge(RoundMode::Buffered, run(RoundMode::Buffered, 40, faults));
+}

@@ -1,0 +1,210 @@
+//! The stores that several machines share: PostgreSQL and a bucket that speaks S3, each a real server on the loopback.
+#![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use aggregator::config;
+use aggregator::store::{Access, Append, Storage, StoreError, contract};
+use commonweal_protocol::Digest;
+use commonweal_tests::{bucket::Bucket, postgres::Postgres};
+
+fn open(settings: &config::Storage, dir: &tempfile::TempDir) -> Storage {
+    Storage::of(dir.path(), settings, Access::Exclusive).unwrap()
+}
+
+#[test]
+fn postgres_keeps_the_contract() {
+    let Some(postgres) = Postgres::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    contract::suite(&open(&postgres.settings(dir.path()), &dir));
+}
+
+#[test]
+fn a_bucket_keeps_the_contract() {
+    let Some(bucket) = Bucket::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    contract::suite(&open(&bucket.settings(dir.path(), config::Storage::default()), &dir));
+}
+
+#[test]
+fn hints_reach_other_processes_and_come_again_after_the_server_did() {
+    let Some(mut postgres) = Postgres::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let settings = postgres.settings(dir.path());
+    let (one, other) = (open(&settings, &dir), open(&settings, &dir));
+    let reaches = || {
+        let mark = other.watch.mark();
+        let woken = std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| other.watch.wait(mark, Duration::from_secs(3600)));
+            // A hint may be lost while nobody listens yet.
+            while !waiter.is_finished() {
+                one.watch.notify();
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            other.watch.mark()
+        });
+        assert_ne!(woken, mark);
+    };
+    reaches();
+    postgres.crash();
+    reaches();
+}
+
+#[test]
+fn a_server_that_lost_its_power_lost_nothing_and_is_found_again() {
+    let Some(mut postgres) = Postgres::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let storage = open(&postgres.settings(dir.path()), &dir);
+    assert_eq!(storage.coord.compare_and_set("release", 0, b"one").unwrap(), 1);
+    assert_eq!(storage.inbox.append_once("round", "a", b"A").unwrap(), Append::Appended);
+    postgres.crash();
+    // The connections are lost; the first call on each finds that out, and another takes its place.
+    assert_eq!(storage.coord.head("release").unwrap().unwrap().value, b"one");
+    assert_eq!(storage.inbox.find("round", "a").unwrap().unwrap(), b"A");
+    assert_eq!(storage.coord.compare_and_set("release", 1, b"two").unwrap(), 2);
+}
+
+#[test]
+fn a_connection_that_is_lost_leaves_open_what_was_done_and_the_store_knows() {
+    let Some(postgres) = Postgres::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let storage = open(&postgres.settings(dir.path()), &dir);
+    let ended = std::sync::atomic::AtomicBool::new(false);
+    let head = || loop {
+        if let Ok(head) = storage.coord.head("log") {
+            return head.map_or(0, |entry| entry.sequence);
+        }
+    };
+    // Sessions are ended under way, again and again, while a log grows.
+    let (mut unsure, mut sequence) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..15 {
+                postgres.sql(
+                    "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid() \
+                     AND application_name = 'commonweal-aggregator'",
+                );
+            }
+            ended.store(true, std::sync::atomic::Ordering::SeqCst);
+        });
+        while !ended.load(std::sync::atomic::Ordering::SeqCst) {
+            let value = format!("{sequence}");
+            match storage.coord.compare_and_set("log", sequence, value.as_bytes()) {
+                Ok(next) => sequence = next,
+                Err(error) if error.is_determinate() => {
+                    assert!(!matches!(error, StoreError::Conflict { .. }), "{error}");
+                    assert_eq!(head(), sequence, "what was not done is not there: {error}");
+                }
+                Err(_) => {
+                    unsure += 1;
+                    sequence = head();
+                }
+            }
+        }
+    });
+    let entries = storage.coord.scan("log", 1, 10_000).unwrap();
+    for (entry, expected) in entries.iter().zip(0_u64..) {
+        assert_eq!((entry.sequence, &*entry.value), (expected + 1, expected.to_string().as_bytes()));
+    }
+    eprintln!("{} entries, {unsure} times unsure", entries.len());
+}
+
+#[test]
+fn a_newer_schema_is_refused_by_name_and_many_may_start_at_once() {
+    let Some(postgres) = Postgres::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let settings = postgres.settings(dir.path());
+    std::thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| open(&settings, &dir).coord.head("release").unwrap());
+        }
+    });
+    assert_eq!(postgres.sql("SELECT version FROM commonweal_schema_version ORDER BY 1"), "1");
+    postgres.sql("INSERT INTO commonweal_schema_version (version) VALUES (99)");
+    let error = Storage::of(dir.path(), &settings, Access::Shared).unwrap_err();
+    assert!(error.to_string().contains("expected schema version 1, got 99"), "{error}");
+    assert!(matches!(error, StoreError::Schema { .. }));
+}
+
+#[test]
+fn a_server_that_does_not_keep_what_it_answers_is_refused() {
+    let Some(postgres) = Postgres::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let settings = postgres.settings(dir.path());
+    postgres.sql("ALTER SYSTEM SET full_page_writes = off");
+    postgres.sql("SELECT pg_reload_conf()");
+    let refused = loop {
+        // The server takes its settings up when it comes to it.
+        match Storage::of(dir.path(), &settings, Access::Shared) {
+            Ok(_) => std::thread::sleep(Duration::from_millis(20)),
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert!(refused.contains("expected full_page_writes = on, got off"), "{refused}");
+    // A session's own setting does not matter: the programs ask for what they need.
+    postgres.sql("ALTER SYSTEM RESET full_page_writes");
+    postgres.sql("ALTER SYSTEM SET synchronous_commit = off");
+    postgres.sql("SELECT pg_reload_conf()");
+    let storage = loop {
+        match Storage::of(dir.path(), &settings, Access::Shared) {
+            Ok(storage) => break storage,
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    storage.coord.compare_and_set("log", 0, b"one").unwrap();
+}
+
+#[test]
+fn nobody_comes_in_without_the_password() {
+    let Some(postgres) = Postgres::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings = postgres.settings(dir.path());
+    std::fs::write(settings.password_file.as_ref().unwrap(), "another").unwrap();
+    let error = Storage::of(dir.path(), &settings, Access::Shared).unwrap_err();
+    assert!(error.is_determinate());
+    settings.password_file = None;
+    Storage::of(dir.path(), &settings, Access::Shared).unwrap_err();
+}
+
+#[test]
+fn damage_in_a_bucket_is_found_when_a_blob_is_read_whole() {
+    let Some(bucket) = Bucket::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let settings = bucket.settings(dir.path(), config::Storage::default());
+    let storage = Arc::new(open(&settings, &dir));
+    let name = Digest::of(b"intact");
+    storage.blob.put_if_absent(&name, 6, &mut b"intact".as_slice()).unwrap();
+    bucket.overwrite(&format!("adapters/{name}"), b"broken");
+    assert!(matches!(storage.blob.read_all(&name, 6), Err(StoreError::Refused { .. })));
+}
+
+#[test]
+fn between_machines_the_server_has_to_show_who_it_is() {
+    let Some(postgres) = Postgres::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let made = || rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let (shown, another) = (made(), made());
+    postgres.secure(&shown.cert.pem(), &shown.signing_key.serialize_pem());
+    let trusting = |pem: &str, host: &str| {
+        let authority = dir.path().join("authority.pem");
+        std::fs::write(&authority, pem).unwrap();
+        let settings = postgres.settings(dir.path());
+        let url = settings.coordination.as_ref().unwrap().replace("127.0.0.1", host);
+        let coordination = Some(format!("{url}?sslmode=require"));
+        Storage::of(
+            dir.path(),
+            &config::Storage { coordination, authority: Some(authority), ..settings },
+            Access::Shared,
+        )
+    };
+    let storage = trusting(&shown.cert.pem(), "localhost").unwrap();
+    storage.coord.compare_and_set("log", 0, b"one").unwrap();
+    let secured = postgres.sql(
+        "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE ssl AND \
+         application_name = 'commonweal-aggregator'",
+    );
+    assert_ne!(secured, "0");
+    trusting(&another.cert.pem(), "localhost").expect_err("another's certificate");
+    trusting(&shown.cert.pem(), "127.0.0.1").expect_err("a certificate of another name");
+}
