@@ -55,13 +55,17 @@ impl FromStr for Endpoint {
         let wrong = || format!("expected http://HOST:PORT of a collector, got \"{text}\"");
         let uri: http::Uri = text.parse().map_err(|_| wrong())?;
         let host = uri.host().filter(|host| !host.is_empty()).ok_or_else(wrong)?;
-        let is_plain = uri.scheme_str() == Some("http") && uri.query().is_none();
-        let has_name = uri.authority().is_some_and(|authority| authority.as_str().contains('@'));
-        if !is_plain || has_name {
+        if uri.scheme_str() != Some("http") || uri.query().is_some() {
             return Err(wrong());
         }
+        // What stands before the host is a name and a password; what stands behind it must be a port.
+        let behind = uri.authority().and_then(|authority| authority.as_str().strip_prefix(host));
+        let port = match behind.ok_or_else(wrong)? {
+            "" => PORT,
+            port => port.strip_prefix(':').and_then(|port| port.parse().ok()).ok_or_else(wrong)?,
+        };
         let path = uri.path().trim_end_matches('/').to_owned();
-        Ok(Self { host: host.to_owned(), port: uri.port_u16().unwrap_or(PORT), path })
+        Ok(Self { host: host.to_owned(), port, path })
     }
 }
 
