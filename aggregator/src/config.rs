@@ -386,8 +386,15 @@ impl Config {
     /// The file of a state directory.
     pub fn read(dir: &Path) -> Result<Self, ConfigError> {
         let path = dir.join(FILE);
-        let text = std::fs::read_to_string(&path)
-            .map_err(|source| ConfigError::File { path: path.clone(), source })?;
-        toml::from_str(&text).map_err(|source| ConfigError::Form { path, source: Box::new(source) })
+        Self::of_text(&Self::text(&path)?, &path)
+    }
+
+    fn text(path: &Path) -> Result<String, ConfigError> {
+        std::fs::read_to_string(path).map_err(|source| ConfigError::File { path: path.to_owned(), source })
+    }
+
+    fn of_text(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        toml::from_str(text)
+            .map_err(|source| ConfigError::Form { path: path.to_owned(), source: Box::new(source) })
     }
 }

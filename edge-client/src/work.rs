@@ -28,7 +28,7 @@ use crate::{
 
 /// The screened and revised samples of a round, as kept on disk.
 #[derive(Serialize, Deserialize)]
-struct Prepared {
+pub(crate) struct Prepared {
     sampled: usize,
     counts: ReviseCounts,
     pairs: Vec<TrainingPair>,
