@@ -105,7 +105,8 @@ fn check_set(read: Result<Vec<Conversation>, SetError>, text: &str, file: &str) 
 /// Whatever is asked of the updates on their way in, by several devices and in any order, the files hold what the memory
 /// holds; foreign files in the folder are left alone.
 pub fn partial(bytes: &[u8]) {
-    PARTIALS.with(|(directory, files)| {
+    PARTIALS.with(|made| {
+        let (directory, files) = &**made;
         let memory = PartialMemory::default();
         let keys = [1_u64, 2, u64::MAX]
             .map(|round| UploadKey { round: RoundId(round), digest: Digest([round as u8; 32]) });

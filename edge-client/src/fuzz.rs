@@ -202,9 +202,9 @@ impl World {
                     check_sample(&kept.sample);
                 }
             }),
-            "used.samples" => self.ids(content, kept::used(&self.store).map_err(|error| error.to_string())),
+            "used.samples" => ids(content, kept::used(&self.store).map_err(|error| error.to_string())),
             "forget.samples" => {
-                self.ids(content, kept::read_ids(&self.store, name).map_err(|error| error.to_string()))
+                ids(content, kept::read_ids(&self.store, name).map_err(|error| error.to_string()))
             }
             "personal.adapter" => personal::read(&self.store, self.expected.base)
                 .map(drop)
@@ -244,13 +244,14 @@ impl World {
             Err(error) => Err(error.to_string()),
         }
     }
+}
 
-    fn ids(&self, content: &[u8], read: Result<Option<BTreeSet<SampleId>>, String>) -> Result<(), String> {
-        let ids = read?.unwrap_or_default();
-        assert_eq!(content.len() % 16, 0);
-        assert!(ids.len() <= content.len() / 16);
-        Ok(())
-    }
+/// Names of samples, as many as there are room for.
+fn ids(content: &[u8], read: Result<Option<BTreeSet<SampleId>>, String>) -> Result<(), String> {
+    let ids = read?.unwrap_or_default();
+    assert_eq!(content.len() % 16, 0);
+    assert!(ids.len() <= content.len() / 16);
+    Ok(())
 }
 
 #[cfg(test)]

@@ -36,11 +36,9 @@ pub(super) struct Aggregator {
 
 impl Aggregator {
     pub(super) fn new(is_buffered: bool) -> Self {
-        let mut config = Config::default();
-        config.round = Policy { goal: 2, quorum: 1, ..Policy::default() };
-        if is_buffered {
-            config.round.mode = RoundMode::Buffered;
-        }
+        let mode = if is_buffered { RoundMode::Buffered } else { RoundMode::Synchronous };
+        let round = Policy { mode, goal: 2, quorum: 1, ..Policy::default() };
+        let config = Config { round, ..Config::default() };
         Self { storage: MemoryStorage::default().storage(), config }
     }
 
