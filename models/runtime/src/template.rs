@@ -1,7 +1,11 @@
 //! Renders a conversation with the package's `chat_template.jinja`, as Hugging Face's `apply_chat_template` does.
 //! `conversation.rs` turns the rendered text into tokens.
 
-use std::{fmt, path::Path};
+use std::{
+    fmt,
+    panic::{self, AssertUnwindSafe},
+    path::Path,
+};
 
 use minijinja::{
     Environment, Error, ErrorKind, State, Value, context, filters,
@@ -130,12 +134,14 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TemplateError> {
         let SpecialTokens { bos_token, eos_token, pad_token } = &self.special;
         let failed = |source| TemplateError::Render { messages: messages.len(), source };
-        self.environment
-            .get_template(NAME)
-            .and_then(|template| {
+        // minijinja 2.24 panics where an empty list is read backwards (`[][::-1]`), as templates do.
+        let rendered = panic::catch_unwind(AssertUnwindSafe(|| {
+            self.environment.get_template(NAME).and_then(|template| {
                 template.render(context! { messages, add_generation_prompt, bos_token, eos_token, pad_token })
             })
-            .map_err(failed)
+        }));
+        let panicked = |_| Err(Error::new(ErrorKind::InvalidOperation, "the template makes its engine fail"));
+        rendered.unwrap_or_else(panicked).map_err(failed)
     }
 }
 

@@ -22,6 +22,16 @@ fn devices() {
     run("devices", 20_000, targets::devices);
 }
 
+/// minijinja 2.24 panics there.
+#[test]
+fn an_empty_list_that_is_read_backwards_ends_nobody() {
+    let source = "{% for message in messages[::-1] %}{{ message.content }}{% endfor %}";
+    let template = ChatTemplate::parse(source, SpecialTokens::default()).unwrap();
+    assert_eq!(template.render(&[Message::user("a"), Message::user("b")], true).unwrap(), "ba");
+    let rendered = template.render(&[], true);
+    assert!(rendered.is_err_and(|error| error.to_string().contains("does not render 0 messages")));
+}
+
 /// Each of these asked for as much memory as it named, and ended the process.
 #[test]
 fn a_template_cannot_ask_for_any_amount_of_memory() {
