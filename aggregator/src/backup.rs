@@ -99,7 +99,7 @@ pub fn back_up(from: &Directory, to: &Path) -> Result<Copied, BackupError> {
 fn is_whole(from: &Directory, to: &Path, copy: &FileBlob) -> Result<bool, BackupError> {
     let storage = Storage::open(to, Access::Shared)?;
     let base = BaseHash([0; 32]);
-    let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), from.signing_key()?, base);
+    let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), from.signer()?, base);
     let mut named = publisher.kept(1)?;
     named.extend(publisher.kept_states(1)?);
     let (rounds, progress) = desk::peek(storage.coord.as_ref())?;
@@ -171,6 +171,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let from = Directory::create(&dir.path().join("state"), 1_700_000_000_000).unwrap();
         from.admin_token().unwrap();
+        from.rotate(1_700_000_000_001, |_| ()).unwrap();
         from.write_config("plain = true\n").unwrap();
         let storage = Storage::open(from.path(), Access::Exclusive).unwrap();
         let bytes = b"an adapter".as_slice();
@@ -183,7 +184,9 @@ mod tests {
         // What happens after it is not in it.
         storage.coord.compare_and_set("log", 1, b"second").unwrap();
         let copy = Directory::open(&to).unwrap();
-        assert_eq!(copy.signing_key().unwrap().to_bytes(), from.signing_key().unwrap().to_bytes());
+        let keys = |directory: &Directory| directory.signer().unwrap().keys();
+        assert_eq!(keys(&copy).lineage(), keys(&from).lineage());
+        assert_eq!(keys(&copy).signing().to_bytes(), keys(&from).signing().to_bytes());
         assert_eq!(copy.admin_token().unwrap(), from.admin_token().unwrap());
         copy.authority().unwrap();
         let mode = std::fs::metadata(&to).unwrap().permissions().mode();

@@ -8,6 +8,7 @@ mod inspect;
 mod show;
 mod adapters;
 mod tokens;
+mod keys;
 mod dashboard;
 mod settings;
 
@@ -35,6 +36,7 @@ Examples:
   aggregator rounds --dir state
   aggregator show 5 --dir state
   aggregator rollback 3 --dir state
+  aggregator keys rotate --dir state
   aggregator export 5 --format peft --out adapter --dir state
 
 Settings come from STATE/aggregator.toml (written by init), then the environment
@@ -104,6 +106,9 @@ enum Verb {
     #[command(after_help = "Examples:\n  aggregator evaluate --dir state\n  \
         aggregator evaluate --dir state --adapter candidate.safetensors\n\nExits with 4 if a gate fails.")]
     Evaluate(Box<adapters::EvaluateVerb>),
+    /// The keys that sign receipts and releases: list them, or let a new one follow.
+    #[command(subcommand)]
+    Keys(keys::KeysVerb),
     /// Print every setting in force, and where it comes from; every problem, if there are any.
     #[command(after_help = "Examples:\n  aggregator config --dir state\n  \
         aggregator config --dir state --set round.goal=8 --json\n\nExits with 3 if `serve` would not start with them.")]
@@ -226,7 +231,7 @@ fn directory_code(error: &DirectoryError) -> u8 {
         | DirectoryError::File { .. }
         | DirectoryError::Token { .. } => 3,
         DirectoryError::Locked { .. } => 5,
-        DirectoryError::Key { .. } | DirectoryError::Authority { .. } => 1,
+        DirectoryError::Keys { .. } | DirectoryError::Authority { .. } => 1,
     }
 }
 
@@ -262,8 +267,9 @@ impl Opened {
     /// The releases; the package's files are verified.
     fn publisher(&self) -> Result<(Publisher, Base), CliError> {
         let (_, base) = open_package(&self.config.package)?;
-        let key = self.directory.signing_key()?;
-        let publisher = Publisher::new(self.storage.coord.clone(), self.storage.blob.clone(), key, base.hash);
+        let signer = self.directory.signer()?;
+        let publisher =
+            Publisher::new(self.storage.coord.clone(), self.storage.blob.clone(), signer, base.hash);
         Ok((publisher, base))
     }
 }
@@ -293,6 +299,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
         Verb::Rollback { version } => adapters::rollback(&opened()?, version, json),
         Verb::Export(export) => adapters::export(&opened()?, &export, json),
         Verb::Evaluate(evaluate) => adapters::evaluate(opened()?, &evaluate, json),
+        Verb::Keys(verb) => keys::keys(&Directory::open(&dir)?, &verb, json),
         Verb::Config(verb) => settings::config(&dir, &verb, &set, json),
         Verb::Dashboard(verb) => dashboard::dashboard(&dir, &verb, &set, json),
         Verb::Backup { to } => {
@@ -349,7 +356,11 @@ mod tests {
     #[test]
     fn every_verb_shows_an_example_that_parses() {
         let command = Cli::command();
-        let helps = command.get_subcommands().map(|verb| (verb.get_name(), verb.get_after_help()));
+        let verbs = command.get_subcommands().flat_map(|verb| {
+            let below: Vec<_> = verb.get_subcommands().collect();
+            if below.is_empty() { vec![verb] } else { below }
+        });
+        let helps = verbs.map(|verb| (verb.get_name(), verb.get_after_help()));
         for (name, help) in helps.chain([("aggregator", command.get_after_help())]) {
             let help = help.unwrap_or_else(|| panic!("{name} has no example")).to_string();
             let mut examples =

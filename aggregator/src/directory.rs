@@ -1,4 +1,4 @@
-//! The state directory: its lock, its keys, its paths.
+//! The state directory: its lock, its keys, its paths. The keys that sign are `signer`'s.
 //!
 //! ```text
 //! STATE/  aggregator.toml  aggregator.db  blobs/  partials/
@@ -10,10 +10,9 @@ use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use commonweal_protocol::SigningKey;
 use commonweal_transport::{Authority, IdentityError};
-use ed25519_dalek::pkcs8::{DecodePrivateKey, EncodePrivateKey, spki::der::pem::LineEnding};
 
+use crate::signer::{Keys, KeysError, Signer};
 use crate::store::sync_dir;
 
 /// Shortest admin token: nobody guesses 16 characters that were drawn at random.
@@ -49,14 +48,14 @@ pub enum DirectoryError {
         /// The lock.
         path: PathBuf,
     },
-    /// The signing key is damaged.
-    #[error("{}: expected an Ed25519 key", path.display())]
-    Key {
+    /// The signing keys are damaged, or no other can follow them.
+    #[error("{}: expected the keys that sign for the aggregator", path.display())]
+    Keys {
         /// Which file.
         path: PathBuf,
         /// Why.
         #[source]
-        source: ed25519_dalek::pkcs8::Error,
+        source: KeysError,
     },
     /// Others can read the admin token, or it is too short to be one.
     #[error("{}: expected at least {TOKEN_BYTES_MIN} characters that their owner alone may read (chmod 600)", path.display())]
@@ -117,12 +116,9 @@ impl Directory {
                 _ => {}
             }
         }
-        let mut seed = zeroize::Zeroizing::new([0_u8; 32]);
-        rand::RngCore::fill_bytes(&mut rand::rng(), seed.as_mut());
-        let path = directory.signing_key_path();
-        let pem = SigningKey::from_bytes(&seed)
-            .to_pkcs8_pem(LineEnding::LF)
-            .map_err(|source| DirectoryError::Key { path: path.clone(), source })?;
+        let path = directory.signing_keys_path();
+        let pem =
+            Keys::draw().to_pem().map_err(|source| DirectoryError::Keys { path: path.clone(), source })?;
         directory.write_secret(&path, pem.as_bytes())?;
         let path = directory.authority_path();
         let authority = Authority::create(now_ms)
@@ -141,7 +137,7 @@ impl Directory {
         self.path.join("partials")
     }
 
-    fn signing_key_path(&self) -> PathBuf {
+    pub(crate) fn signing_keys_path(&self) -> PathBuf {
         self.path.join("signing.pem")
     }
 
@@ -160,6 +156,17 @@ impl Directory {
     }
 
     fn write(&self, path: &Path, bytes: &[u8], mode: u32) -> Result<(), DirectoryError> {
+        self.write_in_steps(path, bytes, mode, |_| ())
+    }
+
+    /// Between its steps, which it names, a kill leaves the old file or the new one, whole.
+    fn write_in_steps(
+        &self,
+        path: &Path,
+        bytes: &[u8],
+        mode: u32,
+        between: impl Fn(&'static str),
+    ) -> Result<(), DirectoryError> {
         let failed = |source| DirectoryError::File { path: path.to_owned(), source };
         let temporary = path.with_extension("new");
         let mut file = OpenOptions::new()
@@ -170,14 +177,46 @@ impl Directory {
             .open(&temporary)
             .map_err(failed)?;
         file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
-        fs::rename(&temporary, path).and_then(|()| sync_dir(&self.path)).map_err(failed)
+        between("written");
+        fs::rename(&temporary, path).map_err(failed)?;
+        between("renamed");
+        sync_dir(&self.path).map_err(failed)
     }
 
-    /// The key that signs receipts and releases.
-    pub fn signing_key(&self) -> Result<SigningKey, DirectoryError> {
-        let path = self.signing_key_path();
-        let text = read(&path)?;
-        SigningKey::from_pkcs8_pem(&text).map_err(|source| DirectoryError::Key { path, source })
+    /// What signs receipts and releases, whatever key is in force when it is asked.
+    pub fn signer(&self) -> Result<Signer, DirectoryError> {
+        Signer::open(self)
+    }
+
+    pub(crate) fn signing_keys(&self) -> Result<Keys, DirectoryError> {
+        Self::read_signing_keys(&self.signing_keys_path())
+    }
+
+    /// Nothing is signed with a key whose file could still be gone after the machine lost its power: a device that has
+    /// followed to it could not go back.
+    pub(crate) fn read_signing_keys(path: &Path) -> Result<Keys, DirectoryError> {
+        let text = read(path)?;
+        let keys =
+            Keys::from_pem(&text).map_err(|source| DirectoryError::Keys { path: path.to_owned(), source })?;
+        path.parent()
+            .map_or(Ok(()), sync_dir)
+            .map_err(|source| DirectoryError::File { path: path.to_owned(), source })?;
+        Ok(keys)
+    }
+
+    /// A new key signs from now on, and the one before it is retired. One renaming, so that a kill leaves the one or the
+    /// other; `between` is told the steps. Of two rotations at once, one waits for the other and follows it.
+    pub fn rotate(&self, now_ms: u64, between: impl Fn(&'static str)) -> Result<Keys, DirectoryError> {
+        let path = self.signing_keys_path();
+        let failed = |source| DirectoryError::File { path: self.path.clone(), source };
+        let directory = File::open(&self.path).map_err(failed)?;
+        fs4::FileExt::lock(&directory).map_err(failed)?;
+        let refused = |source| DirectoryError::Keys { path: path.clone(), source };
+        let keys = self.signing_keys()?.rotated(now_ms).map_err(|error| refused(error.into()))?;
+        let text = keys.to_pem().map_err(refused)?;
+        between("drawn");
+        self.write_in_steps(&path, text.as_bytes(), 0o600, between)?;
+        Ok(keys)
     }
 
     /// The federation's certificate authority.
@@ -255,10 +294,11 @@ mod tests {
     #[test]
     fn secrets_are_for_their_owner_only() {
         let (_dir, directory) = made();
-        for path in [directory.signing_key_path(), directory.authority_path()] {
+        directory.rotate(1, |_| ()).unwrap();
+        for path in [directory.signing_keys_path(), directory.authority_path()] {
             assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600, "{path:?}");
         }
-        directory.signing_key().unwrap();
+        directory.signer().unwrap();
         directory.authority().unwrap();
     }
 
@@ -306,7 +346,20 @@ mod tests {
     #[test]
     fn a_damaged_key_is_refused() {
         let (_dir, directory) = made();
-        fs::write(directory.signing_key_path(), "nonsense").unwrap();
-        assert!(matches!(directory.signing_key(), Err(DirectoryError::Key { .. })));
+        fs::write(directory.signing_keys_path(), "nonsense").unwrap();
+        assert!(matches!(directory.signer(), Err(DirectoryError::Keys { .. })));
+        assert!(matches!(directory.rotate(1, |_| ()), Err(DirectoryError::Keys { .. })));
+        assert_eq!(fs::read_to_string(directory.signing_keys_path()).unwrap(), "nonsense");
+    }
+
+    #[test]
+    fn rotations_at_once_follow_one_another() {
+        let (_dir, directory) = made();
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| directory.rotate(1, |_| ()).unwrap());
+            }
+        });
+        assert_eq!(directory.signing_keys().unwrap().lineage().steps().len(), 8);
     }
 }

@@ -5,7 +5,7 @@
 //!    └─────── desk: the round's durable state ──────┘     drive: carries out what it decides
 //! ```
 //!
-//! `serve` owns sockets, timers and disks; `store` is the seam to what must not be lost; `cli` is the
+//! `signer` has the keys that sign. `serve` owns sockets, timers and disks; `store` is the seam to what must not be lost; `cli` is the
 //! operator's side, `observe` what can be seen of it all, `admin` the port that shows it. No type here can hold a person's text: alignment and evaluation read the operator's files.
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed"))]
 
@@ -23,6 +23,7 @@ pub mod publish;
 pub mod canary;
 pub mod drive;
 pub mod directory;
+pub mod signer;
 pub mod backup;
 pub mod observe;
 pub mod admin;

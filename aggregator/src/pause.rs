@@ -3,7 +3,8 @@
 //!
 //! Points, in the order of a round: `upload` (a chunk is durable), `receipt` (an update is taken, its receipt not yet
 //! sent), `merge` (about to merge), `merged` (the candidate is stored, the state not yet saved), `align`, `evaluate`,
-//! `publish` (about to move the head), `published` (the head moved, the round not yet recorded).
+//! `publish` (about to move the head), `published` (the head moved, the round not yet recorded). Of `keys rotate`: `drawn`
+//! (a new key in memory), `written` (on disk beside the old one), `renamed` (in its place).
 
 use crate::events::{Event, Events};
 

@@ -1,18 +1,19 @@
 //! Makes a candidate the release: content-addressed bytes, a signature, and a compare-and-set of the head.
 //!
 //! After `evaluate`; devices learn of the head when they poll `receive`. A release is never changed and
-//! versions only rise: a roll-back publishes an old adapter under a new version.
+//! versions only rise: a roll-back publishes an old adapter under a new version. It keeps the signature of the key that
+//! was in force then; the keys that followed vouch for that one (`signer`).
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use commonweal_protocol::{
-    AggregatorKey, BaseHash, Digest, Release, ReportCard, RoundId, SignatureError, SignedRelease, SigningKey,
-    Version,
+    BaseHash, Digest, KeyNumber, Release, ReportCard, RoundId, SignatureError, SignedRelease, Version,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::optimize::OptimizerState;
+use crate::signer::Signer;
 use crate::store::{Blob, Coord, PAGE_MAX, StoreError};
 
 /// The log whose entries are the releases; entry `n` is version `n − 1`.
@@ -98,7 +99,7 @@ struct Entry {
 pub struct Publisher {
     coord: Arc<dyn Coord>,
     blob: Arc<dyn Blob>,
-    key: SigningKey,
+    signer: Signer,
     base: BaseHash,
 }
 
@@ -109,9 +110,21 @@ impl std::fmt::Debug for Publisher {
 }
 
 impl Publisher {
-    /// Releases of `base`, signed by `key`.
-    pub fn new(coord: Arc<dyn Coord>, blob: Arc<dyn Blob>, key: SigningKey, base: BaseHash) -> Self {
-        Self { coord, blob, key, base }
+    /// Releases of `base`, signed by the key that is in force when they are published.
+    pub fn new(
+        coord: Arc<dyn Coord>,
+        blob: Arc<dyn Blob>,
+        signer: impl Into<Signer>,
+        base: BaseHash,
+    ) -> Self {
+        Self { coord, blob, signer: signer.into(), base }
+    }
+
+    /// The number of the key that a stored release was signed with.
+    pub fn signed_with(&self, signed: &SignedRelease) -> Option<KeyNumber> {
+        let keys = self.signer.keys();
+        let place = keys.lineage().keys().position(|key| signed.verify(&key).is_ok())?;
+        Some(KeyNumber(keys.lineage().number().0.saturating_sub(place as u64)))
     }
 
     /// The current release.
@@ -236,7 +249,7 @@ impl Publisher {
             report_card: candidate.card,
             created_ms: now_ms,
         };
-        let signed = SignedRelease::sign(&self.key, release)?;
+        let signed = SignedRelease::sign(self.signer.keys().signing(), release)?;
         let entry = Entry { release: signed, state: candidate.state };
         let bytes = postcard::to_allocvec(&entry)
             .map_err(|error| StoreError::not_done("encode", "release", error))?;
@@ -260,10 +273,12 @@ impl Publisher {
         let corrupt =
             |source: Box<dyn std::error::Error + Send + Sync>| PublishError::Corrupt { version, source };
         let entry: Entry = postcard::from_bytes(bytes).map_err(|error| corrupt(error.into()))?;
-        let release =
-            entry.release.verify(&AggregatorKey::of(&self.key)).map_err(|error| corrupt(error.into()))?;
-        if release.version.0 != version {
-            return Err(corrupt(format!("its version is {}", release.version).into()));
+        if self.signed_with(&entry.release).is_none() {
+            return Err(corrupt("no key of this aggregator has signed it".into()));
+        }
+        let found = entry.release.release.version;
+        if found.0 != version {
+            return Err(corrupt(format!("its version is {found}").into()));
         }
         Ok(entry)
     }
@@ -273,7 +288,7 @@ impl Publisher {
 mod tests {
     use super::*;
     use crate::store::{Faults, MemoryStorage};
-    use commonweal_protocol::{Direction, Gate, Metric};
+    use commonweal_protocol::{Direction, Gate, Metric, SigningKey};
 
     fn publisher(memory: &MemoryStorage) -> Publisher {
         let storage = memory.storage();

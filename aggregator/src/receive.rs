@@ -17,8 +17,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use commonweal_adapter::{AdapterLayout, Trainable, pair};
 use commonweal_protocol::{
-    BaseHash, DeviceId, Digest, Fetch, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, RoundId,
-    RoundTask, Scaffold, SignedRelease, SigningKey, Version,
+    BaseHash, DeviceId, Digest, Fetch, KeyNumber, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused,
+    RoundId, RoundTask, Scaffold, SignedRelease, Version,
 };
 use commonweal_transport::{Clock, ContentPart};
 
@@ -29,6 +29,7 @@ use crate::events::{Event, Events};
 use crate::pause::PausePoint;
 use crate::publish::Publisher;
 use crate::round::{NotAdmitted, ROUNDS_BACK_MAX};
+use crate::signer::Signer;
 use crate::store::Storage;
 use limit::Limits;
 use pace::Crowd;
@@ -52,7 +53,7 @@ pub struct Parts {
     /// The adapter's shape.
     pub layout: Arc<AdapterLayout>,
     /// Signs receipts.
-    pub key: SigningKey,
+    pub signer: Signer,
     /// The time.
     pub clock: Clock,
     /// Where events go.
@@ -89,6 +90,7 @@ struct Live {
     rates: Limits,
     published: Published,
     installed: BTreeMap<DeviceId, Version>,
+    keys: BTreeMap<DeviceId, KeyNumber>,
 }
 
 /// What can be fetched, as of this head.
@@ -109,8 +111,8 @@ impl Receiver {
     pub fn new(parts: Parts) -> Self {
         let bytes_max = pair::bytes_max(&parts.layout, Trainable::Both, parts.config.train.scaffold);
         let rates = Limits::new(&parts.config.receive, bytes_max as u64);
-        let (opens, installed) = (BTreeMap::new(), BTreeMap::new());
-        let live = Live { opens, rates, published: Published::default(), installed };
+        let (opens, installed, keys) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        let live = Live { opens, rates, published: Published::default(), installed, keys };
         let lanes = std::array::from_fn(|_| Mutex::default());
         let crowd = Mutex::new(Crowd::default());
         Self { parts, live: Mutex::new(live), crowd, lanes, whole: Mutex::default() }
@@ -145,6 +147,11 @@ impl Receiver {
     /// The release that each device said to have installed.
     pub fn installed(&self) -> BTreeMap<DeviceId, Version> {
         self.live().installed.clone()
+    }
+
+    /// The newest signing key that each device said to know.
+    pub fn keys_known(&self) -> BTreeMap<DeviceId, KeyNumber> {
+        self.live().keys.clone()
     }
 
     /// When each device asked last, of those that did since this start.
@@ -212,8 +219,12 @@ impl Receiver {
                 || self.refuse(Some(device), REQUEST, Refusal::Internal, "there is no release"),
             )?;
         self.crowd.lock().unwrap_or_else(PoisonError::into_inner).see(&device, self.now_ms());
-        if let Some(installed) = poll.installed {
-            self.live().installed.insert(device, installed);
+        {
+            let mut live = self.live();
+            live.keys.insert(device, poll.key);
+            if let Some(installed) = poll.installed {
+                live.installed.insert(device, installed);
+            }
         }
         let start = start_of(&head.release);
         let assigned = self
@@ -221,14 +232,19 @@ impl Receiver {
             .desk
             .poll(self.now_ms(), device, start)
             .map_err(|error| self.failed(device, REQUEST, &error))?;
+        // Whatever key signed it then, what this reply says is the word of one key, to which its steps lead.
+        let keys = self.parts.signer.keys();
+        let unsigned = |error| self.failed(device, REQUEST, &error);
         let config = &self.parts.config;
+        let control = self.parts.desk.control().filter(|_| config.train.scaffold);
+        let control = control.map(|control| keys.again(control)).transpose().map_err(unsigned)?;
         let task = assigned.map(|(round, start, deadline_ms)| RoundTask {
             round,
             base: self.parts.base,
             start,
             mode: config.train.mode,
             train: config.train.settings(),
-            scaffold: match (config.train.scaffold, self.parts.desk.control()) {
+            scaffold: match (config.train.scaffold, control) {
                 (false, _) => Scaffold::Off,
                 (true, None) => Scaffold::Zero,
                 (true, Some(control)) => Scaffold::Control(control),
@@ -239,7 +255,12 @@ impl Receiver {
         });
         let release =
             self.news(device, poll.installed, head).map_err(|error| self.failed(device, REQUEST, &error))?;
-        Ok(PollReply { task, release, reconnect: self.reconnect() })
+        let release = release.map(|release| keys.again(release)).transpose().map_err(unsigned)?;
+        let successions = keys.lineage().after(poll.key).to_vec();
+        if poll.key > keys.lineage().number() {
+            tracing::debug!(%device, key = poll.key.0, "knows a later signing key than there is here");
+        }
+        Ok(PollReply { task, release, successions, reconnect: self.reconnect() })
     }
 
     /// The release that a device is to install, if it has not: the head, or while that is on trial with others, the one

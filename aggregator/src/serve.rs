@@ -167,8 +167,8 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
         exact::check_size(&base.layout, config.round.goal as usize)?;
     }
     let storage = Storage::open(&dir, Access::Exclusive)?;
-    let key = directory.signing_key()?;
-    let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), key.clone(), base.hash);
+    let signer = directory.signer()?;
+    let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), signer.clone(), base.hash);
     let head = publisher.head()?.ok_or(ServeError::NoRelease)?.release;
     if head.base != base.hash {
         let (expected, got) = (head.base.to_string(), base.hash.to_string());
@@ -201,7 +201,7 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
         desk: desk.clone(),
         base: base.hash,
         layout: base.layout.clone(),
-        key,
+        signer,
         clock: clock.clone(),
         events: events.clone(),
         pause: PausePoint::from_environment(),

@@ -19,7 +19,7 @@ use aggregator::events::{AlignFigures, EvaluateFigures, Event};
 use aggregator::laboratory::LaboratoryError;
 use aggregator::store::RealDisk;
 use commonweal_adapter::Adapter;
-use commonweal_protocol::{DeviceReport, Fetch, Poll, Release, ReportCard, RoundId, Version};
+use commonweal_protocol::{DeviceReport, Fetch, KeyNumber, Poll, Release, ReportCard, RoundId, Version};
 use support::*;
 
 struct Passing;
@@ -59,7 +59,10 @@ fn restart(world: World) -> World {
 fn deliver(world: &World, round: u64, loss: f32) {
     for _ in 0..2 {
         for number in 1..=8 {
-            world.receiver.poll(device(number), Poll { base: BASE, installed: None }).unwrap();
+            world
+                .receiver
+                .poll(device(number), Poll { base: BASE, installed: None, key: KeyNumber(0) })
+                .unwrap();
         }
     }
     for number in 1..=8 {
@@ -107,7 +110,7 @@ fn head(world: &World) -> Release {
 fn told(world: &World, installed: u64) -> Vec<u64> {
     (100..200)
         .filter_map(|number| {
-            let poll = Poll { base: BASE, installed: Some(Version(installed)) };
+            let poll = Poll { base: BASE, installed: Some(Version(installed)), key: KeyNumber(0) };
             let reply = world.receiver.poll(device(number), poll).unwrap();
             reply.release.map(|signed| signed.release.version.0)
         })

@@ -17,14 +17,17 @@ use aggregator::desk::records;
 use aggregator::drive::{Driver, Stages, Step};
 use aggregator::events::{AlignFigures, EvaluateFigures};
 use aggregator::laboratory::LaboratoryError;
+use aggregator::publish::Publisher;
+use aggregator::receive::{Parts, Receiver};
 use aggregator::round::{Policy, RoundMode};
+use aggregator::signer::{Keys, Signer};
 use aggregator::store::RealDisk;
 use commonweal_adapter::{
     Adapter, AdapterDelta, AdapterKind, Bits, CompressOptions, PackedDelta, Residual, Trainable, compress,
     pair,
 };
 use commonweal_protocol::{
-    AggregatorKey, Fetch, Mode, Poll, Refusal, ReportCard, RoundId, Scaffold, Version,
+    Fetch, KeyNumber, Mode, Poll, Refusal, ReportCard, RoundId, Scaffold, SigningKey, Version,
 };
 use commonweal_transport::Opened;
 use rand::SeedableRng;
@@ -229,14 +232,35 @@ fn deliver_corrected(world: &World, round: u64, changes: [f32; 2]) {
 /// The server's control variate as a device gets it: told by a task, verified, fetched.
 fn fetched(world: &World) -> Option<(commonweal_protocol::Control, f32)> {
     world.assign(&[1]);
-    let reply = world.receiver.poll(device(1), Poll { base: BASE, installed: None }).unwrap();
+    let reply =
+        world.receiver.poll(device(1), Poll { base: BASE, installed: None, key: KeyNumber(0) }).unwrap();
     let Scaffold::Control(signed) = reply.task.unwrap().scaffold else { return None };
-    let control = *signed.verify(&AggregatorKey::of(&world.parts.key)).unwrap();
+    let control = *signed.verify(&world.parts.signer.keys().lineage().key()).unwrap();
     let fetch = Fetch { digest: control.digest, offset: 0 };
     let part = world.receiver.read(device(1), fetch, 1 << 20).unwrap();
     assert_eq!(part.length, control.length);
     let adapter = world.base.read("control", &part.bytes, AdapterKind::Control).unwrap();
     Some((control, adapter.values()[0]))
+}
+
+/// Made under one key, told under the next: a device would not take the retired one's word.
+#[test]
+fn the_control_variate_is_told_in_the_word_of_the_key_in_force() {
+    let world = world(scaffold);
+    deliver_corrected(&world, 1, [0.2, 0.4]);
+    finish(&world, 1.0);
+    let (before, _) = fetched(&world).unwrap();
+    let keys = Keys::from(SigningKey::from_bytes(&[3; 32])).rotated(1).unwrap();
+    let key = keys.lineage().key();
+    let storage = &world.parts.storage;
+    let signer = Signer::from(keys);
+    let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), signer.clone(), BASE);
+    let receiver = Receiver::new(Parts { signer, publisher, ..world.parts.clone() });
+    let poll = Poll { base: BASE, installed: None, key: KeyNumber(0) };
+    let Scaffold::Control(signed) = receiver.poll(device(1), poll).unwrap().task.unwrap().scaffold else {
+        panic!("no control variate")
+    };
+    assert_eq!(signed.verify(&key).unwrap(), &before);
 }
 
 #[test]
@@ -300,7 +324,7 @@ fn a_change_far_longer_than_the_others_is_shortened_and_a_round_without_correcti
         scaffold(config);
         config.round.goal = 3;
     });
-    world.receiver.poll(device(103), Poll { base: BASE, installed: None }).unwrap();
+    world.receiver.poll(device(103), Poll { base: BASE, installed: None, key: KeyNumber(0) }).unwrap();
     world.assign(&[1, 2, 3]);
     for (number, change) in [(1, 0.1), (2, 0.1), (3, 90.0)] {
         let bytes = corrected(0.1, change);
@@ -400,7 +424,8 @@ fn buffered(config: &mut Config) {
 
 /// A poll's task: its round and the release that it starts from.
 fn asked(world: &World, number: u8) -> Option<(u64, u64)> {
-    let reply = world.receiver.poll(device(number), Poll { base: BASE, installed: None }).unwrap();
+    let reply =
+        world.receiver.poll(device(number), Poll { base: BASE, installed: None, key: KeyNumber(0) }).unwrap();
     reply.task.map(|task| (task.round.0, task.start.version.0))
 }
 

@@ -21,8 +21,8 @@ use commonweal_adapter::{
     Adapter, AdapterDelta, AdapterLayout, Bits, CompressOptions, Module, Residual, Target, Trainable,
 };
 use commonweal_protocol::{
-    AggregatorKey, BaseHash, Digest, Enroll, Fetch, Open, Poll, Refusal, ReportCard, RoundId, Token,
-    UploadKey, Version,
+    BaseHash, Digest, Enroll, Fetch, KeyNumber, Open, Poll, Refusal, ReportCard, RoundId, Token, UploadKey,
+    Version,
 };
 use commonweal_transport::{Authority, DeviceKey, Handler as _, Opened, Peer};
 use rand::SeedableRng;
@@ -42,7 +42,7 @@ fn an_honest_update_is_signed_for_and_counted() {
     world.assign(&[1]);
     let bytes = update(0.1);
     let accepted = world.upload(1, open(1, &bytes), &bytes).unwrap();
-    let receipt = accepted.receipt.verify(&AggregatorKey::of(&world.parts.key)).unwrap();
+    let receipt = accepted.receipt.verify(&world.parts.signer.keys().lineage().key()).unwrap();
     assert_eq!((receipt.device, receipt.digest), (device(1), Digest::of(&bytes)));
     assert_eq!(world.parts.storage.blob.read_all(&receipt.digest, 1 << 20).unwrap(), bytes);
     assert_eq!(world.parts.desk.admits(receipt.round, &device(1)), Ok(true));
@@ -93,7 +93,7 @@ fn another_base_is_refused_by_name() {
     world.assign(&[1]);
     let other = BaseHash([8; 32]);
     assert_eq!(
-        reason(world.receiver.poll(device(1), Poll { base: other, installed: None })),
+        reason(world.receiver.poll(device(1), Poll { base: other, installed: None, key: KeyNumber(0) })),
         Refusal::WrongBase
     );
     let bytes = update(0.1);
@@ -426,8 +426,8 @@ fn content_that_nobody_published_is_looked_for_once() {
     let coord = Arc::new(Spy(world.parts.storage.coord.clone(), move |operation| {
         count.fetch_add(u64::from(operation == "scan"), Ordering::SeqCst);
     }));
-    let (blob, key) = (world.parts.storage.blob.clone(), world.parts.key.clone());
-    let publisher = Publisher::new(coord.clone(), blob, key, BASE);
+    let (blob, signer) = (world.parts.storage.blob.clone(), world.parts.signer.clone());
+    let publisher = Publisher::new(coord.clone(), blob, signer, BASE);
     let receiver = Receiver::new(Parts { publisher: publisher.clone(), ..world.parts.clone() });
     let read = |digest| receiver.read(device(1), Fetch { digest, offset: 0 }, 64);
     for number in 1..=50 {
@@ -455,7 +455,7 @@ fn content_that_nobody_published_is_looked_for_once() {
 #[test]
 fn a_fetch_beside_another_that_has_just_looked_at_a_new_head_is_answered() {
     let world = world();
-    let (blob, key) = (world.parts.storage.blob.clone(), world.parts.key.clone());
+    let (blob, signer) = (world.parts.storage.blob.clone(), world.parts.signer.clone());
     let receiver: Arc<OnceLock<Receiver>> = Arc::default();
     let digest = Arc::new(OnceLock::new());
     let fetch = |number| {
@@ -477,7 +477,7 @@ fn a_fetch_beside_another_that_has_just_looked_at_a_new_head_is_answered() {
             other();
         }
     }));
-    let publisher = Publisher::new(coord, blob, key, BASE);
+    let publisher = Publisher::new(coord, blob, signer, BASE);
     let made = Receiver::new(Parts { publisher, ..world.parts.clone() });
     assert!(receiver.set(made).is_ok());
 
@@ -521,10 +521,12 @@ async fn refusals_do_not_flood_the_operator() {
 fn a_poll_brings_the_task_and_the_release_once() {
     let world = world();
     world.assign(&[]);
-    let poll = |installed| world.receiver.poll(device(1), Poll { base: BASE, installed }).unwrap();
+    let poll = |installed| {
+        world.receiver.poll(device(1), Poll { base: BASE, installed, key: KeyNumber(0) }).unwrap()
+    };
     let reply = poll(None);
     let (task, release) = (reply.task.unwrap(), reply.release.unwrap());
-    release.verify(&AggregatorKey::of(&world.parts.key)).unwrap();
+    release.verify(&world.parts.signer.keys().lineage().key()).unwrap();
     assert_eq!((task.start.version, task.deadline_ms), (Version(0), 60_000));
     world.clock.set(NOW_MS + 1_000);
     let again = poll(Some(Version(0)));

@@ -15,8 +15,8 @@ use std::sync::Arc;
 use aggregator::receive::handler::{Service, Threads};
 use aggregator::store::RealDisk;
 use commonweal_protocol::{
-    Accepted, AggregatorKey, BaseHash, CertificateChain, Chunk, Csr, DeviceId, Enroll, Enrolled, Fetch, Open,
-    Poll, PollReply, Refused, RoundId, Token, UploadKey,
+    Accepted, AggregatorKey, BaseHash, CertificateChain, Chunk, Csr, DeviceId, Enroll, Enrolled, Fetch,
+    KeyNumber, Open, Poll, PollReply, Refused, RoundId, Token, UploadKey,
 };
 use commonweal_transport::contract::{QuicMedium, SimMedium, Subject};
 use commonweal_transport::{Authority, Clock, ContentPart, Handler, Opened, Peer};
@@ -52,7 +52,7 @@ impl Handler for Assigning {
     }
     async fn enroll(&self, enroll: Enroll) -> Result<Enrolled, Refused> {
         let enrolled = self.service.enroll(enroll).await?;
-        let poll = Poll { base: support::BASE, installed: None };
+        let poll = Poll { base: support::BASE, installed: None, key: KeyNumber(0) };
         assert!(self.world.receiver.poll(enrolled.device, poll)?.task.is_some());
         Ok(enrolled)
     }
@@ -101,7 +101,7 @@ impl Subject for AggregatorSubject {
     }
 
     fn signing_key(&self) -> AggregatorKey {
-        AggregatorKey::of(&self.world.parts.key)
+        self.world.parts.signer.keys().lineage().key()
     }
 
     fn base(&self) -> BaseHash {

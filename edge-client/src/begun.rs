@@ -33,7 +33,7 @@ impl<L> Device<L> {
             // The time left differs from poll to poll.
             task: RoundTask { deadline_ms: 0, ..*task },
             policy: self.policy.of_work(),
-            aggregator: self.expected.key,
+            aggregator: self.expected.trust.first(),
             screening: self.screening()?,
         };
         serde_json::to_vec(&begun).map_err(|error| damaged(&self.store, BEGUN, &error))

@@ -107,11 +107,14 @@ impl Shared {
 pub enum Verb {
     /// Get an identity from an aggregator with a single-use invitation
     #[command(
-        after_help = "Examples:\n  edge-client enroll 'commonweal://aggregator.example:4433/?token=…&ca=…'\n  edge-client enroll --dir /srv/device-2 'commonweal://…'   a second device on this machine"
+        after_help = "Examples:\n  edge-client enroll 'commonweal://aggregator.example:4433/?token=…&ca=…'\n  edge-client enroll --dir /srv/device-2 'commonweal://…'   a second device on this machine\n  edge-client enroll --anew 'commonweal://…'                after its aggregator lost its keys, or somebody else has them"
     )]
     Enroll {
         /// `commonweal://HOST:PORT/?token=…&ca=…`, as `aggregator token` prints it
         invitation: String,
+        /// Give up the identity that this directory holds, and whatever key of its aggregator it has followed
+        #[arg(long)]
+        anew: bool,
     },
     /// Take part in rounds until stopped
     #[command(
@@ -235,7 +238,7 @@ pub enum Verb {
 pub fn run(cli: &Cli) -> anyhow::Result<()> {
     let shared = &cli.shared;
     match &cli.verb {
-        Verb::Enroll { invitation } => enroll::enroll(shared, invitation),
+        Verb::Enroll { invitation, anew } => enroll::enroll(shared, invitation, *anew),
         Verb::Run { rounds, always } => rounds::run(shared, *rounds, !always),
         Verb::Once { heed_rules } => rounds::once(shared, *heed_rules),
         Verb::Status => status::status(shared),

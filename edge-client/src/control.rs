@@ -95,7 +95,7 @@ pub async fn begin(
         Scaffold::Control(signed) => {
             let round = signed.control.round;
             let source = |source| ControlError::Signature { round, source };
-            signed.verify(&expected.key).map_err(source)?
+            signed.verify(&expected.trust.key()).map_err(source)?
         }
     };
     if control.base != expected.base {
@@ -119,7 +119,7 @@ pub(crate) fn write_next(
     let facts = AdapterFacts { base: base.0, kind: AdapterKind::Control };
     let mut bytes = round.0.to_le_bytes().to_vec();
     bytes.extend(disk::write(next, &facts)?);
-    Ok(store.write(NEXT, &bytes)?)
+    Ok(store.write_within(NEXT, &bytes)?)
 }
 
 /// After a receipt; can be done again.

@@ -18,6 +18,13 @@ pub enum Event {
         /// Its identifier.
         device: String,
     },
+    /// Another key signs for the aggregator; the one before is not trusted any more.
+    KeyFollowed {
+        /// Its number.
+        number: u64,
+        /// The key itself, in hex.
+        key: String,
+    },
     /// Samples were added to the store.
     Added {
         /// New ones.
@@ -182,6 +189,9 @@ impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Enrolled { device } => write!(f, "enrolled as {device}"),
+            Self::KeyFollowed { number, key } => {
+                write!(f, "the aggregator signs with key {number} now: {key}")
+            }
             Self::Added { added, known, bad } => {
                 write!(f, "added {added} samples, {known} were known, {bad} lines left out")
             }

@@ -6,14 +6,16 @@
 
 use commonweal_runtime::Cancel;
 use commonweal_safety::{CategoryId, Guard, GuardError, Judgement, Pair};
+use serde::{Deserialize, Serialize};
 
 use crate::{
     policy::{Action, Policy},
-    sample::{Exchange, Sample},
+    sample::{Exchange, Sample, SampleId},
 };
 
-/// Samples judged in one call of the guard: bounds memory, and is how often progress shows.
-const CHUNK_SAMPLES: usize = 64;
+/// Samples judged in one call of the guard: bounds memory, is how often progress shows, and what a break costs
+/// (`chunks.rs`).
+pub(crate) const CHUNK_SAMPLES: usize = 64;
 
 /// A sample with the guard's judgement and what the policy makes of it.
 #[derive(Clone, Debug)]
@@ -23,7 +25,7 @@ pub struct Screened {
 }
 
 /// What was found, and what follows.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Verdict {
     /// What happens to the sample.
     pub action: Action,
@@ -32,6 +34,33 @@ pub struct Verdict {
     pub probability: Option<f64>,
     /// The kind of harm, when there is one.
     pub category: Option<CategoryId>,
+}
+
+/// What of a [`Screened`] is kept while its round is judged: everything but the text, which the store has.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Judgements(Vec<(SampleId, usize, Verdict)>);
+
+impl Judgements {
+    /// Of a chunk that was judged.
+    pub(crate) fn of(chunk: &[SampleId], screened: &[Screened]) -> Self {
+        let of = |(id, one): (&SampleId, &Screened)| (*id, one.sample.turns().len(), one.verdict.clone());
+        Self(chunk.iter().zip(screened).map(of).collect())
+    }
+
+    /// The same over the samples of that chunk; none if these are others.
+    pub(crate) fn over(self, chunk: Vec<Sample>) -> Result<Vec<Screened>, Vec<Sample>> {
+        let is_of_it = |(sample, (id, turns, _)): (&Sample, &(SampleId, usize, Verdict))| {
+            sample.id() == *id && (1..=sample.turns().len()).contains(turns)
+        };
+        if chunk.len() != self.0.len() || !chunk.iter().zip(&self.0).all(is_of_it) {
+            return Err(chunk);
+        }
+        let screened = |(sample, (_, turns, verdict)): (Sample, (SampleId, usize, Verdict))| Screened {
+            sample: sample.cut_after(turns - 1),
+            verdict,
+        };
+        Ok(chunk.into_iter().zip(self.0).map(screened).collect())
+    }
 }
 
 /// How many samples take which way.
@@ -81,9 +110,7 @@ pub fn screen(
     mut progress: impl FnMut(usize),
 ) -> Result<Vec<Screened>, GuardError> {
     if !policy.filter.enabled {
-        tracing::warn!(samples = samples.len(), "the filter is off: every sample is kept unseen");
-        let keep = Verdict { action: Action::Keep, probability: None, category: None };
-        return Ok(samples.into_iter().map(|sample| Screened { sample, verdict: keep.clone() }).collect());
+        return Ok(unseen(samples));
     }
     let mut screened = Vec::with_capacity(samples.len());
     let mut samples = samples.into_iter().peekable();
@@ -93,6 +120,13 @@ pub fn screen(
         progress(screened.len());
     }
     Ok(screened)
+}
+
+/// Keeps every sample as it is: what a filter does that is off.
+pub(crate) fn unseen(samples: Vec<Sample>) -> Vec<Screened> {
+    tracing::warn!(samples = samples.len(), "the filter is off: every sample is kept unseen");
+    let keep = Verdict { action: Action::Keep, probability: None, category: None };
+    samples.into_iter().map(|sample| Screened { sample, verdict: keep.clone() }).collect()
 }
 
 /// Counts the ways.
@@ -110,7 +144,8 @@ pub fn count(screened: &[Screened]) -> FilterCounts {
     counts
 }
 
-fn screen_chunk(
+/// Judges at most [`CHUNK_SAMPLES`] in one call.
+pub(crate) fn screen_chunk(
     guard: &Guard,
     policy: &Policy,
     chunk: Vec<Sample>,
@@ -211,6 +246,26 @@ mod tests {
         assert_eq!(kept.verdict.action, Action::Keep);
         assert_eq!(kept.verdict.probability, Some(0.4));
         assert_eq!(kept.sample.turns().len(), 5);
+    }
+
+    #[test]
+    fn judgements_without_text_are_laid_over_their_own_samples_only() {
+        let policy = Policy::default();
+        let samples = || vec![two_exchanges(), Sample::from_pair("p".into(), "r".into()).unwrap()];
+        let ids: Vec<SampleId> = samples().iter().map(Sample::id).collect();
+        let mut chunk = samples().into_iter();
+        let cut = decide(&policy, chunk.next().unwrap(), &[(2, Some(judgement(0.1 + 0.2)))]);
+        let whole = decide(&policy, chunk.next().unwrap(), &[(1, Some(judgement(0.9)))]);
+        let screened = [cut, whole];
+        let bytes = postcard::to_allocvec(&Judgements::of(&ids, &screened)).unwrap();
+        let again = || postcard::from_bytes::<Judgements>(&bytes).unwrap();
+        let laid = again().over(samples()).unwrap();
+        for (laid, screened) in laid.iter().zip(&screened) {
+            assert_eq!((&laid.sample, &laid.verdict), (&screened.sample, &screened.verdict));
+        }
+        let swapped: Vec<Sample> = samples().into_iter().rev().collect();
+        assert_eq!(again().over(swapped.clone()).unwrap_err(), swapped);
+        assert!(again().over(samples()[..1].to_vec()).is_err());
     }
 
     #[test]

@@ -168,8 +168,11 @@ mod tests {
         Sample::from_pair(format!("secret {number}"), "r".into()).unwrap()
     }
 
-    const LEFT: [&str; 8] = [
+    const LEFT: [&str; 11] = [
         "round/task.json",
+        "round/drawn.samples",
+        "round/judged-0000.bin",
+        "round/rewritten-0000.bin",
         "round/pairs.json",
         "round/training.safetensors",
         "round/update.packed",

@@ -1,16 +1,19 @@
 //! Stage 7, **install**: verifies a signed release, keeps it, and makes it the adapter in use, in one rename.
 //!
-//! The start of a round comes the same way. The device trusts the aggregator's key from its enrolment and nothing else:
+//! The start of a round comes the same way. The device trusts the aggregator's key in force (`trust.rs`) and nothing else:
 //! signature, base, age, digest and layout are checked before a release is installed. An older release never comes
 //! back: a roll-back is published under a new version.
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use commonweal_adapter::{Adapter, AdapterLayout, ReadError, disk};
-use commonweal_protocol::{AggregatorKey, BaseHash, Content, Digest, SignatureError, SignedRelease, Version};
+use commonweal_protocol::{BaseHash, Content, Digest, SignatureError, SignedRelease, Version};
 use commonweal_transport::{Link, LinkError};
 
-use crate::store::{Stamp, Store, StoreError};
+use crate::{
+    store::{Stamp, Store, StoreError},
+    trust::Trust,
+};
 
 const INSTALLED: &str = "installed";
 /// Releases kept besides the one in use, to go back to by hand.
@@ -19,8 +22,8 @@ const KEPT: usize = 2;
 /// Why a release was not installed; the one before stays in use.
 #[derive(Debug, thiserror::Error)]
 pub enum InstallError {
-    /// Not from the aggregator that enrolled this device.
-    #[error("release {version} is not signed by the aggregator")]
+    /// Not from the aggregator that enrolled this device, or by a key that it has retired.
+    #[error("release {version} is not signed by the aggregator's key in force")]
     Signature {
         /// The release.
         version: Version,
@@ -82,8 +85,8 @@ pub enum InstallError {
 /// What a device checks an adapter against.
 #[derive(Clone, Debug)]
 pub struct Expected {
-    /// The aggregator's signing key.
-    pub key: AggregatorKey,
+    /// Whose word it is to be.
+    pub trust: Trust,
     /// The frozen base.
     pub base: BaseHash,
     /// The package's adapter layout; rank and alpha may differ, the linears may not.
@@ -119,7 +122,7 @@ pub async fn install(
 ) -> Result<Installed, InstallError> {
     let version = signed.release.version;
     let release =
-        signed.verify(&expected.key).map_err(|source| InstallError::Signature { version, source })?;
+        signed.verify(&expected.trust.key()).map_err(|source| InstallError::Signature { version, source })?;
     if release.base != expected.base {
         return Err(InstallError::Base { version, expected: expected.base, got: release.base });
     }
@@ -139,7 +142,7 @@ pub async fn install(
     })?;
     store.write(&format!("releases/{}.release", release.digest), &encoded)?;
     store.write(INSTALLED, format!("{} {}\n", version.0, release.digest).as_bytes())?;
-    forget_old(store, release.digest)?;
+    forget_old(store, [release.digest; 2], KEPT)?;
     Ok(Installed { version, digest: release.digest, adapter })
 }
 
@@ -154,6 +157,7 @@ pub async fn obtain(
     if let Some(bytes) = read_whole(store, digest)? {
         return read(&bytes, digest, expected);
     }
+    make_room(store, content)?;
     let partial = format!("releases/{digest}.fetching");
     let mut coming = Coming { store, name: &partial, bytes: store.read(&partial)?.unwrap_or_default() };
     let fetched =
@@ -281,15 +285,29 @@ fn read(bytes: &[u8], digest: Digest, expected: &Expected) -> Result<Adapter, In
     Ok(adapter)
 }
 
-/// Keeps the newest few by the time of their files, and nothing of what was never fetched to its end.
-fn forget_old(store: &Store, in_use: Digest) -> Result<(), StoreError> {
+/// Before an adapter's bytes are moved. If its owner's disk budget has no room for it, those that are kept to go back to by
+/// hand make some.
+fn make_room(store: &Store, content: Content) -> Result<(), StoreError> {
+    let name = adapter_file(content.digest);
+    match (store.require_disk(&name, content.length), in_use(store)?) {
+        (Err(StoreError::OverBudget { .. }), Some((_, in_use))) => {
+            forget_old(store, [in_use, content.digest], 0)?;
+            store.require_disk(&name, content.length)
+        }
+        (asked, _) => asked,
+    }
+}
+
+/// Keeps two, and the newest few of the others by the time of their files; nothing of what was never fetched to its end.
+fn forget_old(store: &Store, kept_any: [Digest; 2], few: usize) -> Result<(), StoreError> {
+    let is_kept_any = |digest: &str| kept_any.iter().any(|kept| kept.to_string() == digest);
     let mut kept = Vec::new();
     for name in store.list("releases")? {
-        if name.ends_with(".fetching") {
+        if name.strip_suffix(".fetching").is_some_and(|digest| !is_kept_any(digest)) {
             store.remove(&format!("releases/{name}"))?;
         }
         let Some(digest) = name.strip_suffix(".adapter") else { continue };
-        if digest != in_use.to_string() {
+        if !is_kept_any(digest) {
             let modified = std::fs::metadata(store.path(&format!("releases/{name}")))
                 .and_then(|metadata| metadata.modified())
                 .ok();
@@ -297,7 +315,7 @@ fn forget_old(store: &Store, in_use: Digest) -> Result<(), StoreError> {
         }
     }
     kept.sort();
-    for (_, digest) in kept.iter().rev().skip(KEPT) {
+    for (_, digest) in kept.iter().rev().skip(few) {
         for suffix in ["adapter", "release"] {
             store.remove(&format!("releases/{digest}.{suffix}"))?;
         }
@@ -315,9 +333,12 @@ mod tests {
         layout::{Module, Target},
     };
     use commonweal_protocol::{
-        CertificateChain, Csr, Open, Poll, PollReply, Release, ReportCard, SigningKey,
+        AggregatorKey, CertificateChain, Csr, DeviceId, KeyNumber, Lineage, Open, Poll, PollReply, Release,
+        ReportCard, SigningKey,
     };
     use commonweal_transport::Uploaded;
+
+    use crate::units::Limit;
 
     const BASE: BaseHash = BaseHash([0xba; 32]);
 
@@ -391,7 +412,15 @@ mod tests {
             let module = Module { target: Target::Q, inputs: 3, outputs: 4 };
             let layout = Arc::new(AdapterLayout::new(1, 2, 4.0, vec![module]).unwrap());
             let store = Store::open(directory.path()).unwrap();
-            Self { _directory: directory, store, expected: Expected { key: key(7), base: BASE, layout } }
+            Self {
+                _directory: directory,
+                store,
+                expected: Expected {
+                    trust: Trust::new(DeviceId([1; 16]), Lineage::new(KeyNumber(0), key(7))),
+                    base: BASE,
+                    layout,
+                },
+            }
         }
 
         /// An adapter's file, another one for another seed.
@@ -449,6 +478,27 @@ mod tests {
         // A roll-back has the old bytes under a new version.
         world.offer(7, &old).unwrap();
         assert_eq!(world.in_use(), Some(7));
+    }
+
+    #[test]
+    fn where_the_disks_budget_is_short_older_releases_make_room_and_the_one_in_use_does_not() {
+        let world = World::new();
+        for version in 1..=3 {
+            world.offer(version, &world.adapter(version)).unwrap();
+        }
+        let (used, one) = (world.store.disk_bytes().unwrap(), world.adapter(4).len() as u64);
+        let world = World { store: world.store.within(Limit::of(used + one / 2)), ..world };
+        world.offer(4, &world.adapter(4)).unwrap();
+        assert_eq!(world.in_use(), Some(4));
+        let adapters = || {
+            let names = world.store.list("releases").unwrap();
+            names.into_iter().filter(|name| name.ends_with(".adapter")).count()
+        };
+        assert_eq!(adapters(), 2, "the one before stays until there is no room for it");
+        let world = World { store: world.store.within(Limit::of(one)), ..world };
+        let error = world.offer(5, &world.adapter(5)).unwrap_err();
+        assert!(matches!(error, InstallError::Store(StoreError::OverBudget { .. })), "{error}");
+        assert_eq!(world.in_use(), Some(4));
     }
 
     #[test]

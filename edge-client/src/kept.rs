@@ -63,7 +63,7 @@ pub fn keep(store: &Store, parsed: &Parsed<Sample>, source: &str, now_ms: u64) -
         store.require_room(FOLDER, text.len() as u64, STORE_BYTES_MAX)?;
         let next =
             store.list(FOLDER)?.last().and_then(|name| name.get(..6)?.parse::<u32>().ok()).unwrap_or(0) + 1;
-        store.write(&format!("{FOLDER}/{next:06}.jsonl"), &text)?;
+        store.write_within(&format!("{FOLDER}/{next:06}.jsonl"), &text)?;
     }
     Ok(new.len())
 }

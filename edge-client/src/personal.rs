@@ -81,7 +81,7 @@ pub fn write(
         None if exists(store) => {}
         _ => return Err(PersonalError::Forgotten),
     }
-    Ok(store.write(FILE, &bytes)?)
+    Ok(store.write_within(FILE, &bytes)?)
 }
 
 /// Until it is dropped, nobody else writes the adapter or takes it away.

@@ -123,11 +123,16 @@ impl<L: Link> Device<L> {
         }
     }
 
-    /// Asks for work and news, and installs what was published.
+    /// Asks for work and news, goes on to the aggregator's newest key, and installs what was published.
     pub fn poll(&self) -> Result<PollReply, PipelineError> {
         let installed = install::installed_version(&self.store, &self.expected)?;
-        let poll = Poll { base: self.expected.base, installed };
+        let trust = &self.expected.trust;
+        let poll = Poll { base: self.expected.base, installed, key: trust.number() };
         let reply = self.ask(self.link.poll(poll))??;
+        if trust.follow(&self.store, &reply.successions)? {
+            self.output
+                .show(&Event::KeyFollowed { number: trust.number().0, key: trust.key().0.to_string() });
+        }
         if let Some(release) =
             reply.release.as_ref().filter(|notice| Some(notice.release.version) != installed)
         {
@@ -183,7 +188,7 @@ impl<L: Link> Device<L> {
     }
 
     fn is_delivered(&self, round: RoundId) -> Result<bool, StoreError> {
-        upload::is_delivered(&self.store, &self.expected.key, round)
+        upload::is_delivered(&self.store, &self.expected.trust, round)
     }
 
     /// Ends a round that was worked on to its end. Its update may have been taken though no receipt came: offered again,
@@ -256,8 +261,17 @@ impl<L: Link> Device<L> {
         let begun = Instant::now();
         let round = task.round;
         let open = upload::announce(round, self.expected.base, packed, report.report, report.samples);
-        let key = &self.expected.key;
-        let sent = self.ask(upload::upload(&self.link, key, self.id, &self.store, &open, packed))?;
+        let trust = &self.expected.trust;
+        let send = || self.ask(upload::upload(&self.link, trust, self.id, &self.store, &open, packed));
+        let mut sent = send()?;
+        if let Err(UploadError::Signature { .. }) = &sent {
+            // The key may have been rotated since the last poll: then the same receipt comes again.
+            let before = trust.number();
+            self.poll()?;
+            if trust.number() != before {
+                sent = send()?;
+            }
+        }
         match sent {
             Ok(uploaded) => {
                 self.settle(task)?;
@@ -280,8 +294,12 @@ impl<L: Link> Device<L> {
     }
 
     pub(crate) fn write_json(&self, name: &str, value: &impl Serialize) -> Result<(), StoreError> {
-        let bytes = serde_json::to_vec(value).map_err(|error| damaged(&self.store, name, &error))?;
-        self.store.write(name, &bytes)
+        self.store.write(name, &self.encode(name, value)?)
+    }
+
+    /// A file of the round as it is kept.
+    pub(crate) fn encode(&self, name: &str, value: &impl Serialize) -> Result<Vec<u8>, StoreError> {
+        serde_json::to_vec(value).map_err(|error| damaged(&self.store, name, &error))
     }
 }
 

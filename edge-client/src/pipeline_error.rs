@@ -2,7 +2,7 @@
 
 use commonweal_protocol::{BaseHash, ReconnectWindow, Refusal};
 use commonweal_safety::{GuardError, ReviseError};
-use commonweal_transport::LinkError;
+use commonweal_transport::{LinkError, PutOff};
 
 use crate::{
     compress::PackError,
@@ -10,6 +10,7 @@ use crate::{
     install::InstallError,
     store::{Store, StoreError},
     train::TrainingError,
+    trust::TrustError,
     upload::UploadError,
 };
 
@@ -27,6 +28,9 @@ pub enum PipelineError {
         /// The round's.
         got: BaseHash,
     },
+    /// The aggregator's newer key is not to be trusted.
+    #[error("the aggregator's word cannot be checked")]
+    Trust(#[from] TrustError),
     /// A release or the round's start could not be had.
     #[error("install failed")]
     Install(#[from] InstallError),
@@ -65,6 +69,23 @@ impl PipelineError {
     /// Whether memory was short, of which there may be more another time.
     pub fn is_want_of_memory(&self) -> bool {
         matches!(self, Self::Train(TrainingError::Memory(_)))
+    }
+
+    /// What the disk's budget had no room for, if that is what it was.
+    pub fn over_disk(&self) -> Option<&StoreError> {
+        let (Self::Store(store)
+        | Self::Install(InstallError::Store(store))
+        | Self::Control(ControlError::Store(store) | ControlError::Install(InstallError::Store(store)))
+        | Self::Train(TrainingError::Store(store))) = self
+        else {
+            return None;
+        };
+        Some(store).filter(|error| matches!(error, StoreError::OverBudget { .. }))
+    }
+
+    /// Until when the owner's budget for the network puts it off, if that is what it was.
+    pub fn put_off(&self) -> Option<&PutOff> {
+        self.link().and_then(LinkError::put_off)
     }
 
     /// The aggregator's no, if that is what it was.

@@ -1,4 +1,5 @@
-//! What the device's owner decides: what happens to harmful samples, how hard to revise, how much to train.
+//! What the device's owner decides: what happens to harmful samples, how hard to revise, how much to train, when, and at what
+//! cost.
 //!
 //! Read from `policy.toml` in the state directory; every value has a default. Used by `filter.rs`, `revise.rs` and
 //! `train.rs`; `pipeline.rs` passes it along.
@@ -9,7 +10,7 @@ use commonweal_package::TrainGraph;
 use commonweal_safety::{CategoryId, GuardConfig};
 use serde::{Deserialize, Serialize};
 
-use crate::{units::Span, when::WhenPolicy};
+use crate::{budget::BudgetPolicy, units::Span, when::WhenPolicy};
 
 /// A policy fits in a page; more is a wrong file.
 const FILE_BYTES_MAX: usize = 64 * 1024;
@@ -30,6 +31,9 @@ pub struct Policy {
     pub store: StorePolicy,
     /// When the device may work.
     pub when: WhenPolicy,
+    /// What it may cost. Left out where it is the default, so that a round that a program of before began goes on.
+    #[serde(skip_serializing_if = "BudgetPolicy::is_default")]
+    pub budget: BudgetPolicy,
 }
 
 /// What happens to a sample that the guard finds unsafe.
@@ -249,7 +253,7 @@ impl Policy {
     #[must_use]
     pub fn of_work(&self) -> Self {
         let (serve, store, when) = (ServePolicy::default(), StorePolicy::default(), WhenPolicy::default());
-        Self { serve, store, when, ..self.clone() }
+        Self { serve, store, when, budget: BudgetPolicy::default(), ..self.clone() }
     }
 
     fn problems(&self) -> Vec<String> {
@@ -300,6 +304,7 @@ impl Policy {
             "store.keep: expected at least 1m".into(),
         );
         problems.extend(self.when.problems());
+        problems.extend(self.budget.problems());
         problems
     }
 
@@ -341,6 +346,7 @@ impl Policy {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::Limit;
 
     #[test]
     fn an_empty_file_is_the_default_and_a_rule_wins_over_it() {
@@ -421,6 +427,27 @@ mod tests {
             "idel = \"5m\"",
         ] {
             assert!(Policy::from_toml(&format!("[when]\n{wrong}\n")).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_budget_is_read_in_sizes_or_off_and_a_round_goes_on_under_another() {
+        let text = "[budget]\nbytes_per_day = \"200 MB\"\nbytes_per_month = \"off\"\nmemory = \"1GB\"\n";
+        let policy = Policy::from_toml(text).unwrap();
+        assert_eq!(policy.budget.bytes_per_day.count(), Some(200_000_000));
+        assert_eq!(
+            (policy.budget.bytes_per_month, policy.budget.disk.count()),
+            (Limit::OFF, Some(20_000_000_000))
+        );
+        assert_eq!(Policy::from_toml(&toml::to_string(&policy).unwrap()).unwrap(), policy);
+        assert_eq!(policy.of_work(), Policy::default());
+        assert!(!serde_json::to_string(&policy.of_work()).unwrap().contains("budget"));
+        let error = Policy::from_toml("[budget]\nbytes_per_day = \"15MB\"\nmemory = \"1MB\"\n").unwrap_err();
+        let text = error.to_string();
+        assert!(text.contains("budget.bytes_per_day") && text.contains("16MB, or off, got 15MB"), "{text}");
+        assert!(text.contains("budget.memory"), "{text}");
+        for wrong in ["disk = \"much\"", "disk = 5", "bytes_per_year = \"1GB\""] {
+            assert!(Policy::from_toml(&format!("[budget]\n{wrong}\n")).is_err(), "{wrong}");
         }
     }
 

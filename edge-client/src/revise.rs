@@ -12,7 +12,7 @@ use crate::{
     sample::Sample,
 };
 
-/// Pairs revised side by side: bounds memory, and is how often progress shows.
+/// Pairs revised side by side: bounds memory, is how often progress shows, and what a break costs (`chunks.rs`).
 const CHUNK_PAIRS: usize = 16;
 
 /// Something that may be trained on: safe as it was, rewritten and judged safe, or a refusal.
@@ -87,65 +87,116 @@ pub fn revise(
     cancel: &Cancel,
     mut progress: impl FnMut(usize),
 ) -> Result<(Vec<TrainingPair>, ReviseCounts), ReviseError> {
-    let mut pairs = Vec::with_capacity(screened.len());
-    let mut counts = ReviseCounts::default();
-    let mut flagged: Vec<(usize, Screened)> = Vec::new();
-    for (place, one) in screened.into_iter().enumerate() {
-        match one.verdict().action {
-            Action::Keep => {
-                counts.kept += 1;
-                pairs.push((place, TrainingPair { sample: one.into_parts().0, origin: Origin::Kept }));
-            }
-            Action::Drop => counts.dropped += 1,
-            Action::Refuse => {
-                counts.refused += 1;
-                let refusal = reviser.constitution().refusal_for(one.verdict().category.as_ref()).to_owned();
-                pairs.push((place, replaced(one, refusal, Origin::Refused)));
-            }
-            Action::Revise => flagged.push((place, one)),
-        }
+    let mut sorted = Sorted::new(reviser, screened);
+    progress(sorted.done());
+    while let Some(chunk) = sorted.next_chunk() {
+        let rewritten = rewrite(guard, reviser, policy, &chunk, seed, cancel)?;
+        sorted.take(policy, chunk, rewritten);
+        progress(sorted.done());
     }
-    let options =
-        ReviseOptions { attempts_max: policy.revise.attempts_max, seed, ..ReviseOptions::default() };
-    let mut done = pairs.len() + counts.dropped;
-    progress(done);
-    let mut flagged = flagged.into_iter().peekable();
-    while flagged.peek().is_some() {
-        let chunk: Vec<(usize, Screened)> = flagged.by_ref().take(CHUNK_PAIRS).collect();
-        done += chunk.len();
-        let revisions = revise_chunk(guard, reviser, &chunk, &options, cancel)?;
-        for ((place, one), revision) in chunk.into_iter().zip(revisions) {
-            match (revision, policy.revise.otherwise) {
-                (Revision::Safe { text, attempts, .. }, _) => {
-                    counts.revised += 1;
-                    counts.attempts += attempts as usize;
-                    pairs.push((place, replaced(one, text, Origin::Revised)));
-                }
-                (Revision::StillUnsafe { attempts, refusal }, Otherwise::Refuse) => {
-                    counts.refused += 1;
-                    counts.attempts += attempts as usize;
-                    pairs.push((place, replaced(one, refusal, Origin::Refused)));
-                }
-                (Revision::StillUnsafe { attempts, .. }, Otherwise::Drop) => {
-                    counts.dropped += 1;
-                    counts.attempts += attempts as usize;
-                }
-            }
-        }
-        progress(done);
-    }
-    // The order of the samples, so that the same seed trains on the same batches.
-    pairs.sort_by_key(|(place, _)| *place);
-    Ok((pairs.into_iter().map(|(_, pair)| pair).collect(), counts))
+    Ok(sorted.into_pairs())
 }
 
-fn revise_chunk(
+/// A flagged sample, and its place among all.
+pub(crate) type Placed = (usize, Screened);
+
+/// What became of a flagged sample.
+#[derive(Serialize, Deserialize)]
+pub(crate) struct Rewritten {
+    /// The new reply, or the constitution's refusal.
+    text: String,
+    is_safe: bool,
+    attempts: u32,
+}
+
+impl From<Revision> for Rewritten {
+    fn from(revision: Revision) -> Self {
+        match revision {
+            Revision::Safe { text, attempts, .. } => Self { text, is_safe: true, attempts },
+            Revision::StillUnsafe { attempts, refusal } => Self { text: refusal, is_safe: false, attempts },
+        }
+    }
+}
+
+/// Samples on their way: those that are done, and those that are to be rewritten.
+pub(crate) struct Sorted {
+    pairs: Vec<(usize, TrainingPair)>,
+    flagged: std::iter::Peekable<std::vec::IntoIter<Placed>>,
+    counts: ReviseCounts,
+}
+
+impl Sorted {
+    pub(crate) fn new(reviser: &Reviser, screened: Vec<Screened>) -> Self {
+        let mut pairs = Vec::with_capacity(screened.len());
+        let mut counts = ReviseCounts::default();
+        let mut flagged: Vec<Placed> = Vec::new();
+        for (place, one) in screened.into_iter().enumerate() {
+            match one.verdict().action {
+                Action::Keep => {
+                    counts.kept += 1;
+                    pairs.push((place, TrainingPair { sample: one.into_parts().0, origin: Origin::Kept }));
+                }
+                Action::Drop => counts.dropped += 1,
+                Action::Refuse => {
+                    counts.refused += 1;
+                    let refusal =
+                        reviser.constitution().refusal_for(one.verdict().category.as_ref()).to_owned();
+                    pairs.push((place, replaced(one, refusal, Origin::Refused)));
+                }
+                Action::Revise => flagged.push((place, one)),
+            }
+        }
+        Self { pairs, flagged: flagged.into_iter().peekable(), counts }
+    }
+
+    /// Samples that are done.
+    pub(crate) fn done(&self) -> usize {
+        self.pairs.len() + self.counts.dropped
+    }
+
+    /// The next ones to rewrite.
+    pub(crate) fn next_chunk(&mut self) -> Option<Vec<Placed>> {
+        self.flagged.peek()?;
+        Some(self.flagged.by_ref().take(CHUNK_PAIRS).collect())
+    }
+
+    /// What became of a chunk.
+    pub(crate) fn take(&mut self, policy: &Policy, chunk: Vec<Placed>, rewritten: Vec<Rewritten>) {
+        let counts = &mut self.counts;
+        for ((place, one), Rewritten { text, is_safe, attempts }) in chunk.into_iter().zip(rewritten) {
+            counts.attempts += attempts as usize;
+            match (is_safe, policy.revise.otherwise) {
+                (true, _) => {
+                    counts.revised += 1;
+                    self.pairs.push((place, replaced(one, text, Origin::Revised)));
+                }
+                (false, Otherwise::Refuse) => {
+                    counts.refused += 1;
+                    self.pairs.push((place, replaced(one, text, Origin::Refused)));
+                }
+                (false, Otherwise::Drop) => counts.dropped += 1,
+            }
+        }
+    }
+
+    /// In the order of the samples, so that the same seed trains on the same batches.
+    pub(crate) fn into_pairs(mut self) -> (Vec<TrainingPair>, ReviseCounts) {
+        self.pairs.sort_by_key(|(place, _)| *place);
+        (self.pairs.into_iter().map(|(_, pair)| pair).collect(), self.counts)
+    }
+}
+
+/// Rewrites a chunk. What comes of it follows from the chunk and the seed alone.
+pub(crate) fn rewrite(
     guard: &Guard,
     reviser: &Reviser,
-    chunk: &[(usize, Screened)],
-    options: &ReviseOptions,
+    policy: &Policy,
+    chunk: &[Placed],
+    seed: u64,
     cancel: &Cancel,
-) -> Result<Vec<Revision>, ReviseError> {
+) -> Result<Vec<Rewritten>, ReviseError> {
+    let options =
+        ReviseOptions { attempts_max: policy.revise.attempts_max, seed, ..ReviseOptions::default() };
     let prompts: Vec<_> = chunk.iter().map(|(_, one)| one.sample().prompt()).collect();
     let flagged: Vec<Flagged<'_>> = chunk
         .iter()
@@ -156,7 +207,7 @@ fn revise_chunk(
             category: one.verdict().category.as_ref(),
         })
         .collect();
-    reviser.revise(guard, &flagged, options, cancel)
+    Ok(reviser.revise(guard, &flagged, &options, cancel)?.into_iter().map(Rewritten::from).collect())
 }
 
 /// The old reply becomes the rejected side: preference training learns from the pair.

@@ -2,7 +2,7 @@
 //!
 //! From `forms.rs`; to `filter.rs`, which judges each [`Sample`]. `kept.rs` keeps them in the state directory.
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, collections::HashMap, fmt};
 
 use commonweal_runtime::{Message, Role};
 use rand::{SeedableRng, seq::SliceRandom};
@@ -271,6 +271,16 @@ pub fn draw(mut samples: Vec<Sample>, count: usize, seed: u64) -> Vec<Sample> {
     samples
 }
 
+/// The samples of these names, 16 bytes each, in that order; none if one of them is not there.
+pub(crate) fn pick(all: &[Sample], names: &[u8]) -> Option<Vec<Sample>> {
+    let (names, rest) = names.as_chunks();
+    if names.is_empty() || !rest.is_empty() {
+        return None;
+    }
+    let known: HashMap<SampleId, &Sample> = all.iter().map(|sample| (sample.id(), sample)).collect();
+    names.iter().map(|name| known.get(&SampleId::from_bytes(*name)).copied().cloned()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -285,7 +295,13 @@ mod tests {
         let drawn = draw(all.clone(), 3, 7);
         assert_eq!(drawn, draw(all.clone(), 3, 7));
         assert_eq!(drawn.len(), 3);
-        assert_eq!(draw(all, 100, 7).len(), 8);
+        assert_eq!(draw(all.clone(), 100, 7).len(), 8);
+        // Named, they are the same among more, and none if one is missing.
+        let names: Vec<u8> = drawn.iter().flat_map(|sample| sample.id().bytes()).collect();
+        let more = [vec![sample("another")], all.clone()].concat();
+        assert_eq!(pick(&more, &names), Some(drawn.clone()));
+        let less: Vec<Sample> = all.into_iter().filter(|sample| *sample != drawn[1]).collect();
+        assert_eq!((pick(&less, &names), pick(&more, &names[1..]), pick(&more, &[])), (None, None, None));
     }
 
     #[test]

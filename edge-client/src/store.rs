@@ -8,13 +8,14 @@
 //! ```text
 //! device/
 //!   device.toml policy.toml           what the owner set
-//!   identity/                         key, certificate, CA, aggregator's signing key, address
+//!   identity/                         key, certificate, CA, address, aggregator's signing keys (`trust.rs`)
 //!   store.key                         seals what is marked *, if no other place is named for it
 //!   sealed *                          there once nothing of a person's lies in the clear
 //!   samples/000001.jsonl … *          what was added, one file an `add` (`kept.rs`)
 //!   used.samples *                    which of them a round has drawn
-//!   round/ *                          task, pairs, training checkpoint, packed update of the round in progress,
-//!                                     or why this round was given up; what an update that was let go would leave
+//!   round/ *                          of the round in progress: task, what is drawn, judged and rewritten so far, pairs,
+//!                                     training checkpoint, packed update, or why it was given up; what an update that was
+//!                                     let go would leave
 //!   residual.bin residual-a.bin *     error feedback: what compression has not sent yet; of rounds of A alone
 //!   control.bin control-pending.bin * SCAFFOLD: the control variate; the next one, until its round is merged
 //!   personal.adapter * personal.samples *  the personal adapter, and what it was trained on
@@ -22,6 +23,7 @@
 //!   releases/<digest>.{release,adapter}  signed releases and their adapters
 //!   installed                         which of them is in use
 //!   receipts.jsonl                    one line an accepted update
+//!   spent.json                        what the network has cost, by date (`spend.rs`)
 //!   doing.json                        what `run` does and why it waits, for `status`
 //!   paused                            while the owner wants no rounds
 //!   lock visit.lock samples.lock      held by the process that works here, while it visits the aggregator, while
@@ -40,6 +42,7 @@ use crate::{
     install::Seen,
     keys::{self, KeyError, KeyPlace},
     seal::SealError,
+    units::{Bytes, Limit},
     vault::{self, Vault},
 };
 
@@ -82,6 +85,22 @@ pub enum StoreError {
         max: u64,
         /// With what was to be added.
         got: u64,
+    },
+    /// More than the owner lets the directory hold.
+    #[error(
+        "{path} needs {more}, and {used} of the {max} that [budget] disk in policy.toml allows {directory} are used"
+    )]
+    OverBudget {
+        /// What was to be written.
+        path: PathBuf,
+        /// Its bytes.
+        more: Bytes,
+        /// The whole directory's.
+        used: Bytes,
+        /// Most of those.
+        max: Bytes,
+        /// The state directory.
+        directory: PathBuf,
     },
     /// Another process works in it.
     #[error("{0} is in use by another edge-client")]
@@ -184,6 +203,26 @@ pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(path)?.sync_all() } else { Ok(()) }
 }
 
+/// Bytes of the files in a folder and those below it. What goes away meanwhile has none.
+fn bytes_below(folder: &Path) -> io::Result<u64> {
+    let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+    let entries = match fs::read_dir(folder) {
+        Err(error) if gone(&error) => return Ok(0),
+        entries => entries?,
+    };
+    let mut bytes = 0u64;
+    for entry in entries {
+        let entry = entry?;
+        bytes = bytes.saturating_add(match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => bytes_below(&entry.path())?,
+            Ok(metadata) => metadata.len(),
+            Err(error) if gone(&error) => 0,
+            Err(error) => return Err(error),
+        });
+    }
+    Ok(bytes)
+}
+
 /// Tells a file from the one that was there before: whatever writes or replaces it changes this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stamp {
@@ -212,6 +251,8 @@ pub struct Store {
     directory: PathBuf,
     vault: Vault,
     _lock: Option<File>,
+    /// What the owner lets all of it take.
+    disk_max: Limit,
     /// The adapter that `install.rs` read last, so that not every poll reads it again.
     pub(crate) seen: Mutex<Option<Seen>>,
     /// Durable steps until a test's kill.
@@ -274,10 +315,17 @@ impl Store {
             directory: directory.to_owned(),
             vault: Vault::new(directory, key),
             _lock: None,
+            disk_max: Limit::OFF,
             seen: Mutex::default(),
             #[cfg(test)]
             steps_left: u32::MAX.into(),
         })
+    }
+
+    /// The same, which holds no more than its owner allows.
+    #[must_use]
+    pub fn within(self, disk_max: Limit) -> Self {
+        Self { disk_max, ..self }
     }
 
     /// Opens the directory as a process that is killed after so many durable steps.
@@ -431,6 +479,35 @@ impl Store {
             got += fs::metadata(&path).map_err(at("measure", &path))?.len();
         }
         if got > max { Err(StoreError::Full { folder: self.path(folder), max, got }) } else { Ok(()) }
+    }
+
+    /// Refuses what would make the whole directory larger than its owner allows. For what can be large; receipts, wishes and
+    /// accounts are written in any case.
+    pub(crate) fn require_disk(&self, name: &str, more: u64) -> Result<(), StoreError> {
+        let Limit(Some(max)) = self.disk_max else { return Ok(()) };
+        let used = self.disk_bytes()?;
+        if used.saturating_add(more) <= max.count() {
+            return Ok(());
+        }
+        let (more, used) = (Bytes::of(more), Bytes::of(used));
+        Err(StoreError::OverBudget {
+            path: self.path(name),
+            more,
+            used,
+            max,
+            directory: self.directory.clone(),
+        })
+    }
+
+    /// Bytes of all files in the directory.
+    pub fn disk_bytes(&self) -> Result<u64, StoreError> {
+        bytes_below(&self.directory).map_err(at("measure", &self.directory))
+    }
+
+    /// [`Self::write`], if there is room for it beside the file whose place it takes.
+    pub(crate) fn write_within(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
+        self.require_disk(name, bytes.len() as u64)?;
+        self.write(name, bytes)
     }
 
     /// Reads a file; `None` when it does not exist.
@@ -608,6 +685,26 @@ mod tests {
         store.require_room("releases", 5, 10).unwrap();
         let error = store.require_room("releases", 6, 10).unwrap_err();
         assert!(matches!(error, StoreError::Full { max: 10, got: 11, .. }), "{error}");
+    }
+
+    #[test]
+    fn the_directory_holds_no_more_than_its_owner_allows_and_says_what_does_not_fit() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let used = store.disk_bytes().unwrap();
+        let store = store.within(Limit::of(used + 1_000));
+        store.write_within("releases/a", &[1; 600]).unwrap();
+        // The file whose place is taken is there until the new one is.
+        let error = store.write_within("releases/a", &[2; 600]).unwrap_err();
+        assert!(matches!(error, StoreError::OverBudget { .. }));
+        let text = error.to_string();
+        assert!(text.contains("releases/a needs 600B") && text.contains("[budget] disk"), "{text}");
+        assert_eq!(store.read("releases/a").unwrap().unwrap(), [1; 600]);
+        store.write_within("releases/b", &[2; 400]).unwrap();
+        assert_eq!(store.disk_bytes().unwrap(), used + 1_000);
+        // What must be written is.
+        store.append_line("receipts.jsonl", "r").unwrap();
+        store.within(Limit::OFF).write_within("releases/c", &[3; 5_000]).unwrap();
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! What a person writes in a policy or behind an option: lengths of time (`90d`, `12h`, `5m`, `30s`), bytes (`500MB`), hours
-//! of the day (`22:00-06:00`).
+//! What a person writes in a policy or behind an option: lengths of time (`90d`, `12h`, `5m`, `30s`), bytes (`500MB`) and
+//! limits of them (`500MB`, `off`), hours of the day (`22:00-06:00`).
 
 use std::{fmt, str::FromStr, time::Duration};
 
@@ -74,7 +74,7 @@ impl fmt::Display for Span {
     }
 }
 
-/// Bytes, as a person writes them: `500MB`, `1GB`; a thousand at a time.
+/// Bytes, as a person writes them: `500MB`, `1 GB`; a thousand at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Bytes {
@@ -101,7 +101,7 @@ impl FromStr for Bytes {
     fn from_str(text: &str) -> Result<Self, String> {
         let parse = || {
             let (unit, bytes) = BYTE_UNITS.iter().find(|(unit, _)| text.ends_with(unit))?;
-            text.strip_suffix(unit)?.parse::<u64>().ok()?.checked_mul(*bytes)
+            text.strip_suffix(unit)?.trim_end().parse::<u64>().ok()?.checked_mul(*bytes)
         };
         let count = parse().ok_or_else(|| format!("expected bytes such as 500MB or 1GB, got {text:?}"))?;
         Ok(Self { count })
@@ -133,6 +133,42 @@ impl fmt::Display for Bytes {
             tenth if *unit > 1 && tenth > 0 && tenths < 100 => write!(f, "{}.{tenth}{name}", tenths / 10),
             _ => write!(f, "{}{name}", self.count / unit),
         }
+    }
+}
+
+/// At most so many bytes, or `off`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Limit(pub Option<Bytes>);
+
+impl Limit {
+    /// No limit.
+    pub const OFF: Self = Self(None);
+
+    /// So many.
+    pub const fn of(count: u64) -> Self {
+        Self(Some(Bytes::of(count)))
+    }
+
+    /// How many, if there is a limit.
+    pub fn count(self) -> Option<u64> {
+        self.0.map(Bytes::count)
+    }
+}
+
+impl TryFrom<String> for Limit {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "off" => Ok(Self::OFF),
+            bytes => bytes.parse().map(|bytes| Self(Some(bytes))).map_err(|error| format!("{error}, or off")),
+        }
+    }
+}
+
+impl From<Limit> for String {
+    fn from(limit: Limit) -> Self {
+        limit.0.map_or_else(|| "off".to_owned(), Self::from)
     }
 }
 
@@ -226,9 +262,16 @@ mod tests {
         }
         // Exactly what it was, for a file.
         assert_eq!(String::from(Bytes::of(1_500_001)), "1500001B");
-        for text in ["", "GB", "1", "1.5GB", "-1B", "1 GB", "1gb", "99999999999TB"] {
+        assert_eq!("200 MB".parse::<Bytes>().unwrap(), Bytes::of(200_000_000));
+        for text in ["", "GB", " GB", "1", "1.5GB", "-1B", " 1GB", "1 000GB", "1gb", "99999999999TB"] {
             assert!(text.parse::<Bytes>().is_err(), "{text}");
         }
+        for (text, limit) in [("off", Limit::OFF), ("2GB", Limit::of(2_000_000_000))] {
+            let read = Limit::try_from(text.to_owned()).unwrap();
+            assert_eq!((read, String::from(read)), (limit, text.to_owned()));
+        }
+        let error = Limit::try_from("none".to_owned()).unwrap_err();
+        assert!(error.contains("500MB") && error.contains("off"), "{error}");
     }
 
     #[test]

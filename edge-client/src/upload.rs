@@ -4,8 +4,8 @@
 //! again brings the same receipt, so a crash between delivery and the receipt's write costs nothing.
 
 use commonweal_protocol::{
-    AggregatorKey, BaseHash, DeviceId, DeviceReport, Digest, Open, ReconnectWindow, Refusal, RoundId,
-    SignatureError, SignedReceipt,
+    BaseHash, DeviceId, DeviceReport, Digest, Open, ReconnectWindow, Refusal, RoundId, SignatureError,
+    SignedReceipt,
 };
 use commonweal_transport::{Link, LinkError, Uploaded};
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     compress::Packed,
     store::{Store, StoreError},
+    trust::Trust,
 };
 
 const RECEIPTS: &str = "receipts.jsonl";
@@ -41,8 +42,8 @@ pub enum UploadError {
         #[source]
         source: LinkError,
     },
-    /// The receipt is not the aggregator's.
-    #[error("receipt of round {round} is not signed by the aggregator")]
+    /// The receipt is not the aggregator's, or under a key that the device has yet to hear of.
+    #[error("receipt of round {round} is not signed by the aggregator's key in force")]
     Signature {
         /// The round.
         round: RoundId,
@@ -107,7 +108,7 @@ pub fn announce(round: RoundId, base: BaseHash, packed: &Packed, report: DeviceR
 /// Delivers an update of this device and keeps its receipt, durably, before it returns.
 pub async fn upload(
     link: &impl Link,
-    key: &AggregatorKey,
+    trust: &Trust,
     device: DeviceId,
     store: &Store,
     open: &Open,
@@ -116,14 +117,15 @@ pub async fn upload(
     let round = open.round;
     let uploaded =
         send(link, open, packed.bytes()).await.map_err(|source| UploadError::Link { round, source })?;
-    let receipt = uploaded.receipt.verify(key).map_err(|source| UploadError::Signature { round, source })?;
+    let receipt =
+        uploaded.receipt.verify(&trust.key()).map_err(|source| UploadError::Signature { round, source })?;
     if receipt.digest != open.digest || receipt.round != round {
         return Err(UploadError::OtherUpdate { round, expected: open.digest, got: receipt.digest });
     }
     if receipt.device != device {
         return Err(UploadError::OtherDevice { round, expected: device, got: receipt.device });
     }
-    if !is_delivered(store, key, round)? {
+    if !is_delivered(store, trust, round)? {
         let line = serde_json::to_string(&Delivered { round, receipt: uploaded.receipt })
             .map_err(|error| StoreError::Damaged { path: store.path(RECEIPTS), reason: error.to_string() })?;
         store.append_line(RECEIPTS, &line)?;
@@ -147,8 +149,9 @@ async fn send(link: &impl Link, open: &Open, bytes: &[u8]) -> Result<Uploaded, L
 }
 
 /// Whether this aggregator has signed for an update of this round. Another one's rounds have the same numbers.
-pub fn is_delivered(store: &Store, key: &AggregatorKey, round: RoundId) -> Result<bool, StoreError> {
-    let is_for_it = |known: &Delivered| known.receipt.verify(key).is_ok_and(|receipt| receipt.round == round);
+pub fn is_delivered(store: &Store, trust: &Trust, round: RoundId) -> Result<bool, StoreError> {
+    let is_for_it =
+        |known: &Delivered| known.receipt.receipt.round == round && trust.has_signed(&known.receipt);
     Ok(delivered(store)?.iter().any(|known| known.round == round && is_for_it(known)))
 }
 

@@ -13,11 +13,12 @@ use std::{
     time::Duration,
 };
 
-use commonweal_runtime::Cancel;
+use commonweal_runtime::{Cancel, memory};
 
 use crate::{
     sensors::Sensors,
-    when::{self, Readings, WhenPolicy, Why},
+    units::{Bytes, Limit},
+    when::{self, Broken, Readings, WhenPolicy, Why},
 };
 
 /// Between two looks.
@@ -60,6 +61,15 @@ pub struct Watched<'v> {
     pub wishes: Vec<PathBuf>,
     /// The rules, if they are heeded.
     pub heed: Option<&'v mut Heed>,
+    /// What this process may hold of memory.
+    pub memory_max: Limit,
+}
+
+/// The process holds more than it may. What it will need is compared before; this is for what was reckoned too low.
+fn over_budget(memory_max: Limit) -> Option<Why> {
+    let Limit(Some(max)) = memory_max else { return None };
+    let held = Bytes::of(memory::held().filter(|&held| held > max.count())?);
+    Some(Why(vec![Broken::Budget { held, max }]))
 }
 
 /// Does some work while it is watched. With it comes the rule that ended it, if one did.
@@ -100,7 +110,8 @@ fn watch<'scope>(
                 watched.visit.cancel();
                 return None;
             }
-            let broken = watched.heed.as_mut().map(|heed| heed.why_not(true)).filter(|why| !why.is_nothing());
+            let rules = watched.heed.as_mut().map(|heed| heed.why_not(true)).filter(|why| !why.is_nothing());
+            let broken = rules.or_else(|| over_budget(watched.memory_max));
             if broken.is_some() {
                 watched.visit.cancel();
                 return broken;
@@ -141,7 +152,13 @@ mod tests {
         let mut run = |work: &dyn Fn(&Cancel)| {
             let visit = Cancel::new();
             let wishes = vec![directory.path().join("another"), wish.clone()];
-            let what = Watched { visit: visit.clone(), stop: stop.clone(), wishes, heed: Some(&mut heed) };
+            let what = Watched {
+                visit: visit.clone(),
+                stop: stop.clone(),
+                wishes,
+                heed: Some(&mut heed),
+                memory_max: Limit::OFF,
+            };
             watched(what, || work(&visit)).1
         };
         assert_eq!(run(&|visit| assert!(!visit.is_cancelled())), None);
@@ -164,10 +181,36 @@ mod tests {
         assert_eq!(stopped, None);
     }
 
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_process_that_holds_more_than_its_budget_ends_its_visit() {
+        let work = |memory_max, is_ended: bool| {
+            let visit = Cancel::new();
+            let stop = Cancel::new();
+            let what = Watched { visit: visit.clone(), stop, wishes: Vec::new(), heed: None, memory_max };
+            watched(what, || {
+                if is_ended {
+                    until_cancelled(&visit);
+                }
+            })
+            .1
+        };
+        assert_eq!(work(Limit::of(1 << 50), false), None);
+        let broken = work(Limit::of(1_000_000), true).unwrap();
+        assert!(matches!(broken.0[..], [Broken::Budget { .. }]));
+        assert!(broken.to_string().contains("1MB are its budget"), "{broken}");
+    }
+
     #[test]
     #[should_panic(expected = "a stage's bug")]
     fn a_panic_ends_the_watching_too() {
-        let what = Watched { visit: Cancel::new(), stop: Cancel::new(), wishes: Vec::new(), heed: None };
+        let what = Watched {
+            visit: Cancel::new(),
+            stop: Cancel::new(),
+            wishes: Vec::new(),
+            heed: None,
+            memory_max: Limit::OFF,
+        };
         let stage = |is_broken: bool| assert!(!is_broken, "a stage's bug");
         watched(what, || stage(true));
     }

@@ -151,6 +151,13 @@ pub enum Broken {
         /// Most.
         max: f64,
     },
+    /// This process holds more than the policy's `[budget]` allows it.
+    Budget {
+        /// Now.
+        held: Bytes,
+        /// Most.
+        max: Bytes,
+    },
     /// A sensor cannot tell, and the policy says to wait then.
     Unknown {
         /// Which.
@@ -174,6 +181,9 @@ impl fmt::Display for Broken {
             Self::Load { load, max } => {
                 write!(f, "others are busy (load {load:.1}, at most {max:.1} asked for)")
             }
+            Self::Budget { held, max } => {
+                write!(f, "it holds {held} of memory, {max} are its budget")
+            }
             Self::Unknown { sensor } => write!(f, "{sensor} is not known, and the policy says to wait then"),
         }
     }
@@ -187,6 +197,11 @@ impl Why {
     /// Whether all rules hold.
     pub fn is_nothing(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// Whether this process holds too much memory.
+    pub(crate) fn is_of_memory(&self) -> bool {
+        self.0.iter().any(|broken| matches!(broken, Broken::Budget { .. }))
     }
 }
 

@@ -16,15 +16,18 @@ use crate::{
     control::{self, Controls},
     doing,
     events::{Done, Event, Output},
-    filter, install, kept,
+    filter, install,
     owed::{NEXT_RESIDUAL, residual_of},
     pipeline::{CHECKPOINT, Device, PACKED, PACKED_REPORT, PAIRS, PackedReport, PipelineError},
-    revise::{self, ReviseCounts, TrainingPair},
-    sample,
+    revise::{ReviseCounts, TrainingPair},
     store::{Store, StoreError},
     task::{train_task, trainable},
     train::{self, TrainSummary, Trained, TrainingError},
 };
+
+/// What training and packing leave on the disk at most, for each value of the adapter: a checkpoint has four numbers of 4
+/// bytes, the residual one, which is there twice for a moment, and an update is smaller.
+const ROUND_BYTES_A_PARAMETER: u64 = 28;
 
 /// The screened and revised samples of a round, as kept on disk.
 #[derive(Serialize, Deserialize)]
@@ -43,6 +46,8 @@ impl<L: Link> Device<L> {
         let Some(prepared) = self.prepare(task)? else { return Ok(None) };
         let start = self.start(task)?;
         let layout = start.layout();
+        // Before hours are spent on what cannot be kept.
+        self.store.require_disk(CHECKPOINT, ROUND_BYTES_A_PARAMETER * layout.parameters() as u64)?;
         let controls = control::begin(&self.link, &self.store, &self.expected, &task.scaffold, layout);
         let controls = self.ask(controls)??;
         let trained = self.train(task, &start, &prepared, controls.as_ref())?;
@@ -51,8 +56,8 @@ impl<L: Link> Device<L> {
         let report = report(&prepared, trained.summary(), summary.norm);
         let report = PackedReport { report, samples: prepared.pairs.len() as u32 };
         // The report last: with it, the update counts as packed.
-        self.store.write(NEXT_RESIDUAL, &residual.to_bytes())?;
-        self.store.write(PACKED, packed.bytes())?;
+        self.store.write_within(NEXT_RESIDUAL, &residual.to_bytes())?;
+        self.store.write_within(PACKED, packed.bytes())?;
         self.write_json(PACKED_REPORT, &report)?;
         let (bytes, bits_per_parameter) = (packed.bytes().len(), summary.bits_per_parameter);
         self.stage(task.round.0, begun, Done::Compress { bytes, bits_per_parameter, norm: summary.norm });
@@ -66,35 +71,26 @@ impl<L: Link> Device<L> {
         }
         let round = task.round.0;
         let begun = Instant::now();
-        let samples = sample::draw(kept::samples(&self.store)?, self.policy.train.samples_max, task.seed);
+        let samples = self.draw(task)?;
         let sampled = samples.len();
         if sampled == 0 {
             return Ok(None);
         }
-        kept::mark_used(&self.store, samples.iter())?;
         self.stage(round, begun, Done::Sample { samples: sampled });
 
         let begun = Instant::now();
-        let screened =
-            filter::screen(&self.guard, &self.policy, samples, &self.cancel, |_| doing::goes_on())?;
+        let screened = self.judge(task, samples)?;
         let found = filter::count(&screened);
         let filter::FilterCounts { kept, dropped, refused, flagged, .. } = found;
         self.stage(round, begun, Done::Filter { kept, dropped, refused, flagged });
 
         let begun = Instant::now();
-        let (pairs, counts) = revise::revise(
-            &self.guard,
-            &self.reviser,
-            &self.policy,
-            screened,
-            task.seed,
-            &self.cancel,
-            |_| doing::goes_on(),
-        )?;
+        let (pairs, counts) = self.rewrite(task, screened)?;
         let ReviseCounts { revised, refused, dropped, attempts, .. } = counts;
         self.stage(round, begun, Done::Revise { revised, refused, dropped, attempts });
         let prepared = Prepared { sampled, counts, pairs };
-        self.write_json(PAIRS, &prepared)?;
+        self.store.write_within(PAIRS, &self.encode(PAIRS, &prepared)?)?;
+        self.remove_chunks()?;
         Ok(Some(prepared))
     }
 
@@ -182,7 +178,7 @@ impl train::Watch for Watching<'_> {
     }
 
     fn checkpoint(&mut self, bytes: Vec<u8>) -> Result<(), StoreError> {
-        self.store.write(CHECKPOINT, &bytes)
+        self.store.write_within(CHECKPOINT, &bytes)
     }
 }
 

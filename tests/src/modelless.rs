@@ -36,7 +36,7 @@ use aggregator::{
 use anyhow::{Context, Result};
 use commonweal_adapter::Adapter;
 use commonweal_protocol::{Digest, Invitation, ReportCard, RoundId, Token};
-use commonweal_transport::{Authority, Clock, QuicServer, ServeLimits};
+use commonweal_transport::{Authority, Clock, Handler, QuicServer, ServeLimits};
 use rand::RngCore as _;
 
 use crate::visitor::{self, BASE};
@@ -84,8 +84,9 @@ impl Modelless {
         let directory =
             if is_new { Directory::create(path, clock.unix_ms())? } else { Directory::open(path)? };
         let storage = Storage::open(path, Access::Exclusive)?;
-        let key = directory.signing_key()?;
-        let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), key.clone(), base.hash);
+        let signer = directory.signer()?;
+        let publisher =
+            Publisher::new(storage.coord.clone(), storage.blob.clone(), signer.clone(), base.hash);
         if is_new {
             first_release(&storage, &publisher, &base, &clock)?;
             directory
@@ -104,7 +105,7 @@ impl Modelless {
             desk,
             base: base.hash,
             layout: base.layout.clone(),
-            key,
+            signer,
             clock,
             events,
             pause: PausePoint::default(),
@@ -130,6 +131,20 @@ impl Modelless {
         (0..devices).map(invite).collect()
     }
 
+    /// What answers devices.
+    pub fn service(&self) -> Service {
+        let receiver = Arc::new(Receiver::new(self.parts.clone()));
+        Service::new(receiver, self.registry.clone(), self.authority.clone(), Threads::Blocking)
+    }
+
+    /// Lets `handler` answer at a port of the loopback, 0 for any, under this aggregator's certificate. To be called inside
+    /// of a runtime.
+    pub fn bind<H: Handler>(&self, port: u16, handler: H, limits: ServeLimits) -> Result<QuicServer> {
+        let identity = self.authority.issue_server(self.parts.clock.unix_ms(), DAY_MS)?;
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+        Ok(QuicServer::bind(listen, identity, handler, limits, self.parts.clock.clone())?)
+    }
+
     /// Serves at a port of the loopback, 0 for any. `listening` is told the address; the end of the standard input ends
     /// it, so that it never outlives the program that started it.
     pub fn serve(
@@ -139,15 +154,10 @@ impl Modelless {
         listening: impl FnOnce(&Self, SocketAddr) -> Result<()>,
     ) -> Result<()> {
         let clock = &self.parts.clock;
-        let receiver = Arc::new(Receiver::new(self.parts.clone()));
-        let service =
-            Service::new(receiver, self.registry.clone(), self.authority.clone(), Threads::Blocking);
         let driver = Driver::new(self.parts.clone(), self.base.clone(), NoModel);
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
         let _inside = runtime.enter();
-        let identity = self.authority.issue_server(clock.unix_ms(), DAY_MS)?;
-        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let server = QuicServer::bind(listen, identity, service, limits, clock.clone())?;
+        let server = self.bind(port, self.service(), limits)?;
         listening(&self, server.local_addr())?;
         let (stop, watch) = (AtomicBool::new(false), self.parts.storage.watch.as_ref());
         thread::scope(|scope| {
@@ -162,8 +172,8 @@ impl Modelless {
     }
 
     /// The directory.
-    pub fn path(&self) -> &Path {
-        self.directory.path()
+    pub fn directory(&self) -> &Directory {
+        &self.directory
     }
 }
 

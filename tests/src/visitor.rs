@@ -12,6 +12,7 @@ use edge_client::{
     compress::Packed,
     install::{self, Expected},
     store::Store,
+    trust::Trust,
     upload,
 };
 use rand::{Rng as _, RngCore as _, SeedableRng};
@@ -56,10 +57,15 @@ impl Visitor {
         directory: &Path,
         limits: LinkLimits,
     ) -> Result<Self> {
-        let expected = Expected { key: *credentials.signing_key(), base, layout };
         let (id, store) = (credentials.device(), Store::open(directory)?);
+        let expected = Expected { trust: Trust::open(&store, &credentials)?, base, layout };
         let link = QuicLink::new(host, port, credentials, limits, Clock::system())?;
         Ok(Self { id, store, link, expected, random: ChaCha8Rng::seed_from_u64(limits.seed) })
+    }
+
+    /// What it checks by, and what it has.
+    pub fn expected(&self) -> (&Expected, &Store) {
+        (&self.expected, &self.store)
     }
 
     /// Its link.
@@ -74,7 +80,9 @@ impl Visitor {
     pub async fn visit(&mut self, update: impl FnOnce(&RoundTask) -> Result<Packed>) -> Result<Visit> {
         let Self { id, store, link, expected, random } = self;
         let installed = install::installed_version(store, expected)?;
-        let reply = link.poll(Poll { base: expected.base, installed }).await?;
+        let key = expected.trust.number();
+        let reply = link.poll(Poll { base: expected.base, installed, key }).await?;
+        expected.trust.follow(store, &reply.successions)?;
         if let Some(release) = reply.release.as_ref().filter(|it| Some(it.release.version) != installed) {
             install::install(link, store, expected, release).await?;
         }
@@ -86,7 +94,7 @@ impl Visitor {
                 install::obtain(link, store, expected, content).await?;
                 let packed = update(&task)?;
                 let open = upload::announce(task.round, expected.base, &packed, DeviceReport::default(), 1);
-                Ok(Visit::Delivered(upload::upload(link, &expected.key, *id, store, &open, &packed).await?))
+                Ok(Visit::Delivered(upload::upload(link, &expected.trust, *id, store, &open, &packed).await?))
             }
         }
     }

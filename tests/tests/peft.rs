@@ -49,9 +49,9 @@ fn an_export_and_our_own_log_probabilities() {
     let digest = Digest::of(&bytes);
     let storage = Storage::open(&state, Access::Shared).unwrap();
     storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice()).unwrap();
-    let key = Directory::open(&state).unwrap().signing_key().unwrap();
+    let signer = Directory::open(&state).unwrap().signer().unwrap();
     let card = ReportCard::default();
-    Publisher::new(storage.coord, storage.blob, key, base.hash)
+    Publisher::new(storage.coord, storage.blob, signer, base.hash)
         .publish(
             Candidate {
                 round: Some(RoundId(1)),

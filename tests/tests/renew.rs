@@ -27,7 +27,12 @@ fn enrolled(federation: &Federation, issued_ms: u64, life_ms: u64) -> Device {
     let authority = Authority::from_pem(&authority).unwrap();
     let key = given.key().clone();
     let chain = authority.issue_device(&key.csr().unwrap(), given.device(), issued_ms, life_ms).unwrap();
-    let answer = Enrolled { device: given.device(), chain, signing_key: *given.signing_key() };
+    let answer = Enrolled {
+        device: given.device(),
+        chain,
+        signing_key: *given.signing_key(),
+        key_number: given.lineage().number(),
+    };
     let other = Credentials::new(key, &answer, authority.digest()).unwrap();
     fs::write(device.state().join("identity/credentials.pem"), other.to_pem().as_bytes()).unwrap();
     device

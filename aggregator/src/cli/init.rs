@@ -52,7 +52,7 @@ pub(super) fn init(dir: &Path, init: &Init, set: &[String], json: bool) -> Resul
     let digest = Digest::of(&bytes);
     storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice())?;
     let publisher =
-        Publisher::new(storage.coord.clone(), storage.blob.clone(), directory.signing_key()?, base.hash);
+        Publisher::new(storage.coord.clone(), storage.blob.clone(), directory.signer()?, base.hash);
     let now_ms = now_ms();
     Record::of_base(&card, now_ms).append(storage.coord.as_ref())?;
     let first = Candidate { round: None, parent: None, digest, state: OptimizerState::default(), card };

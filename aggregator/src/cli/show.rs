@@ -9,7 +9,8 @@ use crate::events::card_sentence;
 
 pub(super) fn show(opened: &Opened, version: u64, json: bool) -> Result<(), CliError> {
     let (publisher, _) = opened.publisher()?;
-    let release = publisher.release(Version(version))?.release;
+    let signed = publisher.release(Version(version))?;
+    let (signed_with, release) = (publisher.signed_with(&signed), signed.release);
     let coord = opened.storage.coord.as_ref();
     let record = match release.round {
         Some(round) => records(coord, round, 1)?.into_iter().find(|record| record.round == round),
@@ -22,6 +23,7 @@ pub(super) fn show(opened: &Opened, version: u64, json: bool) -> Result<(), CliE
         let lineage = record.as_ref().map(|record| &record.lineage);
         return say_json(&serde_json::json!({
             "release": release, "lineage": lineage, "record": record, "stage": stage.0, "stage_reason": stage.1,
+            "signed_with": signed_with,
         }));
     }
     say(&format!("release {} of {}", release.version, moment(release.created_ms)));
@@ -32,6 +34,8 @@ pub(super) fn show(opened: &Opened, version: u64, json: bool) -> Result<(), CliE
     say(&format!("  round      {round}"));
     say(&format!("  base       {}", release.base));
     say(&format!("  adapter    {} ({} bytes)", release.digest, release.length));
+    let signed_with = signed_with.map_or_else(|| "none".to_owned(), |number| number.to_string());
+    say(&format!("  signed     with key {signed_with}"));
     say(&format!("  in force   {}{}", stage.0, stage.1.map_or_else(String::new, |why| format!(": {why}"))));
     say_card(&release.report_card);
     if let Some(record) = record {

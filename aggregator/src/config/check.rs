@@ -259,7 +259,7 @@ impl Config {
             after_ms: self.receive.reconnect_after_ms,
             spread_ms: self.receive.reconnect_spread_ms,
         };
-        PollReply { task: Some(task), release: None, reconnect }
+        PollReply { task: Some(task), release: None, successions: vec![], reconnect }
     }
 }
 

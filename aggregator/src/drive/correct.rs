@@ -64,7 +64,7 @@ impl<S: Stages> Driver<S> {
         let length = self.parts.storage.blob.length(&digest)?.unwrap_or_default();
         let merged = Control::merged_with(before.as_ref().map(|before| &before.control), round);
         let control = Control { round, merged, base: self.parts.base, digest, length };
-        Ok(SignedControl::sign(&self.parts.key, control).map_err(|error| chain(&error)))
+        Ok(SignedControl::sign(self.parts.signer.keys().signing(), control).map_err(|error| chain(&error)))
     }
 }
 

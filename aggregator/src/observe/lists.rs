@@ -1,6 +1,6 @@
 //! Pages of what there are many of: rounds, releases, devices. What the dashboard lists.
 
-use commonweal_protocol::{DeviceId, Release, RoundId, Version};
+use commonweal_protocol::{DeviceId, KeyNumber, Release, RoundId, Version};
 use serde::Serialize;
 
 use super::standing::ONLINE_MS;
@@ -27,6 +27,8 @@ pub struct DeviceRow {
     pub seen_ms: Option<u64>,
     /// The release that it said to have, if since this start.
     pub installed: Option<Version>,
+    /// The newest signing key that it said to know when it asked last, if since this start.
+    pub key: Option<KeyNumber>,
 }
 
 /// Where a page ends that has `limit` rows, newest first, none above `before`.
@@ -64,6 +66,7 @@ impl Observer {
     pub fn devices(&self, after: Option<DeviceId>, limit: usize) -> Result<Vec<DeviceRow>, ObserveError> {
         let now_ms = self.view.parts.clock.unix_ms();
         let (seen, installed) = (self.view.receiver.seen(), self.view.receiver.installed());
+        let keys = self.view.receiver.keys_known();
         let row = |(device, record): (DeviceId, crate::receive::enroll::DeviceRecord)| {
             let seen_ms = seen.get(&device).copied();
             let is_online = seen_ms.is_some_and(|seen_ms| now_ms.saturating_sub(seen_ms) < ONLINE_MS);
@@ -81,6 +84,7 @@ impl Observer {
                 revoked_ms: record.revoked_ms,
                 seen_ms,
                 installed: installed.get(&device).copied(),
+                key: keys.get(&device).copied(),
             }
         };
         let devices = self.registry.devices()?.into_iter();

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use commonweal_protocol::{
-    Accepted, AggregatorKey, CertificateChain, Chunk, Csr, DeviceId, Enroll, Enrolled, Fetch, Open, Poll,
-    PollReply, ReconnectWindow, Refusal, Refused, UploadKey,
+    Accepted, CertificateChain, Chunk, Csr, DeviceId, Enroll, Enrolled, Fetch, Open, Poll, PollReply,
+    ReconnectWindow, Refusal, Refused, UploadKey,
 };
 use commonweal_transport::{ContentPart, Handler, Opened, Peer};
 use rand::RngCore;
@@ -120,7 +120,9 @@ impl Service {
             .enroll(self.authority.as_ref(), &enroll.token, &enroll.csr, device, now_ms, expires_ms)
             .map_err(|error| self.refuse_enrolment(None, "enrolment", &error))?;
         self.receiver.parts.events.tell(&Event::Enrolled { device });
-        Ok(Enrolled { device, chain, signing_key: AggregatorKey::of(&self.receiver.parts.key) })
+        let keys = self.receiver.parts.signer.keys();
+        let (signing_key, key_number) = (keys.lineage().key(), keys.lineage().number());
+        Ok(Enrolled { device, chain, signing_key, key_number })
     }
 }
 

@@ -156,7 +156,7 @@ impl Receiver {
         let received_ms = self.now_ms();
         let receipt =
             Receipt { round: open.round, device, digest: open.digest, length: open.length, received_ms };
-        let receipt = SignedReceipt::sign(&self.parts.key, receipt)
+        let receipt = SignedReceipt::sign(self.parts.signer.keys().signing(), receipt)
             .map_err(|error| self.failed(device, REQUEST, &error))?;
         let accepted = desk::Accepted { open, receipt, norm: Some(norm), start: None };
         let taken = self.parts.desk.take(received_ms, &accepted);
@@ -196,7 +196,7 @@ impl Receiver {
         Ok((blobs, norm))
     }
 
-    /// The same answer as before for the same update; another one is refused.
+    /// The same answer as before for the same update, in the word of the key in force; another one is refused.
     fn repeat(
         &self,
         device: DeviceId,
@@ -213,7 +213,9 @@ impl Receiver {
         // Counts it now if a failing store kept that from happening then.
         let counted = self.parts.desk.count_again(self.now_ms(), into, device);
         counted.map_err(|error| self.failed(device, request, &error))?;
-        Ok(Accepted { receipt: before.receipt, reconnect: self.reconnect() })
+        let receipt = self.parts.signer.keys().again(before.receipt);
+        let receipt = receipt.map_err(|error| self.failed(device, request, &error))?;
+        Ok(Accepted { receipt, reconnect: self.reconnect() })
     }
 
     /// All bytes of an upload, of the announced length and digest; anything else is dropped.

@@ -21,7 +21,7 @@ use commonweal_adapter::{
     compress,
 };
 use commonweal_protocol::{
-    BaseHash, Chunk, DeviceId, DeviceReport, Digest, Open, Poll, ReportCard, RoundId, SigningKey,
+    BaseHash, Chunk, DeviceId, DeviceReport, Digest, KeyNumber, Open, Poll, ReportCard, RoundId, SigningKey,
 };
 use commonweal_transport::Clock;
 use rand::SeedableRng;
@@ -154,7 +154,7 @@ impl World {
             desk,
             base: BASE,
             layout: layout(),
-            key,
+            signer: key.into(),
             clock: clock.clone(),
             events: sink,
             pause: PausePoint::default(),
@@ -166,10 +166,12 @@ impl World {
     /// Opens a round for two, with a task for each of these devices.
     pub fn assign(&self, devices: &[u8]) {
         for number in [101, 102] {
-            self.receiver.poll(device(number), Poll { base: BASE, installed: None }).unwrap();
+            self.receiver
+                .poll(device(number), Poll { base: BASE, installed: None, key: KeyNumber(0) })
+                .unwrap();
         }
         for number in devices {
-            let poll = Poll { base: BASE, installed: None };
+            let poll = Poll { base: BASE, installed: None, key: KeyNumber(0) };
             let reply = self.receiver.poll(device(*number), poll).unwrap();
             assert!(reply.task.is_some(), "device {number} has no task");
         }

@@ -9,7 +9,8 @@ use super::{Shared, open};
 use crate::{events::Event, kept};
 
 pub(super) fn add(shared: &Shared, files: &[PathBuf]) -> Result<()> {
-    let store = open::Place::find(shared)?.store_or_look()?;
+    let place = open::Place::find(shared)?;
+    let store = place.store_or_look()?.within(place.policy(shared)?.budget.disk);
     // All are read before any is kept: a wrong name among them changes nothing.
     let parsed = files.iter().map(|file| open::read_samples(file)).collect::<Result<Vec<_>>>()?;
     let (mut added, mut seen, mut bad) = (0, 0, 0);

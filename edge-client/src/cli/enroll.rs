@@ -15,27 +15,31 @@ use crate::{
     events::Event,
     install, owed,
     store::{Store, StoreError},
+    trust::Trust,
 };
 
-pub(super) fn enroll(shared: &Shared, invitation: &str) -> Result<()> {
+pub(super) fn enroll(shared: &Shared, invitation: &str, is_anew: bool) -> Result<()> {
     let invitation: Invitation = invitation.parse()?;
     let store = open::Place::find(shared)?.store()?;
     let clock = Clock::system();
     // Who missed the time to renew can only enrol anew, as another device.
     let holds = |identity: &Identity| clock.unix_ms() < identity.credentials.expires_ms();
     let before = Identity::read(&store)?;
-    if let Some(identity) = before.as_ref().filter(|identity| holds(identity)) {
+    if let Some(identity) = before.as_ref().filter(|identity| !is_anew && holds(identity)) {
         let device = identity.credentials.device();
-        return Err(BadInput(format!("this directory already holds the identity of device {device}")).into());
+        return Err(BadInput(format!(
+            "this directory already holds the identity of device {device}; --anew gives it up"
+        ))
+        .into());
     }
     let runtime = tokio::runtime::Runtime::new().context("cannot start")?;
     let key = DeviceKey::generate()?;
     let limits = LinkLimits::default();
     let credentials = runtime.block_on(commonweal_transport::enroll(&invitation, key, &limits, &clock))?;
     let device = credentials.device().to_string();
-    let (key, known) =
-        (credentials.signing_key(), before.as_ref().map(|before| before.credentials.signing_key()));
-    if known != Some(key) {
+    let before = before.map(|before| Trust::open(&store, &before.credentials)).transpose()?;
+    // Nor is anything kept of one that may have been an impostor.
+    if is_anew || !before.is_some_and(|before| before.knows(credentials.signing_key())) {
         forget_federation(&store)?;
     }
     Identity { credentials, address: Address::of(&invitation) }.keep(&store)?;

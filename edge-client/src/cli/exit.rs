@@ -32,6 +32,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         Some(
             StoreError::Directory { .. }
                 | StoreError::Full { .. }
+                | StoreError::OverBudget { .. }
                 | StoreError::KeyLost { .. }
                 | StoreError::KeyWrong { .. }
                 | StoreError::Key(_)

@@ -74,7 +74,7 @@ mod tests {
 
     use commonweal_protocol::{
         Accepted, AggregatorKey, BaseHash, CertificateChain, Chunk, Csr, DeviceId, Enroll, Enrolled, Fetch,
-        Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, SigningKey, UploadKey,
+        KeyNumber, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, SigningKey, UploadKey,
     };
     use commonweal_transport::{
         Authority, Clock, ContentPart, Handler, LinkLimits, Opened, Peer, QuicServer, ServeLimits,
@@ -96,7 +96,12 @@ mod tests {
 
         async fn poll(&self, peer: &Peer, _: Poll) -> Result<PollReply, Refused> {
             *self.seen.lock().unwrap() = Some(*peer);
-            Ok(PollReply { task: None, release: None, reconnect: ReconnectWindow::default() })
+            Ok(PollReply {
+                task: None,
+                release: None,
+                successions: vec![],
+                reconnect: ReconnectWindow::default(),
+            })
         }
 
         async fn renew(&self, peer: &Peer, csr: Csr) -> Result<CertificateChain, Refused> {
@@ -133,7 +138,7 @@ mod tests {
         let (key, device) = (DeviceKey::generate().unwrap(), DeviceId([7; 16]));
         let chain = authority.issue_device(&key.csr().unwrap(), device, begun_ms, 30 * DAY_MS).unwrap();
         let signing_key = AggregatorKey::of(&SigningKey::from_bytes(&[5; 32]));
-        let enrolled = Enrolled { device, chain, signing_key };
+        let enrolled = Enrolled { device, chain, signing_key, key_number: KeyNumber(0) };
         let credentials = Credentials::new(key, &enrolled, authority.digest()).unwrap();
         let server_identity = authority.issue_server(begun_ms, 60 * DAY_MS).unwrap();
         let desk = Arc::new(Desk { authority, clock: clock.clone(), seen: Mutex::default() });
@@ -144,7 +149,7 @@ mod tests {
         let (host, port) = ("127.0.0.1", server.local_addr().port());
         let link =
             QuicLink::new(host, port, credentials.clone(), LinkLimits::default(), clock.clone()).unwrap();
-        let poll = Poll { base: BaseHash([1; 32]), installed: None };
+        let poll = Poll { base: BaseHash([1; 32]), installed: None, key: KeyNumber(0) };
         link.poll(poll).await.unwrap();
         assert_eq!(desk.seen.lock().unwrap().unwrap().expires_ms, credentials.expires_ms());
 

@@ -198,7 +198,7 @@ pub(super) fn train(shared: &Shared, request: &TrainRequest) -> Result<()> {
         }
         Goal::Personal { .. } => {
             let adapter = personal::take(trained.adapter(), first_rank).context("personal adapter")?;
-            personal::write(&place.look()?, &adapter, stages.base(), &trained_on)?;
+            personal::write(&place.look()?.within(policy.budget.disk), &adapter, stages.base(), &trained_on)?;
             "personal adapter".to_owned()
         }
     };

@@ -116,6 +116,7 @@ pub(super) fn open_package(shared: &Shared, place: &Place) -> Result<Package> {
 /// The base alone.
 pub(super) fn open_model(shared: &Shared, place: &Place) -> Result<Model> {
     let package = open_package(shared, place)?;
+    memory::set_budget(place.policy(shared)?.budget.memory.count());
     let context_max = shared.context.or(place.settings.context.map(NonZeroUsize::get));
     // Before a device is tried, since that opens the package already.
     let options = fitting(&package, context_max, memory::available())?;

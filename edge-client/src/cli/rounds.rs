@@ -1,11 +1,11 @@
 //! `run` and `once`: the device visits the aggregator, as often as it is asked to come back.
 
-use std::{num::NonZeroU64, thread, time::Duration};
+use std::{num::NonZeroU64, sync::Arc, thread, time::Duration};
 
 use anyhow::{Context, Result};
 use commonweal_protocol::{ReconnectWindow, Refusal};
 use commonweal_runtime::Cancel;
-use commonweal_transport::{Clock, LinkLimits, QuicLink};
+use commonweal_transport::{Clock, LinkLimits, PutOff, QuicLink};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tokio::runtime::Runtime;
@@ -19,11 +19,14 @@ use crate::{
     notify,
     pipeline::{Device, Outcome, Visit, until_cancelled},
     pipeline_error::PipelineError,
-    priority, sensors,
+    priority,
+    sensors::{self, Sensors},
     settings::SettingsFile,
+    spend::Spending,
     store::StoreError,
+    trust::Trust,
     watch::{Heed, Watched, watched},
-    when::Why,
+    when::{Unknown, Why},
 };
 
 /// Present while the owner wants no rounds.
@@ -40,10 +43,16 @@ const EXPIRE: Duration = Duration::from_secs(24 * 3600);
 /// After a failure that may pass, if the aggregator did not say when to come back: devices that lost it at one moment
 /// do not return at one.
 const RETRY: ReconnectWindow = ReconnectWindow { after_ms: 2_500, spread_ms: 5_000 };
+/// After something that the disk's budget has no room for: what makes some is a person's, or another release.
+const DISK_RETRY: ReconnectWindow = ReconnectWindow { after_ms: 600_000, spread_ms: 600_000 };
+/// Devices whose budgets begin anew at one midnight do not come at one moment.
+const PUT_OFF_SPREAD_MS: u32 = 3_600_000;
 /// After a step that memory was too short for: what else takes it is a person's, and ends in minutes.
 const MEMORY_RETRY: ReconnectWindow = ReconnectWindow { after_ms: 60_000, spread_ms: 60_000 };
 /// Looks so often whether the owner's rules hold.
 const RULES_WAIT: Duration = Duration::from_secs(10);
+/// After this process held more memory than its budget.
+const MEMORY_WAIT: Duration = Duration::from_secs(60);
 
 /// One visit; exit code 4 when the update was refused.
 pub(super) fn once(shared: &Shared, heeds: bool) -> Result<()> {
@@ -58,7 +67,12 @@ pub(super) fn once(shared: &Shared, heeds: bool) -> Result<()> {
     let _visiting = member.device.store.hold_visit()?;
     // A release may have been published while this device worked.
     if let Outcome::Delivered(_) = outcome {
-        member.device.poll()?;
+        match member.device.poll() {
+            Err(error) if error.put_off().is_some() => {
+                tracing::info!("{error}; the next visit asks for news");
+            }
+            polled => polled.map(|_| ())?,
+        }
     }
     match outcome {
         Outcome::Refused(round, refusal) => {
@@ -101,13 +115,19 @@ pub(super) fn run(shared: &Shared, rounds: Option<u64>, heeds: bool) -> Result<(
             }
             Turn::Visited(Err(_)) if stop.is_cancelled() => break,
             Turn::Visited(Err(error)) => {
-                let Some(window) = window_after(&error) else { return Err(error.into()) };
+                let Some(window) = window_after(&error, Clock::system().unix_ms()) else {
+                    return Err(error.into());
+                };
                 let why = why_again(&error);
-                tracing::warn!("{:#}; trying again", anyhow::Error::new(error));
+                if let Some(PutOff { reason, .. }) = error.put_off() {
+                    tracing::info!("waits {reason}");
+                } else {
+                    tracing::warn!("{:#}; trying again", anyhow::Error::new(error));
+                }
                 (draw(window, longest, random.next_u64()), why)
             }
         };
-        member.tell(format!("waits: {why}"));
+        member.tell(sentence(&why));
         if shared.output() == Output::Text {
             tracing::debug!(seconds = wait.as_secs_f64(), why, "waiting");
         } else {
@@ -121,19 +141,38 @@ pub(super) fn run(shared: &Shared, rounds: Option<u64>, heeds: bool) -> Result<(
 }
 
 /// When to come back after a failure; never, if it will not pass.
-fn window_after(error: &PipelineError) -> Option<ReconnectWindow> {
+fn window_after(error: &PipelineError, now_ms: u64) -> Option<ReconnectWindow> {
     if error.is_want_of_memory() {
         return Some(MEMORY_RETRY);
+    }
+    if error.over_disk().is_some() {
+        return Some(DISK_RETRY);
+    }
+    if let Some(PutOff { until_ms, .. }) = error.put_off() {
+        let after_ms = u32::try_from(until_ms.saturating_sub(now_ms)).unwrap_or(u32::MAX);
+        return Some(ReconnectWindow { after_ms, spread_ms: after_ms.min(PUT_OFF_SPREAD_MS) });
     }
     error.is_transient().then(|| error.reconnect().unwrap_or(RETRY))
 }
 
 fn why_again(error: &PipelineError) -> String {
-    match error.refusal() {
-        Some(refusal) => refusal.to_string(),
-        None if error.is_want_of_memory() => "too little memory for a training step".to_owned(),
-        None => "the aggregator is away".to_owned(),
+    if let Some(refusal) = error.refusal() {
+        refusal.to_string()
+    } else if let Some(PutOff { reason, .. }) = error.put_off() {
+        reason.clone()
+    } else if let Some(full) = error.over_disk() {
+        full.to_string()
+    } else if error.is_want_of_memory() {
+        "too little memory for a training step".to_owned()
+    } else {
+        "the aggregator is away".to_owned()
     }
+}
+
+/// "waits: no work", "waits until tomorrow: …".
+fn sentence(why: &str) -> String {
+    let colon = if why.starts_with("until ") || why.starts_with("for ") { "" } else { ":" };
+    format!("waits{colon} {why}")
 }
 
 /// This device's own moment in a window. One that ends after the longest wait is scaled down to end with it: were it cut
@@ -176,7 +215,8 @@ enum Turn {
 
 impl Turn {
     fn by_rules(why: &Why) -> Self {
-        Self::PutOff { why: why.to_string(), wait: RULES_WAIT }
+        let wait = if why.is_of_memory() { MEMORY_WAIT } else { RULES_WAIT };
+        Self::PutOff { why: why.to_string(), wait }
     }
 }
 
@@ -190,6 +230,10 @@ struct Member {
     stop: Cancel,
     /// When it was last looked for samples that are older than the owner keeps them.
     expired_ms: u64,
+    /// What the network costs.
+    spending: Arc<Spending>,
+    /// Says whether it is paid for by the byte.
+    network: Box<dyn Sensors>,
     /// The owner's rules of when to work; none if this process is asked to work at any time.
     heed: Option<Heed>,
 }
@@ -201,7 +245,7 @@ impl Member {
         if heeds && let Err(error) = priority::lower(policy.when.nice) {
             tracing::warn!("this process cannot ask for less than others: {error}");
         }
-        let store = place.store()?;
+        let store = place.store()?.within(policy.budget.disk);
         let Some(identity) = Identity::read(&store)? else {
             let directory = place.directory.display();
             return Err(
@@ -211,14 +255,16 @@ impl Member {
         let heed = heeds.then(|| Heed { rules: policy.when, sensors: sensors::of_system() });
         let runtime = Runtime::new().context("cannot start")?;
         let cancel = open::stop_on_signal(runtime.handle());
-        let link = connect(&runtime, &identity, &place.settings)?;
+        let zone = jiff::tz::TimeZone::system();
+        let spending = Arc::new(Spending::open(&store, policy.budget, Clock::system(), zone)?);
+        let link = connect(&runtime, &identity, &place.settings, &spending)?;
         let open::Stages { model, guard, reviser } = open::Stages::open(shared, &place, &policy, &cancel)?;
-        let (key, base) = (*identity.credentials.signing_key(), crate::pipeline::base_of(&model));
+        let (trust, base) = (Trust::open(&store, &identity.credentials)?, crate::pipeline::base_of(&model));
         let device = Device {
             id: identity.credentials.device(),
             store,
             policy,
-            expected: Expected { key, base, layout: model.layout().clone() },
+            expected: Expected { trust, base, layout: model.layout().clone() },
             model,
             guard,
             reviser,
@@ -227,8 +273,17 @@ impl Member {
             runtime: runtime.handle().clone(),
             cancel: cancel.clone(),
         };
-        let mut member =
-            Self { settings: place.settings, identity, device, runtime, stop: cancel, expired_ms: 0, heed };
+        let mut member = Self {
+            settings: place.settings,
+            identity,
+            device,
+            runtime,
+            stop: cancel,
+            expired_ms: 0,
+            spending,
+            network: sensors::of_system(),
+            heed,
+        };
         let visiting = member.device.store.hold_visit()?;
         member.forget()?;
         drop(visiting);
@@ -261,15 +316,21 @@ impl Member {
             return Ok(put_off);
         }
         self.tell("asks the aggregator for work".to_owned());
+        self.look_at_network();
         let mut heed = self.heed.take();
         let watch = Watched {
             visit: self.device.cancel.clone(),
             stop: self.stop.clone(),
             wishes: [PAUSED, forget::WISH, forget::WISH_ALL].map(|name| self.device.store.path(name)).into(),
             heed: heed.as_mut(),
+            memory_max: self.device.policy.budget.memory,
         };
         let (visited, broken) = watched(watch, || self.visit());
         self.heed = heed;
+        self.spending.rest();
+        if broken.as_ref().is_some_and(Why::is_of_memory) {
+            self.give_memory_back();
+        }
         match visited {
             Ok(visit) => Ok(Turn::Visited(Ok(visit))),
             Err(error) => {
@@ -277,6 +338,20 @@ impl Member {
                 Ok(put_off.unwrap_or(Turn::Visited(Err(error))))
             }
         }
+    }
+
+    /// What a visit moves counts as what the network is at its beginning.
+    fn look_at_network(&mut self) {
+        let when = &self.device.policy.when;
+        let is_metered = self.network.read().metered.unwrap_or(when.unknown == Unknown::Wait);
+        self.spending.set_metered(is_metered);
+    }
+
+    fn give_memory_back(&self) {
+        let Device { model, guard, .. } = &self.device;
+        model.close_training();
+        model.close_inference();
+        guard.close_inference();
     }
 
     /// What the owner wants first.
@@ -322,14 +397,27 @@ impl Member {
     }
 }
 
-fn connect(runtime: &Runtime, identity: &Identity, settings: &SettingsFile) -> Result<QuicLink> {
+impl Drop for Member {
+    fn drop(&mut self) {
+        // While the directory is held.
+        self.spending.end();
+    }
+}
+
+fn connect(
+    runtime: &Runtime,
+    identity: &Identity,
+    settings: &SettingsFile,
+    spending: &Arc<Spending>,
+) -> Result<QuicLink> {
     let mut limits = LinkLimits { seed: ChaCha8Rng::from_os_rng().next_u64(), ..LinkLimits::default() };
     if let Some(seconds) = settings.stall_seconds {
         limits.stall_ms = seconds.get().saturating_mul(1000);
     }
     let Identity { credentials, address } = identity;
     let _inside = runtime.enter();
-    Ok(QuicLink::new(&address.host, address.port, credentials.clone(), limits, Clock::system())?)
+    let (host, credentials, meter) = (address.host.as_str(), credentials.clone(), Arc::clone(spending));
+    Ok(QuicLink::metered(host, address.port, credentials, limits, Clock::system(), meter)?)
 }
 
 #[cfg(test)]
@@ -349,17 +437,34 @@ mod tests {
         let reconnect = ReconnectWindow { after_ms: 60_000, spread_ms: 30_000 };
         for reason in [Refusal::Busy, Refusal::Internal] {
             let refused = LinkError::Refused { reason, reconnect };
-            assert_eq!(window_after(&refused.into()), Some(reconnect), "{reason:?}");
+            assert_eq!(window_after(&refused.into(), 0), Some(reconnect), "{reason:?}");
         }
         let away = LinkError::Stalled { during: "polling", stall_ms: 1 };
-        assert_eq!(window_after(&away.into()), Some(RETRY));
+        assert_eq!(window_after(&away.into(), 0), Some(RETRY));
         let memory = PipelineError::Train(TrainingError::Memory(too_little()));
         assert_eq!(
-            (window_after(&memory), why_again(&memory).contains("memory")),
+            (window_after(&memory, 0), why_again(&memory).contains("memory")),
             (Some(MEMORY_RETRY), true)
         );
         let revoked = LinkError::Refused { reason: Refusal::Revoked, reconnect };
-        assert_eq!(window_after(&revoked.into()), None);
+        assert_eq!(window_after(&revoked.into(), 0), None);
+    }
+
+    #[test]
+    fn a_budget_is_waited_for_until_its_day_and_said_in_a_sentence() {
+        let error = |until_ms| {
+            let reason = "until tomorrow: 198MB of today's 200MB are used".to_owned();
+            PipelineError::from(LinkError::PutOff(PutOff { reason, until_ms }))
+        };
+        let hours = window_after(&error(8 * 3_600_000), 0).unwrap();
+        assert_eq!((hours.after_ms, hours.spread_ms), (8 * 3_600_000, PUT_OFF_SPREAD_MS));
+        let error = error(90_000);
+        let window = |after_ms, spread_ms| Some(ReconnectWindow { after_ms, spread_ms });
+        assert_eq!(window_after(&error, 30_000), window(60_000, 60_000));
+        assert_eq!(window_after(&error, 100_000), window(0, 0));
+        assert_eq!(sentence(&why_again(&error)), "waits until tomorrow: 198MB of today's 200MB are used");
+        assert_eq!(sentence("no work"), "waits: no work");
+        assert_eq!(crate::cli::exit::code(&error.into()), 5);
     }
 
     #[test]

@@ -13,6 +13,7 @@ use crate::{
     rows::Parsed,
     sample::Sample,
     serve::{self, Consent, Keep, Key, Offer},
+    units::Limit,
 };
 
 /// How often a signal to stop is looked for.
@@ -49,7 +50,7 @@ pub(super) fn serve(shared: &Shared, request: &Request) -> Result<()> {
         model: stages.model,
         guarding: policy.serve.guard,
         consent,
-        keep: keeper(place),
+        keep: keeper(place, policy.budget.disk),
         key: request.api_key.as_deref().map(Key::new),
     };
     let models = offer.voices.iter().map(|voice| voice.name.clone()).collect();
@@ -92,12 +93,12 @@ fn check(request: &Request, consent: Consent) -> Result<()> {
 }
 
 /// Keeps chats as `add` keeps conversations. Counts go to the log, never text.
-fn keeper(place: open::Place) -> Keep {
+fn keeper(place: open::Place, disk_max: Limit) -> Keep {
     Box::new(move |samples: Vec<Sample>| {
         let parsed = Parsed { good: samples.into_iter().enumerate().collect(), bad: Vec::new() };
-        let kept = place
-            .look()
-            .and_then(|store| Ok(kept::keep(&store, &parsed, "serve", Clock::system().unix_ms())?));
+        let kept = place.look().and_then(|store| {
+            Ok(kept::keep(&store.within(disk_max), &parsed, "serve", Clock::system().unix_ms())?)
+        });
         match kept {
             Ok(added) => tracing::info!("{added} chats are samples now"),
             Err(error) => tracing::error!("{} chats could not be kept: {error:#}", parsed.good.len()),

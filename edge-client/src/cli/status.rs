@@ -1,16 +1,23 @@
 //! `status`, `pause`, `resume`: what the device is, has and did, and whether it takes part.
 
 use anyhow::Result;
-use serde_json::json;
+use commonweal_transport::Clock;
+use jiff::tz::TimeZone;
+use serde_json::{Value, json};
 
 use super::{Shared, identity::Identity, open, rounds};
 use crate::{
+    budget::{self, BudgetPolicy, Ledger, Used, Wait},
     doing,
     events::{Event, Output},
     kept, personal, sensors,
     serve::Consent,
+    spend,
+    store::{Store, StoreError},
+    units::Bytes,
     upload,
     watch::Heed,
+    when::Unknown,
 };
 
 pub(super) fn status(shared: &Shared) -> Result<()> {
@@ -24,19 +31,23 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
     let device = Identity::read(&store)?.map(|identity| identity.credentials.device().to_string());
     let paused = store.read(rounds::PAUSED)?.is_some();
     let in_progress = store.exists("round/task.json");
-    let consent = Consent { policy: place.policy(shared)?.serve.keep_chats, all: false };
+    let policy = place.policy(shared)?;
+    let consent = Consent { policy: policy.serve.keep_chats, all: false };
     let has_personal = personal::exists(&store);
     let last_round = receipts.last().map(|delivered| delivered.round.0);
     let output = shared.output();
     let doing = doing::told(&store).filter(|_| device.is_some());
     let doing = if store.is_worked_in()? { doing } else { None };
-    let policy = place.policy(shared)?;
     let mut heed = Heed { rules: policy.when, sensors: sensors::of_system() };
     let why = heed.why_not(false);
+    let readings = heed.readings();
+    let is_metered = readings.metered.unwrap_or(policy.when.unknown == Unknown::Wait);
+    let costs = Costs::look(&store, policy.budget, is_metered)?;
     if output == Output::Json {
         let line = json!({
             "doing": doing, "may_work": why.is_nothing(), "why_not": why.to_string(), "rules_broken": why,
-            "readings": heed.readings(),
+            "readings": readings,
+            "budget": costs.json(),
             "device": device, "enrolled": device.is_some(), "paused": paused, "samples": samples,
             "installed": installed, "updates_accepted": receipts.len(), "last_round": last_round,
             "round_in_progress": in_progress, "chats": consent.words(), "keep_chats": consent.policy,
@@ -60,6 +71,7 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
     } else {
         output.say(&format!("`run` would wait: {why}"));
     }
+    costs.lines().iter().for_each(|line| output.say(line));
     output.say(&format!("{samples} samples, {} updates accepted", receipts.len()));
     match installed {
         Some(version) => output.say(&format!("release {version} installed")),
@@ -73,6 +85,49 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
         output.say("a round is in progress");
     }
     Ok(())
+}
+
+/// What the device costs, against what its owner allows.
+struct Costs {
+    budget: BudgetPolicy,
+    network: Used,
+    waits: Option<Wait>,
+    /// Why the network's account cannot be read.
+    damage: Option<String>,
+    disk_bytes: u64,
+}
+
+impl Costs {
+    fn look(store: &Store, budget: BudgetPolicy, is_metered: bool) -> Result<Self> {
+        let now = spend::time(&Clock::system(), &TimeZone::system());
+        let (ledger, damage) = match spend::read(store) {
+            // As the next `run` or `once` will take it.
+            Err(error @ StoreError::Damaged { .. }) => {
+                (Ledger::unknown(&budget, now.date()), Some(error.to_string()))
+            }
+            ledger => (ledger?.unwrap_or_default(), None),
+        };
+        let waits = budget::wait(&budget, &ledger, &now, is_metered);
+        let network = Used::of(&ledger, now.date());
+        Ok(Self { budget, network, waits, damage, disk_bytes: store.disk_bytes()? })
+    }
+
+    fn json(&self) -> Value {
+        let Self { budget, network, waits, damage, disk_bytes } = self;
+        json!({
+            "limits": budget, "network": network, "waits": waits, "damage": damage, "disk_bytes": disk_bytes,
+        })
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        lines.extend(self.damage.as_ref().map(|damage| format!("{damage}; today's bytes count as used up")));
+        lines.extend(self.waits.as_ref().map(|waits| format!("`run` would wait {waits}")));
+        lines.push(format!("network: {}", self.network.sentence(&self.budget)));
+        let of = self.budget.disk.0.map_or_else(String::new, |max| format!(" of {max}"));
+        lines.push(format!("disk: {}{of}", Bytes::of(self.disk_bytes)));
+        lines
+    }
 }
 
 pub(super) fn pause(shared: &Shared) -> Result<()> {

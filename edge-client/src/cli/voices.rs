@@ -11,6 +11,7 @@ use crate::{
     personal, pipeline,
     serve::Voice,
     store::Store,
+    trust::Trust,
 };
 
 /// The adapters of a device, over one base.
@@ -67,5 +68,5 @@ impl Voices {
 pub(super) fn release(model: &Model, store: &Store) -> Result<Option<Installed>> {
     let Some(Identity { credentials, .. }) = Identity::read(store)? else { return Ok(None) };
     let (base, layout) = (pipeline::base_of(model), model.layout().clone());
-    Ok(install::installed(store, &Expected { key: *credentials.signing_key(), base, layout })?)
+    Ok(install::installed(store, &Expected { trust: Trust::open(store, &credentials)?, base, layout })?)
 }

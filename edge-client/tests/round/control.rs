@@ -3,9 +3,7 @@
 use std::sync::Arc;
 
 use commonweal_adapter::{Adapter, AdapterDelta, AdapterFacts, AdapterKind, Trainable, disk, pair};
-use commonweal_protocol::{
-    AggregatorKey, Control, Digest, Mode, RoundId, Scaffold, SignedControl, SigningKey,
-};
+use commonweal_protocol::{Control, Digest, Mode, RoundId, Scaffold, SignedControl, SigningKey};
 use edge_client::pipeline::{Outcome, PipelineError};
 
 use crate::world::*;
@@ -96,7 +94,7 @@ fn the_correction_moves_the_update_and_one_of_a_stranger_is_refused() {
 
     let mut world = World::new();
     world.correct(0.1, 1, 0b1);
-    world.device.expected.key = AggregatorKey::of(&SigningKey::from_bytes(&[8; 32]));
+    world.device.expected.trust = trust(&SigningKey::from_bytes(&[8; 32]));
     let error = world.device.visit().unwrap_err();
     assert!(matches!(error, PipelineError::Control(_)), "{error}");
     assert!(world.opened().is_empty());

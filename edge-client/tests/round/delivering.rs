@@ -3,7 +3,7 @@
 use std::{collections::BTreeSet, sync::Arc};
 
 use commonweal_adapter::Adapter;
-use commonweal_protocol::{DeviceId, Digest, ReconnectWindow, Refusal, RoundId};
+use commonweal_protocol::{DeviceId, Digest, KeyNumber, ReconnectWindow, Refusal, RoundId, SigningKey};
 use commonweal_runtime::Cancel;
 use edge_client::{
     personal,
@@ -33,6 +33,34 @@ fn a_kill_after_the_receipt_does_not_send_the_same_residual_twice() {
     assert_eq!(world.visit(), Outcome::Delivered(RoundId(2)));
     assert_eq!(world.visit(), Outcome::AlreadyDelivered(RoundId(2)));
     assert_eq!(world.opened().len(), 2);
+}
+
+#[test]
+fn a_receipt_under_a_key_that_followed_is_taken_once_the_device_has_heard_of_it() {
+    let mut world = World::new();
+    world.tell(|told| told.is_away = true);
+    assert!(world.device.visit().unwrap_err().is_transient());
+    // The update is packed; what signs for it is a key that no poll has told of.
+    world.rotate(21);
+    world.tell(|told| told.is_away = false);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    let opened = world.opened();
+    assert_eq!((opened.len(), opened[0].digest), (2, opened[1].digest), "the same update again");
+    assert_eq!(world.device.expected.trust.number(), KeyNumber(1));
+    // After the next rotation a receipt of before counts as it did.
+    world.rotate(22);
+    assert_eq!(world.visit(), Outcome::AlreadyDelivered(RoundId(1)));
+    assert_eq!(world.device.expected.trust.number(), KeyNumber(2));
+    assert_eq!(world.opened().len(), 2);
+
+    // A stranger's word is none, however often it is asked for.
+    world.begin(2);
+    world.device.link.key = SigningKey::from_bytes(&[66; 32]);
+    for _ in 0..2 {
+        let error = world.device.visit().unwrap_err();
+        assert!(matches!(error, PipelineError::Upload(_)), "{error}");
+    }
+    assert_eq!(world.opened().len(), 4, "offered once a visit, for no poll told of another key");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::{fs, sync::Arc};
 
 use commonweal_adapter::{Adapter, Residual, Trainable};
-use commonweal_protocol::{AggregatorKey, Digest, RoundId, SigningKey};
+use commonweal_protocol::{Digest, RoundId, SigningKey};
 use commonweal_runtime::Cancel;
 use commonweal_safety::{Guard, Reviser};
 use edge_client::{
@@ -26,7 +26,7 @@ fn receipts_of_another_aggregator_count_for_nothing() {
     assert_eq!(world.visit(), Outcome::AlreadyDelivered(RoundId(1)));
     // Enrolled anew, with another aggregator, whose first round has the same number.
     let key = SigningKey::from_bytes(&[8; 32]);
-    world.device.expected.key = AggregatorKey::of(&key);
+    world.device.expected.trust = trust(&key);
     world.device.link.key = key;
     for expected in [Outcome::Delivered(RoundId(1)), Outcome::AlreadyDelivered(RoundId(1))] {
         assert_eq!(world.visit(), expected);

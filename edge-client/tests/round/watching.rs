@@ -1,6 +1,7 @@
 //! A person comes back in the middle of a round, and leaves again.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::Write,
     thread,
@@ -9,10 +10,14 @@ use std::{
 
 use commonweal_protocol::{Digest, RoundId};
 use commonweal_runtime::Cancel;
+use commonweal_safety::Reviser;
 use edge_client::{
+    forget, kept,
     pipeline::Outcome,
+    rows::Parsed,
+    sample::Sample,
     sensors::LinuxSensors,
-    units::Span,
+    units::{Limit, Span},
     watch::{Heed, Watched, watched},
     when::{Broken, WhenPolicy},
 };
@@ -51,7 +56,13 @@ fn a_touch_ends_the_round_where_it_is_and_the_rest_follows_to_the_same_bits() {
         File::options().append(true).open(keyboard).unwrap().write_all(&[1; 24]).unwrap();
         Instant::now()
     });
-    let watch = Watched { visit, stop: Cancel::new(), wishes: Vec::new(), heed: Some(&mut heed) };
+    let watch = Watched {
+        visit,
+        stop: Cancel::new(),
+        wishes: Vec::new(),
+        heed: Some(&mut heed),
+        memory_max: Limit::OFF,
+    };
     let ((ended, at), broken) = watched(watch, || (world.device.visit(), Instant::now()));
     let after = at.duration_since(touched.join().unwrap());
     eprintln!("the round's work ended {} ms after the touch, its checkpoint written", after.as_millis());
@@ -63,4 +74,102 @@ fn a_touch_ends_the_round_where_it_is_and_the_rest_follows_to_the_same_bits() {
     assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
     let [with, without] = [&world, &undisturbed].map(|world| Digest::of(&world.told.lock().unwrap().offered));
     assert_eq!(with, without);
+}
+
+/// Ends the visit once a file is there.
+fn until_there(world: &World, name: &str) {
+    let (path, visit) = (world.directory.path().join(name), world.device.cancel.clone());
+    let ended = thread::spawn(move || {
+        while !path.exists() {
+            thread::sleep(Duration::from_micros(200));
+        }
+        visit.cancel();
+    });
+    world.device.visit().unwrap_err();
+    ended.join().unwrap();
+}
+
+/// Of 150 harmless and 50 harmful samples: several chunks to judge, and several to rewrite.
+fn many(world: &World, texts: &str) {
+    let good = [samples("device-1.jsonl", 150), samples("hostile.jsonl", 50)].concat();
+    kept::keep(&world.device.store, &Parsed { good, bad: Vec::new() }, texts, 0).unwrap();
+}
+
+#[test]
+fn what_was_judged_and_rewritten_before_a_break_is_not_done_again_and_the_bits_are_the_same() {
+    let undisturbed = World::new();
+    many(&undisturbed, "many");
+    assert_eq!(undisturbed.visit(), Outcome::Delivered(RoundId(1)));
+
+    let mut world = World::new();
+    many(&world, "many");
+    let of = |world: &World, name: &str| fs::read(world.directory.path().join(name)).ok();
+    let [first, second, third] = [0, 1, 2].map(|number| format!("round/judged-{number:04}.bin"));
+    until_there(&world, &first);
+    let judged = of(&world, &first).unwrap();
+    assert!(!judged.windows(4).any(|bytes| bytes == b"eggs"), "it is sealed");
+    // What is added now waits for another round.
+    let late = vec![(0, Sample::from_pair("How do I boil rice?".into(), "In water.".into()).unwrap())];
+    kept::keep(&world.device.store, &Parsed { good: late, bad: Vec::new() }, "late", 0).unwrap();
+
+    world.device.cancel = Cancel::new();
+    until_there(&world, &second);
+    assert_eq!(of(&world, &first).unwrap(), judged, "it was sealed once");
+    // One that does not open is judged again.
+    fs::write(world.directory.path().join(&second), b"damaged").unwrap();
+    world.device.cancel = Cancel::new();
+    until_there(&world, &third);
+    assert_ne!(of(&world, &second).unwrap(), b"damaged");
+
+    world.device.cancel = Cancel::new();
+    let rewritten = "round/rewritten-0000.bin";
+    until_there(&world, rewritten);
+    let kept_one = of(&world, rewritten).unwrap();
+    world.device.cancel = Cancel::new();
+    until_there(&world, "round/rewritten-0001.bin");
+    assert_eq!(of(&world, rewritten).unwrap(), kept_one, "it was sealed once");
+
+    world.device.cancel = Cancel::new();
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    let [with, without] = [&world, &undisturbed].map(|world| Digest::of(&world.told.lock().unwrap().offered));
+    assert_eq!(with, without);
+    let [with, without] = [&world, &undisturbed].map(|world| world.opened()[0].report);
+    assert_eq!(with, without);
+    assert!(!world.has(&first) && !world.has(rewritten) && !world.has("round/drawn.samples"));
+}
+
+#[test]
+fn what_another_constitution_judged_or_rewrote_is_done_again() {
+    let mut world = World::new();
+    many(&world, "many");
+    until_there(&world, "round/rewritten-0000.bin");
+    let before = ["round/judged-0000.bin", "round/rewritten-0000.bin"]
+        .map(|name| fs::read(world.directory.path().join(name)).unwrap());
+    let mut constitution = world.device.reviser.constitution().clone();
+    constitution.name.push_str(", of the owner");
+    world.device.reviser =
+        Reviser::from_package(&world.device.model).unwrap().with_constitution(constitution);
+    world.device.cancel = Cancel::new();
+    // Somebody lays the old chunks beside the new round.
+    until_there(&world, "round/task.json");
+    for (name, bytes) in ["round/judged-0000.bin", "round/rewritten-0000.bin"].iter().zip(&before) {
+        fs::write(world.directory.path().join(name), bytes).unwrap();
+    }
+    world.device.cancel = Cancel::new();
+    until_there(&world, "round/judged-0001.bin");
+    assert_ne!(fs::read(world.directory.path().join("round/judged-0000.bin")).unwrap(), before[0]);
+}
+
+#[test]
+fn chunks_go_with_the_samples_that_they_were_made_of() {
+    let world = World::new();
+    many(&world, "many");
+    until_there(&world, "round/judged-0001.bin");
+    let store = &world.device.store;
+    let one = BTreeSet::from([kept::samples(store).unwrap()[0].id()]);
+    forget::wish(store, &one).unwrap();
+    assert!(forget::carry_out(store).unwrap().rounds);
+    for name in ["judged-0000.bin", "judged-0001.bin", "drawn.samples"] {
+        assert!(!world.has(&format!("round/{name}")), "{name}");
+    }
 }

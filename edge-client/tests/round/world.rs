@@ -10,9 +10,9 @@ use std::{
 use commonweal_adapter::{Adapter, AdapterFacts, AdapterKind, disk};
 use commonweal_package::Package;
 use commonweal_protocol::{
-    AggregatorKey, CertificateChain, CompressSettings, Content, Csr, DeviceId, Digest, Mode, Open, Poll,
-    PollReply, Receipt, ReconnectWindow, Refusal, RoundId, RoundTask, Scaffold, SignedReceipt, SigningKey,
-    Start, TrainSettings, Version,
+    AggregatorKey, CertificateChain, CompressSettings, Content, Csr, DeviceId, Digest, KeyNumber, Lineage,
+    Mode, Open, Poll, PollReply, Receipt, ReconnectWindow, Refusal, RoundId, RoundTask, Scaffold,
+    SignedReceipt, SigningKey, Start, TrainSettings, Version,
 };
 use commonweal_runtime::{Cancel, Library, Model, OpenOptions};
 use commonweal_safety::{Guard, Reviser};
@@ -27,6 +27,7 @@ use edge_client::{
     sample::Sample,
     store::{Store, StoreError},
     train,
+    trust::Trust,
 };
 use tempfile::TempDir;
 use tokio::runtime::Runtime;
@@ -71,6 +72,8 @@ pub(crate) struct Told {
     pub(crate) refusals_left: Option<u32>,
     /// Whom receipts are for, if not for who asked.
     pub(crate) signs_for: Option<DeviceId>,
+    /// The keys that signed so far, if there was a rotation.
+    pub(crate) lineage: Option<Lineage>,
     pub(crate) is_away: bool,
     /// Never answers an update.
     pub(crate) is_silent: bool,
@@ -93,9 +96,11 @@ pub(crate) fn copy_folder(from: &Path, to: &Path) {
 }
 
 impl Link for FakeLink {
-    async fn poll(&self, _: Poll) -> Result<PollReply, LinkError> {
-        let task = self.told.lock().unwrap().task;
-        Ok(PollReply { task, release: None, reconnect: ReconnectWindow::default() })
+    async fn poll(&self, poll: Poll) -> Result<PollReply, LinkError> {
+        let told = self.told.lock().unwrap();
+        let successions = told.lineage.as_ref().map(|keys| keys.after(poll.key).to_vec()).unwrap_or_default();
+        let reconnect = ReconnectWindow::default();
+        Ok(PollReply { task: told.task, release: None, successions, reconnect })
     }
 
     async fn upload(&self, open: &Open, bytes: &[u8]) -> Result<Uploaded, LinkError> {
@@ -144,6 +149,11 @@ impl Link for FakeLink {
     }
 }
 
+/// An enrolment at an aggregator whose first key this is.
+pub(crate) fn trust(key: &SigningKey) -> Trust {
+    Trust::new(DEVICE, Lineage::new(KeyNumber(0), AggregatorKey::of(key)))
+}
+
 pub(crate) struct World {
     pub(crate) directory: TempDir,
     pub(crate) _runtime: Runtime,
@@ -176,7 +186,7 @@ impl World {
             guard: Guard::from_package(&model, &cancel).unwrap(),
             reviser: Reviser::from_package(&model).unwrap(),
             link: FakeLink { key: key.clone(), told: Arc::clone(&told) },
-            expected: Expected { key: AggregatorKey::of(&key), base, layout: Arc::clone(model.layout()) },
+            expected: Expected { trust: trust(&key), base, layout: Arc::clone(model.layout()) },
             model,
             output: Output::Text,
             runtime: runtime.handle().clone(),
@@ -222,6 +232,15 @@ impl World {
 
     pub(crate) fn tell(&self, change: impl FnOnce(&mut Told)) {
         change(&mut self.told.lock().unwrap());
+    }
+
+    /// Another key signs from now on, which the next poll tells of.
+    pub(crate) fn rotate(&mut self, seed: u8) {
+        let next = SigningKey::from_bytes(&[seed; 32]);
+        let key = std::mem::replace(&mut self.device.link.key, next.clone());
+        let mut told = self.told.lock().unwrap();
+        let first = || Lineage::new(KeyNumber(0), AggregatorKey::of(&key));
+        told.lineage.get_or_insert_with(first).succeed(&key, AggregatorKey::of(&next), 1).unwrap();
     }
 
     pub(crate) fn visit(&self) -> Outcome {

@@ -5,9 +5,10 @@ use std::{collections::BTreeMap, time::Instant};
 use anyhow::Result;
 use commonweal_runtime::Cancel;
 use commonweal_safety::{
-    Confusion, Flagged, Guard, GuardReport, Rate, ReviseOptions, Reviser, Revision,
+    CategoryId, Confusion, Flagged, Guard, GuardReport, Rate, ReviseOptions, Reviser, Revision,
     calibrate::{Bin, Labelled, expected_calibration_error, reliability},
 };
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::{
@@ -115,6 +116,17 @@ fn percent(rate: Rate) -> String {
     }
 }
 
+/// What the reviser made of one flagged reply: a line of `--rewrites`, which `judge_rewrites.py` reads.
+#[derive(Debug, Serialize)]
+pub(crate) struct Rewrite {
+    prompt: String,
+    response: String,
+    category: Option<CategoryId>,
+    /// What would be trained on: the rewriting, or the constitution's refusal where none was judged safe.
+    revision: String,
+    is_safe: bool,
+}
+
 /// What the reviser made of rows.
 #[derive(Debug, Default)]
 pub(crate) struct RevisionCounts {
@@ -124,12 +136,13 @@ pub(crate) struct RevisionCounts {
     refusals: Rate,
 }
 
-/// Revises what the guard flags of the rows' responses, and counts.
+/// Revises what the guard flags of the rows' responses, counts, and hands each rewriting on.
 pub(crate) fn evaluate_reviser(
     guard: &Guard,
     reviser: &Reviser,
     rows: &[ReviserRow],
     progress: Progress,
+    mut each: impl FnMut(&Rewrite) -> Result<()>,
 ) -> Result<RevisionCounts> {
     let (cancel, mut counts) = (Cancel::new(), RevisionCounts::default());
     let harmful: Vec<&ReviserRow> = rows.iter().filter(|row| row.category.is_some()).collect();
@@ -148,20 +161,35 @@ pub(crate) fn evaluate_reviser(
                 flagged.push(Flagged { prompt: &row.prompt, response: &row.response, category });
             }
         }
-        for revision in reviser.revise(guard, &flagged, &ReviseOptions::default(), &cancel)? {
-            match revision {
-                Revision::Safe { text, attempts, .. } => {
-                    counts.safe.add(true);
-                    counts.first_attempt.add(attempts == 1);
-                    counts.refusals.add(commonweal_safety::refusal::is_refusal(&text));
-                }
-                Revision::StillUnsafe { .. } => counts.safe.add(false),
+        let revisions = reviser.revise(guard, &flagged, &ReviseOptions::default(), &cancel)?;
+        for (flagged, revision) in flagged.iter().zip(revisions) {
+            counts.safe.add(matches!(revision, Revision::Safe { .. }));
+            if let Revision::Safe { text, attempts, .. } = &revision {
+                counts.first_attempt.add(*attempts == 1);
+                counts.refusals.add(commonweal_safety::refusal::is_refusal(text));
             }
+            each(&Rewrite::of(flagged, revision))?;
         }
         bar.inc(chunk.len() as u64);
     }
     bar.finish_and_clear();
     Ok(counts)
+}
+
+impl Rewrite {
+    fn of(flagged: &Flagged<'_>, revision: Revision) -> Self {
+        let (revision, is_safe) = match revision {
+            Revision::Safe { text, .. } => (text, true),
+            Revision::StillUnsafe { refusal, .. } => (refusal, false),
+        };
+        Self {
+            prompt: flagged.prompt.into(),
+            response: flagged.response.into(),
+            category: flagged.category.cloned(),
+            revision,
+            is_safe,
+        }
+    }
 }
 
 impl RevisionCounts {

@@ -162,6 +162,9 @@ enum Command {
         /// Reviser rows
         #[arg(long)]
         reviser_rows: Option<PathBuf>,
+        /// Where to write each harmful reply with its rewriting, for `judge_rewrites.py`
+        #[arg(long, requires = "reviser_rows")]
+        rewrites: Option<PathBuf>,
         /// The principles
         #[arg(long, default_value = "models/reference/constitution.toml")]
         constitution: PathBuf,
@@ -310,7 +313,7 @@ fn run(cli: Cli) -> Result<()> {
             }
             Ok(())
         }
-        Command::Evaluate { guard, rows, reviser, reviser_rows, constitution } => {
+        Command::Evaluate { guard, rows, reviser, reviser_rows, rewrites, constitution } => {
             if rows.is_empty() && reviser_rows.is_none() {
                 bail!("nothing to evaluate: give --rows or --reviser with --reviser-rows");
             }
@@ -332,7 +335,17 @@ fn run(cli: Cli) -> Result<()> {
                 let adapter =
                     reviser.map(|file| read_adapter(&file, &model, AdapterKind::Reviser)).transpose()?;
                 let reviser = Reviser::open(&model, constitution, adapter.as_ref())?;
-                let counts = evaluate::evaluate_reviser(&judge, &reviser, &rows::read(&path)?, progress)?;
+                let mut lines = String::new();
+                let each = |rewrite: &evaluate::Rewrite| {
+                    lines += &serde_json::to_string(rewrite)?;
+                    lines.push('\n');
+                    Ok(())
+                };
+                let counts =
+                    evaluate::evaluate_reviser(&judge, &reviser, &rows::read(&path)?, progress, each)?;
+                if let Some(path) = rewrites {
+                    fs::write(&path, lines).with_context(|| format!("cannot write {}", path.display()))?;
+                }
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
                 if progress.is_json() {
                     println!("{}", counts.json(&name));

@@ -7,6 +7,7 @@
 use std::{
     fs, io,
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use commonweal_package::{CacheForm, EncoderConfig, ModelConfig, Package, TrainGraph};
@@ -142,6 +143,8 @@ pub enum Bound {
     Machine,
     /// The limit of the process's control group (a container, a service).
     ControlGroup,
+    /// What the process's owner allows it.
+    Budget,
 }
 
 impl Bound {
@@ -149,6 +152,7 @@ impl Bound {
         match self {
             Self::Machine => "the machine",
             Self::ControlGroup => "the control group of this process",
+            Self::Budget => "this process's memory budget",
         }
     }
 }
@@ -190,22 +194,42 @@ pub fn check(
     }
 }
 
-/// What this process could still get: the lesser of the machine's and its control groups' memory.
-pub fn available() -> Option<Available> {
-    available_below(Path::new("/"))
+/// What the process's owner allows it.
+static BUDGET: AtomicU64 = AtomicU64::new(u64::MAX);
+
+/// Sets how much memory this process may hold, whatever there is; `None` for no such bound.
+pub fn set_budget(bytes: Option<u64>) {
+    BUDGET.store(bytes.unwrap_or(u64::MAX), Ordering::Relaxed);
 }
 
-fn available_below(root: &Path) -> Option<Available> {
-    let machine = fs::read_to_string(root.join("proc/meminfo")).ok().and_then(|text| mem_available(&text));
+/// What this process could still get: the least of the machine's, its control groups' and its owner's.
+pub fn available() -> Option<Available> {
+    available_below(Path::new("/"), BUDGET.load(Ordering::Relaxed))
+}
+
+/// What this process holds now, mapped files included; unknown on systems other than Linux.
+pub fn held() -> Option<u64> {
+    held_below(Path::new("/"))
+}
+
+fn held_below(root: &Path) -> Option<u64> {
+    kilobytes(&fs::read_to_string(root.join("proc/self/status")).ok()?, "VmRSS:")
+}
+
+fn available_below(root: &Path, budget: u64) -> Option<Available> {
+    let machine =
+        fs::read_to_string(root.join("proc/meminfo")).ok().and_then(|text| kilobytes(&text, "MemAvailable:"));
     let machine = machine.map(|bytes| Available { bytes, bound: Bound::Machine });
     let groups = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
     let group = group_left(root, &groups).map(|bytes| Available { bytes, bound: Bound::ControlGroup });
-    machine.into_iter().chain(group).min_by_key(|available| available.bytes)
+    let own = if budget == u64::MAX { None } else { held_below(root) };
+    let own = own.map(|held| Available { bytes: budget.saturating_sub(held), bound: Bound::Budget });
+    machine.into_iter().chain(group).chain(own).min_by_key(|available| available.bytes)
 }
 
-/// `MemAvailable` of `/proc/meminfo`, in bytes.
-fn mem_available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+/// A number of one of the kernel's tables, in bytes.
+fn kilobytes(table: &str, name: &str) -> Option<u64> {
+    let line = table.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
@@ -360,8 +384,8 @@ mod tests {
         let meminfo = ("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable:    8000 kB\n");
         let machine = Available { bytes: 8000 << 10, bound: Bound::Machine };
         let group = |bytes| Some(Available { bytes, bound: Bound::ControlGroup });
-        assert_eq!(available_below(root(&[meminfo]).path()), Some(machine));
-        assert_eq!(available_below(root(&[]).path()), None);
+        assert_eq!(available_below(root(&[meminfo]).path(), u64::MAX), Some(machine));
+        assert_eq!(available_below(root(&[]).path(), u64::MAX), None);
         let second = |limit, used, stat| {
             available_below(
                 root(&[
@@ -374,6 +398,7 @@ mod tests {
                     ("sys/fs/cgroup/a.slice/b.service/memory.current", "7\n"),
                 ])
                 .path(),
+                u64::MAX,
             )
         };
         assert_eq!(second("5000\n", "3000\n", "anon 1\ninactive_file 1000\n"), group(3000));
@@ -387,12 +412,27 @@ mod tests {
             ("sys/fs/cgroup/memory/memory.limit_in_bytes", "4096\n"),
             ("sys/fs/cgroup/memory/memory.usage_in_bytes", "96\n"),
         ]);
-        assert_eq!(available_below(first.path()), group(4000));
+        assert_eq!(available_below(first.path(), u64::MAX), group(4000));
+    }
+
+    #[test]
+    fn an_owners_budget_counts_what_the_process_holds_already() {
+        let meminfo = ("proc/meminfo", "MemAvailable:    8000 kB\n");
+        let status = ("proc/self/status", "VmPeak:   9000 kB\nVmRSS:     600 kB\nRssAnon:   300 kB\n");
+        let system = root(&[meminfo, status]);
+        let own = |bytes| Some(Available { bytes, bound: Bound::Budget });
+        assert_eq!(available_below(system.path(), 1000 << 10), own(400 << 10));
+        assert_eq!(available_below(system.path(), 500 << 10), own(0));
+        let machine = Available { bytes: 8000 << 10, bound: Bound::Machine };
+        assert_eq!(available_below(system.path(), 9000 << 10), Some(machine));
+        let refused = check("training", 500 << 10, own(400 << 10), "use less").unwrap_err().to_string();
+        assert!(refused.contains("this process's memory budget has 1 MB left"), "{refused}");
     }
 
     #[cfg(target_os = "linux")]
     #[test]
     fn this_machine_says_what_it_has() {
         assert!(available().unwrap().bytes > 0);
+        assert!(held().unwrap() > 0);
     }
 }

@@ -17,8 +17,9 @@ pub const FRAME_BYTES_MAX: usize = CHUNK_BYTES_MAX + CHUNK_OVERHEAD_BYTES_MAX;
 /// Bytes of a frame's body where no chunk may come: the first frame of a stream, every frame of an enrolment, and
 /// every reply but a chunk.
 ///
-/// The largest is a poll's reply: a task (under 400 bytes) and a signed release with [`GATES_MAX`] gates (under 24
-/// bytes each, so under 1 KiB in all); or a certificate chain, [`CHAIN_CERTIFICATES_MAX`] × [`CERTIFICATE_BYTES_MAX`].
+/// The largest is a poll's reply: a task (under 400 bytes), a signed release with [`GATES_MAX`] gates (under 24 bytes
+/// each, so under 1 KiB in all) and [`SUCCESSIONS_MAX`] × [`SUCCESSION_BYTES_MAX`]; or a certificate chain,
+/// [`CHAIN_CERTIFICATES_MAX`] × [`CERTIFICATE_BYTES_MAX`].
 pub const CONTROL_BYTES_MAX: usize = 16 << 10;
 
 /// Bytes of one update.
@@ -44,6 +45,13 @@ pub const GATES_MAX: usize = 32;
 
 /// Bytes of a merge's name on a report card; the longest of ours has 41.
 pub const MERGE_NAME_BYTES_MAX: usize = 64;
+
+/// Rotations of the aggregator's signing key, in all: one a month for eight years. A device that was away for all of
+/// them catches up by one poll.
+pub const SUCCESSIONS_MAX: usize = 100;
+
+/// Bytes of one step of that chain: number (varint, 10), key (32), date (10), signature (1 + 64).
+pub const SUCCESSION_BYTES_MAX: usize = 117;
 
 /// Characters of a host in an invitation (a DNS name's limit).
 pub const HOST_CHARACTERS_MAX: usize = 253;
@@ -76,7 +84,7 @@ pub const PROGRESS_BYTES_MIN: usize = 1 << 10;
 const _: () = assert!(CONTROL_BYTES_MAX < FRAME_BYTES_MAX);
 const _: () = assert!(CONTROL_BYTES_MAX > CHAIN_CERTIFICATES_MAX * CERTIFICATE_BYTES_MAX + 128);
 const _: () = assert!(CONTROL_BYTES_MAX > CSR_BYTES_MAX + 128);
-const _: () = assert!(CONTROL_BYTES_MAX > GATES_MAX * 24 + 1024);
+const _: () = assert!(CONTROL_BYTES_MAX > GATES_MAX * 24 + 1024 + SUCCESSIONS_MAX * SUCCESSION_BYTES_MAX);
 const _: () = assert!(CHUNK_OVERHEAD_BYTES_MAX >= 1 + 10 + 32 + 4);
 const _: () = assert!(FRAME_BYTES_MAX <= u32::MAX as usize);
 const _: () = assert!(UPDATE_BYTES_MAX >= CHUNK_BYTES_MAX as u64);

@@ -2,7 +2,7 @@
 //! later a fresh request over mutual TLS. Neighbours: `invitation` carries the token; `commonweal-transport::authority`
 //! issues the certificates.
 
-use crate::{AggregatorKey, DeviceId, Invalid, Opaque, Token, bounds};
+use crate::{AggregatorKey, DeviceId, Invalid, KeyNumber, Opaque, Token, bounds};
 use serde::{Deserialize, Serialize};
 
 /// A DER certificate signing request (PKCS #10).
@@ -39,8 +39,10 @@ pub struct Enrolled {
     pub device: DeviceId,
     /// The device's certificate and the authority's.
     pub chain: CertificateChain,
-    /// The key that signs receipts and releases.
+    /// The key that signs receipts and releases now.
     pub signing_key: AggregatorKey,
+    /// Its number.
+    pub key_number: KeyNumber,
 }
 
 /// Asks for a fresh certificate for the same identity.

@@ -7,7 +7,7 @@
 use crate::{Invalid, Message, bounds};
 
 /// The version of every frame of this crate.
-pub const FRAME_VERSION: u8 = 2;
+pub const FRAME_VERSION: u8 = 3;
 
 /// Why bytes are not a message.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]

@@ -165,6 +165,10 @@ counter!(
     /// A published adapter, counted from 0 (the start that no round has trained).
     Version
 );
+counter!(
+    /// A key that signs for the aggregator, counted from 0 (the one that its state directory was made with).
+    KeyNumber
+);
 
 #[cfg(test)]
 mod tests {

@@ -7,8 +7,8 @@
 //! device                                                aggregator
 //!   Enroll{token, csr}                  ──────────────▶   (ALPN commonweal-enroll/1, once)
 //!                                       ◀──────────────  Enrolled{chain, device, signing key}
-//!   Poll{base, installed}               ──────────────▶   (ALPN commonweal/1, mutual TLS, from here on)
-//!                                       ◀──────────────  PollReply{task?, release?, reconnect}
+//!   Poll{base, installed, key}          ──────────────▶   (ALPN commonweal/1, mutual TLS, from here on)
+//!                                       ◀──────────────  PollReply{task?, release?, successions, reconnect}
 //!   Fetch{digest, offset}               ──────────────▶
 //!                                       ◀──────────────  Content{length}, Chunk, Chunk, …
 //!   Open{round, base, digest, length…}  ──────────────▶
@@ -36,6 +36,7 @@ mod content;
 mod receipt;
 mod release;
 mod signature;
+mod succession;
 mod invalid;
 mod message;
 mod frame;
@@ -44,7 +45,7 @@ pub use content::{Chunk, Content, Fetch};
 pub use control::{Control, Scaffold, SignedControl};
 pub use enrolment::{CertificateChain, Csr, Enroll, Enrolled, Renew};
 pub use frame::{DecodeError, EncodeError, FRAME_VERSION, Header, decode, encode};
-pub use identifiers::{BaseHash, DeviceId, Digest, IdentifierError, RoundId, Token, Version};
+pub use identifiers::{BaseHash, DeviceId, Digest, IdentifierError, KeyNumber, RoundId, Token, Version};
 pub use invalid::Invalid;
 pub use invitation::{Host, Invitation, InvitationError};
 pub use message::{EnrolmentReply, EnrolmentRequest, Message, Reply, Request};
@@ -54,5 +55,6 @@ pub use receipt::{Accepted, Receipt, SignedReceipt};
 pub use refusal::{Refusal, Refused};
 pub use release::{Direction, Gate, Metric, Release, ReleaseNotice, ReportCard, RoundCounts, SignedRelease};
 pub use signature::{AggregatorKey, Signature, SignatureError, SigningKey};
+pub use succession::{Lineage, SignedSuccession, Succession, SuccessionError};
 pub use task::{CompressSettings, Mode, Poll, PollReply, RoundTask, Start, TrainSettings};
 pub use update::{DeviceReport, Open, UploadKey};

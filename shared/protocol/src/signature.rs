@@ -1,5 +1,6 @@
-//! What the aggregator signs: receipts, releases and control variates, each under its own domain, so that a signature
-//! of one can never be shown as a signature of another. Neighbours: `receipt`, `release` and `control`.
+//! What the aggregator signs: receipts, releases, control variates and keys that follow a key, each under its own domain, so that a signature
+//! of one can never be shown as a signature of another. Neighbours: `receipt`, `release`, `control` and
+//! `succession`.
 //!
 //! The bytes signed are the domain's label, a zero byte, and the value's postcard encoding: fixed field order, no
 //! padding, shortest integers, so one value has one encoding. Ed25519, verified strictly (RFC 8032 without the
@@ -85,6 +86,7 @@ pub(crate) enum Domain {
     Receipt,
     Release,
     Control,
+    Succession,
 }
 
 impl Domain {
@@ -93,6 +95,7 @@ impl Domain {
             Self::Receipt => b"commonweal receipt v1",
             Self::Release => b"commonweal release v1",
             Self::Control => b"commonweal control v1",
+            Self::Succession => b"commonweal succession v1",
         }
     }
 

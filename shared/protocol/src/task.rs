@@ -1,7 +1,10 @@
 //! What a device asks first and what it is told to do: poll, and the round's task. Neighbours: `release` comes with
 //! the reply, `update` is what the task ends in.
 
-use crate::{BaseHash, Digest, Invalid, ReconnectWindow, ReleaseNotice, RoundId, Scaffold, Version, bounds};
+use crate::{
+    BaseHash, Digest, Invalid, KeyNumber, ReconnectWindow, ReleaseNotice, RoundId, Scaffold,
+    SignedSuccession, Version, bounds,
+};
 use serde::{Deserialize, Serialize};
 
 /// "I hold this base and this release: is there work, is there news?"
@@ -11,6 +14,8 @@ pub struct Poll {
     pub base: BaseHash,
     /// The release that it has installed.
     pub installed: Option<Version>,
+    /// The newest of the aggregator's keys that it knows.
+    pub key: KeyNumber,
 }
 
 /// The answer: work, news, neither or both, and when to come back.
@@ -20,6 +25,8 @@ pub struct PollReply {
     pub task: Option<RoundTask>,
     /// A release other than the one that the device has installed.
     pub release: Option<ReleaseNotice>,
+    /// The steps from the key that the device knows to the one that signed all else in this reply.
+    pub successions: Vec<SignedSuccession>,
     /// When to poll again.
     pub reconnect: ReconnectWindow,
 }
@@ -130,6 +137,7 @@ impl PollReply {
         if let Some(release) = &self.release {
             release.release.check()?;
         }
+        SignedSuccession::check(&self.successions)?;
         self.reconnect.check()
     }
 }

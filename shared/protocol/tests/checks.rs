@@ -28,12 +28,12 @@ fn lengths_are_judged_before_the_body() {
 #[test]
 fn other_versions_and_leftovers_are_refused() {
     let mut body = body(&Request::Finish);
-    assert_eq!(body, [2, 3]);
+    assert_eq!(body, [3, 3]);
     body.push(0);
     assert_eq!(decode::<Request>(&body), Err(DecodeError::Trailing(1)));
     assert_eq!(decode::<Request>(&[1, 3]), Err(DecodeError::Version(1)));
     assert_eq!(decode::<Request>(&[]), Err(DecodeError::Empty));
-    assert!(matches!(decode::<Request>(&[2, 200]), Err(DecodeError::Payload(_))));
+    assert!(matches!(decode::<Request>(&[3, 200]), Err(DecodeError::Payload(_))));
 }
 
 #[test]
@@ -61,7 +61,12 @@ fn the_largest_messages_fit_a_control_frame() {
     task.deadline_ms = u64::MAX;
     let reconnect =
         ReconnectWindow { after_ms: bounds::RECONNECT_MS_MAX, spread_ms: bounds::RECONNECT_MS_MAX };
-    let poll = Reply::Poll(PollReply { task: Some(task), release, reconnect });
+    let mut step = samples::successions()[0];
+    (step.succession.number.0, step.succession.created_ms) = (u64::MAX, u64::MAX);
+    let successions = vec![step; bounds::SUCCESSIONS_MAX];
+    let bytes = postcard::to_stdvec(&step).unwrap().len();
+    assert_eq!(bytes, bounds::SUCCESSION_BYTES_MAX);
+    let poll = Reply::Poll(PollReply { task: Some(task), release, successions, reconnect });
     assert!(encode(&poll).unwrap().len() < bounds::CONTROL_BYTES_MAX);
     let [_, (_, EnrolmentReply::Enrolled(mut enrolled))] =
         <[_; 2]>::try_from(samples::enrolment_replies()).unwrap()
@@ -95,7 +100,8 @@ fn values_out_of_bounds_are_refused_both_ways() {
     let task = |change: &dyn Fn(&mut commonweal_protocol::RoundTask)| {
         let mut task = samples::task();
         change(&mut task);
-        let reply = PollReply { task: Some(task), release: None, reconnect: samples::RECONNECT };
+        let reply =
+            PollReply { task: Some(task), release: None, successions: vec![], reconnect: samples::RECONNECT };
         encode(&Reply::Poll(reply)).is_err()
     };
     assert!(!task(&|_| {}));
@@ -134,11 +140,15 @@ fn values_out_of_bounds_are_refused_both_ways() {
         release.report_card.gates = vec![gate; bounds::GATES_MAX + 1];
     }));
 
+    let successions = vec![samples::successions()[0]; bounds::SUCCESSIONS_MAX + 1];
+    let reply = PollReply { task: None, release: None, successions, reconnect: samples::RECONNECT };
+    assert!(matches!(encode(&Reply::Poll(reply)), Err(EncodeError::Invalid(_))));
+
     let reconnect = ReconnectWindow { after_ms: bounds::RECONNECT_MS_MAX + 1, spread_ms: 0 };
     let refused = Refused { reconnect, ..commonweal_protocol::Refusal::Busy.into() };
     assert!(matches!(encode(&Reply::Refused(refused)), Err(EncodeError::Invalid(_))));
     // The same, as a peer that does not check would send it: tag 0, reason 3, the two numbers, little groups of 7 bits.
-    let arrives = [2, 0, 3, 0x81, 0x88, 0xb2, 0xa0, 0x02, 0];
+    let arrives = [3, 0, 3, 0x81, 0x88, 0xb2, 0xa0, 0x02, 0];
     assert!(
         matches!(decode::<Reply>(&arrives), Err(DecodeError::Invalid(_))),
         "{:?}",

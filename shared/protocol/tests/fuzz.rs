@@ -22,6 +22,11 @@ fn release() {
 }
 
 #[test]
+fn succession() {
+    mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", "succession", 5_000, targets::succession);
+}
+
+#[test]
 fn invitation() {
     mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", "invitation", 20_000, targets::invitation);
 }
@@ -46,6 +51,13 @@ fn seeds() -> Vec<(String, Vec<u8>)> {
     }
     let release = SignedRelease::sign(&targets::key(), samples::release()).unwrap();
     seeds.push(("release/signed".into(), postcard::to_stdvec(&release).unwrap()));
+    let steps = targets::LINEAGE.steps();
+    let swapped = [steps[1], steps[0]];
+    for (name, steps) in
+        [("one", &steps[..1]), ("three", steps), ("skips", &steps[1..]), ("swapped", &swapped)]
+    {
+        seeds.push((format!("succession/{name}"), postcard::to_stdvec(steps).unwrap()));
+    }
     for (name, host) in [("name", "aggregator.example"), ("ipv4", "192.0.2.1"), ("ipv6", "2001:db8::1")] {
         let (token, authority) = (Token([0xab; 32]), Digest([0xcd; 32]));
         let invitation = Invitation { host: host.parse().unwrap(), port: 4433, token, authority };

@@ -8,8 +8,9 @@ mod fuzz {
 mod samples;
 
 use commonweal_protocol::{
-    BaseHash, Chunk, Content, DeviceReport, Digest, Fetch, Header, Opaque, Open, Poll, ReconnectWindow,
-    Refusal, Refused, Reply, Request, RoundId, Version, bounds, decode, encode,
+    AggregatorKey, BaseHash, Chunk, Content, DeviceReport, Digest, Fetch, Header, KeyNumber, Lineage, Opaque,
+    Open, Poll, ReconnectWindow, Refusal, Refused, Reply, Request, RoundId, SigningKey, Version, bounds,
+    decode, encode,
 };
 use proptest::prelude::*;
 
@@ -53,8 +54,9 @@ fn open() -> impl Strategy<Value = Open> {
 }
 
 fn request() -> impl Strategy<Value = Request> {
-    let poll = (any::<[u8; 32]>(), any::<Option<u64>>()).prop_map(|(base, installed)| {
-        Request::Poll(Poll { base: BaseHash(base), installed: installed.map(Version) })
+    let poll = (any::<[u8; 32]>(), any::<Option<u64>>(), any::<u64>()).prop_map(|(base, installed, key)| {
+        let (installed, key) = (installed.map(Version), KeyNumber(key));
+        Request::Poll(Poll { base: BaseHash(base), installed, key })
     });
     let fetch = (digest(), 0..=bounds::CONTENT_BYTES_MAX)
         .prop_map(|(digest, offset)| Request::Fetch(Fetch { digest, offset }));
@@ -83,7 +85,44 @@ fn reply() -> impl Strategy<Value = Reply> {
     ]
 }
 
+/// Key 0 and five rotations; then what the thief of key 2 makes of it: another key 3, 4 and 5.
+fn chain_and_fork() -> (Lineage, Lineage) {
+    let key = |number: u64| SigningKey::from_bytes(&[number as u8; 32]);
+    let public = |number| AggregatorKey::of(&key(number));
+    let mut chain = Lineage::new(KeyNumber(0), public(0));
+    let mut fork = chain.clone();
+    for number in 0..5 {
+        chain.succeed(&key(number), public(number + 1), number).unwrap();
+        let thief = if number > 2 { 100 } else { 0 };
+        let next = if number < 2 { 0 } else { 100 };
+        fork.succeed(&key(thief + number), public(next + number + 1), number).unwrap();
+    }
+    (chain, fork)
+}
+
 proptest! {
+    /// Of all that can be put together of a chain and of a thief's, a device follows only what goes on from its own key.
+    #[test]
+    fn only_what_goes_on_is_followed(
+        known in 3..=5usize,
+        length in 0..=3usize,
+        changes in prop::collection::vec((0..3usize, 0..10usize), 0..2),
+    ) {
+        let (chain, fork) = chain_and_fork();
+        let all = [chain.steps(), fork.steps()].concat();
+        let mut picked: Vec<usize> = (known..known + length).filter(|step| *step < 5).collect();
+        for (place, step) in changes {
+            if place < picked.len() { picked[place] = step } else { picked.push(step) }
+        }
+        let goes_on = picked.iter().enumerate().all(|(place, step)| *step == known + place && *step < 5);
+        let steps: Vec<_> = picked.iter().map(|step| all[*step]).collect();
+        let mut device = Lineage::new(KeyNumber(0), chain.first());
+        device.follow(&chain.steps()[..known]).unwrap();
+        prop_assert_eq!(device.follow(&steps).is_ok(), goes_on, "{:?} after {}", picked, known);
+        let followed = known + if goes_on { picked.len() } else { 0 };
+        prop_assert_eq!(device.steps(), &chain.steps()[..followed]);
+    }
+
     #[test]
     fn requests_come_back(request in request()) {
         let frame = encode(&request).unwrap();
@@ -111,6 +150,7 @@ proptest! {
     fn any_bytes_are_refused_or_a_message(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
         fuzz::targets::frame(&bytes);
         fuzz::targets::release(&bytes);
+        fuzz::targets::succession(&bytes);
     }
 
     #[test]

@@ -1,8 +1,10 @@
-//! A device's identity: its key, its certificate, the authority it trusts and the key that signs for the aggregator,
-//! in one PEM text for the device's store to keep. Neighbours: `authority` issues, `tls` uses.
+//! A device's identity: its key, its certificate, the authority it trusts and the key that signed for the aggregator
+//! when it enrolled, in one PEM text for the device's store to keep. Neighbours: `authority` issues, `tls` uses.
 
 use crate::certificate::{Certificate, read};
-use commonweal_protocol::{AggregatorKey, CertificateChain, Csr, DeviceId, Digest, Enrolled};
+use commonweal_protocol::{
+    AggregatorKey, CertificateChain, Csr, DeviceId, Digest, Enrolled, KeyNumber, Lineage,
+};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use std::fmt;
 use zeroize::Zeroizing;
@@ -104,13 +106,15 @@ pub struct Credentials {
     facts: Certificate,
     device: DeviceId,
     signing_key: AggregatorKey,
+    key_number: KeyNumber,
 }
 
 impl Credentials {
     /// What enrolling yields: the key that the request was made with, and the answer. `authority` is the digest that
     /// the invitation pinned; the chain must end in that certificate.
     pub fn new(key: DeviceKey, enrolled: &Enrolled, authority: Digest) -> Result<Self, IdentityError> {
-        let credentials = Self::assemble(key, ders(&enrolled.chain), enrolled.signing_key)?;
+        let credentials =
+            Self::assemble(key, ders(&enrolled.chain), (enrolled.key_number, enrolled.signing_key))?;
         if credentials.authority_digest() != authority {
             return Err(IdentityError::certificate("the chain does not end in the invitation's authority"));
         }
@@ -122,7 +126,7 @@ impl Credentials {
 
     /// What renewing yields: the same device and authority under a fresh certificate.
     pub fn renewed(&self, key: DeviceKey, chain: &CertificateChain) -> Result<Self, IdentityError> {
-        let fresh = Self::assemble(key, ders(chain), self.signing_key)?;
+        let fresh = Self::assemble(key, ders(chain), (self.key_number, self.signing_key))?;
         if fresh.authority_digest() != self.authority_digest() {
             return Err(IdentityError::certificate("the fresh chain ends in another authority"));
         }
@@ -135,7 +139,7 @@ impl Credentials {
     fn assemble(
         key: DeviceKey,
         chain: Vec<CertificateDer<'static>>,
-        signing_key: AggregatorKey,
+        (key_number, signing_key): (KeyNumber, AggregatorKey),
     ) -> Result<Self, IdentityError> {
         let [own, .., _] = chain.as_slice() else {
             return Err(IdentityError::certificate("expected the device's and the authority's"));
@@ -145,7 +149,7 @@ impl Credentials {
         if !facts.has_key(key.pair()?.public_key_raw()) {
             return Err(IdentityError::certificate("it is not for this device's key"));
         }
-        Ok(Self { key, chain, facts, device, signing_key })
+        Ok(Self { key, chain, facts, device, signing_key, key_number })
     }
 
     /// Who the device is.
@@ -158,9 +162,14 @@ impl Credentials {
         &self.key
     }
 
-    /// The key that receipts and releases must be signed with.
+    /// The key that signed for the aggregator when the device enrolled. Others may have followed it since.
     pub fn signing_key(&self) -> &AggregatorKey {
         &self.signing_key
+    }
+
+    /// The lineage that begins with that key.
+    pub fn lineage(&self) -> Lineage {
+        Lineage::new(self.key_number, self.signing_key)
     }
 
     /// When the certificate ends, ms since 1970.
@@ -195,7 +204,8 @@ impl Credentials {
         for certificate in &self.chain {
             push(&mut text, CERTIFICATE_TAG, certificate);
         }
-        push(&mut text, SIGNING_KEY_TAG, &self.signing_key.0.0);
+        let number = self.key_number.0.to_le_bytes();
+        push(&mut text, SIGNING_KEY_TAG, &[self.signing_key.0.0.as_slice(), &number].concat());
         text
     }
 
@@ -204,11 +214,15 @@ impl Credentials {
         let parts = parts(text)?;
         let key = DeviceKey { pkcs8: Zeroizing::new(only(&parts, KEY_TAG, "one private key")?.to_vec()) };
         let chain = all(&parts, CERTIFICATE_TAG);
-        let signing_key = only(&parts, SIGNING_KEY_TAG, "one signing key of 32 bytes")?;
-        let signing_key = signing_key
-            .try_into()
-            .map_err(|_| IdentityError::Pem { expected: "a signing key of 32 bytes" })?;
-        Self::assemble(key, chain, AggregatorKey(Digest(signing_key)))
+        let bad = || IdentityError::Pem { expected: "a signing key of 32 bytes and its number" };
+        let pinned = only(&parts, SIGNING_KEY_TAG, "one signing key")?;
+        let (signing_key, number) = pinned.split_first_chunk().ok_or_else(bad)?;
+        let number = match number {
+            // Of before keys had numbers.
+            [] => 0,
+            number => u64::from_le_bytes(number.try_into().map_err(|_| bad())?),
+        };
+        Self::assemble(key, chain, (KeyNumber(number), AggregatorKey(Digest(*signing_key))))
     }
 }
 

@@ -12,6 +12,7 @@
 
 mod clock;
 mod limits;
+mod meter;
 mod link;
 mod session;
 mod request;
@@ -35,6 +36,7 @@ pub use handler::{ContentPart, Handler, Opened, Peer};
 pub use identity::{Credentials, DeviceKey, IdentityError};
 pub use limits::{Congestion, LinkLimits, ServeLimits};
 pub use link::{Link, LinkError, Uploaded};
+pub use meter::{Meter, PutOff};
 pub use quic::{BindError, QuicServer, QuicWire, enroll};
 pub use session::Session;
 pub use sim::{Fault, FaultRates, Faults, Injected, SimNetwork, SimWire};

@@ -1,6 +1,7 @@
 //! What a device can ask of the aggregator, whatever carries it: the trait, its answers and its errors.
 //! Neighbours: `session` implements it once, over any `Wire`; `edge-client` is written against it.
 
+use crate::PutOff;
 use commonweal_protocol::{
     CertificateChain, Content, Csr, DecodeError, Digest, EncodeError, Open, Poll, PollReply, ReconnectWindow,
     Refusal, SignedReceipt,
@@ -121,6 +122,9 @@ pub enum LinkError {
         /// Digest announced.
         digest: Digest,
     },
+    /// The owner of this device lets it move no more for now.
+    #[error("this device's budget: it waits {}", .0.reason)]
+    PutOff(PutOff),
     /// This device's own keys or certificates do not work.
     #[error("this device's identity cannot be used")]
     Identity(#[from] crate::IdentityError),
@@ -135,7 +139,8 @@ impl LinkError {
             | Self::Cut { .. }
             | Self::Stalled { .. }
             | Self::OutOfPlace { .. }
-            | Self::Corrupt { .. } => true,
+            | Self::Corrupt { .. }
+            | Self::PutOff(_) => true,
             // A frame that was damaged on its way; a peer that speaks otherwise will fail again, and retries are few.
             Self::Decode(error) => !matches!(error, DecodeError::Version(_)),
             Self::Untrusted { .. }
@@ -148,7 +153,15 @@ impl LinkError {
 
     /// Whether the network, and not the peer's word, stands in the way (exit code 5 and not 4).
     pub fn is_unavailable(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::Cut { .. } | Self::Stalled { .. })
+        matches!(self, Self::Unreachable { .. } | Self::Cut { .. } | Self::Stalled { .. } | Self::PutOff(_))
+    }
+
+    /// Until when this device's own budget puts it off, if that is what stands in the way.
+    pub fn put_off(&self) -> Option<&PutOff> {
+        match self {
+            Self::PutOff(put_off) => Some(put_off),
+            _ => None,
+        }
     }
 
     /// The refusal, if the aggregator gave one.
@@ -157,6 +170,12 @@ impl LinkError {
             Self::Refused { reason, .. } => Some(*reason),
             _ => None,
         }
+    }
+}
+
+impl From<PutOff> for LinkError {
+    fn from(put_off: PutOff) -> Self {
+        Self::PutOff(put_off)
     }
 }
 

@@ -10,6 +10,7 @@
 //! | keep-alive | every 10 s, on a connection that transfers | a sleeping device must not be woken by its own pings |
 
 mod socket;
+mod counted;
 mod source;
 mod server;
 mod device;

@@ -4,6 +4,7 @@
 use crate::{
     LinkError,
     frames::{ReceiveError, SendError, receive, send},
+    meter::{self, Metered},
     wire::{Purpose, Stream, Wire},
 };
 use commonweal_protocol::{
@@ -68,13 +69,17 @@ impl<'w, W: Wire> Exchange<'w, W> {
     }
 }
 
-/// Asks and takes one reply.
+/// Asks and takes one reply. A certificate is renewed whatever the budget: a device that is put off for weeks would have
+/// to enrol anew.
 pub(crate) async fn ask<W: Wire>(
     wire: &W,
     window: Duration,
     during: &'static str,
     request: &Request,
 ) -> Result<Reply, LinkError> {
+    if !matches!(request, Request::Renew(_)) {
+        meter::may_ask(wire)?;
+    }
     let mut exchange = Exchange::open(wire, Purpose::Question, window).await?;
     exchange.push(during, request).await?;
     exchange.reply(during, bounds::CONTROL_BYTES_MAX).await
@@ -114,6 +119,7 @@ pub(crate) async fn upload<W: Wire>(
     payload: &[u8],
     progress: &mut UploadProgress,
 ) -> Result<Accepted, LinkError> {
+    meter::may_ask(wire)?;
     let mut exchange = Exchange::open(wire, Purpose::Transfer, window).await?;
     exchange.push("opening an upload", &Request::Open(*open)).await?;
     let offset = match exchange.reply("opening an upload", bounds::CONTROL_BYTES_MAX).await? {
@@ -128,10 +134,12 @@ pub(crate) async fn upload<W: Wire>(
     let rest = rest.ok_or(LinkError::OutOfPlace { expected: "an offset within the update" })?;
     progress.resumed_from.get_or_insert(offset);
     progress.durable = progress.durable.max(offset);
+    let metered = Metered::begin(wire, rest.len() as u64)?;
     let mut at = offset;
     for bytes in rest.chunks(bounds::CHUNK_BYTES_MAX) {
         let chunk = Chunk::new(at, bytes.to_vec()).map_err(commonweal_protocol::EncodeError::from)?;
         at = chunk.end();
+        metered.go_on(wire, at - offset)?;
         exchange.push("uploading", &Request::Chunk(chunk)).await?;
         progress.sent_bytes += bytes.len() as u64;
     }
@@ -159,6 +167,9 @@ pub(crate) async fn download<W: Wire>(
     partial: &mut Vec<u8>,
 ) -> Result<(), LinkError> {
     const DURING: &str = "downloading";
+    let rest = |partial: &[u8]| content.length.saturating_sub(partial.len() as u64);
+    let metered = Metered::begin(wire, rest(partial))?;
+    meter::may_ask(wire)?;
     let mut exchange = Exchange::open(wire, Purpose::Transfer, window).await?;
     let fetch = Fetch { digest: content.digest, offset: partial.len() as u64 };
     exchange.push(DURING, &Request::Fetch(fetch)).await?;
@@ -167,6 +178,7 @@ pub(crate) async fn download<W: Wire>(
         _ => return Err(LinkError::OutOfPlace { expected: "the content asked for, of the length known" }),
     }
     while (partial.len() as u64) < content.length {
+        metered.go_on(wire, rest(partial))?;
         let Reply::Chunk(chunk) = exchange.reply(DURING, bounds::FRAME_BYTES_MAX).await? else {
             return Err(LinkError::OutOfPlace { expected: "a chunk" });
         };

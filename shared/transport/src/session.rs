@@ -58,8 +58,9 @@ impl<W: Wire> Session<W> {
 
     /// Counts a failure: waits and returns if the request should be made again, else gives the error back.
     async fn retry(&self, error: LinkError, retries: &mut u32) -> Result<(), LinkError> {
-        // A busy or failing aggregator said when to come back; that is for the caller to plan.
-        let told_when = matches!(error.refusal(), Some(Refusal::Busy | Refusal::Internal));
+        // A busy or failing aggregator said when to come back, and so does a budget; that is for the caller to plan.
+        let told_when =
+            matches!(error.refusal(), Some(Refusal::Busy | Refusal::Internal)) || error.put_off().is_some();
         if !error.is_transient() || told_when || *retries >= self.limits.retries_max {
             return Err(error);
         }

@@ -1,7 +1,7 @@
 //! What carries streams: the seam between the two carriers and the one session over them. Neighbours: `quic` and `sim`
 //! implement it; `session` opens streams by it; the contract suite uses it to misbehave.
 
-use crate::LinkError;
+use crate::{LinkError, Meter};
 use std::{any::Any, fmt, io};
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -47,6 +47,11 @@ pub trait Wire: Send + Sync + 'static {
     /// was at its other end may be gone without a word.
     fn let_go(&self) -> impl Future<Output = ()> + Send {
         async {}
+    }
+
+    /// What counts the bytes that the sockets move, if they are counted.
+    fn meter(&self) -> Option<&dyn Meter> {
+        None
     }
 
     /// What it means that a stream broke so.

@@ -7,7 +7,7 @@ mod mutate;
 #[path = "fuzz/targets.rs"]
 mod targets;
 
-use commonweal_protocol::{AggregatorKey, Enrolled, SigningKey};
+use commonweal_protocol::{AggregatorKey, Enrolled, KeyNumber, SigningKey};
 use commonweal_transport::{Authority, Credentials, DeviceKey};
 use std::path::Path;
 
@@ -66,7 +66,7 @@ fn make_the_tests_federation() {
         .issue_device(&key.csr().unwrap(), targets::DEVICE, targets::NOW_MS, targets::LIFE_MS)
         .unwrap();
     let signing_key = AggregatorKey::of(&SigningKey::from_bytes(&[5; 32]));
-    let enrolled = Enrolled { device: targets::DEVICE, chain, signing_key };
+    let enrolled = Enrolled { device: targets::DEVICE, chain, signing_key, key_number: KeyNumber(0) };
     let credentials = Credentials::new(key, &enrolled, authority.digest()).unwrap();
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz");
     std::fs::write(folder.join("authority.pem"), authority.to_pem().as_bytes()).unwrap();

@@ -5,7 +5,7 @@
 
 mod reference;
 
-use commonweal_protocol::{DeviceId, Enrolled, Invitation, Poll, Refusal, Request};
+use commonweal_protocol::{DeviceId, Enrolled, Invitation, KeyNumber, Poll, Refusal, Request};
 use commonweal_transport::{
     Authority, Clock, Credentials, DeviceKey, Handler, Link, LinkError, LinkLimits, Purpose, QuicLink,
     QuicServer, QuicWire, ServeLimits, Wire, enroll,
@@ -22,7 +22,7 @@ use std::{
 };
 
 const NOW_MS: u64 = 1_767_225_600_000;
-const POLL: Poll = Poll { base: BASE, installed: None };
+const POLL: Poll = Poll { base: BASE, installed: None, key: KeyNumber(0) };
 
 struct World {
     authority: Arc<Authority>,
@@ -86,7 +86,7 @@ async fn a_stranger_gets_no_answer_where_a_certificate_is_needed() {
     let device = DeviceId([1; 16]);
     let chain = other.issue_device(&key.csr().unwrap(), device, NOW_MS, 3_600_000).unwrap();
     let signing_key = world.handler.signing_key();
-    let enrolled = Enrolled { device, chain, signing_key };
+    let enrolled = Enrolled { device, chain, signing_key, key_number: KeyNumber(0) };
     let error = Credentials::new(key, &enrolled, world.authority.digest()).unwrap_err();
     assert!(error.to_string().contains("authority"), "{error}");
     // A request of a device, on the ALPN of strangers.

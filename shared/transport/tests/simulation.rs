@@ -5,7 +5,9 @@
 
 mod reference;
 
-use commonweal_protocol::{Content, Digest, Header, Poll, Refusal, Reply, Request, decode, encode};
+use commonweal_protocol::{
+    Content, Digest, Header, KeyNumber, Poll, Refusal, Reply, Request, decode, encode,
+};
 use commonweal_transport::{
     Authority, Clock, Credentials, DeviceKey, Fault, FaultRates, Faults, Link, LinkError, LinkLimits,
     Purpose, ServeLimits, Session, SimLink, SimNetwork, Wire as _,
@@ -15,7 +17,7 @@ use std::sync::Arc;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const NOW_MS: u64 = 1_767_225_600_000;
-const POLL: Poll = Poll { base: BASE, installed: None };
+const POLL: Poll = Poll { base: BASE, installed: None, key: KeyNumber(0) };
 
 struct World {
     handler: Arc<Reference>,

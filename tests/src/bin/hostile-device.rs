@@ -32,6 +32,7 @@ use edge_client::{
     revise, sample, settings,
     store::{Store, StoreError},
     train::{self, TrainSummary, Trained},
+    trust::Trust,
     upload,
 };
 use rand::{RngCore, SeedableRng};
@@ -80,7 +81,9 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let HostileCli { shared, verb } = HostileCli::parse();
     let done = match verb {
-        HostileVerb::Enroll { invitation } => cli::run(&Cli { shared, verb: Verb::Enroll { invitation } }),
+        HostileVerb::Enroll { invitation } => {
+            cli::run(&Cli { shared, verb: Verb::Enroll { invitation, anew: false } })
+        }
         HostileVerb::Add { files } => cli::run(&Cli { shared, verb: Verb::Add { files } }),
         HostileVerb::Run { boost, rounds } => run(&shared, boost, rounds),
     };
@@ -168,7 +171,7 @@ impl Attacker {
         let guard = Guard::from_package(&model, &cancel).context("guard")?;
         let reviser = Reviser::from_package(&model).context("reviser")?;
         let expected = Expected {
-            key: *credentials.signing_key(),
+            trust: Trust::open(&store, &credentials)?,
             base: base_of(&model),
             layout: Arc::clone(model.layout()),
         };
@@ -198,8 +201,9 @@ impl Attacker {
     /// One poll and what follows; whether an update was delivered.
     fn visit(&mut self, runtime: &Runtime) -> Result<(bool, ReconnectWindow)> {
         let installed = install::installed_version(&self.store, &self.expected)?;
-        let poll = Poll { base: self.expected.base, installed };
+        let poll = Poll { base: self.expected.base, installed, key: self.expected.trust.number() };
         let reply = runtime.block_on(self.link.poll(poll))?;
+        self.expected.trust.follow(&self.store, &reply.successions)?;
         if let Some(release) = reply.release.filter(|notice| Some(notice.release.version) != installed) {
             let begun = Instant::now();
             let done =
@@ -263,7 +267,7 @@ impl Attacker {
         let begun = Instant::now();
         let (round, bytes) = (open.round, open.length);
         let Self { link, store, expected, id, .. } = self;
-        let sent = runtime.block_on(upload::upload(link, &expected.key, *id, store, open, packed));
+        let sent = runtime.block_on(upload::upload(link, &expected.trust, *id, store, open, packed));
         match sent {
             Ok(_) => {
                 self.stage(round.0, begun, Done::Upload { bytes });

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use commonweal_adapter::{AdapterDelta, AdapterLayout, CompressOptions, Residual, Trainable, compress};
 use commonweal_protocol::{
-    BaseHash, DeviceId, DeviceReport, Digest, Open, Poll, RoundId, RoundTask, SignedReceipt, Version,
+    BaseHash, DeviceId, DeviceReport, Digest, KeyNumber, Open, Poll, RoundId, RoundTask, SignedReceipt,
+    Version,
 };
 use commonweal_transport::{Credentials, Link, LinkError};
 use rand::{Rng, SeedableRng};
@@ -96,7 +97,7 @@ impl Device {
             self.deliver(link, open, &bytes, random).await;
             return;
         }
-        let poll = Poll { base, installed: self.installed };
+        let poll = Poll { base, installed: self.installed, key: KeyNumber(0) };
         let Ok(reply) = link.poll(poll).await else { return };
         // A damaged poll may have named another release than the one installed; what is not newer is left alone.
         if let Some(release) = reply.release.filter(|release| self.installed < Some(release.release.version))

@@ -20,7 +20,7 @@ use aggregator::store::{Blob, Faults as StoreFaults, MemoryStorage};
 use commonweal_adapter::{Adapter, AdapterLayout, Module, Target};
 use commonweal_protocol::{
     Accepted, AggregatorKey, BaseHash, CertificateChain, Chunk, Csr, DeviceId, Digest, Enroll, Enrolled,
-    Fetch, Open, Poll, PollReply, Refusal, Refused, ReportCard, SigningKey, Token, UploadKey,
+    Fetch, KeyNumber, Open, Poll, PollReply, Refusal, Refused, ReportCard, SigningKey, Token, UploadKey,
 };
 use commonweal_transport::{
     Authority, Clock, ContentPart, Credentials, DeviceKey, Fault, FaultRates, Faults, Handler, LinkLimits,
@@ -242,7 +242,7 @@ impl World {
             desk: desk.clone(),
             base: BASE,
             layout: self.base.layout.clone(),
-            key: self.key.clone(),
+            signer: self.key.clone().into(),
             clock: self.clock.clone(),
             events,
             pause: PausePoint::default(),
@@ -427,6 +427,6 @@ fn enrol(registry: &Registry, authority: &Authority, key: &SigningKey, device: D
     let device_key = DeviceKey::generate().unwrap();
     let csr = device_key.csr().unwrap();
     let chain = registry.enroll(authority, &token, &csr, device, START_MS, START_MS + LIFE_MS).unwrap();
-    let enrolled = Enrolled { device, chain, signing_key: AggregatorKey::of(key) };
+    let enrolled = Enrolled { device, chain, signing_key: AggregatorKey::of(key), key_number: KeyNumber(0) };
     Credentials::new(device_key, &enrolled, authority.digest()).unwrap()
 }

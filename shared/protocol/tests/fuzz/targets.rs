@@ -1,9 +1,10 @@
 //! What must hold for any bytes at all. Run by `../fuzz.rs` and by the targets in `fuzz/`.
 
 use commonweal_protocol::{
-    AggregatorKey, EnrolmentReply, EnrolmentRequest, Invitation, Message, Reply, Request, SignedRelease,
-    SigningKey, decode, encode,
+    AggregatorKey, EnrolmentReply, EnrolmentRequest, Invitation, KeyNumber, Lineage, Message, Reply, Request,
+    SignedRelease, SignedSuccession, SigningKey, decode, encode,
 };
+use std::sync::LazyLock;
 
 /// The key that the seeds are signed with.
 pub(crate) fn key() -> SigningKey {
@@ -35,6 +36,30 @@ pub(crate) fn release(bytes: &[u8]) {
         && let Ok(release) = signed.verify(&AggregatorKey::of(&key()))
     {
         assert_eq!(release.created_ms, 1_767_225_600_000, "nothing else was ever signed");
+    }
+}
+
+/// Three rotations, which the seeds are made of.
+pub(crate) static LINEAGE: LazyLock<Lineage> = LazyLock::new(|| {
+    let key = |number| SigningKey::from_bytes(&[number; 32]);
+    let mut lineage = Lineage::new(KeyNumber(0), AggregatorKey::of(&key(0)));
+    for number in 0..3 {
+        let next = AggregatorKey::of(&key(number + 1));
+        lineage.succeed(&key(number), next, 1_767_225_600_000).expect("a fresh key follows");
+    }
+    lineage
+});
+
+/// Steps are not followed, none of them, or they are the ones that the keys of the seeds signed for.
+pub(crate) fn succession(bytes: &[u8]) {
+    let Ok((steps, _)) = postcard::take_from_bytes::<Vec<SignedSuccession>>(bytes) else { return };
+    let mut device = Lineage::new(KeyNumber(0), LINEAGE.first());
+    match device.follow(&steps) {
+        Ok(()) => assert!(LINEAGE.steps().starts_with(device.steps()), "nothing else was ever signed"),
+        Err(error) => {
+            assert_eq!(device.number(), KeyNumber(0), "all or none");
+            assert!(error.to_string().len() < 300, "{error}");
+        }
     }
 }
 

@@ -105,6 +105,7 @@ BASE = bytes([0xBA]) * 32
 CSR = bytes([0x30, 3, 2, 1, 5])
 CHAIN = varint(2) + sized(bytes([0xC1]) * 4) + sized(bytes([0xC2]) * 3)
 PUBLIC = keys(SEED)[2]
+SEED_BEFORE = bytes([4]) * 32
 
 chunk = varint(1 << 20) + HASH + sized(b"abc")
 report = b"".join(map(varint, [60, 41, 12, 0, 7, 9, 50, 123456])) + f32(2.5) + f32(1.25) + f32(0.75)
@@ -125,19 +126,21 @@ counts = b"".join(map(varint, [10, 9, 8, 1, 1, 600, 410, 120, 0, 70, 12345678, 5
 card = some(f64(0.97)) + some(f64(0.04)) + NONE + some(f64(2.125)) + gates + sized(b"fedit, mean, fedadam, scaffold") + counts
 release = varint(3) + some(varint(2)) + some(varint(300)) + BASE + DIGEST + varint(70000) + card + varint(1767225600000)
 signed_release = release + sized(sign(SEED, b"commonweal release v1\0" + release))
+succession = varint(300) + PUBLIC + varint(1767225600000)
+successions = varint(1) + succession + sized(sign(SEED_BEFORE, b"commonweal succession v1\0" + succession))
 receipt = varint(300) + DEVICE + DIGEST + varint(1234567) + varint(1767225600000)
 accepted = receipt + sized(sign(SEED, b"commonweal receipt v1\0" + receipt)) + reconnect
 
 MESSAGES = {
-    "request poll": varint(0) + BASE + some(varint(2)),
+    "request poll": varint(0) + BASE + some(varint(2)) + varint(299),
     "request open": varint(1) + opening,
     "request chunk": varint(2) + chunk,
     "request finish": varint(3),
     "request fetch": varint(4) + DIGEST + varint(1 << 20),
     "request renew": varint(5) + sized(CSR),
     "reply refused": varint(0) + varint(10) + reconnect,
-    "reply poll": varint(1) + some(task) + some(signed_release) + reconnect,
-    "reply poll empty": varint(1) + NONE + NONE + reconnect,
+    "reply poll": varint(1) + some(task) + some(signed_release) + successions + reconnect,
+    "reply poll empty": varint(1) + NONE + NONE + varint(0) + reconnect,
     "reply offset": varint(2) + varint(1 << 20),
     "reply accepted": varint(3) + accepted,
     "reply content": varint(4) + DIGEST + varint(70000),
@@ -145,9 +148,9 @@ MESSAGES = {
     "reply renewed": varint(6) + CHAIN,
     "enrolment request": varint(0) + TOKEN + sized(CSR),
     "enrolment refused": varint(0) + varint(7) + reconnect,
-    "enrolment enrolled": varint(1) + DEVICE + CHAIN + PUBLIC,
+    "enrolment enrolled": varint(1) + DEVICE + CHAIN + PUBLIC + varint(300),
 }
 
 for name, payload in MESSAGES.items():
-    body = b"\x02" + payload
+    body = b"\x03" + payload
     print(f"{name}: {(struct.pack('<I', len(body)) + body).hex()}")

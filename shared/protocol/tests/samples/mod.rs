@@ -6,9 +6,10 @@
 use commonweal_protocol::{
     Accepted, AggregatorKey, BaseHash, CertificateChain, Chunk, CompressSettings, Content, Control, Csr,
     DeviceId, DeviceReport, Digest, Direction, Enroll, Enrolled, EnrolmentReply, EnrolmentRequest, Fetch,
-    Gate, Metric, Mode, Opaque, Open, Poll, PollReply, Receipt, ReconnectWindow, Refusal, Refused, Release,
-    Renew, Reply, ReportCard, Request, RoundCounts, RoundId, RoundTask, Scaffold, SignedControl,
-    SignedReceipt, SignedRelease, SigningKey, Start, Token, TrainSettings, Version,
+    Gate, KeyNumber, Lineage, Metric, Mode, Opaque, Open, Poll, PollReply, Receipt, ReconnectWindow, Refusal,
+    Refused, Release, Renew, Reply, ReportCard, Request, RoundCounts, RoundId, RoundTask, Scaffold,
+    SignedControl, SignedReceipt, SignedRelease, SignedSuccession, SigningKey, Start, Token, TrainSettings,
+    Version,
 };
 
 pub const DEVICE: DeviceId = DeviceId([0x11; 16]);
@@ -20,6 +21,17 @@ const HASH: Digest = Digest([0x33; 32]);
 
 pub fn key() -> SigningKey {
     SigningKey::from_bytes(&[5; 32])
+}
+
+/// The key before [`key`], which signed for it.
+pub fn key_before() -> SigningKey {
+    SigningKey::from_bytes(&[4; 32])
+}
+
+pub fn successions() -> Vec<SignedSuccession> {
+    let mut lineage = Lineage::new(KeyNumber(299), AggregatorKey::of(&key_before()));
+    lineage.succeed(&key_before(), AggregatorKey::of(&key()), 1_767_225_600_000).unwrap();
+    lineage.steps().to_vec()
 }
 
 fn csr() -> Csr {
@@ -134,7 +146,10 @@ pub fn receipt() -> Receipt {
 
 pub fn requests() -> Vec<(&'static str, Request)> {
     vec![
-        ("request poll", Request::Poll(Poll { base: BASE, installed: Some(Version(2)) })),
+        (
+            "request poll",
+            Request::Poll(Poll { base: BASE, installed: Some(Version(2)), key: KeyNumber(299) }),
+        ),
         ("request open", Request::Open(open())),
         ("request chunk", Request::Chunk(chunk())),
         ("request finish", Request::Finish),
@@ -151,9 +166,17 @@ pub fn replies() -> Vec<(&'static str, Reply)> {
         ("reply refused", Reply::Refused(refused)),
         (
             "reply poll",
-            Reply::Poll(PollReply { task: Some(task()), release: Some(release), reconnect: RECONNECT }),
+            Reply::Poll(PollReply {
+                task: Some(task()),
+                release: Some(release),
+                successions: successions(),
+                reconnect: RECONNECT,
+            }),
         ),
-        ("reply poll empty", Reply::Poll(PollReply { task: None, release: None, reconnect: RECONNECT })),
+        (
+            "reply poll empty",
+            Reply::Poll(PollReply { task: None, release: None, successions: vec![], reconnect: RECONNECT }),
+        ),
         ("reply offset", Reply::Offset(1 << 20)),
         ("reply accepted", Reply::Accepted(Accepted { receipt, reconnect: RECONNECT })),
         ("reply content", Reply::Content(Content { digest: DIGEST, length: 70_000 })),
@@ -169,7 +192,12 @@ pub fn enrolment_requests() -> Vec<(&'static str, EnrolmentRequest)> {
 
 pub fn enrolment_replies() -> Vec<(&'static str, EnrolmentReply)> {
     let refused = Refused { reason: Refusal::TokenRefused, reconnect: RECONNECT };
-    let enrolled = Enrolled { device: DEVICE, chain: chain(), signing_key: AggregatorKey::of(&key()) };
+    let enrolled = Enrolled {
+        device: DEVICE,
+        chain: chain(),
+        signing_key: AggregatorKey::of(&key()),
+        key_number: KeyNumber(300),
+    };
     vec![
         ("enrolment refused", EnrolmentReply::Refused(refused)),
         ("enrolment enrolled", EnrolmentReply::Enrolled(enrolled)),

@@ -3,7 +3,7 @@
 use super::world::{Medium, Raw, Subject, World};
 use crate::{Authority, Credentials, DeviceKey, Link as _, LinkError, Wire};
 use commonweal_protocol::{
-    CertificateChain, Chunk, Csr, DeviceId, Enrolled, Opaque, Refusal, Request, Token,
+    CertificateChain, Chunk, Csr, DeviceId, Enrolled, KeyNumber, Opaque, Refusal, Request, Token,
 };
 
 /// A token and a signing request become a certificate, with which the device is served.
@@ -16,6 +16,7 @@ pub async fn enrolling_yields_an_identity_that_is_served<S: Subject, M: Medium<S
     assert!(one.expires_ms() > world.clock.unix_ms());
     for credentials in [one, two] {
         let kept = Credentials::from_pem(&credentials.to_pem()).unwrap();
+        assert_eq!(kept.lineage(), credentials.lineage());
         world.link(&kept).poll(world.poll()).await.unwrap();
     }
 }
@@ -76,6 +77,7 @@ pub async fn a_device_of_another_authority_is_refused<S: Subject, M: Medium<S::H
         device: genuine.device(),
         chain: CertificateChain(vec![theirs.0[0].clone(), ours]),
         signing_key: world.subject.signing_key(),
+        key_number: KeyNumber(0),
     };
     let forged = Credentials::new(key, &enrolled, world.authority.digest()).unwrap();
     let error = world.link(&forged).poll(world.poll()).await.unwrap_err();
@@ -90,7 +92,8 @@ pub async fn an_aggregator_of_another_authority_is_refused<S: Subject, M: Medium
     let other = Authority::create(now_ms).unwrap();
     let device = DeviceId([7; 16]);
     let chain = other.issue_device(&key.csr().unwrap(), device, now_ms, 3_600_000).unwrap();
-    let enrolled = Enrolled { device, chain, signing_key: world.subject.signing_key() };
+    let enrolled =
+        Enrolled { device, chain, signing_key: world.subject.signing_key(), key_number: KeyNumber(0) };
     let elsewhere = Credentials::new(key, &enrolled, other.digest()).unwrap();
     let error = world.link(&elsewhere).poll(world.poll()).await.unwrap_err();
     assert!(matches!(error, LinkError::Untrusted { .. }), "{error:?}");

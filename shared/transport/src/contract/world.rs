@@ -8,7 +8,8 @@ use crate::{
     wire::{Purpose, Stream, Wire},
 };
 use commonweal_protocol::{
-    AggregatorKey, BaseHash, DeviceId, Digest, Open, Poll, Refusal, Reply, Request, RoundId, Token, bounds,
+    AggregatorKey, BaseHash, DeviceId, Digest, KeyNumber, Open, Poll, Refusal, Reply, Request, RoundId,
+    Token, bounds,
 };
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
@@ -144,7 +145,7 @@ impl<S: Subject, M: Medium<S::Handler>> World<S, M> {
     }
 
     pub(super) fn poll(&self) -> Poll {
-        Poll { base: self.subject.base(), installed: None }
+        Poll { base: self.subject.base(), installed: None, key: KeyNumber(0) }
     }
 }
 

@@ -1,16 +1,16 @@
 //! A device's end of QUIC: connects when a stream is wanted, keeps one connection for questions and one for the transfer
 //! under way, tells why a connection ended. Neighbours: `session` opens streams here.
 
-use super::{KEEP_ALIVE, code, socket, transport};
+use super::{KEEP_ALIVE, code, counted::Counted, socket, transport};
 use crate::{
-    Clock, Credentials, DeviceKey, IdentityError, LinkError, LinkLimits, QuicLink, Session,
+    Clock, Credentials, DeviceKey, IdentityError, LinkError, LinkLimits, Meter, QuicLink, Session,
     tls::{self, SERVER_NAME},
     wire::{Purpose, Stream, Wire},
 };
 use commonweal_protocol::{Digest, Invitation};
 use quinn::{
-    ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, ReadError, WriteError,
-    crypto::rustls::QuicClientConfig,
+    AsyncUdpSocket, ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, ReadError,
+    Runtime as _, TokioRuntime, WriteError, crypto::rustls::QuicClientConfig,
 };
 use std::{
     io,
@@ -27,6 +27,7 @@ pub struct QuicWire {
     port: u16,
     clock: Clock,
     limits: LinkLimits,
+    meter: Option<Arc<dyn Meter>>,
     configs: SyncMutex<Configs>,
     questions: Mutex<Option<Connected>>,
     /// Endpoint of the transfer under way, to rebind.
@@ -80,6 +81,20 @@ impl QuicLink {
         Ok(Self::over(QuicWire::device(host, port, credentials, clock, &limits)?, limits))
     }
 
+    /// The same, whose sockets are counted, and which moves only what its meter allows.
+    pub fn metered(
+        host: &str,
+        port: u16,
+        credentials: Credentials,
+        limits: LinkLimits,
+        clock: Clock,
+        meter: Arc<dyn Meter>,
+    ) -> Result<Self, LinkError> {
+        let mut wire = QuicWire::device(host, port, credentials, clock, &limits)?;
+        wire.meter = Some(meter);
+        Ok(Self::over(wire, limits))
+    }
+
     /// Moves to fresh sockets, for a device whose network has changed; transfers go on over them.
     pub async fn rebind(&self) -> io::Result<()> {
         self.wire().rebind().await
@@ -121,6 +136,7 @@ impl QuicWire {
             port,
             clock,
             limits: *limits,
+            meter: None,
             configs: SyncMutex::new(Configs::new(tls, limits)?),
             questions: Mutex::new(None),
             transfer: SyncMutex::new(None),
@@ -140,9 +156,18 @@ impl QuicWire {
         let transfer = self.transfer.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let questions = self.questions.lock().await.as_ref().map(|connected| connected.endpoint.clone());
         for endpoint in transfer.into_iter().chain(questions) {
-            endpoint.rebind(socket::bind_towards(endpoint.local_addr()?)?)?;
+            endpoint.rebind_abstract(self.socket(endpoint.local_addr()?)?)?;
         }
         Ok(())
+    }
+
+    /// A socket towards this address, counted if anything is.
+    fn socket(&self, remote: SocketAddr) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        let socket = TokioRuntime.wrap_udp_socket(socket::bind_towards(remote)?)?;
+        Ok(match &self.meter {
+            Some(meter) => Arc::new(Counted { socket, meter: Arc::clone(meter) }),
+            None => socket,
+        })
     }
 
     async fn connect(&self, purpose: Purpose) -> Result<Connected, LinkError> {
@@ -168,9 +193,9 @@ impl QuicWire {
     }
 
     async fn connect_to(&self, remote: SocketAddr, config: ClientConfig) -> Result<Connected, LinkError> {
-        let socket = socket::bind_towards(remote).map_err(|source| self.unreachable(source))?;
-        let runtime = Arc::new(quinn::TokioRuntime);
-        let endpoint = Endpoint::new(EndpointConfig::default(), None, socket, runtime)
+        let socket = self.socket(remote).map_err(|source| self.unreachable(source))?;
+        let runtime = Arc::new(TokioRuntime);
+        let endpoint = Endpoint::new_with_abstract_socket(EndpointConfig::default(), None, socket, runtime)
             .map_err(|source| self.unreachable(source))?;
         let connecting = endpoint
             .connect_with(config, remote, SERVER_NAME)
@@ -226,6 +251,10 @@ impl Wire for QuicWire {
         if let Some(connected) = self.questions.lock().await.take() {
             connected.connection.close(code::DONE, b"");
         }
+    }
+
+    fn meter(&self) -> Option<&dyn Meter> {
+        self.meter.as_deref()
     }
 
     fn explain(&self, during: &'static str, error: io::Error) -> LinkError {

@@ -8,7 +8,7 @@ mod reference;
 
 use commonweal_protocol::{
     CertificateChain, Csr, DecodeError, DeviceId, Digest, Enroll, Enrolled, EnrolmentReply, EnrolmentRequest,
-    Fetch, Header, Message, Opaque, Poll, Renew, Reply, Request, Token, bounds, decode, encode,
+    Fetch, Header, KeyNumber, Message, Opaque, Poll, Renew, Reply, Request, Token, bounds, decode, encode,
 };
 use commonweal_transport::{
     Authority, Clock, Credentials, Faults, Purpose, ServeLimits, SimNetwork, SimWire, Wire,
@@ -148,7 +148,12 @@ pub(crate) fn certificate(bytes: &[u8]) {
         let said = 4..device.len() - 80;
         for (own, last) in [(shown.clone(), authority), (device.clone(), shown)] {
             let (pin, is_as_signed) = (Digest::of(&last), own.get(said.clone()) == device.get(said.clone()));
-            let enrolled = Enrolled { device: DEVICE, chain: CertificateChain(vec![own, last]), signing_key };
+            let enrolled = Enrolled {
+                device: DEVICE,
+                chain: CertificateChain(vec![own, last]),
+                signing_key,
+                key_number: KeyNumber(0),
+            };
             match Credentials::new(world.credentials.key().clone(), &enrolled, pin) {
                 Ok(credentials) => {
                     assert_eq!(credentials.device(), DEVICE);
@@ -186,7 +191,7 @@ pub(crate) fn seeds() -> Vec<(String, Vec<u8>)> {
         Request::Chunk(commonweal_protocol::Chunk::new(offset, bytes.to_vec()).expect("a chunk"))
     };
     let streams = [
-        ("poll", vec![Request::Poll(Poll { base: BASE, installed: None })]),
+        ("poll", vec![Request::Poll(Poll { base: BASE, installed: None, key: KeyNumber(0) })]),
         (
             "upload",
             vec![

@@ -5,7 +5,7 @@
 
 use commonweal_protocol::{
     Accepted, AggregatorKey, BaseHash, CertificateChain, Chunk, Csr, DeviceId, DeviceReport, Digest, Enroll,
-    Enrolled, Fetch, Open, Poll, PollReply, Receipt, ReconnectWindow, Refusal, Refused, RoundId,
+    Enrolled, Fetch, KeyNumber, Open, Poll, PollReply, Receipt, ReconnectWindow, Refusal, Refused, RoundId,
     SignedReceipt, SigningKey, Token, UploadKey,
 };
 use commonweal_transport::{Authority, Clock, ContentPart, Handler, Opened, Peer, contract::Subject};
@@ -131,7 +131,7 @@ impl Handler for Reference {
             return Err(Refusal::WrongBase.into());
         }
         self.state().polls += 1;
-        Ok(PollReply { task: None, release: None, reconnect: RECONNECT })
+        Ok(PollReply { task: None, release: None, successions: vec![], reconnect: RECONNECT })
     }
 
     async fn open(&self, peer: &Peer, open: Open) -> Result<Opened, Refused> {
@@ -213,7 +213,7 @@ impl Handler for Reference {
         let chain = self.issue(&enroll.csr, device)?;
         state.tokens.remove(&enroll.token.digest());
         state.devices += 1;
-        Ok(Enrolled { device, chain, signing_key: self.signing_key() })
+        Ok(Enrolled { device, chain, signing_key: self.signing_key(), key_number: KeyNumber(0) })
     }
 }
 

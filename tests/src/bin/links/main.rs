@@ -20,7 +20,7 @@ use std::{
 use aggregator::{events::Events, round::Policy};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, Subcommand};
-use commonweal_protocol::{DeviceReport, Invitation, Poll, RoundId};
+use commonweal_protocol::{DeviceReport, Invitation, KeyNumber, Poll, RoundId};
 use commonweal_tests::{
     child::{self, Child, tell},
     modelless::{self, Modelless},
@@ -272,7 +272,7 @@ impl Device {
     /// The next round's task.
     async fn task(&self, quic: &QuicLink) -> Result<RoundId> {
         for _ in 0..600 {
-            let reply = quic.poll(Poll { base: BASE, installed: None }).await?;
+            let reply = quic.poll(Poll { base: BASE, installed: None, key: KeyNumber(0) }).await?;
             if let Some(task) = reply.task.filter(|task| Some(task.round) != self.delivered) {
                 ensure!(self.update.bytes().len() > 1 << 20, "the update has several chunks");
                 return Ok(task.round);

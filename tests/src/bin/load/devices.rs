@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use commonweal_protocol::{
-    AggregatorKey, Content, DeviceReport, Invitation, Poll, Refusal, RoundId, Version,
+    AggregatorKey, Content, DeviceReport, Invitation, KeyNumber, Poll, Refusal, RoundId, Version,
 };
 use commonweal_tests::visitor::{self, BASE};
 use commonweal_transport::{Clock, Credentials, Link, LinkError, LinkLimits, QuicLink};
@@ -210,7 +210,7 @@ impl Shared {
         let credentials = device.credentials.clone();
         let key = *credentials.signing_key();
         let link = QuicLink::new(&self.host, self.port, credentials, limits(), Clock::system())?;
-        let reply = link.poll(Poll { base: BASE, installed: device.installed }).await?;
+        let reply = link.poll(Poll { base: BASE, installed: device.installed, key: KeyNumber(0) }).await?;
         let poll = begun.elapsed();
         if let Some(signed) = reply.release.filter(|it| Some(it.release.version) != device.installed) {
             let (digest, length) = (signed.release.digest, signed.release.length);

@@ -34,8 +34,8 @@ use aggregator::{
 use anyhow::{Context, Result, bail};
 use commonweal_adapter::{Adapter, AdapterKind};
 use commonweal_protocol::{
-    AggregatorKey, CertificateChain, Content, Csr, DeviceId, Digest, Enrolled, Open, Poll, PollReply,
-    ReportCard, RoundId, SigningKey, Token, bounds,
+    AggregatorKey, CertificateChain, Content, Csr, DeviceId, Digest, Enrolled, KeyNumber, Lineage, Open,
+    Poll, PollReply, ReportCard, RoundId, Token, bounds,
 };
 use commonweal_safety::{Guard, Reviser};
 use commonweal_transport::{
@@ -49,6 +49,7 @@ use edge_client::{
     pipeline::{Device, Outcome, base_of},
     rows::Parsed,
     store::Store,
+    trust::Trust,
 };
 use rand::{SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
@@ -210,9 +211,11 @@ impl<'p> Federation<'p> {
             Err(_) => begin(&state, workshop, &config, plan.seed)?,
         };
         let storage = Storage::open(&state, Access::Exclusive)?;
-        let key = place.signing_key()?;
+        let signer = place.signer()?;
+        let key = signer.keys().lineage().key();
         let base = &workshop.base;
-        let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), key.clone(), base.hash);
+        let publisher =
+            Publisher::new(storage.coord.clone(), storage.blob.clone(), signer.clone(), base.hash);
         let round = desk::peek(storage.coord.as_ref())?.0.round;
         clock.set(START_MS + round.0 * ROUND_MS);
         let events = Events::to(|event| tracing::debug!("{}", event.sentence()));
@@ -226,7 +229,7 @@ impl<'p> Federation<'p> {
             desk: desk.clone(),
             base: base.hash,
             layout: base.layout.clone(),
-            key: key.clone(),
+            signer,
             clock: clock.clone(),
             events,
             pause: PausePoint::default(),
@@ -237,7 +240,7 @@ impl<'p> Federation<'p> {
         for (number, client) in clients.iter().enumerate() {
             let folder = directory.join(format!("device-{number}"));
             let id = device_id(plan.seed, number);
-            members.push(Member::open(&folder, id, client, &registry, &authority, &key)?);
+            members.push(Member::open(&folder, id, client, &registry, &authority, key)?);
         }
         let receiver = Arc::new(Receiver::new(parts.clone()));
         let service = Service::new(receiver, registry, authority.clone(), Threads::Blocking);
@@ -258,7 +261,7 @@ impl<'p> Federation<'p> {
         };
         let stages = Operator { workshop: workshop.clone(), config: config.clone() };
         let driver = Driver::new(parts, base.clone(), stages);
-        let device = device(plan, workshop, &mut members, &server, &clock, &key, &runtime)?;
+        let device = device(plan, workshop, &mut members, &server, &clock, key, &runtime)?;
         let workshop = workshop.clone();
         Ok(Self { plan, workshop, clock, storage, publisher, desk, driver, device, members, server, runtime })
     }
@@ -370,8 +373,8 @@ fn begin(state: &Path, workshop: &Workshop, config: &Config, seed: u64) -> Resul
     let bytes = base.write(&Adapter::init(base.layout.clone(), seed))?;
     let digest = Digest::of(&bytes);
     storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice())?;
-    let key = directory.signing_key()?;
-    let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), key, base.hash);
+    let signer = directory.signer()?;
+    let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), signer, base.hash);
     let card = workshop.card.clone();
     Record::of_base(&card, START_MS).append(storage.coord.as_ref())?;
     publisher.publish(
@@ -390,7 +393,7 @@ impl Member {
         client: &Client,
         registry: &Registry,
         authority: &Authority,
-        key: &SigningKey,
+        key: AggregatorKey,
     ) -> Result<Self> {
         let store = Store::open(folder)?;
         let credentials = if let Some(pem) = store.read(CREDENTIALS)? {
@@ -401,7 +404,7 @@ impl Member {
             let device_key = DeviceKey::generate()?;
             let csr = device_key.csr()?;
             let chain = registry.enroll(authority, &token, &csr, id, START_MS, START_MS + LIFE_MS)?;
-            let enrolled = Enrolled { device: id, chain, signing_key: AggregatorKey::of(key) };
+            let enrolled = Enrolled { device: id, chain, signing_key: key, key_number: KeyNumber(0) };
             let credentials = Credentials::new(device_key, &enrolled, authority.digest())?;
             let good = client.samples.iter().cloned().enumerate().collect();
             kept::keep(&store, &Parsed { good, bad: Vec::new() }, "paper", 0)?;
@@ -419,7 +422,7 @@ fn device(
     members: &mut [Member],
     server: &Server,
     clock: &Clock,
-    key: &SigningKey,
+    key: AggregatorKey,
     runtime: &Runtime,
 ) -> Result<Device<Road>> {
     let Laboratory { model, cancel, .. } = &workshop.laboratory;
@@ -439,7 +442,7 @@ fn device(
         reviser: Reviser::from_package(model)?,
         link: server.road(first.credentials.clone(), clock)?,
         expected: Expected {
-            key: AggregatorKey::of(key),
+            trust: Trust::new(first.id, Lineage::new(KeyNumber(0), key)),
             base: base_of(model),
             layout: model.layout().clone(),
         },

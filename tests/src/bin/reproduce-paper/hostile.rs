@@ -31,7 +31,7 @@ pub(crate) fn visit<L: Link>(device: &Device<L>, boost: f32) -> Result<Outcome> 
     let how = train_task(&task);
     let trained = train::train(model, &start, &pairs, &how, &policy.train, None, &mut Unwatched, cancel)?;
     let Poison { open, packed, .. } = attack::pack(&task, expected.base, &trained, boost)?;
-    let sent = upload::upload(&device.link, &expected.key, device.id, store, &open, &packed);
+    let sent = upload::upload(&device.link, &expected.trust, device.id, store, &open, &packed);
     match device.runtime.block_on(sent) {
         Ok(_) => Ok(Outcome::Delivered(task.round)),
         Err(error) => match error.final_refusal() {
