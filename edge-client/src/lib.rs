@@ -46,5 +46,7 @@ pub mod sensors;
 pub mod watch;
 pub mod priority;
 pub mod cli;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 
 pub use pipeline_error::PipelineError;

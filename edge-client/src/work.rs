@@ -31,7 +31,7 @@ const ROUND_BYTES_A_PARAMETER: u64 = 28;
 
 /// The screened and revised samples of a round, as kept on disk.
 #[derive(Serialize, Deserialize)]
-struct Prepared {
+pub(crate) struct Prepared {
     sampled: usize,
     counts: ReviseCounts,
     pairs: Vec<TrainingPair>,
