@@ -9,7 +9,7 @@ use commonweal_adapter::{
     AdapterLayout,
     layout::{Module, Target},
 };
-use commonweal_protocol::{AggregatorKey, BaseHash, SigningKey};
+use commonweal_protocol::{AggregatorKey, BaseHash, DeviceId, KeyNumber, Lineage, SigningKey};
 use commonweal_safety::GuardConfig;
 
 use crate::{
@@ -26,6 +26,7 @@ use crate::{
     seal::{self, NONCE_BYTES},
     settings::SettingsFile,
     store::Store,
+    trust::Trust,
     upload,
     work::Prepared,
 };
@@ -183,7 +184,8 @@ impl World {
         let module = Module { target: Target::Q, inputs: 3, outputs: 4 };
         let layout = Arc::new(AdapterLayout::new(1, 2, 4.0, vec![module]).expect("a layout"));
         let key = AggregatorKey::of(&SigningKey::from_bytes(&[5; 32]));
-        let expected = Expected { key, base: BaseHash([0xba; 32]), layout };
+        let trust = Trust::new(DeviceId([0; 16]), Lineage::new(KeyNumber(0), key));
+        let expected = Expected { trust, base: BaseHash([0xba; 32]), layout };
         Self { store, expected, _directory: directory }
     }
 
@@ -315,7 +317,7 @@ mod tests {
             deadline_ms: 0,
         };
         let begun = serde_json::json!({
-            "task": task, "policy": Policy::default(), "aggregator": expected.key, "screening": Digest([1; 32]),
+            "task": task, "policy": Policy::default(), "aggregator": expected.trust.first(), "screening": Digest([1; 32]),
         });
         vec![
             ("sealed/samples", seal(b"{}\n")),

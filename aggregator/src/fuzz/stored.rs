@@ -62,7 +62,7 @@ impl Aggregator {
             desk: self.desk()?,
             base: BASE,
             layout: Arc::new(AdapterLayout::new(2, 4, 8.0, vec![module]).expect("a layout")),
-            key: SigningKey::from_bytes(&[3; 32]),
+            signer: SigningKey::from_bytes(&[3; 32]).into(),
             clock: Clock::manual(NOW_MS),
             events: Events::to(|_| {}),
             pause: PausePoint::default(),
@@ -116,7 +116,8 @@ fn round(value: &[u8], is_buffered: bool) -> bool {
             // The state may say of its round what the records of rounds do not.
             if let Ok(Some((round, ..))) = desk.poll(now_ms, device, START) {
                 let _ = desk.admits(round, &device);
-                let _ = desk.take(now_ms, &sample_accepted(round, device));
+                let _ =
+                    desk.pass().and_then(|pass| desk.take(now_ms, &sample_accepted(round, device), &pass));
             }
         }
         let _ = (desk.next(now_ms), desk.taken(desk.round(), &DEVICE), desk.rounds().staleness(Version(0)));
@@ -225,10 +226,11 @@ fn accepted(value: &[u8]) -> bool {
 
 fn sample_accepted(round: RoundId, device: DeviceId) -> Accepted {
     let digest = Digest([2; 32]);
-    let open = Open { round, base: BASE, digest, length: 5, samples: 7, report: DeviceReport::default() };
+    let report = DeviceReport::default();
+    let open = Open { round, base: BASE, digest, length: 5, samples: 7, report, trace: None };
     let receipt = Receipt { round, device, digest, length: 5, received_ms: 11 };
     let receipt = SignedReceipt::sign(&SigningKey::from_bytes(&[3; 32]), receipt).expect("a receipt");
-    Accepted { open, receipt, norm: Some(1.5), start: Some(Version(4)) }
+    Accepted { open, receipt, norm: Some(1.5), start: Some(Version(4)), opened_ms: None }
 }
 
 /// The seeds that this crate can make anew, by file name below `fuzz/seeds/stored`.
@@ -241,7 +243,7 @@ pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         for number in 0..polls {
             let device = DeviceId([number; 16]);
             if let Some((round, ..)) = desk.poll(NOW_MS, device, START).unwrap() {
-                let _ = desk.take(NOW_MS, &sample_accepted(round, device)).unwrap();
+                let _ = desk.take(NOW_MS, &sample_accepted(round, device), &desk.pass().unwrap()).unwrap();
             }
         }
         let head = aggregator.storage.coord.head("round").unwrap();

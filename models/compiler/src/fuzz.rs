@@ -76,7 +76,9 @@ pub fn checkpoint_config(bytes: &[u8]) {
     FOLDER.with(|folder| {
         folder.clear();
         let path = folder.put("config.json", config);
-        generation.iter().for_each(|generation| drop(folder.put("generation_config.json", generation)));
+        if let Some(generation) = &generation {
+            let _ = folder.put("generation_config.json", generation);
+        }
         match config::read(folder.0.path()) {
             Ok(config) => {
                 config.model.check().expect("it was checked");
