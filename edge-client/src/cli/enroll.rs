@@ -15,36 +15,45 @@ use crate::{
     events::Event,
     install, owed,
     store::{Store, StoreError},
-    trust::Trust,
+    trust::{self, Trust},
 };
 
 pub(super) fn enroll(shared: &Shared, invitation: &str, is_anew: bool) -> Result<()> {
     let invitation: Invitation = invitation.parse()?;
     let store = open::Place::find(shared)?.store()?;
     let clock = Clock::system();
-    // Who missed the time to renew can only enrol anew, as another device.
-    let holds = |identity: &Identity| clock.unix_ms() < identity.credentials.expires_ms();
-    let before = Identity::read(&store)?;
-    if let Some(identity) = before.as_ref().filter(|identity| !is_anew && holds(identity)) {
-        let device = identity.credentials.device();
-        return Err(BadInput(format!(
-            "this directory already holds the identity of device {device}; --anew gives it up"
-        ))
-        .into());
-    }
+    // What is given up is not looked at: it may be damaged. The rest is, before an invitation is spent.
+    let known = if is_anew { None } else { known(&store, clock.unix_ms())? };
     let runtime = tokio::runtime::Runtime::new().context("cannot start")?;
     let key = DeviceKey::generate()?;
     let limits = LinkLimits::default();
     let credentials = runtime.block_on(commonweal_transport::enroll(&invitation, key, &limits, &clock))?;
     let device = credentials.device().to_string();
-    let before = before.map(|before| Trust::open(&store, &before.credentials)).transpose()?;
     // Nor is anything kept of one that may have been an impostor.
-    if is_anew || !before.is_some_and(|before| before.knows(credentials.signing_key())) {
+    if !known.is_some_and(|known| known.knows(credentials.signing_key())) {
         forget_federation(&store)?;
     }
     Identity { credentials, address: Address::of(&invitation) }.keep(&store)?;
+    // Not before: without its chain, the identity of before would trust the key again that it began with.
+    trust::forget(&store)?;
     shared.output().show(&Event::Enrolled { device });
     Ok(())
+}
+
+/// Whose word the device takes whose certificate has ended: it can only enrol again, as another. One whose certificate
+/// holds need not, and one that cannot tell which keys it has left must not, or it might trust one of those again.
+fn known(store: &Store, now_ms: u64) -> Result<Option<Trust>> {
+    let unknown = "what this device knows of its aggregator cannot be read; \
+                   `edge-client enroll --anew` gives it up, and the installed release with it";
+    let Some(Identity { credentials, .. }) = Identity::read(store).context(unknown)? else { return Ok(None) };
+    if now_ms < credentials.expires_ms() {
+        let device = credentials.device();
+        return Err(BadInput(format!(
+            "this directory already holds the identity of device {device}; --anew gives it up"
+        ))
+        .into());
+    }
+    Trust::open(store, &credentials).map(Some).context(unknown)
 }
 
 /// Another federation's versions and round numbers do not compare with this one's, nor was what is owed there owed here.
