@@ -1,7 +1,7 @@
 //! `enroll`: spends an invitation and keeps the identity that it brings.
 
 use anyhow::{Context, Result};
-use commonweal_protocol::Invitation;
+use commonweal_protocol::{AggregatorKey, Invitation, KeyNumber};
 use commonweal_transport::{Clock, DeviceKey, LinkLimits};
 
 use super::{
@@ -30,7 +30,7 @@ pub(super) fn enroll(shared: &Shared, invitation: &str, is_anew: bool) -> Result
     let credentials = runtime.block_on(commonweal_transport::enroll(&invitation, key, &limits, &clock))?;
     let device = credentials.device().to_string();
     // Nor is anything kept of one that may have been an impostor.
-    if !known.is_some_and(|known| known.knows(credentials.signing_key())) {
+    if !is_of(known.as_ref(), credentials.lineage().number(), *credentials.signing_key())? {
         forget_federation(&store)?;
     }
     Identity { credentials, address: Address::of(&invitation) }.keep(&store)?;
@@ -56,6 +56,25 @@ fn known(store: &Store, now_ms: u64) -> Result<Option<Trust>> {
     Trust::open(store, &credentials).map(Some).context(unknown)
 }
 
+/// Whether this is the aggregator that the device knows, by its key in force. A key that it has left is no other
+/// federation's: whoever signs with it may have stolen it.
+fn is_of(known: Option<&Trust>, number: KeyNumber, key: AggregatorKey) -> Result<bool, BadInput> {
+    let Some(known) = known else { return Ok(false) };
+    if (known.number(), known.key()) == (number, key) {
+        return Ok(true);
+    }
+    if known.knows(&key) {
+        return Err(BadInput(format!(
+            "the aggregator signs with key {number}, {}, and this device has followed it to key {}: the older one may be \
+             stolen, or the aggregator was restored from a backup. Ask its operator; --anew, with another invitation, \
+             trusts it again",
+            key.0,
+            known.number()
+        )));
+    }
+    Ok(false)
+}
+
 /// Another federation's versions and round numbers do not compare with this one's, nor was what is owed there owed here.
 /// Its receipts stay: they are signed by another key and count for nothing.
 fn forget_federation(store: &Store) -> Result<(), StoreError> {
@@ -68,6 +87,28 @@ fn forget_federation(store: &Store) -> Result<(), StoreError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use commonweal_protocol::{DeviceId, Lineage, SigningKey};
+
+    #[test]
+    fn a_key_that_was_left_is_not_trusted_again_by_enrolling() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let secret = |seed| SigningKey::from_bytes(&[seed; 32]);
+        let key = |seed| AggregatorKey::of(&secret(seed));
+        let mut lineage = Lineage::new(KeyNumber(3), key(1));
+        let trust = Trust::new(DeviceId([1; 16]), lineage.clone());
+        lineage.succeed(&secret(1), key(2), 1).unwrap();
+        trust.follow(&store, lineage.steps()).unwrap();
+        assert!(is_of(Some(&trust), KeyNumber(4), key(2)).unwrap());
+        let error = is_of(Some(&trust), KeyNumber(3), key(1)).unwrap_err();
+        assert!(error.to_string().contains("--anew"), "{error}");
+        // Nor under another number.
+        assert!(is_of(Some(&trust), KeyNumber(5), key(1)).is_err());
+        assert!(is_of(Some(&trust), KeyNumber(5), key(2)).is_err());
+        // Another federation's, or whatever it is after --anew.
+        assert!(!is_of(Some(&trust), KeyNumber(0), key(7)).unwrap());
+        assert!(!is_of(None, KeyNumber(3), key(1)).unwrap());
+    }
 
     #[test]
     fn of_another_federation_only_receipts_and_samples_stay() {
