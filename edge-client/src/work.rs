@@ -73,6 +73,8 @@ impl<L: Link> Device<L> {
     /// Sample, filter, revise.
     fn prepare(&self, task: &RoundTask) -> Result<Option<Prepared>, PipelineError> {
         if let Some(prepared) = self.read_round(PAIRS)? {
+            // A kill may have come between the pairs and this.
+            self.remove_chunks()?;
             return Ok(Some(prepared));
         }
         let round = task.round.0;
