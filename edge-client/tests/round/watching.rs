@@ -182,7 +182,9 @@ fn chunks_that_a_kill_left_beside_their_pairs_go_with_the_next_visit() {
     assert!(world.device.visit().unwrap_err().is_transient());
     let left = |world: &World| names.iter().filter(|name| world.has(name)).count();
     let leave = |world: &World| {
-        names.iter().for_each(|name| world.device.store.write(name, b"of a person").unwrap());
+        for name in names {
+            world.device.store.write(name, b"of a person").unwrap();
+        }
     };
     // Before the update was packed.
     world.device.store.remove("round/update.json").unwrap();
