@@ -4,7 +4,10 @@ use std::sync::Arc;
 
 use commonweal_adapter::{Adapter, AdapterDelta, AdapterFacts, AdapterKind, Trainable, disk, pair};
 use commonweal_protocol::{Control, Digest, KeyNumber, Mode, RoundId, Scaffold, SignedControl, SigningKey};
-use edge_client::pipeline::{Outcome, PipelineError};
+use edge_client::{
+    control::ControlError,
+    pipeline::{Outcome, PipelineError},
+};
 
 use crate::world::*;
 
@@ -98,6 +101,25 @@ fn the_correction_moves_the_update_and_one_of_a_stranger_is_refused() {
     let error = world.device.visit().unwrap_err();
     assert!(matches!(error, PipelineError::Control(_)), "{error}");
     assert!(world.opened().is_empty());
+}
+
+#[test]
+fn a_control_variate_by_a_retired_key_is_refused() {
+    let mut world = World::new();
+    let retired = world.device.link.key.clone();
+    world.rotate(21);
+    world.tell(|told| told.task = None);
+    assert_eq!(world.visit(), Outcome::Idle);
+    let current = std::mem::replace(&mut world.device.link.key, retired);
+    world.begin(2);
+    world.correct(0.1, 1, 0b1);
+    let error = world.device.visit().unwrap_err();
+    let PipelineError::Control(error) = error else { panic!("{error}") };
+    assert!(matches!(error, ControlError::Signature { round: RoundId(1), .. }), "{error}");
+    assert!(world.opened().is_empty());
+    world.device.link.key = current;
+    world.correct(0.1, 1, 0b1);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(2)));
 }
 
 #[test]
