@@ -43,6 +43,7 @@ mod work;
 pub mod pipeline;
 mod bus;
 pub mod sensors;
+pub mod metered;
 pub mod watch;
 pub mod priority;
 pub mod cli;

@@ -235,6 +235,7 @@ impl<L: Link> Device<L> {
         for name in [PAIRS, CHECKPOINT, PACKED_REPORT, PACKED, control::NEXT] {
             self.store.remove(name)?;
         }
+        self.remove_chunks()?;
         Ok(why_not(task.round, why))
     }
 
