@@ -267,7 +267,7 @@ impl Batch<'_> {
         let mut alone = Lane::new(self.model, self.adapter, 1, longest)?;
         for (row, ids) in ids.iter().enumerate() {
             let shared = match self.prefix {
-                Some(prefix) => prefix.lane_for(ids)?.map(|lane| (lane, prefix.ids().len())),
+                Some(prefix) => prefix.lane_for(self.run, ids)?.map(|lane| (lane, prefix.ids().len())),
                 None => None,
             };
             let last = [ids.len() - 1];

@@ -177,6 +177,11 @@ impl Lane {
         self.kept(&(0..self.cache.batch).map(|row| (row, length)).collect::<Vec<_>>(), capacity)
     }
 
+    /// As small a lane as there is, for the same model and adapter.
+    pub(crate) fn emptied(&self) -> Result<Self, InferError> {
+        Self::new(&self.model, &self.adapter, 1, 1)
+    }
+
     /// Some rows of this lane, each with the number of its positions that are kept.
     pub(crate) fn kept(&self, rows: &[(usize, usize)], capacity: usize) -> Result<Self, InferError> {
         let mut lane = Self::new(&self.model, &self.adapter, rows.len(), capacity)?;

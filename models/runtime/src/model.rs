@@ -5,7 +5,7 @@ use std::{
     fmt,
     path::Path,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -21,6 +21,7 @@ use crate::{
     device::Device,
     frozen::{Frozen, FrozenError, LendError},
     library::Library,
+    prefix::Row,
     template::{ChatTemplate, SpecialTokens, TemplateError},
     tokenize::{TokenizeError, Tokenizer},
 };
@@ -65,6 +66,8 @@ struct Inner {
     base: Mutex<Option<Opened>>,
     adapted: Mutex<Option<Opened>>,
     train: Mutex<Option<(TrainGraph, Session)>>,
+    /// What prefixes hold, as long as somebody has them.
+    prefixes: Mutex<Vec<Weak<Mutex<Row>>>>,
     frozen: Frozen,
 }
 
@@ -189,6 +192,7 @@ impl Model {
                 base: Mutex::new(None),
                 adapted: Mutex::new(None),
                 train: Mutex::new(None),
+                prefixes: Mutex::default(),
                 frozen,
             }),
         };
@@ -243,10 +247,19 @@ impl Model {
     }
 
     /// Gives back the memory of the inference sessions, but for the weights' prepared form, which a gradient session
-    /// shares. The next call opens them again; a [`SharedPrefix`](crate::SharedPrefix) goes on as it was.
+    /// shares, and that of prefixes. The next call opens them again, and the next with a
+    /// [`SharedPrefix`](crate::SharedPrefix) reads that again.
     pub fn close_inference(&self) {
         drop(lock(&self.inner.base).take());
         drop(lock(&self.inner.adapted).take());
+        lock(&self.inner.prefixes).iter().filter_map(Weak::upgrade).for_each(|row| Row::forget(&row));
+    }
+
+    /// A prefix's row is forgotten with the inference sessions.
+    pub(crate) fn know_row(&self, row: &Arc<Mutex<Row>>) {
+        let mut rows = lock(&self.inner.prefixes);
+        rows.retain(|row| row.strong_count() > 0);
+        rows.push(Arc::downgrade(row));
     }
 
     /// Gives back the memory of the gradient session (weights' working set and activations). The next training step

@@ -3,7 +3,7 @@
 
 use std::{
     ops::{Deref, DerefMut},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use crate::{
@@ -18,7 +18,7 @@ use crate::{
 /// multiplies several, so with a single token left a score would depend on whether the prefix was shared.
 const BEHIND_MIN: usize = 2;
 
-/// Room for a prompt behind a prefix before its buffer grows for the first time.
+/// A row grows by so many tokens, for prompts behind its prefix.
 const ROOM_TOKENS: usize = 256;
 
 /// The cache of a prefix under one adapter. Prompts that do not begin with it, or have less than two tokens behind it,
@@ -28,8 +28,26 @@ const ROOM_TOKENS: usize = 256;
 pub struct SharedPrefix {
     ids: Vec<u32>,
     adapter: u64,
-    /// One row: the prefix, and behind it whatever the last prompt left.
-    lane: Mutex<Lane>,
+    /// The model knows of it too, and has it forgotten when its memory is wanted for something else.
+    row: Arc<Mutex<Row>>,
+}
+
+/// One row: the prefix, if it was read since the model last closed, and behind it whatever the last prompt left.
+#[derive(Debug)]
+pub(crate) struct Row {
+    lane: Lane,
+    is_read: bool,
+}
+
+impl Row {
+    /// Gives its memory back, if no call is using it; the next call reads the prefix again.
+    pub(crate) fn forget(row: &Mutex<Self>) {
+        let Ok(mut row) = row.try_lock() else { return };
+        // Where even the smallest row finds no memory, it stays as it is.
+        if let Ok(smallest) = row.lane.emptied() {
+            *row = Self { lane: smallest, is_read: false };
+        }
+    }
 }
 
 impl Model {
@@ -42,11 +60,12 @@ impl Model {
     ) -> Result<SharedPrefix, InferError> {
         check_prompt(self, 0, ids, self.context() - 1)?;
         let run = Run::new(cancel)?;
-        let capacity = self.context().min(ids.len() + ROOM_TOKENS);
-        let mut lane = Lane::new(self, adapter, 1, capacity)?;
-        lane.read(&run, ids, 0, &[], |_, _| Ok(()))?;
-        lane.unbind();
-        Ok(SharedPrefix { ids: ids.to_vec(), adapter: adapter.identity(), lane: Mutex::new(lane) })
+        let lane = Lane::new(self, adapter, 1, 1)?;
+        let row = Arc::new(Mutex::new(Row { lane, is_read: false }));
+        self.know_row(&row);
+        let prefix = SharedPrefix { ids: ids.to_vec(), adapter: adapter.identity(), row };
+        drop(prefix.read(&run, ids.len() + 1)?);
+        Ok(prefix)
     }
 }
 
@@ -65,40 +84,51 @@ impl SharedPrefix {
     }
 
     /// The row with room for a prompt that begins with the prefix and goes on.
-    pub(crate) fn lane_for(&self, prompt: &[u32]) -> Result<Option<Borrowed<'_>>, InferError> {
+    pub(crate) fn lane_for(&self, run: &Run, prompt: &[u32]) -> Result<Option<Borrowed<'_>>, InferError> {
         if prompt.len() < self.ids.len() + BEHIND_MIN || !prompt.starts_with(&self.ids) {
             return Ok(None);
         }
-        let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
-        if lane.cache.capacity < prompt.len() {
-            *lane = lane.grown(prompt.len().next_multiple_of(ROOM_TOKENS), self.ids.len())?;
+        self.read(run, prompt.len()).map(Some)
+    }
+
+    /// The row with the prefix in it and room for so many tokens.
+    fn read(&self, run: &Run, tokens: usize) -> Result<Borrowed<'_>, InferError> {
+        let mut borrowed = Borrowed { row: self.row.lock().unwrap_or_else(PoisonError::into_inner) };
+        let Row { lane, is_read } = &mut *borrowed.row;
+        if lane.cache.capacity < tokens {
+            let kept = if *is_read { self.ids.len() } else { 0 };
+            *lane = lane.grown(tokens.next_multiple_of(ROOM_TOKENS), kept)?;
         }
-        Ok(Some(Borrowed { lane }))
+        if !*is_read {
+            lane.read(run, &self.ids, 0, &[], |_, _| Ok(()))?;
+            *is_read = true;
+        }
+        Ok(borrowed)
     }
 }
 
 /// The row of a prefix while a call uses it. Between calls it holds no session open.
 pub(crate) struct Borrowed<'p> {
-    lane: MutexGuard<'p, Lane>,
+    row: MutexGuard<'p, Row>,
 }
 
 impl Deref for Borrowed<'_> {
     type Target = Lane;
 
     fn deref(&self) -> &Lane {
-        &self.lane
+        &self.row.lane
     }
 }
 
 impl DerefMut for Borrowed<'_> {
     fn deref_mut(&mut self) -> &mut Lane {
-        &mut self.lane
+        &mut self.row.lane
     }
 }
 
 impl Drop for Borrowed<'_> {
     fn drop(&mut self) {
-        self.lane.unbind();
+        self.row.lane.unbind();
     }
 }
 

@@ -108,7 +108,7 @@ impl Model {
             prefix.check(adapter)?;
         }
         for row in (0..rows.len()).filter(|&row| !wanted[row].is_empty()) {
-            let shared = prefix.map(|prefix| prefix.lane_for(rows[row])).transpose()?.flatten();
+            let shared = prefix.map(|prefix| prefix.lane_for(&run, rows[row])).transpose()?.flatten();
             if let (Some(mut lane), Some(prefix)) = (shared, prefix) {
                 lane.read(&run, rows[row], prefix.ids().len(), &wanted[row], |at, logits| {
                     take(row, at, logits)

@@ -71,6 +71,17 @@ fn a_prefix_goes_on_after_the_sessions_were_closed() {
         let before = score();
         model.close_inference();
         assert_eq!(score(), before);
+        // Closed again before anything was read behind the prefix, and after a prompt without it.
+        model.close_inference();
+        model.close_inference();
+        model.score_next(&prepared, None, &prompts, &[70, 71], &Cancel::new()).unwrap();
+        assert_eq!(score(), before);
+        // What was cancelled while the prefix was read again is no prefix.
+        model.close_inference();
+        let cancelled = Cancel::new();
+        cancelled.cancel();
+        model.score_next(&prepared, Some(&prefix), &prompts, &[70, 71], &cancelled).unwrap_err();
+        assert_eq!(score(), before);
     }
 }
 
