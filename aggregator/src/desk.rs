@@ -221,6 +221,7 @@ impl Desk {
     pub fn next(&self, now_ms: u64) -> Result<Next, DeskError> {
         let mut inner = self.lock();
         self.settle(&mut inner, now_ms)?;
+        self.check_term(&inner)?;
         if inner.work.is_none() {
             if self.is_shared {
                 self.attend(&mut inner, now_ms)?;
@@ -253,7 +254,7 @@ impl Desk {
     }
 
     /// A stage's work is done: its figures and its event are saved together. What another process did meanwhile, or took
-    /// over, is left to that one.
+    /// over, is left to that one: it may have swept what this one stored and nothing names yet.
     pub fn done(
         &self,
         now_ms: u64,
@@ -264,6 +265,10 @@ impl Desk {
     ) -> Result<(), DeskError> {
         let mut inner = self.lock();
         self.settle(&mut inner, now_ms)?;
+        if self.check_term(&inner).is_err() {
+            tracing::info!(%round, "another process drives");
+            return Ok(());
+        }
         if inner.durable.rounds.round != round || inner.work.as_ref() != Some(work) {
             tracing::info!(%round, "the stage is done already");
             return Ok(());
@@ -347,6 +352,10 @@ impl Desk {
     fn apply(&self, inner: &mut Inner, now_ms: u64, event: &Event) -> Result<Vec<Action>, DeskError> {
         for _ in 0..share::TRIES {
             self.settle(inner, now_ms)?;
+            // Any process gives tasks; all else is for who drives.
+            if !matches!(event, Event::Polled(..)) {
+                self.check_term(inner)?;
+            }
             let done = self.step(inner, now_ms, event.clone());
             if !self.is_overtaken(inner, &done) {
                 inner.is_unsure = done.is_err();

@@ -108,6 +108,9 @@ impl<S: Stages> Driver<S> {
 
     /// Whether this process drives; takes everything up anew when it comes to that.
     fn drives(&mut self, now_ms: u64) -> Result<bool, DeskError> {
+        if self.is_driving && self.parts.desk.is_superseded() {
+            self.lead.doubt();
+        }
         if !self.lead.is_held() {
             if self.is_driving {
                 self.is_driving = false;
@@ -158,6 +161,8 @@ impl<S: Stages> Driver<S> {
             }
             Ok(Next::Wait(at_ms)) => Step::Wait(at_ms),
             Ok(Next::Stop) => Step::Stop,
+            // The next step stands by.
+            Err(DeskError::Superseded) => Step::Worked,
             Err(error) => {
                 self.retry(self.parts.desk.round(), &error);
                 Step::Worked

@@ -23,6 +23,7 @@ use crate::directory::{Directory, DirectoryError};
 use crate::drive::{Driver, ModelStages, Stages, Step};
 use crate::events::{Event, Events};
 use crate::laboratory::{LaboratoryError, has_guard, open_package};
+use crate::lead::Leadership;
 use crate::observe::{Counts, Observer, Recent, View};
 use crate::pause::PausePoint;
 use crate::publish::{PublishError, Publisher};
@@ -466,11 +467,13 @@ impl Port {
 struct Threads {
     stop: Arc<AtomicBool>,
     running: Vec<std::thread::JoinHandle<()>>,
+    /// Keeps the lead, and is told to stop when the others have: what they end with is still this process's to do.
+    lead: Option<(Arc<AtomicBool>, std::thread::JoinHandle<()>)>,
 }
 
 impl Threads {
     fn of(stop: Arc<AtomicBool>) -> Self {
-        Self { stop, running: Vec::new() }
+        Self { stop, running: Vec::new(), lead: None }
     }
 
     fn start(
@@ -478,9 +481,13 @@ impl Threads {
         name: &str,
         work: impl FnOnce(&AtomicBool) + Send + 'static,
     ) -> Result<(), ServeError> {
-        let stop = self.stop.clone();
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&stop));
-        self.running.push(thread.map_err(|source| ServeError::System { what: "a thread", source })?);
+        self.running.push(spawn(name, self.stop.clone(), work)?);
+        Ok(())
+    }
+
+    fn keep(&mut self, lead: Arc<Leadership>) -> Result<(), ServeError> {
+        let stop = Arc::new(AtomicBool::new(false));
+        self.lead = Some((stop.clone(), spawn("lead", stop, move |stop| lead.keep(stop))?));
         Ok(())
     }
 
@@ -493,7 +500,7 @@ impl Threads {
     ) -> Result<(), ServeError> {
         let lead = driver.lead();
         if lead.is_shared() {
-            self.start("lead", move |stop| lead.keep(stop))?;
+            self.keep(lead)?;
         }
         let (watch, clock) = (parts.storage.watch.clone(), parts.clock.clone());
         self.start("drive", move |stop| {
@@ -512,12 +519,27 @@ impl Threads {
 
     /// Waits for all of them.
     async fn join(self) -> Result<(), ServeError> {
+        let mut ended = Ok(());
         for thread in self.running {
             thread.thread().unpark();
-            join(thread).await?;
+            ended = ended.and(join(thread).await);
         }
-        Ok(())
+        if let Some((stop, thread)) = self.lead {
+            stop.store(true, Ordering::SeqCst);
+            thread.thread().unpark();
+            ended = ended.and(join(thread).await);
+        }
+        ended
     }
+}
+
+fn spawn(
+    name: &str,
+    stop: Arc<AtomicBool>,
+    work: impl FnOnce(&AtomicBool) + Send + 'static,
+) -> Result<std::thread::JoinHandle<()>, ServeError> {
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&stop));
+    thread.map_err(|source| ServeError::System { what: "a thread", source })
 }
 
 /// The end of a thread.
@@ -577,11 +599,39 @@ impl Signals {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::MemoryStorage;
 
     #[tokio::test]
     async fn a_driver_that_panics_is_no_success() {
         join(std::thread::spawn(|| {})).await.unwrap();
         let panicked = std::thread::spawn(|| panic!("a stage's bug"));
         assert!(matches!(join(panicked).await, Err(ServeError::Driver)));
+    }
+
+    #[tokio::test]
+    async fn the_lead_is_given_up_after_the_last_stage_ended() {
+        let memory = MemoryStorage::default().shared();
+        let store = memory.storage().lead;
+        let lease = Duration::from_secs(3600);
+        let lead = Arc::new(Leadership::new(store.clone(), lease));
+        lead.prolong().unwrap();
+        let mut threads = Threads::of(Arc::default());
+        threads.keep(lead).unwrap();
+        let other = store.clone();
+        let (say, was_held) = std::sync::mpsc::channel();
+        threads
+            .start("drive", move |stop| {
+                while !stop.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+                // A stage that goes on for a while after the signal.
+                std::thread::sleep(Duration::from_millis(200));
+                say.send(!other.lead("other", lease).unwrap()).unwrap();
+            })
+            .unwrap();
+        threads.stop.store(true, Ordering::SeqCst);
+        threads.join().await.unwrap();
+        assert!(was_held.recv().unwrap(), "another could drive while a stage went on");
+        assert!(store.lead("other", lease).unwrap(), "nobody has to wait for it");
     }
 }

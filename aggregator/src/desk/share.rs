@@ -5,6 +5,9 @@
 //! condition that the door has not moved since before its bytes were stored; whoever closes a round or deletes bytes shuts
 //! the door first, and then sees every update that came in. Only who drives moves it. Where there is one process, a lock
 //! does the same.
+//!
+//! Whoever takes the lead begins a *term*, in the same state: what another does after that as if it still drove (a stage's
+//! result, a close, a record) is refused, since the term under which it was begun is over.
 
 use std::sync::RwLockReadGuard;
 use std::time::{Duration, Instant};
@@ -53,8 +56,8 @@ pub enum Pass<'desk> {
 pub(super) struct Shared {
     /// Another process moved the state; what is here is to be read again.
     pub(super) is_behind: bool,
-    /// This process drives, as far as it knows.
-    leads: bool,
+    /// This process drives, as far as it knows, and under this term.
+    term: Option<u64>,
     /// Of who drives.
     door: Option<Door>,
     /// The round whose door was shut after its merge had begun.
@@ -91,15 +94,19 @@ impl Desk {
         inner.stop = rounds.is_over(&self.policy);
         inner.shared.is_behind = false;
         // Who drives also looks whether the round's end is on record; to the others the state is all there is.
-        inner.is_unsure &= inner.shared.leads;
+        inner.is_unsure &= inner.shared.term.is_some();
         Ok(())
     }
 
-    /// This process drives from now on: nothing that it remembers of another time holds.
+    /// This process drives from now on: nothing that it remembers of another time holds, and nothing that another has under
+    /// way is taken.
     pub fn take_lead(&self, now_ms: u64) -> Result<(), DeskError> {
         let mut inner = self.lock();
+        inner.shared = Shared { is_behind: true, ..Shared::default() };
+        self.begin_term(&mut inner)?;
+        inner.shared.term = Some(inner.durable.term);
+        // Whoever drove before may have put the round's end on record, but not behind this.
         inner.is_unsure = true;
-        inner.shared = Shared { leads: true, ..Shared::default() };
         self.settle(&mut inner, now_ms)?;
         // While nobody drove, perhaps nobody received either.
         if inner.durable.rounds.is_due(now_ms) {
@@ -108,9 +115,35 @@ impl Desk {
         Ok(())
     }
 
+    fn begin_term(&self, inner: &mut Inner) -> Result<(), DeskError> {
+        for _ in 0..TRIES {
+            self.follow(inner)?;
+            inner.durable.term = inner.durable.term.saturating_add(1);
+            let saved = self.save(inner);
+            if !self.is_overtaken(inner, &saved) {
+                inner.shared.is_behind = saved.is_err();
+                return saved;
+            }
+        }
+        Err(DeskError::Contended)
+    }
+
     /// Another process may drive from now on.
     pub fn stand_by(&self) {
-        self.lock().shared.leads = false;
+        self.lock().shared.term = None;
+    }
+
+    /// Whether another process is known to have taken the lead since this one did.
+    pub fn is_superseded(&self) -> bool {
+        self.check_term(&self.lock()).is_err()
+    }
+
+    /// Refuses what is only for who drives.
+    pub(super) fn check_term(&self, inner: &Inner) -> Result<(), DeskError> {
+        if self.is_shared && inner.shared.term != Some(inner.durable.term) {
+            return Err(DeskError::Superseded);
+        }
+        Ok(())
     }
 
     fn door(&self) -> Result<Door, DeskError> {
@@ -120,7 +153,7 @@ impl Desk {
         Ok(Door { sequence: entry.sequence, open_for })
     }
 
-    /// Moves the door. It opens for a round only while the state in which that round collects stands.
+    /// Moves the door while the state stands, in which the round collects that it opens for and this process drives.
     fn move_door(&self, inner: &mut Inner, open_for: Option<RoundId>) -> Result<(), DeskError> {
         let door = match inner.shared.door {
             Some(door) => door,
@@ -129,12 +162,8 @@ impl Desk {
         inner.shared.door = None;
         let value = postcard::to_allocvec(&open_for).map_err(|error| DeskError::damaged("door", error))?;
         let coord = &self.storage.coord;
-        let sequence = if open_for.is_some() {
-            let state = While { log: LOG, sequence: inner.sequence };
-            coord.compare_and_set_while(DOOR, door.sequence, &value, state)?
-        } else {
-            coord.compare_and_set(DOOR, door.sequence, &value)?
-        };
+        let state = While { log: LOG, sequence: inner.sequence };
+        let sequence = coord.compare_and_set_while(DOOR, door.sequence, &value, state)?;
         inner.shared.door = Some(Door { sequence, open_for });
         if sequence.is_multiple_of(64) {
             coord.truncate(DOOR, sequence)?;
@@ -148,7 +177,19 @@ impl Desk {
         if !self.is_shared {
             return Ok(());
         }
-        self.move_door(&mut self.lock(), None)
+        self.shut_door(&mut self.lock())
+    }
+
+    fn shut_door(&self, inner: &mut Inner) -> Result<(), DeskError> {
+        for _ in 0..TRIES {
+            self.follow(inner)?;
+            self.check_term(inner)?;
+            let moved = self.move_door(inner, None);
+            if !self.is_overtaken(inner, &moved) {
+                return moved;
+            }
+        }
+        Err(DeskError::Contended)
     }
 
     /// What who drives does before a step: the door stands as the round does, and what came in is counted.
@@ -163,11 +204,11 @@ impl Desk {
         }
         let open_for = inner.shared.door.and_then(|door| door.open_for);
         if !is_collecting(inner) {
-            return if open_for.is_some() { self.move_door(inner, None) } else { Ok(()) };
+            return if open_for.is_some() { self.shut_door(inner) } else { Ok(()) };
         }
         if inner.durable.rounds.is_due(now_ms) {
             if open_for.is_some() {
-                self.move_door(inner, None)?;
+                self.shut_door(inner)?;
             }
             return self.count_all(inner, now_ms);
         }
@@ -197,7 +238,7 @@ impl Desk {
     pub(super) fn shut_to_merge(&self, inner: &mut Inner) -> Result<(), DeskError> {
         let round = inner.durable.rounds.round;
         if self.is_shared && inner.work == Some(Action::Merge) && inner.shared.shut_for != Some(round) {
-            self.move_door(inner, None)?;
+            self.shut_door(inner)?;
             inner.shared.shut_for = Some(round);
         }
         Ok(())
@@ -211,6 +252,7 @@ impl Desk {
         let devices: Vec<_> = items.iter().filter_map(|item| item.key.parse().ok()).collect();
         for _ in 0..TRIES {
             self.settle(inner, now_ms)?;
+            self.check_term(inner)?;
             if inner.durable.rounds.round != round {
                 return Ok(());
             }
