@@ -222,6 +222,9 @@ impl Desk {
         let mut inner = self.lock();
         self.settle(&mut inner, now_ms)?;
         self.check_term(&inner)?;
+        if let Some(quiet_ms) = self.settle_sweep(&mut inner, now_ms)? {
+            return Ok(Next::Wait(Some(quiet_ms)));
+        }
         if inner.work.is_none() {
             if self.is_shared {
                 self.attend(&mut inner, now_ms)?;

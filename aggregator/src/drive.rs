@@ -15,6 +15,7 @@ use commonweal_adapter::AdapterKind;
 use commonweal_protocol::{DeviceId, Digest, Mode, ReportCard, RoundId, Version};
 
 use crate::canary;
+use crate::config;
 use crate::desk::{self, DeskError, Next, RECEIPTS_KEPT_ROUNDS, decode_accepted, queue};
 use crate::evaluate;
 use crate::events::{AlignFigures, Event as Told, Figures, Origin};
@@ -31,7 +32,12 @@ pub use stages::{ModelStages, Stages};
 /// Who claims updates: whoever drives, and only one does.
 const OWNER: &str = "drive";
 /// Blobs that are deleted by one call.
-const DELETED_AT_ONCE: usize = 1_000;
+const DELETED_AT_ONCE: usize = 250;
+/// What was stored so lately no sweep takes, where there are others: they may be about to name it, and nobody asks for
+/// anything so long after it lost the lead.
+const GRACE: Duration = Duration::from_secs(600);
+const _: () =
+    assert!(GRACE.as_secs() >= 2 * config::LEAD_SECONDS_MAX as u64, "else it could outlive a lease");
 /// How long a claim lasts; longer than any merge.
 const LEASE_MS: u64 = 3_600_000;
 /// Times that a stage which lacks its library or its files is tried before the round is given up.
@@ -406,7 +412,7 @@ impl<S: Stages> Driver<S> {
         let _blobs = self.parts.desk.sweep_blobs();
         let result = (|| -> Result<usize, DriveError> {
             // Whatever is stored from here on is named before, or stored again behind it.
-            self.parts.desk.shut()?;
+            self.parts.desk.begin_sweep()?;
             let releases_kept = self.parts.config.receive.releases_kept;
             let mut named = self.parts.publisher.kept(releases_kept)?;
             named.extend(self.parts.publisher.kept_states(releases_kept)?);
@@ -432,21 +438,25 @@ impl<S: Stages> Driver<S> {
             for item in self.parts.storage.inbox.list(&queue(rounds.round), PAGE_MAX)? {
                 named.insert(decode_accepted(&item.value)?.open.digest);
             }
+            let age = if self.lead.is_shared() { GRACE } else { Duration::ZERO };
             let (mut after, mut deleted) = (None, 0);
             loop {
-                let page = self.parts.storage.blob.list(after.as_ref(), PAGE_MAX)?;
+                let page = self.parts.storage.blob.list_older(age, after.as_ref(), PAGE_MAX)?;
                 after = page.last().copied();
                 if after.is_none() {
+                    // A failure leaves it to the next step, which waits until nothing can be under way.
+                    self.parts.desk.end_sweep()?;
                     return Ok(deleted);
                 }
                 let unnamed: Vec<Digest> =
                     page.iter().filter(|digest| !named.contains(digest)).copied().collect();
                 for some in unnamed.chunks(DELETED_AT_ONCE) {
                     // Nothing refuses a deletion that comes too late.
+                    let until = self.lead.held_until();
                     if !self.lead.is_held() {
                         return Err(DriveError::Cancelled);
                     }
-                    self.parts.storage.blob.delete_all(some)?;
+                    self.parts.storage.blob.delete_all(some, until)?;
                     deleted += some.len();
                 }
             }

@@ -3,7 +3,7 @@
 //!
 //! The lead is a lease that its holder prolongs long before it ends. Who takes it begins a term (`desk`), and what an earlier
 //! holder does that was stopped for longer than its lease is refused: heads have moved, and its term is over. Only deletions
-//! cannot be refused so, and are made right after a look at the clock (`drive`).
+//! cannot be refused so: they have to be over when the lease is, and are of nothing that was stored lately (`drive`).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -48,6 +48,11 @@ impl Leadership {
     pub fn is_held(&self) -> bool {
         let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
         !self.is_shared() || until.is_some_and(|until| Instant::now() + self.lease / MARGIN < until)
+    }
+
+    /// Until when it has it; none where there are no others.
+    pub fn held_until(&self) -> Option<Instant> {
+        *self.until.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes or prolongs it. A store that does not answer leaves it as long as it lasts.

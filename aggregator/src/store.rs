@@ -27,7 +27,7 @@ mod tests;
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use commonweal_protocol::Digest;
 
@@ -206,19 +206,38 @@ pub enum Put {
 
 /// Bytes named by their BLAKE3 digest: adapters, updates.
 pub trait Blob: Send + Sync {
-    /// Stores exactly `length` bytes of `source` if they hash to `digest`; durable on return.
+    /// Stores exactly `length` bytes of `source` if they hash to `digest`; durable on return. Where several share the blobs,
+    /// one that is there already is as new afterwards as any ([`Blob::list_older`]).
     fn put_if_absent(&self, digest: &Digest, length: u64, source: &mut dyn Read) -> Result<Put, StoreError>;
     /// Length of a stored blob.
     fn length(&self, digest: &Digest) -> Result<Option<u64>, StoreError>;
     /// Up to `length` bytes from `offset`; shorter at the end.
     fn read_range(&self, digest: &Digest, offset: u64, length: usize) -> Result<Vec<u8>, StoreError>;
     /// Digests after `after`, in order, at most `limit`.
-    fn list(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<Digest>, StoreError>;
+    fn list(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<Digest>, StoreError> {
+        self.list_older(Duration::ZERO, after, limit)
+    }
+    /// The same, without those that somebody stored within the last `age`, by the store's own clock.
+    fn list_older(
+        &self,
+        age: Duration,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<Digest>, StoreError>;
     /// Forgets a blob; absent is not an error.
     fn delete(&self, digest: &Digest) -> Result<(), StoreError>;
-    /// Forgets several; a failure leaves open which of them are forgotten.
-    fn delete_all(&self, digests: &[Digest]) -> Result<(), StoreError> {
-        digests.iter().try_for_each(|digest| self.delete(digest))
+    /// Forgets several, and begins nothing after `until`; a failure leaves open which of them are forgotten.
+    fn delete_all(&self, digests: &[Digest], until: Option<Instant>) -> Result<(), StoreError> {
+        digests.iter().try_for_each(|digest| {
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return Err(StoreError::not_done("delete blob", &digest.to_string(), "the time is over"));
+            }
+            self.delete(digest)
+        })
+    }
+    /// How long a deletion may still come to pass that nobody waits for any more.
+    fn deletion_lasts(&self) -> Duration {
+        Duration::ZERO
     }
     /// Free bytes where blobs are kept, to refuse an upload before it begins; none where no end is known.
     fn free_bytes(&self) -> Result<Option<u64>, StoreError>;

@@ -12,9 +12,10 @@ mod support;
 
 use std::io::Read;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use aggregator::desk::{self, Accepted, DeskError, Next, Taken, peek, records};
-use aggregator::drive::{Driver, Stages};
+use aggregator::drive::{Driver, Stages, Step};
 use aggregator::events::{AlignFigures, EvaluateFigures};
 use aggregator::laboratory::{Base, LaboratoryError};
 use aggregator::receive::{Parts, Receiver};
@@ -28,22 +29,28 @@ use commonweal_transport::{Clock, Opened};
 use support::shared::{Problems, config, first_release, process};
 use support::{BASE, NOW_MS, chunk, device, layout, open, update};
 
-/// Runs once, right after the next blob was stored.
+/// Runs once.
 type Hook = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
 
-/// A process's blobs, where something happens between a stage's result and the state that names it.
+fn run(hook: &Hook) {
+    let hook = hook.lock().unwrap().take();
+    if let Some(hook) = hook {
+        hook();
+    }
+}
+
+/// A process's blobs, where something happens between a stage's result and the state that names it, or while a deletion is
+/// under way.
 struct Hooked {
     blob: Arc<dyn Blob>,
-    hook: Hook,
+    stored: Hook,
+    deleting: Hook,
 }
 
 impl Blob for Hooked {
     fn put_if_absent(&self, digest: &Digest, length: u64, source: &mut dyn Read) -> Result<Put, StoreError> {
         let put = self.blob.put_if_absent(digest, length, source);
-        let hook = self.hook.lock().unwrap().take();
-        if let Some(hook) = hook {
-            hook();
-        }
+        run(&self.stored);
         put
     }
 
@@ -55,12 +62,22 @@ impl Blob for Hooked {
         self.blob.read_range(digest, offset, length)
     }
 
-    fn list(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<Digest>, StoreError> {
-        self.blob.list(after, limit)
+    fn list_older(
+        &self,
+        age: Duration,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<Digest>, StoreError> {
+        self.blob.list_older(age, after, limit)
     }
 
     fn delete(&self, digest: &Digest) -> Result<(), StoreError> {
+        run(&self.deleting);
         self.blob.delete(digest)
+    }
+
+    fn deletion_lasts(&self) -> Duration {
+        self.blob.deletion_lasts()
     }
 
     fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
@@ -168,9 +185,13 @@ fn settings() -> aggregator::config::Config {
     config
 }
 
+/// What nobody names is swept after so long.
+const GRACE: Duration = Duration::from_secs(600);
+
 /// Time passes for who has the lead, who does not notice; another takes it, and begins to drive.
 fn take_over(memory: &MemoryStorage, driver: &mut Driver<Scripted>) {
     memory.lapse_lead();
+    memory.pass(GRACE);
     driver.lead().prolong().unwrap();
     driver.step();
 }
@@ -180,7 +201,8 @@ fn a_stage_that_was_overtaken_names_nothing_that_was_swept_meanwhile() {
     let world = World::new();
     let hook = Hook::default();
     let mut parts = world.process();
-    parts.storage.blob = Arc::new(Hooked { blob: parts.storage.blob.clone(), hook: hook.clone() });
+    let (stored, deleting) = (hook.clone(), Hook::default());
+    parts.storage.blob = Arc::new(Hooked { blob: parts.storage.blob.clone(), stored, deleting });
     let other = world.driver(Scripted { shift: 0.2, is_cut_short: true, ..Scripted::default() });
     let other = Arc::new(Mutex::new(other));
     let then = {
@@ -188,7 +210,8 @@ fn a_stage_that_was_overtaken_names_nothing_that_was_swept_meanwhile() {
         // Sweeps; its own alignment does not end for now.
         Box::new(move || take_over(&memory, &mut other.lock().unwrap()))
     };
-    let mut one = Driver::new(parts, base(), Scripted { shift: 0.1, then: Some(then), hook, is_cut_short: false });
+    let mut one =
+        Driver::new(parts, base(), Scripted { shift: 0.1, then: Some(then), hook, is_cut_short: false });
     world.begin(&mut one);
     world.upload(1);
     world.upload(2);
@@ -227,7 +250,7 @@ fn what_was_begun_in_another_term_is_refused() {
     // The deadline, at which a round of one update is closed, and one without is given up.
     let late_ms = now_ms + 600_000;
     assert!(matches!(one.next(late_ms), Err(DeskError::Superseded)) && one.is_superseded());
-    assert!(matches!(one.shut(), Err(DeskError::Superseded)));
+    assert!(matches!(one.begin_sweep(), Err(DeskError::Superseded)));
     assert_eq!(world.phase(), "collecting");
     assert!(matches!(other.next(late_ms), Ok(Next::Work(RoundId(1), _))));
     assert_eq!(world.phase(), "merging");
@@ -252,7 +275,8 @@ fn no_update_comes_in_through_a_door_that_has_moved() {
     world.begin(&mut one);
     let (desk, blob) = (&world.front.desk, &world.front.storage.blob);
     let [first, second] = [1_u8, 2].map(|number| update(f32::from(number) / 100.0));
-    let store = |bytes: &[u8]| blob.put_if_absent(&Digest::of(bytes), bytes.len() as u64, &mut &*bytes).unwrap();
+    let store =
+        |bytes: &[u8]| blob.put_if_absent(&Digest::of(bytes), bytes.len() as u64, &mut &*bytes).unwrap();
     let now_ms = || world.clock.unix_ms();
 
     // A sweep between the bytes and their name takes them, and the name is refused.
@@ -278,6 +302,7 @@ fn no_update_comes_in_through_a_door_that_has_moved() {
     assert_eq!(world.phase(), "aligning");
     let late = desk.take(now_ms(), &accepted(device(2), &second), &pass);
     assert!(matches!(late, Err(DeskError::Shut | DeskError::NotAdmitted(_))), "{late:?}");
+    world.memory.pass(GRACE);
     for _ in 0..4 {
         one.step();
     }
@@ -285,4 +310,83 @@ fn no_update_comes_in_through_a_door_that_has_moved() {
     let merged: Vec<_> = record.lineage.iter().map(|origin| origin.device).collect();
     assert_eq!((record.outcome.as_str(), merged), ("published", vec![device(1)]));
     assert!(!world.is_stored(&Digest::of(&second)), "swept after the round");
+}
+
+#[test]
+fn what_was_stored_lately_outlives_a_sweep_and_storing_it_again_counts() {
+    let world = World::new();
+    let [mut one, mut other] = [(); 2].map(|()| world.driver(Scripted::default()));
+    world.begin(&mut one);
+    let bytes = update(0.5);
+    let digest = Digest::of(&bytes);
+    let blob = &world.front.storage.blob;
+    let mut sweep_after = |age: Duration, by: &mut Driver<Scripted>| {
+        world.memory.pass(age);
+        world.memory.lapse_lead();
+        by.lead().prolong().unwrap();
+        by.step();
+        world.is_stored(&digest)
+    };
+    blob.put_if_absent(&digest, bytes.len() as u64, &mut &*bytes).unwrap();
+    assert!(sweep_after(GRACE / 2, &mut other), "somebody may be about to name it");
+    let again = blob.put_if_absent(&digest, bytes.len() as u64, &mut &*bytes).unwrap();
+    assert_eq!(again, Put::Present);
+    one.step();
+    assert!(sweep_after(GRACE / 2, &mut one), "it was stored again");
+    other.step();
+    assert!(!sweep_after(GRACE / 2, &mut other), "nobody named it");
+}
+
+#[test]
+fn nothing_is_begun_while_a_deletion_may_come_late() {
+    const LASTS: Duration = Duration::from_secs(10);
+    let world = World::new();
+    world.memory.delay_deletions(LASTS);
+    let bytes = update(0.5);
+    let mut parts = world.process();
+    let deleting = Hook::default();
+    let blob =
+        Hooked { blob: parts.storage.blob.clone(), stored: Hook::default(), deleting: deleting.clone() };
+    parts.storage.blob = Arc::new(blob);
+    let mut one = Driver::new(parts, base(), Scripted::default());
+    world.begin(&mut one);
+    let (blob, digest) = (&world.front.storage.blob, Digest::of(&bytes));
+    blob.put_if_absent(&digest, bytes.len() as u64, &mut &*bytes).unwrap();
+    let other = Arc::new(Mutex::new(world.driver(Scripted::default())));
+    let is_open = || world.front.desk.pass().is_ok();
+    assert!(is_open());
+
+    // Whoever swept is overtaken in the midst of it, and the other has no way to know how that ends.
+    *deleting.lock().unwrap() = Some({
+        let (memory, other) = (world.memory.clone(), other.clone());
+        Box::new(move || take_over(&memory, &mut other.lock().unwrap()))
+    });
+    world.memory.lapse_lead();
+    one.lead().doubt();
+    one.step();
+    world.memory.pass(GRACE);
+    one.lead().prolong().unwrap();
+    one.step();
+    let mut other = other.lock().unwrap();
+    let quiet_ms = world.clock.unix_ms() + LASTS.as_millis() as u64;
+    assert_eq!(other.step(), Step::Wait(Some(quiet_ms)));
+    assert!(!is_open());
+    world.wait(LASTS.as_millis() as u64);
+    other.step();
+    assert!(is_open(), "it is over by now");
+
+    // So does one whose own deletion failed.
+    blob.put_if_absent(&digest, bytes.len() as u64, &mut &*bytes).unwrap();
+    drop(other);
+    let mut one = world.driver(Scripted::default());
+    world.memory.lapse_lead();
+    world.memory.pass(GRACE);
+    one.lead().prolong().unwrap();
+    world.memory.fail_deletions(true);
+    one.step();
+    assert!(!is_open() && world.is_stored(&digest));
+    world.memory.fail_deletions(false);
+    world.wait(LASTS.as_millis() as u64);
+    one.step();
+    assert!(is_open());
 }

@@ -151,13 +151,15 @@ fn run(mode: RoundMode, rounds: u64, faults: Faults) -> Outcome {
         let current = || memory.storage().coord.head(aggregator::desk::RECORDS).unwrap().unwrap().sequence;
         while current() <= rounds {
             thread::sleep(Duration::from_millis(random.random_range(1..30)));
-            match random.random_range(0..4) {
+            match random.random_range(0..5) {
                 // Somebody else may take it, while this one works on for a while.
                 0 => {
                     memory.lapse_lead();
                     lapses.fetch_add(1, Ordering::SeqCst);
                 }
                 1 => memory.inject(random.random(), faults),
+                // What nobody named by now may be swept.
+                2 => memory.pass(Duration::from_secs(400)),
                 _ => memory.heal(),
             }
             hint(&parts);

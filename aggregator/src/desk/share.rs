@@ -7,12 +7,14 @@
 //! does the same.
 //!
 //! Whoever takes the lead begins a *term*, in the same state: what another does after that as if it still drove (a stage's
-//! result, a close, a record) is refused, since the term under which it was begun is over.
+//! result, a close, a record) is refused, since the term under which it was begun is over. Deletions cannot be refused so:
+//! the door tells of them, and where nobody knows how they ended nothing is begun until they have.
 
 use std::sync::RwLockReadGuard;
 use std::time::{Duration, Instant};
 
 use commonweal_protocol::RoundId;
+use serde::{Deserialize, Serialize};
 
 use super::state::{LOG, load};
 use super::{Accepted, Desk, DeskError, Inner, Taken, decode_accepted, queue, received_event};
@@ -30,11 +32,21 @@ const COUNT_ITEMS_PER_MS: u64 = 5;
 /// Times that a step is tried while others move the state.
 pub(super) const TRIES: u32 = 50;
 
+/// What the door's newest entry says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+enum Stand {
+    #[default]
+    Shut,
+    Open(RoundId),
+    /// Shut, while bytes are deleted.
+    Sweeping,
+}
+
 /// Where the door stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Door {
     sequence: u64,
-    open_for: Option<RoundId>,
+    stand: Stand,
 }
 
 /// Held from before an update's bytes are stored until the inbox names them.
@@ -62,6 +74,8 @@ pub(super) struct Shared {
     door: Option<Door>,
     /// The round whose door was shut after its merge had begun.
     shut_for: Option<RoundId>,
+    /// When what somebody was deleting, and did not end, is over.
+    quiet_ms: Option<u64>,
     counted_ms: u64,
     counted: u64,
 }
@@ -148,23 +162,29 @@ impl Desk {
 
     fn door(&self) -> Result<Door, DeskError> {
         let Some(entry) = self.storage.coord.head(DOOR)? else { return Ok(Door::default()) };
-        let open_for =
-            postcard::from_bytes(&entry.value).map_err(|error| DeskError::damaged("door", error))?;
-        Ok(Door { sequence: entry.sequence, open_for })
+        let stand = postcard::from_bytes(&entry.value).map_err(|error| DeskError::damaged("door", error))?;
+        Ok(Door { sequence: entry.sequence, stand })
     }
 
-    /// Moves the door while the state stands, in which the round collects that it opens for and this process drives.
-    fn move_door(&self, inner: &mut Inner, open_for: Option<RoundId>) -> Result<(), DeskError> {
+    /// The same for who drives, who alone moves it and remembers where it stands.
+    fn own_door(&self, inner: &mut Inner) -> Result<Door, DeskError> {
         let door = match inner.shared.door {
             Some(door) => door,
             None => self.door()?,
         };
+        inner.shared.door = Some(door);
+        Ok(door)
+    }
+
+    /// Moves the door while the state stands, in which the round collects that it opens for and this process drives.
+    fn move_door(&self, inner: &mut Inner, stand: Stand) -> Result<(), DeskError> {
+        let door = self.own_door(inner)?;
         inner.shared.door = None;
-        let value = postcard::to_allocvec(&open_for).map_err(|error| DeskError::damaged("door", error))?;
+        let value = postcard::to_allocvec(&stand).map_err(|error| DeskError::damaged("door", error))?;
         let coord = &self.storage.coord;
         let state = While { log: LOG, sequence: inner.sequence };
         let sequence = coord.compare_and_set_while(DOOR, door.sequence, &value, state)?;
-        inner.shared.door = Some(Door { sequence, open_for });
+        inner.shared.door = Some(Door { sequence, stand });
         if sequence.is_multiple_of(64) {
             coord.truncate(DOOR, sequence)?;
         }
@@ -172,19 +192,49 @@ impl Desk {
         Ok(())
     }
 
-    /// From here on no update comes in whose bytes are not named; who drives opens again with the next step.
-    pub fn shut(&self) -> Result<(), DeskError> {
+    /// Leave to delete bytes, and from here on no update comes in whose bytes are not named. None is given while another
+    /// sweep may not be over.
+    pub fn begin_sweep(&self) -> Result<(), DeskError> {
         if !self.is_shared {
             return Ok(());
         }
-        self.shut_door(&mut self.lock())
+        let mut inner = self.lock();
+        if self.own_door(&mut inner)?.stand == Stand::Sweeping {
+            return Err(DeskError::Swept);
+        }
+        self.shut_door(&mut inner, Stand::Sweeping)
     }
 
-    fn shut_door(&self, inner: &mut Inner) -> Result<(), DeskError> {
+    /// All that was to be deleted is; who drives opens again with the next step.
+    pub fn end_sweep(&self) -> Result<(), DeskError> {
+        if !self.is_shared {
+            return Ok(());
+        }
+        self.shut_door(&mut self.lock(), Stand::Shut)
+    }
+
+    /// Until when nothing is begun, because of a sweep that did not come to its end: its process may have died, or it was
+    /// not answered, and what it asked for may come to pass after all.
+    pub(super) fn settle_sweep(&self, inner: &mut Inner, now_ms: u64) -> Result<Option<u64>, DeskError> {
+        if !self.is_shared || self.own_door(inner)?.stand != Stand::Sweeping {
+            inner.shared.quiet_ms = None;
+            return Ok(None);
+        }
+        let lasts_ms = self.storage.blob.deletion_lasts().as_millis() as u64;
+        let quiet_ms = *inner.shared.quiet_ms.get_or_insert(now_ms.saturating_add(lasts_ms));
+        if now_ms < quiet_ms {
+            return Ok(Some(quiet_ms));
+        }
+        self.shut_door(inner, Stand::Shut)?;
+        inner.shared.quiet_ms = None;
+        Ok(None)
+    }
+
+    fn shut_door(&self, inner: &mut Inner, stand: Stand) -> Result<(), DeskError> {
         for _ in 0..TRIES {
             self.follow(inner)?;
             self.check_term(inner)?;
-            let moved = self.move_door(inner, None);
+            let moved = self.move_door(inner, stand);
             if !self.is_overtaken(inner, &moved) {
                 return moved;
             }
@@ -199,26 +249,23 @@ impl Desk {
             matches!(inner.durable.rounds.phase, Phase::Collecting { .. })
                 && inner.durable.rounds.round == round
         };
-        if inner.shared.door.is_none() {
-            inner.shared.door = Some(self.door()?);
-        }
-        let open_for = inner.shared.door.and_then(|door| door.open_for);
+        let stand = self.own_door(inner)?.stand;
         if !is_collecting(inner) {
-            return if open_for.is_some() { self.shut_door(inner) } else { Ok(()) };
+            return if stand == Stand::Shut { Ok(()) } else { self.shut_door(inner, Stand::Shut) };
         }
         if inner.durable.rounds.is_due(now_ms) {
-            if open_for.is_some() {
-                self.shut_door(inner)?;
+            if stand != Stand::Shut {
+                self.shut_door(inner, Stand::Shut)?;
             }
             return self.count_all(inner, now_ms);
         }
         if now_ms >= inner.shared.next_count_ms() || now_ms < inner.shared.counted_ms {
             self.count_all(inner, now_ms)?;
         }
-        if !is_collecting(inner) || open_for == Some(round) {
+        if !is_collecting(inner) || stand == Stand::Open(round) {
             return Ok(());
         }
-        match self.move_door(inner, Some(round)) {
+        match self.move_door(inner, Stand::Open(round)) {
             // A task was handed out meanwhile: the next step sees to it.
             Err(DeskError::Store(StoreError::Conflict { .. })) => {
                 inner.shared.is_behind = true;
@@ -238,7 +285,7 @@ impl Desk {
     pub(super) fn shut_to_merge(&self, inner: &mut Inner) -> Result<(), DeskError> {
         let round = inner.durable.rounds.round;
         if self.is_shared && inner.work == Some(Action::Merge) && inner.shared.shut_for != Some(round) {
-            self.shut_door(inner)?;
+            self.shut_door(inner, Stand::Shut)?;
             inner.shared.shut_for = Some(round);
         }
         Ok(())
@@ -287,7 +334,7 @@ impl Desk {
         loop {
             let mark = self.storage.watch.mark();
             let door = self.door()?;
-            if let Some(round) = door.open_for {
+            if let Stand::Open(round) = door.stand {
                 return Ok(Pass::Through { round, sequence: door.sequence });
             }
             if Instant::now() >= end {

@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use commonweal_protocol::Digest;
 
@@ -213,9 +213,13 @@ pub fn blob(blob: &dyn Blob) {
     assert_eq!(blob.list(None, 100).unwrap(), names);
     assert_eq!(blob.list(Some(&names[1]), 2).unwrap(), names[2..4]);
     large(blob);
-    blob.delete_all(&[names[0], digest(b"never stored")]).unwrap();
+    assert_eq!(blob.list_older(Duration::from_secs(3600), None, 100).unwrap(), [], "all of it is new");
+    let [past, future] = [Instant::now(), Instant::now() + Duration::from_secs(3600)].map(Some);
+    assert!(blob.delete_all(&names, past).unwrap_err().is_determinate(), "begun too late");
+    assert_eq!(blob.list(None, 100).unwrap(), names);
+    blob.delete_all(&[names[0], digest(b"never stored")], future).unwrap();
     assert_eq!(blob.list(None, 100).unwrap(), names[1..]);
-    blob.delete_all(&[]).unwrap();
+    blob.delete_all(&[], None).unwrap();
     blob.delete(&name).unwrap();
     blob.delete(&name).unwrap();
     assert_eq!(blob.length(&name).unwrap(), None);

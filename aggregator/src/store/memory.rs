@@ -1,4 +1,4 @@
-//! The four stores in memory, for simulations: the same contract as on disk, and write faults drawn
+//! The stores in memory, for simulations: the same contract as on disk, and write faults drawn
 //! from a seed. A clone shares the contents, so a "killed" aggregator is reopened on what it had stored.
 
 use std::collections::BTreeMap;
@@ -32,11 +32,21 @@ struct Queued {
     acknowledged: bool,
 }
 
+#[derive(Debug)]
+struct Held {
+    bytes: Vec<u8>,
+    stored: Duration,
+}
+
 #[derive(Debug, Default)]
 struct Contents {
     logs: BTreeMap<String, BTreeMap<u64, Vec<u8>>>,
     queues: BTreeMap<String, BTreeMap<String, Queued>>,
-    blobs: BTreeMap<[u8; 32], Vec<u8>>,
+    blobs: BTreeMap<[u8; 32], Held>,
+    /// The store's own clock, by which blobs grow old.
+    now: Duration,
+    deletion_lasts: Duration,
+    fails_to_delete: bool,
     faults: Faults,
     random: Option<ChaCha8Rng>,
     writes_left: Option<u64>,
@@ -102,6 +112,21 @@ impl MemoryStorage {
         self.lock().lead = None;
     }
 
+    /// Lets blobs grow older.
+    pub fn pass(&self, time: Duration) {
+        self.lock().now += time;
+    }
+
+    /// Pretends that deletions may come to pass for so long after they failed.
+    pub fn delay_deletions(&self, lasts: Duration) {
+        self.lock().deletion_lasts = lasts;
+    }
+
+    /// Whether deletions fail, with no word of whether they will come to pass.
+    pub fn fail_deletions(&self, fail: bool) {
+        self.lock().fails_to_delete = fail;
+    }
+
     /// From now on, no write fails.
     pub fn heal(&self) {
         let mut contents = self.lock();
@@ -117,7 +142,7 @@ impl MemoryStorage {
     /// Bytes and entries held, to check that an aggregator does not grow without bound.
     pub fn usage(&self) -> (usize, usize) {
         let contents = self.lock();
-        let bytes = contents.blobs.values().map(Vec::len).sum::<usize>()
+        let bytes = contents.blobs.values().map(|held| held.bytes.len()).sum::<usize>()
             + contents.logs.values().flat_map(BTreeMap::values).map(Vec::len).sum::<usize>()
             + contents
                 .queues
@@ -398,8 +423,13 @@ fn held<'contents>(
 impl Blob for MemoryStorage {
     fn put_if_absent(&self, digest: &Digest, length: u64, source: &mut dyn Read) -> Result<Put, StoreError> {
         let name = digest.to_string();
-        if self.lock().blobs.contains_key(&digest.0) {
-            return Ok(Put::Present);
+        {
+            let mut contents = self.lock();
+            let now = contents.now;
+            if let Some(held) = contents.blobs.get_mut(&digest.0) {
+                held.stored = now;
+                return Ok(Put::Present);
+            }
         }
         let mut bytes = Vec::new();
         source
@@ -422,18 +452,19 @@ impl Blob for MemoryStorage {
             if contents.free_bytes.is_some_and(|free| free < length) {
                 return Err(StoreError::not_done("write blob", &name, "no space left"));
             }
-            contents.blobs.insert(digest.0, bytes);
+            let stored = contents.now;
+            contents.blobs.insert(digest.0, Held { bytes, stored });
             Ok(Put::Stored)
         })
     }
 
     fn length(&self, digest: &Digest) -> Result<Option<u64>, StoreError> {
-        Ok(self.lock().blobs.get(&digest.0).map(|bytes| bytes.len() as u64))
+        Ok(self.lock().blobs.get(&digest.0).map(|held| held.bytes.len() as u64))
     }
 
     fn read_range(&self, digest: &Digest, offset: u64, length: usize) -> Result<Vec<u8>, StoreError> {
         let contents = self.lock();
-        let bytes = contents
+        let Held { bytes, .. } = contents
             .blobs
             .get(&digest.0)
             .ok_or_else(|| StoreError::Missing { subject: format!("blob {digest}") })?;
@@ -442,22 +473,36 @@ impl Blob for MemoryStorage {
         Ok(bytes.get(start..end).unwrap_or_default().to_vec())
     }
 
-    fn list(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<Digest>, StoreError> {
+    fn list_older(
+        &self,
+        age: Duration,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<Digest>, StoreError> {
         let contents = self.lock();
         Ok(contents
             .blobs
-            .keys()
-            .filter(|key| after.is_none_or(|after| **key > after.0))
+            .iter()
+            .filter(|(key, held)| {
+                after.is_none_or(|after| **key > after.0) && contents.now.saturating_sub(held.stored) >= age
+            })
             .take(limit.min(PAGE_MAX))
-            .map(|key| Digest(*key))
+            .map(|(key, _)| Digest(*key))
             .collect())
     }
 
     fn delete(&self, digest: &Digest) -> Result<(), StoreError> {
         self.write("delete blob", &digest.to_string(), |contents| {
+            if contents.fails_to_delete {
+                return Err(StoreError::unsure("delete blob", &digest.to_string(), "no answer"));
+            }
             contents.blobs.remove(&digest.0);
             Ok(())
         })
+    }
+
+    fn deletion_lasts(&self) -> Duration {
+        self.lock().deletion_lasts
     }
 
     fn free_bytes(&self) -> Result<Option<u64>, StoreError> {

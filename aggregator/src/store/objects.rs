@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::io::Read;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use commonweal_protocol::Digest;
 use futures_util::{StreamExt as _, TryStreamExt as _};
@@ -28,6 +28,10 @@ const PART_BYTES: usize = 8 << 20;
 const REQUESTS_MAX: usize = 64;
 /// How long a request may take, its repetitions included.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a deletion may take. A request that was given up may be carried out for about as long again.
+const DELETION: Duration = Duration::from_secs(10);
+/// The object that tells what time it is there.
+const CLOCK: &str = "clock";
 const RETRY: Duration = Duration::from_secs(30);
 const RETRIES_MAX: usize = 4;
 
@@ -108,7 +112,15 @@ impl ObjectBlob {
         &self,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<T, Trouble> {
-        match self.bridge.wait(PATIENCE, work) {
+        self.wait_for(PATIENCE, work)
+    }
+
+    fn wait_for<T: Send + 'static>(
+        &self,
+        patience: Duration,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Trouble> {
+        match self.bridge.wait(patience, work) {
             Ok(answer) => answer.map_err(Trouble::Answer),
             Err(none) => Err(Trouble::None(none)),
         }
@@ -246,15 +258,13 @@ impl<'source> Checked<'source> {
 
 impl Blob for ObjectBlob {
     fn put_if_absent(&self, digest: &Digest, length: u64, source: &mut dyn Read) -> Result<Put, StoreError> {
-        // An object that is there is whole and durable: that is what a store of objects promises.
-        if self.length(digest)?.is_some() {
-            return Ok(Put::Present);
-        }
+        // What is there is stored again, so that nobody takes it for an old one.
+        let put = if self.length(digest)?.is_some() { Put::Present } else { Put::Stored };
         let mut source = Checked::new(digest, length, source);
         let first = source.part()?;
         if (first.len() as u64) < length && first.len() == PART_BYTES {
             self.put_parts(digest, first, source)?;
-            return Ok(Put::Stored);
+            return Ok(put);
         }
         // Nothing may follow.
         if source.read == length && !source.part()?.is_empty() {
@@ -262,7 +272,7 @@ impl Blob for ObjectBlob {
         }
         source.check()?;
         self.put(digest, PutPayload::from(first))?;
-        Ok(Put::Stored)
+        Ok(put)
     }
 
     fn length(&self, digest: &Digest) -> Result<Option<u64>, StoreError> {
@@ -295,13 +305,25 @@ impl Blob for ObjectBlob {
         self.length(digest)?.map(|_| Vec::new()).ok_or_else(missing)
     }
 
-    fn list(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<Digest>, StoreError> {
+    fn list_older(
+        &self,
+        age: Duration,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<Digest>, StoreError> {
         let limit = limit.min(PAGE_MAX);
         let (store, is_ordered) = (self.store.clone(), self.is_ordered);
         let prefix = (!self.prefix.is_root()).then(|| self.prefix.clone());
         let depth = self.prefix.parts_count() + 1;
         let (offset, after) = (after.map(|after| self.path(after)), after.copied());
+        let clock = self.prefix.clone().join(CLOCK);
         let listed = self.wait(async move {
+            let newest = if age.is_zero() {
+                None
+            } else {
+                store.put(&clock, PutPayload::new()).await?;
+                Some(store.head(&clock).await?.last_modified - age)
+            };
             let mut objects = match &offset {
                 Some(offset) => store.list_with_offset(prefix.as_ref(), offset),
                 None => store.list(prefix.as_ref()),
@@ -312,6 +334,9 @@ impl Blob for ObjectBlob {
                 // Whatever else an operator put here is not a blob.
                 let name = object.location.filename().filter(|_| object.location.parts_count() == depth);
                 let Some(Ok(digest)) = name.map(str::parse::<Digest>) else { continue };
+                if newest.is_some_and(|newest| object.last_modified > newest) {
+                    continue;
+                }
                 if after.is_none_or(|after| digest.0 > after.0) {
                     smallest.insert(digest.0);
                 }
@@ -331,7 +356,7 @@ impl Blob for ObjectBlob {
 
     fn delete(&self, digest: &Digest) -> Result<(), StoreError> {
         let (store, path) = (self.store.clone(), self.path(digest));
-        match self.wait(async move { store.delete(&path).await }) {
+        match self.wait_for(DELETION, async move { store.delete(&path).await }) {
             Err(trouble) if !trouble.is_missing() => {
                 Err(trouble.of_write("delete blob", &digest.to_string()))
             }
@@ -339,10 +364,14 @@ impl Blob for ObjectBlob {
         }
     }
 
-    fn delete_all(&self, digests: &[Digest]) -> Result<(), StoreError> {
+    fn delete_all(&self, digests: &[Digest], until: Option<Instant>) -> Result<(), StoreError> {
         let paths: Vec<_> = digests.iter().map(|digest| Ok(self.path(digest))).collect();
         let store = self.store.clone();
-        let deleted = self.wait(async move {
+        let left = until.map_or(DELETION, |until| until.saturating_duration_since(Instant::now()));
+        if left.is_zero() {
+            return Err(StoreError::not_done("delete", "blobs", "the time is over"));
+        }
+        let deleted = self.wait_for(left.min(DELETION), async move {
             let mut deleted = store.delete_stream(futures_util::stream::iter(paths).boxed());
             while let Some(one) = deleted.next().await {
                 match one {
@@ -353,6 +382,10 @@ impl Blob for ObjectBlob {
             Ok(())
         });
         deleted.map_err(|trouble| StoreError::unsure("delete", "blobs", trouble))
+    }
+
+    fn deletion_lasts(&self) -> Duration {
+        DELETION
     }
 
     /// A bucket has no end that it would tell.
