@@ -74,7 +74,7 @@ pub enum ServeError {
     #[error("the state directory has no release; `aggregator init` was interrupted, run it again")]
     NoRelease,
     /// More devices than an exact merge can take of this adapter.
-    #[error("round.goal with train.mode exact")]
+    #[error("round.goal (with several processes: and round.over_selection) with train.mode exact")]
     Exact(#[from] commonweal_adapter::MergeError),
     /// The package is not the one of the releases.
     #[error("package: expected base {expected}, got {got}")]
@@ -206,7 +206,7 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
         return Err(LaboratoryError::NoGuard.into());
     }
     if config.train.mode == Mode::Exact {
-        exact::check_size(&base.layout, config.round.goal as usize)?;
+        exact::check_size(&base.layout, config.updates_max())?;
     }
     let storage = Storage::of(&dir, &config.storage, Access::Exclusive)?;
     let signer = directory.signer()?;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use commonweal_protocol::Digest;
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::path::Path;
 use object_store::{
     Error, MultipartUpload, ObjectStore, ObjectStoreExt as _, PutPayload, RetryConfig, limit::LimitStore,
@@ -58,36 +58,7 @@ impl ObjectBlob {
         settings: &config::Storage,
         bridge: Arc<Bridge>,
     ) -> Result<Self, StoreError> {
-        let subject = format!("s3://{name}/{prefix}");
-        let failed = |error: Error| StoreError::not_done("open", &subject, error);
-        let mut builder = AmazonS3Builder::from_env().with_bucket_name(name).with_retry(RetryConfig {
-            max_retries: RETRIES_MAX,
-            retry_timeout: RETRY,
-            ..RetryConfig::default()
-        });
-        if let Some(region) = &settings.region {
-            builder = builder.with_region(region);
-        }
-        if let Some(endpoint) = &settings.endpoint {
-            builder = builder.with_endpoint(endpoint);
-        }
-        let credentials =
-            settings.credentials().map_err(|wrong| refused("storage.credentials_file", wrong))?;
-        if let Some(credentials) = credentials {
-            builder = builder
-                .with_access_key_id(credentials.access_key_id)
-                .with_secret_access_key(credentials.secret_access_key.as_str());
-        }
-        let is_clear = builder
-            .get_config_value(&AmazonS3ConfigKey::Endpoint)
-            .is_some_and(|endpoint| endpoint.starts_with("http://"));
-        if let Some(endpoint) = builder.get_config_value(&AmazonS3ConfigKey::Endpoint) {
-            place::check_endpoint(&endpoint)
-                .map_err(|wrong| refused("the object store's endpoint", wrong))?;
-        }
-        let carrier = Carrier { tls: trust::client(settings)?, is_clear };
-        let store = builder.with_allow_http(is_clear).with_http_connector(carrier).build().map_err(failed)?;
-        let store = LimitStore::new(store, REQUESTS_MAX);
+        let store = LimitStore::new(reach(AmazonS3Builder::from_env(), name, settings)?, REQUESTS_MAX);
         let blob = Self::over(Arc::new(store), Path::from(prefix), true, bridge);
         // Better known now than with the first device's update.
         blob.list(None, 1)?;
@@ -150,6 +121,36 @@ impl ObjectBlob {
     }
 }
 
+/// The client of a bucket; reaches nothing yet.
+fn reach(builder: AmazonS3Builder, name: &str, settings: &config::Storage) -> Result<AmazonS3, StoreError> {
+    let mut builder = builder.with_bucket_name(name).with_retry(RetryConfig {
+        max_retries: RETRIES_MAX,
+        retry_timeout: RETRY,
+        ..RetryConfig::default()
+    });
+    if let Some(region) = &settings.region {
+        builder = builder.with_region(region);
+    }
+    if let Some(endpoint) = &settings.endpoint {
+        builder = builder.with_endpoint(endpoint);
+    }
+    let credentials = settings.credentials().map_err(|wrong| refused("storage.credentials_file", wrong))?;
+    if let Some(credentials) = credentials {
+        builder = builder
+            .with_access_key_id(credentials.access_key_id)
+            .with_secret_access_key(credentials.secret_access_key.as_str());
+    }
+    let is_clear = builder
+        .get_config_value(&AmazonS3ConfigKey::Endpoint)
+        .is_some_and(|endpoint| endpoint.starts_with("http://"));
+    if let Some(endpoint) = builder.get_config_value(&AmazonS3ConfigKey::Endpoint) {
+        place::check_endpoint(&endpoint).map_err(|wrong| refused("the object store's endpoint", wrong))?;
+    }
+    let carrier = Carrier { tls: trust::client(settings)? };
+    let built = builder.with_allow_http(is_clear).with_http_connector(carrier).build();
+    built.map_err(|error| StoreError::not_done("open", &format!("s3://{name}"), error))
+}
+
 /// Why a request brought nothing.
 #[derive(Debug, thiserror::Error)]
 enum Trouble {
@@ -164,19 +165,12 @@ impl Trouble {
         matches!(self, Self::Answer(Error::NotFound { .. }))
     }
 
-    /// Only what the store itself refused certainly did not happen.
+    /// Only what was never sent certainly did not happen: the last answer, whatever it says, may be to a repetition, and the
+    /// request before it that nobody answered may have been carried out.
     fn of_write(self, operation: &'static str, subject: &str) -> StoreError {
         match self {
             Self::Answer(
-                Error::NotFound { .. }
-                | Error::InvalidPath { .. }
-                | Error::NotSupported { .. }
-                | Error::AlreadyExists { .. }
-                | Error::Precondition { .. }
-                | Error::NotModified { .. }
-                | Error::NotImplemented { .. }
-                | Error::PermissionDenied { .. }
-                | Error::Unauthenticated { .. },
+                Error::InvalidPath { .. } | Error::NotSupported { .. } | Error::NotImplemented { .. },
             ) => StoreError::not_done(operation, subject, self),
             _ => StoreError::unsure(operation, subject, self),
         }
@@ -391,5 +385,71 @@ impl Blob for ObjectBlob {
     /// A bucket has no end that it would tell.
     fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
         Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// What a machine asks for its role, in clear: the session, the role's name, its keys.
+    fn metadata() -> (String, std::thread::JoinHandle<Vec<String>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let keys = r#"{"AccessKeyId": "a", "SecretAccessKey": "b", "Token": "c", "Expiration": "2999-01-01T00:00:00Z"}"#;
+        let served = std::thread::spawn(move || {
+            let answer = |answer: &str| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    let mut byte = [0];
+                    stream.read_exact(&mut byte).unwrap();
+                    head.extend(byte);
+                }
+                let length = answer.len();
+                write!(
+                    stream,
+                    "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{answer}"
+                )
+                .unwrap();
+                let head = String::from_utf8(head).unwrap();
+                head.split_whitespace().take(2).collect::<Vec<_>>().join(" ")
+            };
+            ["session", "drive", keys].into_iter().map(answer).collect()
+        });
+        (address, served)
+    }
+
+    #[test]
+    fn a_machine_s_role_opens_a_bucket_though_nothing_else_passes_in_clear() {
+        let (address, served) = metadata();
+        let settings = config::Storage {
+            endpoint: Some("https://127.0.0.1:1".to_owned()),
+            ..config::Storage::default()
+        };
+        let builder = AmazonS3Builder::new().with_metadata_endpoint(address);
+        let store = Arc::new(reach(builder, "bucket", &settings).unwrap());
+        let bridge = Bridge::start().unwrap();
+        let blob = ObjectBlob::over(store, Path::default(), true, bridge);
+        // Nobody is there; but by then the credentials were asked for.
+        blob.length(&Digest([1; 32])).unwrap_err();
+        let asked = served.join().unwrap();
+        let roles = "/latest/meta-data/iam/security-credentials/";
+        let wanted =
+            ["PUT /latest/api/token".to_owned(), format!("GET {roles}"), format!("GET {roles}drive")];
+        assert_eq!(asked, wanted);
+    }
+
+    #[test]
+    fn only_what_was_never_sent_certainly_did_not_happen() {
+        let written = |error| Trouble::Answer(error).of_write("write blob", "x").is_determinate();
+        let (path, source) = (|| "x".to_owned(), || "no".into());
+        assert!(!written(Error::PermissionDenied { path: path(), source: source() }));
+        assert!(!written(Error::Unauthenticated { path: path(), source: source() }));
+        assert!(!written(Error::Generic { store: "S3", source: source() }));
+        assert!(written(Error::NotSupported { source: source() }));
     }
 }
