@@ -1,7 +1,7 @@
-//! What the aggregator must not forget, behind four small traits; and a fifth for who drives, where several could.
+//! What the aggregator must not forget, behind five small traits.
 //!
 //! `receive` writes to [`Inbox`] and [`Blob`], the round and `publish` write to [`Coord`], and
-//! [`Watch`] only says "look again". One machine needs SQLite and files ([`Storage::open`]); several share PostgreSQL and
+//! [`Watch`] only says "look again"; [`Lead`] says who drives, where several could. One machine needs SQLite and files ([`Storage::open`]); several share PostgreSQL and
 //! a bucket ([`Storage::of`]). The same contract suite (`contract.rs`) runs on those and on the in-memory twins of the
 //! simulation.
 //!
@@ -135,6 +135,10 @@ impl StoreError {
         !matches!(self, Self::Indeterminate { .. })
     }
 
+    fn lease_lost(queue: &str, key: &str, owner: &str) -> Self {
+        Self::LeaseLost { queue: queue.to_owned(), key: key.to_owned(), owner: owner.to_owned() }
+    }
+
     pub(crate) fn not_done(operation: &'static str, subject: &str, source: impl Into<Cause>) -> Self {
         Self::Determinate { operation, subject: subject.to_owned(), source: source.into() }
     }
@@ -167,16 +171,29 @@ pub struct While<'log> {
 pub trait Coord: Send + Sync {
     /// The newest entry of `log`.
     fn head(&self, log: &str) -> Result<Option<Entry>, StoreError>;
-    /// Appends `value` if the head's sequence is `expected` (0 for an empty log); returns the new one.
-    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError>;
-    /// The same, if another log has not moved either; a conflict names the log that has.
+    /// Appends `value` if the head's sequence is `expected` (0 for an empty log), and if another log has not moved, where one
+    /// is named; returns the new sequence. A conflict names the log that has moved, the other one first.
+    fn move_head(
+        &self,
+        log: &str,
+        expected: u64,
+        value: &[u8],
+        other: Option<While<'_>>,
+    ) -> Result<u64, StoreError>;
+    /// [`Coord::move_head`], whatever other logs do.
+    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
+        self.move_head(log, expected, value, None)
+    }
+    /// [`Coord::move_head`], if `other` has not moved.
     fn compare_and_set_while(
         &self,
         log: &str,
         expected: u64,
         value: &[u8],
         other: While<'_>,
-    ) -> Result<u64, StoreError>;
+    ) -> Result<u64, StoreError> {
+        self.move_head(log, expected, value, Some(other))
+    }
     /// Entries from sequence `from` upwards, at most `limit`.
     fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError>;
     /// Names of logs that begin with `prefix` and come after `after`, in order, at most `limit`.
@@ -293,16 +310,29 @@ pub enum Append {
 
 /// Accepted updates, each once, until a merge has taken them.
 pub trait Inbox: Send + Sync {
-    /// Stores an item unless its key is there; durable on return.
-    fn append_once(&self, queue: &str, key: &str, value: &[u8]) -> Result<Append, StoreError>;
-    /// The same, if a log has not moved; otherwise a conflict, whether the key is there or not.
+    /// Stores an item unless its key is there; durable on return. A conflict if the log has moved, where one is named, whether
+    /// the key is there or not.
+    fn append(
+        &self,
+        queue: &str,
+        key: &str,
+        value: &[u8],
+        log: Option<While<'_>>,
+    ) -> Result<Append, StoreError>;
+    /// [`Inbox::append`], whatever logs do.
+    fn append_once(&self, queue: &str, key: &str, value: &[u8]) -> Result<Append, StoreError> {
+        self.append(queue, key, value, None)
+    }
+    /// [`Inbox::append`], if `log` has not moved.
     fn append_once_while(
         &self,
         queue: &str,
         key: &str,
         value: &[u8],
         log: While<'_>,
-    ) -> Result<Append, StoreError>;
+    ) -> Result<Append, StoreError> {
+        self.append(queue, key, value, Some(log))
+    }
     /// The item's value, acknowledged or not.
     fn find(&self, queue: &str, key: &str) -> Result<Option<Vec<u8>>, StoreError>;
     /// All items of a queue by key, acknowledged or not, at most `limit`.

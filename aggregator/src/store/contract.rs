@@ -17,7 +17,7 @@ use super::{
     Watch, While,
 };
 
-/// All four traits, alone and from many threads.
+/// All five traits, alone and from many threads.
 pub fn suite(storage: &Storage) {
     coord(storage.coord.as_ref());
     inbox(storage.inbox.as_ref());
@@ -68,6 +68,7 @@ fn conditions(storage: &Storage) {
         assert!(is_moved(inbox.append_once_while("kept", key, b"", door(1)).map(drop)), "{key}");
     }
     assert!(is_moved(coord.compare_and_set_while("kept", 2, b"3", door(1)).map(drop)));
+    assert!(is_moved(coord.compare_and_set_while("kept", 9, b"3", door(1)).map(drop)), "both have moved");
     assert_eq!((coord.head("kept").unwrap().unwrap().sequence, inbox.list("kept", 9).unwrap().len()), (2, 1));
     inbox.purge_through("kept").unwrap();
 

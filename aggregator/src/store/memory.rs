@@ -204,7 +204,13 @@ impl Contents {
     }
 }
 
-impl MemoryStorage {
+impl Coord for MemoryStorage {
+    fn head(&self, log: &str) -> Result<Option<Entry>, StoreError> {
+        let contents = self.lock();
+        let newest = contents.logs.get(log).and_then(BTreeMap::last_key_value);
+        Ok(newest.map(|(&sequence, value)| Entry { sequence, value: value.clone() }))
+    }
+
     fn move_head(
         &self,
         log: &str,
@@ -223,47 +229,6 @@ impl MemoryStorage {
             entries.insert(expected + 1, value.to_vec());
             Ok(expected + 1)
         })
-    }
-
-    fn append(
-        &self,
-        queue: &str,
-        key: &str,
-        value: &[u8],
-        log: Option<While<'_>>,
-    ) -> Result<Append, StoreError> {
-        check_bounds(queue, key, value)?;
-        self.write("append to", queue, |contents| {
-            contents.check(log)?;
-            let items = contents.queues.entry(queue.to_owned()).or_default();
-            if let Some(found) = items.get(key) {
-                return Ok(Append::Duplicate(found.value.clone()));
-            }
-            items.insert(key.to_owned(), Queued { value: value.to_vec(), ..Queued::default() });
-            Ok(Append::Appended)
-        })
-    }
-}
-
-impl Coord for MemoryStorage {
-    fn head(&self, log: &str) -> Result<Option<Entry>, StoreError> {
-        let contents = self.lock();
-        let newest = contents.logs.get(log).and_then(BTreeMap::last_key_value);
-        Ok(newest.map(|(&sequence, value)| Entry { sequence, value: value.clone() }))
-    }
-
-    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
-        self.move_head(log, expected, value, None)
-    }
-
-    fn compare_and_set_while(
-        &self,
-        log: &str,
-        expected: u64,
-        value: &[u8],
-        other: While<'_>,
-    ) -> Result<u64, StoreError> {
-        self.move_head(log, expected, value, Some(other))
     }
 
     fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
@@ -299,18 +264,23 @@ impl Coord for MemoryStorage {
 }
 
 impl Inbox for MemoryStorage {
-    fn append_once(&self, queue: &str, key: &str, value: &[u8]) -> Result<Append, StoreError> {
-        self.append(queue, key, value, None)
-    }
-
-    fn append_once_while(
+    fn append(
         &self,
         queue: &str,
         key: &str,
         value: &[u8],
-        log: While<'_>,
+        log: Option<While<'_>>,
     ) -> Result<Append, StoreError> {
-        self.append(queue, key, value, Some(log))
+        check_bounds(queue, key, value)?;
+        self.write("append to", queue, |contents| {
+            contents.check(log)?;
+            let items = contents.queues.entry(queue.to_owned()).or_default();
+            if let Some(found) = items.get(key) {
+                return Ok(Append::Duplicate(found.value.clone()));
+            }
+            items.insert(key.to_owned(), Queued { value: value.to_vec(), ..Queued::default() });
+            Ok(Append::Appended)
+        })
     }
 
     fn find(&self, queue: &str, key: &str) -> Result<Option<Vec<u8>>, StoreError> {
@@ -357,7 +327,7 @@ impl Inbox for MemoryStorage {
         self.write("update", queue, |contents| {
             let queued = held(contents, queue, key, owner)?;
             if queued.acknowledged {
-                return Err(lost(queue, key, owner));
+                return Err(StoreError::lease_lost(queue, key, owner));
             }
             queued.lease_until_ms = until_ms;
             Ok(())
@@ -402,10 +372,6 @@ impl Lead for MemoryStorage {
     }
 }
 
-fn lost(queue: &str, key: &str, owner: &str) -> StoreError {
-    StoreError::LeaseLost { queue: queue.to_owned(), key: key.to_owned(), owner: owner.to_owned() }
-}
-
 fn held<'contents>(
     contents: &'contents mut Contents,
     queue: &str,
@@ -417,7 +383,7 @@ fn held<'contents>(
         .get_mut(queue)
         .and_then(|items| items.get_mut(key))
         .filter(|queued| queued.owner == owner)
-        .ok_or_else(|| lost(queue, key, owner))
+        .ok_or_else(|| StoreError::lease_lost(queue, key, owner))
 }
 
 impl Blob for MemoryStorage {
