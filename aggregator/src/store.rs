@@ -1,9 +1,9 @@
 //! What the aggregator must not forget, behind five small traits.
 //!
-//! `receive` writes to [`Inbox`] and [`Blob`], the round and `publish` write to [`Coord`], and
-//! [`Watch`] only says "look again"; [`Lead`] says who drives, where several could. One machine needs SQLite and files ([`Storage::open`]); several share PostgreSQL and
-//! a bucket ([`Storage::of`]). The same contract suite (`contract.rs`) runs on those and on the in-memory twins of the
-//! simulation.
+//! `receive` writes to [`Inbox`] and [`Blob`], the round and `publish` write to [`Coord`], [`Watch`] only says "look again",
+//! and [`Lead`] says who drives, where several could. One machine needs SQLite and files ([`Storage::open`]); several share
+//! PostgreSQL and a bucket ([`Storage::of`]). The same contract suite (`contract.rs`) runs on those and on the in-memory
+//! twins of the simulation.
 //!
 //! Errors are split by what a caller may conclude. After a *determinate* error nothing happened. After
 //! an *indeterminate* one the operation may or may not have happened, and the caller must look.
@@ -256,6 +256,8 @@ pub trait Blob: Send + Sync {
     fn deletion_lasts(&self) -> Duration {
         Duration::ZERO
     }
+    /// Notes whose blobs these are, unless that is noted already; whose they are.
+    fn mark(&self, owner: &str) -> Result<String, StoreError>;
     /// Free bytes where blobs are kept, to refuse an upload before it begins; none where no end is known.
     fn free_bytes(&self) -> Result<Option<u64>, StoreError>;
 
@@ -422,11 +424,20 @@ impl Storage {
 }
 
 impl Storage {
-    /// Where the settings say; what they do not name is under `dir`, as in [`Storage::open`].
+    /// Where the settings say; what they do not name is under `dir`, as in [`Storage::open`]. Objects of another federation
+    /// are refused.
     pub fn of(dir: &Path, settings: &config::Storage, access: Access) -> Result<Self, StoreError> {
         if settings.is_local() {
             return Self::open(dir, access);
         }
+        let storage = Self::reach(dir, settings, access)?;
+        if settings.objects.is_some() {
+            check_owner(storage.coord.as_ref(), storage.blob.as_ref())?;
+        }
+        Ok(storage)
+    }
+
+    fn reach(dir: &Path, settings: &config::Storage, access: Access) -> Result<Self, StoreError> {
         let bridge = Bridge::start().map_err(|error| StoreError::not_done("open", "a runtime", error))?;
         let blob: Arc<dyn Blob> = match &settings.objects {
             None => Arc::new(FileBlob::open(&dir.join("blobs"), Arc::new(RealDisk), access)?),
@@ -456,6 +467,48 @@ fn objects(url: &str, settings: &config::Storage, bridge: Arc<Bridge>) -> Result
         place::Objects::Folder(path) => Arc::new(FileBlob::open(&path, Arc::new(RealDisk), Access::Shared)?),
         place::Objects::Bucket { name, prefix } => {
             Arc::new(ObjectBlob::bucket(&name, &prefix, settings, bridge)?)
+        }
+    })
+}
+
+/// The log with the federation's name, drawn once.
+const FEDERATION: &str = "federation";
+
+/// Each of two federations would delete what only the other names.
+fn check_owner(coord: &dyn Coord, blob: &dyn Blob) -> Result<(), StoreError> {
+    let drawn = format!("{:032x}", rand::random::<u128>());
+    let name = match coord.head(FEDERATION)? {
+        Some(entry) => entry.value,
+        None => match coord.compare_and_set(FEDERATION, 0, drawn.as_bytes()) {
+            Ok(_) => drawn.into_bytes(),
+            // Another process was faster, or this one was not told.
+            Err(error) => coord.head(FEDERATION)?.map(|entry| entry.value).ok_or(error)?,
+        },
+    };
+    let name = String::from_utf8_lossy(&name).into_owned();
+    let owner = blob.mark(&name)?;
+    if owner == name {
+        return Ok(());
+    }
+    Err(StoreError::Refused {
+        subject: "storage.objects".to_owned(),
+        expected: format!("objects of this database's federation, {name}"),
+        got: format!(
+            "those of federation {owner}, as the object `{MARK}` there says; docs/operations.md says more"
+        ),
+    })
+}
+
+/// The object that says whose the others are.
+const MARK: &str = "federation";
+
+/// What it says, if it can be that.
+fn owner_of(bytes: Vec<u8>) -> Result<String, StoreError> {
+    String::from_utf8(bytes).ok().filter(|owner| owner.len() <= NAME_BYTES_MAX).ok_or_else(|| {
+        StoreError::Refused {
+            subject: format!("object `{MARK}`"),
+            expected: "a federation's name".to_owned(),
+            got: "something else".to_owned(),
         }
     })
 }

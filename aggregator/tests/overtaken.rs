@@ -80,6 +80,10 @@ impl Blob for Hooked {
         self.blob.deletion_lasts()
     }
 
+    fn mark(&self, owner: &str) -> Result<String, StoreError> {
+        self.blob.mark(owner)
+    }
+
     fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
         self.blob.free_bytes()
     }

@@ -224,6 +224,7 @@ pub fn blob(blob: &dyn Blob) {
     blob.delete(&name).unwrap();
     blob.delete(&name).unwrap();
     assert_eq!(blob.length(&name).unwrap(), None);
+    assert_eq!(blob.mark("one").unwrap(), blob.mark("other").unwrap(), "whose it is does not change");
     assert!(blob.free_bytes().unwrap().is_none_or(|free| free > 0));
 }
 

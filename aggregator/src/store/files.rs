@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use commonweal_protocol::Digest;
 
-use super::{Access, Blob, PAGE_MAX, Put, StoreError};
+use super::{Access, Blob, MARK, NAME_BYTES_MAX, PAGE_MAX, Put, StoreError, owner_of};
 
 /// A temporary file that was not written to for so long belongs to nobody.
 const LEFT_OVER: Duration = Duration::from_secs(24 * 3600);
@@ -235,6 +235,31 @@ impl Blob for FileBlob {
             }
             _ => Ok(()),
         }
+    }
+
+    fn mark(&self, owner: &str) -> Result<String, StoreError> {
+        let failed = |error: io::Error| StoreError::not_done("mark", &self.dir.display().to_string(), error);
+        let path = self.dir.join(MARK);
+        if !path.exists() {
+            let temporary = self.temporary(MARK);
+            let marked = File::create_new(&temporary)
+                .and_then(|mut file| {
+                    self.disk.write(&mut file, owner.as_bytes())?;
+                    file.sync_all()
+                })
+                // Whole or not at all, and not in the place of another's.
+                .and_then(|()| fs::hard_link(&temporary, &path))
+                .and_then(|()| sync_dir(&self.dir));
+            drop(fs::remove_file(&temporary));
+            match marked {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
+                _ => {}
+            }
+        }
+        let mut bytes = Vec::new();
+        let file = File::open(&path).map_err(failed)?;
+        file.take(NAME_BYTES_MAX as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+        owner_of(bytes)
     }
 
     fn free_bytes(&self) -> Result<Option<u64>, StoreError> {

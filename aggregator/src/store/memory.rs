@@ -51,6 +51,7 @@ struct Contents {
     random: Option<ChaCha8Rng>,
     writes_left: Option<u64>,
     free_bytes: Option<u64>,
+    owner: Option<String>,
     /// Who drives, where several may.
     lead: Option<String>,
 }
@@ -469,6 +470,10 @@ impl Blob for MemoryStorage {
 
     fn deletion_lasts(&self) -> Duration {
         self.lock().deletion_lasts
+    }
+
+    fn mark(&self, owner: &str) -> Result<String, StoreError> {
+        Ok(self.lock().owner.get_or_insert_with(|| owner.to_owned()).clone())
     }
 
     fn free_bytes(&self) -> Result<Option<u64>, StoreError> {

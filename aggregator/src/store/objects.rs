@@ -14,12 +14,13 @@ use futures_util::{StreamExt as _, TryStreamExt as _};
 use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::path::Path;
 use object_store::{
-    Error, MultipartUpload, ObjectStore, ObjectStoreExt as _, PutPayload, RetryConfig, limit::LimitStore,
+    Error, MultipartUpload, ObjectStore, ObjectStoreExt as _, PutMode, PutPayload, RetryConfig,
+    limit::LimitStore,
 };
 
 use super::bridge::{Bridge, Unanswered};
 use super::http::Carrier;
-use super::{Blob, PAGE_MAX, Put, StoreError, place, refused, trust};
+use super::{Blob, MARK, NAME_BYTES_MAX, PAGE_MAX, Put, StoreError, owner_of, place, refused, trust};
 use crate::config;
 
 /// Bytes of a part, and of what goes up in one piece.
@@ -380,6 +381,24 @@ impl Blob for ObjectBlob {
 
     fn deletion_lasts(&self) -> Duration {
         DELETION
+    }
+
+    fn mark(&self, owner: &str) -> Result<String, StoreError> {
+        let failed = |trouble: Trouble| trouble.of_write("mark", self.prefix.as_ref());
+        let (store, path, owner) = (self.store.clone(), self.prefix.clone().join(MARK), owner.to_owned());
+        let found = self.wait(async move {
+            let range = 0..NAME_BYTES_MAX as u64 + 1;
+            match store.get_range(&path, range.clone()).await {
+                Err(Error::NotFound { .. }) => {}
+                found => return found,
+            }
+            match store.put_opts(&path, owner.into(), PutMode::Create.into()).await {
+                Err(Error::AlreadyExists { .. }) | Ok(_) => {}
+                Err(error) => return Err(error),
+            }
+            store.get_range(&path, range).await
+        });
+        owner_of(found.map_err(failed)?.into())
     }
 
     /// A bucket has no end that it would tell.

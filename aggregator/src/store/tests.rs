@@ -53,6 +53,23 @@ fn a_folder_that_is_shared_keeps_the_contract() {
 }
 
 #[test]
+fn objects_of_another_federation_are_refused() {
+    let [one, other, shared] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let open = |dir: &tempfile::TempDir, prefix: &str| {
+        let objects = Some(format!("file://{}", shared.path().join(prefix).display()));
+        let settings = config::Storage { objects, ..config::Storage::default() };
+        Storage::of(dir.path(), &settings, Access::Exclusive)
+    };
+    open(&one, "a").unwrap();
+    let error = open(&other, "a").unwrap_err();
+    assert!(error.to_string().starts_with("storage.objects: expected objects of this database's"), "{error}");
+    open(&other, "b").unwrap();
+    open(&one, "a").unwrap();
+    std::fs::write(shared.path().join("a").join(MARK), [b'x'; 1_000]).unwrap();
+    assert!(open(&one, "a").is_err());
+}
+
+#[test]
 fn what_was_stored_is_there_after_reopening() {
     let dir = tempfile::tempdir().unwrap();
     let storage = Storage::open(dir.path(), Access::Exclusive).unwrap();
