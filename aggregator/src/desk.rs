@@ -277,6 +277,7 @@ impl Desk {
             return Ok(());
         }
         let before = (inner.durable.progress.clone(), inner.durable.control);
+        let opened_ms = inner.durable.rounds.opened_ms();
         if let Some(figures) = &figures {
             let progress = &mut inner.durable.progress;
             let stage = match figures {
@@ -309,7 +310,7 @@ impl Desk {
         }
         drop(inner);
         if let Some(figures) = figures {
-            self.events.tell(&Told::Stage { round, seconds, figures });
+            self.events.tell(&Told::Stage { round, opened_ms, seconds, figures });
         }
         Ok(())
     }
@@ -440,19 +441,15 @@ impl Desk {
                 self.record(summary, &inner.durable.progress, inner.sequence)?;
                 inner.durable.progress = Progress::default();
                 effects.finished = Some(summary.round);
-                effects.told.extend(match &summary.outcome {
+                let reason = match &summary.outcome {
                     Outcome::Published { .. } => None,
-                    Outcome::Rejected { reason } => {
-                        Some(Told::Rejected { round: summary.round, reason: reason.clone() })
+                    Outcome::Rejected { reason } => Some(reason.clone()),
+                    Outcome::Abandoned { quorum } => {
+                        Some(format!("{} updates by the deadline, the quorum is {quorum}", summary.received))
                     }
-                    Outcome::Abandoned { quorum } => Some(Told::Rejected {
-                        round: summary.round,
-                        reason: format!(
-                            "{} updates by the deadline, the quorum is {quorum}",
-                            summary.received
-                        ),
-                    }),
-                });
+                };
+                let Summary { round, opened_ms, .. } = *summary;
+                effects.told.extend(reason.map(|reason| Told::Rejected { round, opened_ms, reason }));
             }
             Action::WakeAt(at_ms) => effects.wake_ms = Some(*at_ms),
             Action::Stop => effects.stop = true,

@@ -148,6 +148,11 @@ impl Rounds {
         self.selected
     }
 
+    /// When the round began; 0 before that.
+    pub fn opened_ms(&self) -> u64 {
+        self.opened_ms
+    }
+
     /// Whether the round's deadline has come.
     pub fn is_due(&self, now_ms: u64) -> bool {
         matches!(self.phase, Phase::Collecting { deadline_ms, .. } if deadline_ms <= now_ms)
