@@ -27,7 +27,7 @@ use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundId, Start};
 use serde::{Deserialize, Serialize};
 
 pub use buffer::{ROUNDS_BACK_MAX, Task};
-pub use policy::{GOAL_MAX, Policy, PolicyError, RoundMode};
+pub use policy::{GOAL_MAX, Policy, PolicyError, RoundMode, TASKS_MAX};
 pub use sample::{Chosen, Sampling};
 pub use vocabulary::{Action, Event, NotAdmitted, Outcome, Summary};
 

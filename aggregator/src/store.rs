@@ -50,7 +50,7 @@ pub const VALUE_BYTES_MAX: usize = 4 << 20;
 /// Longest name of a log, queue or key.
 pub const NAME_BYTES_MAX: usize = 200;
 /// Most rows that one call returns.
-pub const PAGE_MAX: usize = 10_000;
+pub const PAGE_MAX: usize = 50_000;
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 

@@ -8,7 +8,7 @@ use super::{ROUNDS_BACK_MAX, Sampling};
 /// Most updates of one round: robust merging holds them all, and the state lists their devices.
 pub const GOAL_MAX: u32 = 10_000;
 /// Most tasks at once: each is in the state, which is written for each that is given.
-const TASKS_MAX: u32 = 40_000;
+pub const TASKS_MAX: u32 = 40_000;
 
 /// Whom a round waits for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
