@@ -188,7 +188,8 @@ fn a_stage_that_was_overtaken_names_nothing_that_was_swept_meanwhile() {
         // Sweeps; its own alignment does not end for now.
         Box::new(move || take_over(&memory, &mut other.lock().unwrap()))
     };
-    let mut one = Driver::new(parts, base(), Scripted { shift: 0.1, then: Some(then), hook, is_cut_short: false });
+    let mut one =
+        Driver::new(parts, base(), Scripted { shift: 0.1, then: Some(then), hook, is_cut_short: false });
     world.begin(&mut one);
     world.upload(1);
     world.upload(2);
@@ -252,7 +253,8 @@ fn no_update_comes_in_through_a_door_that_has_moved() {
     world.begin(&mut one);
     let (desk, blob) = (&world.front.desk, &world.front.storage.blob);
     let [first, second] = [1_u8, 2].map(|number| update(f32::from(number) / 100.0));
-    let store = |bytes: &[u8]| blob.put_if_absent(&Digest::of(bytes), bytes.len() as u64, &mut &*bytes).unwrap();
+    let store =
+        |bytes: &[u8]| blob.put_if_absent(&Digest::of(bytes), bytes.len() as u64, &mut &*bytes).unwrap();
     let now_ms = || world.clock.unix_ms();
 
     // A sweep between the bytes and their name takes them, and the name is refused.

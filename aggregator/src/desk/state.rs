@@ -135,14 +135,17 @@ const TERMLESS: [u8; 2] = [0xC7, 2];
 
 pub(super) fn load(coord: &dyn Coord) -> Result<(Durable, u64), DeskError> {
     let Some(entry) = coord.head(LOG)? else { return Ok((Durable::default(), 0)) };
-    let durable = match entry.value.split_first_chunk() {
-        Some((&FORM, value)) => postcard::from_bytes(value),
-        Some((&TERMLESS, value)) => postcard::from_bytes(value)
-            .map(|(rounds, progress, control)| Durable { rounds, progress, control, term: 0 }),
-        _ => {
-            return Err(DeskError::Version { begins: entry.value.iter().take(FORM.len()).copied().collect() });
-        }
-    };
+    let durable =
+        match entry.value.split_first_chunk() {
+            Some((&FORM, value)) => postcard::from_bytes(value),
+            Some((&TERMLESS, value)) => postcard::from_bytes(value)
+                .map(|(rounds, progress, control)| Durable { rounds, progress, control, term: 0 }),
+            _ => {
+                return Err(DeskError::Version {
+                    begins: entry.value.iter().take(FORM.len()).copied().collect(),
+                });
+            }
+        };
     Ok((durable.map_err(|error| DeskError::damaged("round's state", error))?, entry.sequence))
 }
 
