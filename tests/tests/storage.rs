@@ -9,8 +9,9 @@ use aggregator::store::{Access, Append, Storage, StoreError, contract};
 use commonweal_protocol::Digest;
 use commonweal_tests::{bucket::Bucket, postgres::Postgres};
 
+/// As one of several: a sole owner of the folder would take away what the others are writing.
 fn open(settings: &config::Storage, dir: &tempfile::TempDir) -> Storage {
-    Storage::of(dir.path(), settings, Access::Exclusive).unwrap()
+    Storage::of(dir.path(), settings, Access::Shared).unwrap()
 }
 
 #[test]
