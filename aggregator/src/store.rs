@@ -117,6 +117,17 @@ pub enum StoreError {
         /// What is there.
         got: i64,
     },
+    /// The objects are of another federation, whose files this one would delete. Nothing was touched.
+    #[error(
+        "storage.objects: expected objects of this database's federation, {expected}, got those of {got}, as the object \
+         `{MARK}` there says; docs/operations.md says more"
+    )]
+    Foreign {
+        /// The database's.
+        expected: String,
+        /// Whose they are.
+        got: String,
+    },
     /// Too large, too long, or not what its digest says. Nothing was written.
     #[error("{subject}: expected {expected}, got {got}")]
     Refused {
@@ -490,13 +501,7 @@ fn check_owner(coord: &dyn Coord, blob: &dyn Blob) -> Result<(), StoreError> {
     if owner == name {
         return Ok(());
     }
-    Err(StoreError::Refused {
-        subject: "storage.objects".to_owned(),
-        expected: format!("objects of this database's federation, {name}"),
-        got: format!(
-            "those of federation {owner}, as the object `{MARK}` there says; docs/operations.md says more"
-        ),
-    })
+    Err(StoreError::Foreign { expected: name, got: owner })
 }
 
 /// The object that says whose the others are.
