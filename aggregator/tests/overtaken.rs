@@ -171,6 +171,8 @@ fn settings() -> aggregator::config::Config {
 /// Time passes for who has the lead, who does not notice; another takes it, and begins to drive.
 fn take_over(memory: &MemoryStorage, driver: &mut Driver<Scripted>) {
     memory.lapse_lead();
+    driver.lead().doubt();
+    driver.step();
     driver.lead().prolong().unwrap();
     driver.step();
 }
