@@ -195,12 +195,9 @@ const GRACE: Duration = Duration::from_secs(600);
 /// Time passes for who has the lead, who does not notice; another takes it, and begins to drive.
 fn take_over(memory: &MemoryStorage, driver: &mut Driver<Scripted>) {
     memory.lapse_lead();
-<<<<<<< HEAD
     memory.pass(GRACE);
-=======
     driver.lead().doubt();
     driver.step();
->>>>>>> 75be22c469e459f8ea511a7289494557dbebc3d1
     driver.lead().prolong().unwrap();
     driver.step();
 }
