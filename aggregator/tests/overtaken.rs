@@ -271,7 +271,7 @@ fn accepted(id: DeviceId, bytes: &[u8]) -> Accepted {
     let (digest, length) = (open.digest, open.length);
     let receipt = Receipt { round: open.round, device: id, digest, length, received_ms: NOW_MS };
     let receipt = SignedReceipt::sign(&SigningKey::from_bytes(&[3; 32]), receipt).unwrap();
-    desk::Accepted { open, receipt, norm: Some(1.0), start: None, opened_ms: None }
+    Accepted { open, receipt, norm: Some(1.0), start: None, opened_ms: None }
 }
 
 #[test]
