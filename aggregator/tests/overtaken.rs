@@ -13,7 +13,7 @@ mod support;
 use std::io::Read;
 use std::sync::{Arc, Mutex};
 
-use aggregator::desk::{self, Accepted, DeskError, Next, Taken, peek, records};
+use aggregator::desk::{Accepted, DeskError, Next, Taken, peek, records};
 use aggregator::drive::{Driver, Stages};
 use aggregator::events::{AlignFigures, EvaluateFigures};
 use aggregator::laboratory::{Base, LaboratoryError};
