@@ -14,7 +14,7 @@ use std::io::Read;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use aggregator::desk::{self, Accepted, DeskError, Next, Taken, peek, records};
+use aggregator::desk::{Accepted, DeskError, Next, Taken, peek, records};
 use aggregator::drive::{Driver, Stages, Step};
 use aggregator::events::{AlignFigures, EvaluateFigures};
 use aggregator::laboratory::{Base, LaboratoryError};
