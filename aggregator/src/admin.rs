@@ -33,6 +33,12 @@ pub struct Admin {
     pub metrics_token: bool,
 }
 
+/// What answers requests, without the socket.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn router(observer: Arc<Observer>, token: Token) -> axum::Router {
+    routes::routes(Admin { observer, token, metrics_token: true })
+}
+
 impl Admin {
     /// Answers on a socket until `stop` is done.
     pub async fn serve(self, listener: TcpListener, stop: impl Future<Output = ()>) {

@@ -33,3 +33,5 @@ pub mod serve;
 pub mod cli;
 pub mod pause;
 pub mod store;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;

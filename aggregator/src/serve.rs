@@ -15,7 +15,7 @@ use std::time::Duration;
 use commonweal_adapter::exact;
 use commonweal_protocol::{CertificateChain, Csr, DeviceId, Mode, RoundId};
 use commonweal_runtime::Cancel;
-use commonweal_traces::{Traces, TracesError};
+use commonweal_traces::{Headers, Traces, TracesError};
 use commonweal_transport::{Authority, Clock, IdentityError};
 
 use crate::config::{Config, ConfigError};
@@ -211,7 +211,7 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
         return Err(ServeError::OtherBase { expected, got });
     }
     let tracer = config.traces.endpoint.as_ref().map(|endpoint| {
-        let traces = Traces::start(endpoint, "commonweal-aggregator")?;
+        let traces = Traces::start(endpoint, "commonweal-aggregator", Headers::Environment)?;
         let aggregator = signer.keys().lineage().first();
         Ok::<_, TracesError>(Arc::new(Tracer::new(traces, aggregator, clock.clone())))
     });

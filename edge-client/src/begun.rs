@@ -3,7 +3,7 @@
 //! Written and asked by `pipeline.rs`. Kept pairs are the guard's and the reviser's word: another guard, another
 //! constitution or another policy of the owner makes them anew.
 
-use commonweal_protocol::{AggregatorKey, Digest, RoundTask};
+use commonweal_protocol::{AggregatorKey, Digest, RoundTask, Scaffold, Signature, SignedControl};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -26,12 +26,23 @@ pub(crate) struct Begun {
     screening: Digest,
 }
 
+/// What of a task is the same in every poll: not the time left, nor the signature, which is another one after the key was
+/// rotated. `control.rs` checks the one that came.
+fn of_itself(task: &RoundTask) -> RoundTask {
+    let scaffold = match task.scaffold {
+        Scaffold::Control(SignedControl { control, .. }) => {
+            Scaffold::Control(SignedControl { control, signature: Signature([0; 64]) })
+        }
+        unsigned @ (Scaffold::Off | Scaffold::Zero) => unsigned,
+    };
+    RoundTask { deadline_ms: 0, scaffold, ..*task }
+}
+
 impl<L> Device<L> {
     /// As [`Begun`] is kept: what work on this task would be begun with now.
     pub(crate) fn begun_with(&self, task: &RoundTask) -> Result<Vec<u8>, StoreError> {
         let begun = Begun {
-            // The time left differs from poll to poll.
-            task: RoundTask { deadline_ms: 0, ..*task },
+            task: of_itself(task),
             policy: self.policy.of_work(),
             aggregator: self.expected.trust.first(),
             screening: self.screening()?,

@@ -19,7 +19,7 @@ const NETWORK_BYTES_MIN: u64 = 16_000_000;
 const DISK_BYTES_MIN: u64 = 16_000_000;
 /// Below this no program of ours starts.
 const MEMORY_BYTES_MIN: u64 = 64_000_000;
-/// Dates in an account. Two months, and the ones that a clock gone wrong has shown.
+/// Dates in an account. Two months, and the ones that a clock gone wrong has shown; of those before, a date a month.
 const DATES_MAX: usize = 70;
 /// As far ahead as it is looked for a date on which there is room again.
 const PERIODS_AHEAD_MAX: i64 = 40;
@@ -193,6 +193,12 @@ fn is_none(moved: &Moved) -> bool {
 impl Entry {
     fn new(date: Day) -> Self {
         Self { date, moved: Moved::default(), left: Moved::default(), taken: Moved::default() }
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.moved = self.moved.plus(other.moved);
+        self.left = self.left.plus(other.left);
+        self.taken = self.taken.plus(other.taken);
     }
 }
 
@@ -382,13 +388,36 @@ impl Ledger {
         let date = Day(date);
         let at = self.dates.binary_search_by_key(&date, |entry| entry.date).unwrap_or_else(|_| {
             if self.dates.len() >= DATES_MAX {
-                self.dates.remove(0);
+                self.make_room(date);
             }
             let at = self.dates.partition_point(|entry| entry.date < date);
             self.dates.insert(at, Entry::new(date));
             at
         });
         &mut self.dates[at]
+    }
+
+    /// Leaves a date less: of the two neighbours in one month that are farthest from this date, the later one has what both
+    /// had, so that no month has less than was moved in it. Where every month but this date's has one date left, the
+    /// farthest date goes. A clock gone wrong cannot push out what the month has used, however long it shows other dates.
+    fn make_room(&mut self, Day(today): Day) {
+        let month = |entry: &Entry| Period::Month.of(entry.date.0);
+        let away = |entry: &Entry| (Period::Day.of(entry.date.0) - Period::Day.of(today)).abs();
+        let this = Period::Month.of(today);
+        let neighbours = self.dates.windows(2).enumerate().filter_map(|(at, pair)| match pair {
+            [one, next] if month(one) == month(next) && month(one) != this => {
+                Some((away(one).max(away(next)), at))
+            }
+            _ => None,
+        });
+        if let Some((_, at)) = neighbours.max() {
+            let earlier = self.dates.remove(at);
+            if let Some(later) = self.dates.get_mut(at) {
+                later.add(&earlier);
+            }
+        } else if let Some((_, at)) = self.dates.iter().map(away).zip(0..).max() {
+            self.dates.remove(at);
+        }
     }
 
     /// As it was read, in the order and the number that is relied on.
@@ -618,6 +647,29 @@ mod tests {
         assert!(many.check().is_err());
     }
 
+    #[test]
+    fn a_clock_that_was_wrong_for_long_does_not_empty_the_month() {
+        let budget = budget(100, 300);
+        let dates = [10, 11, 12].map(|day| (date(2026, 11, day), 100));
+        for wrong in [date(2099, 1, 1), date(2026, 12, 1), date(2001, 5, 5)] {
+            let mut ledger = of(&dates);
+            let mut day = wrong;
+            for _ in 0..400 {
+                ledger.look(day);
+                ledger.charge(day, 1, false);
+                day = day.tomorrow().unwrap();
+            }
+            assert!(ledger.dates.len() <= DATES_MAX);
+            for day in 13..=30 {
+                let today = date(2026, 11, day);
+                ledger.look(today);
+                let wait = waits(&budget, &ledger, today, Wish::GoOn(MB)).unwrap();
+                assert!(wait.reason.contains("this month's 300MB are used"), "{wrong}: {wait}");
+                ledger.charge(today, 1, false);
+            }
+        }
+    }
+
     /// The limits by hand: of each date that the clock has shown, and of each month.
     fn moved_on(moves: &[(Date, u64)], is_it: impl Fn(Date) -> bool) -> u64 {
         moves.iter().filter(|(day, _)| is_it(*day)).map(|(_, bytes)| bytes).sum()
@@ -648,6 +700,31 @@ mod tests {
                 prop_assert_eq!(kept, moved_on(&moves, |_| true));
                 let text = serde_json::to_string(&ledger).unwrap();
                 prop_assert_eq!(&serde_json::from_str::<Ledger>(&text).unwrap().check().unwrap(), &ledger);
+            }
+        }
+
+        /// A clock that goes back and back, past more dates than an account has: no date and no month that it shows has more
+        /// than its limit, and nothing that was moved is forgotten.
+        #[test]
+        fn a_clock_that_goes_back_for_long_empties_no_month(
+            steps in prop::collection::vec((-3i64..=1, 0u64..250 * MB), 80..160),
+            (day, month) in (16u64..300, 16u64..900),
+        ) {
+            let budget = budget(day, month);
+            let (mut ledger, mut moves) = (Ledger::default(), Vec::<(Date, u64)>::new());
+            let mut today = date(2026, 11, 10);
+            for (ahead, bytes) in steps {
+                today = today.checked_add(jiff::SignedDuration::from_hours(24 * ahead)).unwrap();
+                ledger.look(today);
+                let bytes = bytes.min(ledger.left(&budget, today, false));
+                ledger.charge(today, bytes, false);
+                moves.push((today, bytes));
+                prop_assert!(moved_on(&moves, |one| one == today) <= day * MB);
+                prop_assert!(moved_on(&moves, |one| one.first_of_month() == today.first_of_month()) <= month * MB);
+                let kept: u64 = ledger.dates.iter().map(|entry| entry.moved.all).sum();
+                prop_assert_eq!(kept, moved_on(&moves, |_| true));
+                prop_assert!(ledger.dates.len() <= DATES_MAX);
+                prop_assert!(ledger.clone().check().is_ok());
             }
         }
 

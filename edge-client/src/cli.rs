@@ -17,6 +17,8 @@ mod status;
 mod devices;
 pub mod chat;
 pub mod bench;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 
 use std::path::PathBuf;
 

@@ -157,9 +157,9 @@ pub async fn obtain(
     if let Some(bytes) = read_whole(store, digest)? {
         return read(&bytes, digest, expected);
     }
+    let partial = partial_file(digest);
     make_room(store, content)?;
-    let partial = format!("releases/{digest}.fetching");
-    let mut coming = Coming { store, name: &partial, bytes: store.read(&partial)?.unwrap_or_default() };
+    let mut coming = Coming::of(store, &partial)?;
     let fetched =
         link.fetch(content, &mut coming.bytes).await.and_then(|()| match Digest::of(&coming.bytes) {
             got if got == digest => Ok(()),
@@ -169,24 +169,45 @@ pub async fn obtain(
         coming.keep()?;
         return Err(InstallError::Fetch { digest, source });
     }
-    let bytes = std::mem::take(&mut coming.bytes);
-    let adapter = read(&bytes, digest, expected)?;
-    store.write(&adapter_file(digest), &bytes)?;
-    store.remove(&partial)?;
+    let read = read(&coming.bytes, digest, expected);
+    let Ok(adapter) = read else {
+        // What came to its end and is of no use is not kept.
+        coming.bytes.clear();
+        return read;
+    };
+    coming.keep()?;
+    store.rename(&partial, &adapter_file(digest))?;
     see(store, expected, digest, store.stamp(&adapter_file(digest))?);
     Ok(adapter)
 }
 
+fn partial_file(digest: Digest) -> String {
+    format!("releases/{digest}.fetching")
+}
+
 /// Bytes on their way. What came is kept, also when nobody waits for the rest any more: the next try goes on from there.
+/// It lies on the disk once, behind what was there before.
 struct Coming<'s> {
     store: &'s Store,
     name: &'s str,
     bytes: Vec<u8>,
+    /// How many of them were there at the beginning, and their digest: the link drops them if the whole is not what it
+    /// is to be.
+    had: (usize, Digest),
 }
 
-impl Coming<'_> {
+impl<'s> Coming<'s> {
+    fn of(store: &'s Store, name: &'s str) -> Result<Self, StoreError> {
+        let bytes = store.read(name)?.unwrap_or_default();
+        let had = (bytes.len(), Digest::of(&bytes));
+        Ok(Self { store, name, bytes, had })
+    }
+
     fn keep(&mut self) -> Result<(), StoreError> {
-        self.store.write(self.name, &std::mem::take(&mut self.bytes))
+        let bytes = std::mem::take(&mut self.bytes);
+        let (had, digest) = self.had;
+        let is_still = bytes.get(..had).is_some_and(|first| Digest::of(first) == digest);
+        self.store.extend(self.name, &bytes, if is_still { had } else { 0 })
     }
 }
 
@@ -289,10 +310,12 @@ fn read(bytes: &[u8], digest: Digest, expected: &Expected) -> Result<Adapter, In
 /// hand make some.
 fn make_room(store: &Store, content: Content) -> Result<(), StoreError> {
     let name = adapter_file(content.digest);
-    match (store.require_disk(&name, content.length), in_use(store)?) {
+    // What came of it is there already, and grows to the whole.
+    let more = content.length.saturating_sub(store.bytes_of(&partial_file(content.digest))?);
+    match (store.require_disk(&name, more), in_use(store)?) {
         (Err(StoreError::OverBudget { .. }), Some((_, in_use))) => {
             forget_old(store, [in_use, content.digest], 0)?;
-            store.require_disk(&name, content.length)
+            store.require_disk(&name, more)
         }
         (asked, _) => asked,
     }
@@ -499,6 +522,65 @@ mod tests {
         let error = world.offer(5, &world.adapter(5)).unwrap_err();
         assert!(matches!(error, InstallError::Store(StoreError::OverBudget { .. })), "{error}");
         assert_eq!(world.in_use(), Some(4));
+    }
+
+    /// Goes on from what there is of these bytes.
+    struct Rest(Vec<u8>);
+
+    impl Link for Rest {
+        async fn fetch(&self, _: Content, partial: &mut Vec<u8>) -> Result<(), LinkError> {
+            assert!(self.0.starts_with(partial) && !partial.is_empty());
+            partial.clone_from(&self.0);
+            Ok(())
+        }
+
+        async fn poll(&self, _: Poll) -> Result<PollReply, LinkError> {
+            Err(LinkError::OutOfPlace { expected: "nothing" })
+        }
+
+        async fn upload(&self, _: &Open, _: &[u8]) -> Result<Uploaded, LinkError> {
+            Err(LinkError::OutOfPlace { expected: "nothing" })
+        }
+
+        async fn renew(&self, _: Csr) -> Result<CertificateChain, LinkError> {
+            Err(LinkError::OutOfPlace { expected: "nothing" })
+        }
+    }
+
+    #[test]
+    fn what_came_of_an_adapter_counts_once_under_the_disks_budget() {
+        let world = World::new();
+        let whole = world.adapter(1);
+        let content = Content { digest: Digest::of(&whole), length: whole.len() as u64 };
+        let part = whole.len() * 3 / 4;
+        world.store.write(&partial_file(content.digest), &whole[..part]).unwrap();
+        let used = world.store.disk_bytes().unwrap();
+        let room = (whole.len() - part) as u64;
+        let obtained = |world: &World| {
+            block_on(obtain(&Rest(whole.clone()), &world.store, &world.expected, content)).map(|_| ())
+        };
+        let world = World { store: world.store.within(Limit::of(used + room - 1)), ..world };
+        let error = obtained(&world).unwrap_err();
+        assert!(matches!(error, InstallError::Store(StoreError::OverBudget { .. })), "{error}");
+        let world = World { store: world.store.within(Limit::of(used + room)), ..world };
+        obtained(&world).unwrap();
+        assert_eq!(world.store.disk_bytes().unwrap(), used + room);
+        assert_eq!(world.store.read(&adapter_file(content.digest)).unwrap().unwrap(), whole);
+        assert_eq!(world.store.list("releases").unwrap().len(), 1);
+    }
+
+    #[test]
+    fn what_lies_there_damaged_is_not_gone_on_with() {
+        let world = World::new();
+        let whole = world.adapter(1);
+        let (digest, length) = (Digest::of(&whole), whole.len() as u64);
+        for damaged in [&b"damaged"[..], &[7; 5_000]] {
+            world.store.write(&partial_file(digest), damaged).unwrap();
+            let link = Publisher(whole.clone());
+            block_on(obtain(&link, &world.store, &world.expected, Content { digest, length })).unwrap();
+            assert_eq!(world.store.read(&adapter_file(digest)).unwrap().unwrap(), whole);
+            world.store.remove(&adapter_file(digest)).unwrap();
+        }
     }
 
     #[test]

@@ -43,8 +43,11 @@ mod work;
 pub mod pipeline;
 mod bus;
 pub mod sensors;
+pub mod metered;
 pub mod watch;
 pub mod priority;
 pub mod cli;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 
 pub use pipeline_error::PipelineError;

@@ -73,7 +73,7 @@ pub fn write(
     base: BaseHash,
     trained_on: &BTreeSet<SampleId>,
 ) -> Result<(), PersonalError> {
-    let bytes = disk::write(adapter, &AdapterFacts { base: base.0, kind: AdapterKind::Assistant })?;
+    let bytes = encode(adapter, base)?;
     let _held = hold(store)?;
     match kept::read_ids(store, SAMPLES)? {
         Some(known) if known.is_superset(trained_on) => {}
@@ -82,6 +82,21 @@ pub fn write(
         _ => return Err(PersonalError::Forgotten),
     }
     Ok(store.write_within(FILE, &bytes)?)
+}
+
+fn encode(adapter: &Adapter, base: BaseHash) -> Result<Vec<u8>, AdapterError> {
+    disk::write(adapter, &AdapterFacts { base: base.0, kind: AdapterKind::Assistant })
+}
+
+/// Before it is trained from this start: refuses what would then not be kept for want of room.
+pub fn require_room(
+    store: &Store,
+    start: &Adapter,
+    kept_ranks: usize,
+    base: BaseHash,
+) -> Result<(), PersonalError> {
+    let bytes = encode(&take(start, kept_ranks)?, base)?;
+    Ok(store.require_disk(FILE, bytes.len() as u64)?)
 }
 
 /// Until it is dropped, nobody else writes the adapter or takes it away.
@@ -146,6 +161,8 @@ mod tests {
     use super::*;
     use commonweal_adapter::{Module, Target};
 
+    use crate::units::Limit;
+
     fn layout() -> Arc<AdapterLayout> {
         let module = Module { target: Target::Q, inputs: 3, outputs: 4 };
         Arc::new(AdapterLayout::new(1, 2, 4.0, vec![module]).unwrap())
@@ -180,5 +197,23 @@ mod tests {
         assert!(exists(&store));
         assert_eq!(read(&store, ours).unwrap(), Some(filled(3)));
         assert!(matches!(read(&store, other), Err(PersonalError::Base { .. })));
+    }
+    #[test]
+    fn what_would_not_be_kept_is_refused_before_it_is_trained() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let base = BaseHash([1; 32]);
+        tell_samples(&store, [].iter()).unwrap();
+        let (start, kept) = begin(Some(&filled(1)), None, &layout()).unwrap();
+        let personal = take(&start, kept).unwrap();
+        // Beside the one whose place it takes.
+        write(&store, &personal, base, &BTreeSet::new()).unwrap();
+        let (used, length) = (store.disk_bytes().unwrap(), encode(&personal, base).unwrap().len() as u64);
+        let store = store.within(Limit::of(used + length - 1));
+        let error = require_room(&store, &start, kept, base).unwrap_err();
+        assert!(matches!(error, PersonalError::Store(StoreError::OverBudget { .. })), "{error}");
+        let store = store.within(Limit::of(used + length));
+        require_room(&store, &start, kept, base).unwrap();
+        write(&store, &personal, base, &BTreeSet::new()).unwrap();
     }
 }

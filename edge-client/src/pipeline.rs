@@ -235,6 +235,7 @@ impl<L: Link> Device<L> {
         for name in [PAIRS, CHECKPOINT, PACKED_REPORT, PACKED, control::NEXT] {
             self.store.remove(name)?;
         }
+        self.remove_chunks()?;
         Ok(why_not(task.round, why))
     }
 
@@ -313,10 +314,15 @@ impl<L: Link> Device<L> {
 impl<L> Device<L> {
     /// A file of the round in progress. A damaged one is as good as none: its stage is done again.
     pub(crate) fn read_round<T: DeserializeOwned>(&self, name: &str) -> Result<Option<T>, StoreError> {
-        let Some(bytes) = self.store.read_remade(name)? else { return Ok(None) };
-        let read = serde_json::from_slice(&bytes);
-        Ok(read.inspect_err(|error| tracing::warn!("{}", damaged(&self.store, name, error))).ok())
+        read_stage(&self.store, name)
     }
+}
+
+/// As [`Device::read_round`], of any store.
+pub(crate) fn read_stage<T: DeserializeOwned>(store: &Store, name: &str) -> Result<Option<T>, StoreError> {
+    let Some(bytes) = store.read_remade(name)? else { return Ok(None) };
+    let read = serde_json::from_slice(&bytes);
+    Ok(read.inspect_err(|error| tracing::warn!("{}", damaged(store, name, error))).ok())
 }
 
 /// Ends when the handle is cancelled.

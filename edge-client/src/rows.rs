@@ -5,7 +5,7 @@
 
 use std::{
     fmt,
-    io::{BufRead, Read},
+    io::{self, BufRead, Read},
     path::Path,
 };
 
@@ -96,7 +96,7 @@ pub enum ReadError {
         line: usize,
         /// The cause.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// A file without rows.
     #[error("no rows: the file is empty")]
@@ -167,7 +167,7 @@ fn read_jsonl(
 }
 
 /// Reads one line of at most [`LINE_BYTES_MAX`] bytes; what is longer is skipped without being kept in memory.
-fn next_line(input: &mut impl BufRead, line: &mut Vec<u8>) -> std::io::Result<Option<Result<(), RowError>>> {
+fn next_line(input: &mut impl BufRead, line: &mut Vec<u8>) -> io::Result<Option<Result<(), RowError>>> {
     line.clear();
     let read = input.by_ref().take(LINE_BYTES_MAX as u64 + 1).read_until(b'\n', line)?;
     if read == 0 {
@@ -193,7 +193,11 @@ fn read_csv(
 ) -> Result<(), ReadError> {
     let mut reader = csv::ReaderBuilder::new().flexible(true).from_reader(input);
     let names: Vec<String> = match reader.headers() {
-        Ok(header) => header.iter().map(|name| name.trim().to_lowercase()).collect(),
+        Ok(header) if header.as_slice().len() <= LINE_BYTES_MAX => {
+            header.iter().map(|name| name.trim().to_lowercase()).collect()
+        }
+        // Every row would have a copy of its names.
+        Ok(_) => return Err(csv_failed(io::Error::other("header is longer than a line may be").into(), 0)),
         Err(error) => return Err(csv_failed(error, 0)),
     };
     let mut last = 1;
@@ -202,7 +206,9 @@ fn read_csv(
             Ok(record) => {
                 let line = record.position().map_or(0, |position| position.line() as usize);
                 let fields = names.iter().cloned().zip(record.iter().map(Value::from));
-                (line, Ok(Value::Object(fields.collect())))
+                let is_long = record.as_slice().len() > LINE_BYTES_MAX;
+                let row = if is_long { Err(RowError::LineLong) } else { Ok(Value::Object(fields.collect())) };
+                (line, row)
             }
             Err(error) if error.is_io_error() => return Err(csv_failed(error, last)),
             Err(error) => {
@@ -218,7 +224,7 @@ fn read_csv(
 fn csv_failed(error: csv::Error, line: usize) -> ReadError {
     let source = match error.into_kind() {
         csv::ErrorKind::Io(source) => source,
-        other => std::io::Error::new(std::io::ErrorKind::InvalidData, format!("{other:?}")),
+        other => io::Error::new(io::ErrorKind::InvalidData, format!("{other:?}")),
     };
     ReadError::Io { line, source }
 }
@@ -258,6 +264,15 @@ mod tests {
         assert_eq!(places(&parsed), (vec![2, 4, 6], vec![5]));
         assert_eq!(parsed.good[0].1, serde_json::json!({"goal": "Write, a\nthing", "target": "yes"}));
         assert_eq!(parsed.good[1].1, serde_json::json!({"goal": "only one"}));
+    }
+
+    #[test]
+    fn a_record_is_no_longer_than_a_line() {
+        let long = "x".repeat(LINE_BYTES_MAX + 1);
+        let parsed = lines(format!("goal\na\n\"{long}\n\"\nb\n").as_bytes(), Form::Csv);
+        assert_eq!(places(&parsed), (vec![2, 5], vec![3]));
+        assert_eq!(parsed.bad[0].reason, RowError::LineLong);
+        assert!(matches!(read(format!("{long}\na\n").as_bytes(), Form::Csv, Ok), Err(ReadError::Io { .. })));
     }
 
     #[test]

@@ -18,6 +18,8 @@ mod follow;
 mod moderate;
 mod keep;
 mod routes;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 
 use std::{
     fmt,

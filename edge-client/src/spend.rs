@@ -5,8 +5,8 @@
 //! too little only of what a lossy link sends again within one chunk. It holds dates and numbers, and is not sealed.
 
 use std::{
-    fs,
-    path::PathBuf,
+    fs, io,
+    path::{Path, PathBuf},
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -18,7 +18,7 @@ use jiff::{Timestamp, ZonedDateTime, civil::Date, tz::TimeZone};
 
 use crate::{
     budget::{self, BudgetPolicy, Ledger, Wait, Wish},
-    store::{self, Store, StoreError, at},
+    store::{self, Store, StoreError},
 };
 
 const FILE: &str = "spent.json";
@@ -67,6 +67,15 @@ fn parse(bytes: &[u8]) -> Result<Ledger, String> {
     serde_json::from_slice::<Ledger>(bytes).map_err(|error| error.to_string()).and_then(Ledger::check)
 }
 
+/// Gives a file a second name, which needs no room; a copy where there are no such.
+fn lay_aside(path: &Path, aside: &Path) -> io::Result<()> {
+    match fs::remove_file(aside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    fs::hard_link(path, aside).or_else(|_| fs::copy(path, aside).map(|_| ()))
+}
+
 /// The time of a clock, where it is.
 pub(crate) fn time(clock: &Clock, zone: &TimeZone) -> ZonedDateTime {
     let ms = i64::try_from(clock.unix_ms()).unwrap_or(i64::MAX);
@@ -76,7 +85,7 @@ pub(crate) fn time(clock: &Clock, zone: &TimeZone) -> ZonedDateTime {
 
 impl Spending {
     /// The account of a directory that this process holds. One that is damaged is laid aside, and its place is taken by
-    /// one that says that this date's bytes are used up.
+    /// one that says that this date's bytes are used up. Where that cannot be written, nothing is moved until it can.
     pub fn open(
         store: &Store,
         budget: BudgetPolicy,
@@ -85,12 +94,17 @@ impl Spending {
     ) -> Result<Self, StoreError> {
         let today = time(&clock, &zone).date();
         let path = store.path(FILE);
+        let mut is_damaged = false;
         let ledger = match read(store) {
             Ok(ledger) => ledger.unwrap_or_default(),
             Err(error @ StoreError::Damaged { .. }) => {
                 let aside = store.path(&format!("{FILE}.damaged"));
                 tracing::warn!("{error}; it is {} now, and today's bytes count as used up", aside.display());
-                fs::rename(&path, &aside).map_err(at("lay aside", &path))?;
+                // It stays in its place until the new one takes it: without either, today's bytes would not be used up.
+                if let Err(error) = lay_aside(&path, &aside) {
+                    tracing::warn!("{} cannot be kept: {error}", aside.display());
+                }
+                is_damaged = true;
                 Ledger::unknown(&budget, today)
             }
             Err(error) => return Err(error),
@@ -98,7 +112,9 @@ impl Spending {
         let state =
             State { ledger, counted: 0, unwritten: 0, ahead: 0, ahead_on: (today, false), is_metered: false };
         let spending = Self { path, budget, clock, zone, moved: AtomicU64::new(0), state: Mutex::new(state) };
-        spending.write(&mut spending.state())?;
+        if is_damaged && let Err(error) = spending.write(&mut spending.state()) {
+            tracing::warn!("the account of the network is not written yet: {error}");
+        }
         Ok(spending)
     }
 
@@ -355,6 +371,28 @@ mod tests {
         assert!(put_off.reason.contains("cannot be written down"), "{put_off:?}");
         fs::remove_dir(store.path("spent.json.part")).unwrap();
         spending.may_go_on(1).unwrap();
+    }
+
+    #[test]
+    fn a_full_disk_ends_no_start_and_a_damaged_account_stays_the_days_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let clock = Clock::manual(NOON_MS);
+        // The part's name is taken by a directory: the write fails as on a full disk.
+        fs::create_dir(store.path("spent.json.part")).unwrap();
+        let spending = open(&store, &clock);
+        assert!(spending.may_go_on(1).unwrap_err().reason.contains("cannot be written down"));
+        drop(spending);
+        fs::write(store.path(FILE), b"damaged").unwrap();
+        for _ in 0..2 {
+            let put_off = open(&store, &clock).may_go_on(1).unwrap_err();
+            assert!(put_off.reason.starts_with("until tomorrow"), "{put_off:?}");
+            assert_eq!(store.read("spent.json.damaged").unwrap().unwrap(), b"damaged");
+        }
+        fs::remove_dir(store.path("spent.json.part")).unwrap();
+        assert!(open(&store, &clock).may_go_on(1).is_err());
+        clock.set(NOON_MS + DAY_MS);
+        open(&store, &clock).may_go_on(1).unwrap();
     }
 
     proptest! {

@@ -570,6 +570,29 @@ impl Store {
         file.sync_data().and_then(|()| sync_directory(&self.directory)).map_err(at("sync", &path))
     }
 
+    /// Makes a file that is not sealed these bytes, of which it has the first `had`: what follows is written behind them,
+    /// and synced. A kill leaves some of it, or bytes that are none of these: whoever goes on from there checks the whole.
+    pub(crate) fn extend(&self, name: &str, bytes: &[u8], had: usize) -> Result<(), StoreError> {
+        debug_assert!(!vault::is_secret(name), "{name} is sealed");
+        self.step()?;
+        let path = self.path(name);
+        let mut file = private().append(true).open(&path).map_err(at("open", &path))?;
+        file.set_len(had as u64).map_err(at("shorten", &path))?;
+        file.write_all(bytes.get(had..).unwrap_or_default()).map_err(at("append to", &path))?;
+        let directory = directory_of(&path);
+        file.sync_all().and_then(|()| sync_directory(directory)).map_err(at("sync", &path))
+    }
+
+    /// Bytes of a file; none when it does not exist.
+    pub(crate) fn bytes_of(&self, name: &str) -> Result<u64, StoreError> {
+        let path = self.path(name);
+        match fs::metadata(&path) {
+            Ok(metadata) => Ok(metadata.len()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(0),
+            Err(error) => Err(at("measure", &path)(error)),
+        }
+    }
+
     /// The whole lines of a file; none when there is no file.
     pub fn lines(&self, name: &str) -> Result<Vec<String>, StoreError> {
         let bytes = self.read(name)?.unwrap_or_default();

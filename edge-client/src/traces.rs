@@ -8,7 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use commonweal_protocol::{AggregatorKey, DeviceId, RoundId, TraceContext};
-use commonweal_traces::{Endpoint, Span, Traces, TracesError, context};
+use commonweal_traces::{Endpoint, Headers, Span, Traces, TracesError, context};
 
 use crate::events::Done;
 
@@ -32,7 +32,7 @@ impl Tracer {
         aggregator: AggregatorKey,
         device: DeviceId,
     ) -> Result<Self, TracesError> {
-        let traces = Traces::start(endpoint, "commonweal-device")?;
+        let traces = Traces::start(endpoint, "commonweal-device", Headers::Own)?;
         Ok(Self { traces, aggregator, device, begun: Mutex::default() })
     }
 

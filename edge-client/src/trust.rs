@@ -39,6 +39,11 @@ struct Kept {
     steps: Vec<SignedSuccession>,
 }
 
+/// What an enrolment before the one that is on disk followed says nothing any more, and may be damaged.
+pub(crate) fn forget(store: &Store) -> Result<(), StoreError> {
+    store.remove(FILE)
+}
+
 /// See the module. Clones share what is followed.
 #[derive(Clone, Debug)]
 pub struct Trust {

@@ -25,13 +25,19 @@ use crate::{
     train::{self, TrainSummary, Trained, TrainingError},
 };
 
-/// What training and packing leave on the disk at most, for each value of the adapter: a checkpoint has four numbers of 4
-/// bytes, the residual one, which is there twice for a moment, and an update is smaller.
-const ROUND_BYTES_A_PARAMETER: u64 = 28;
+/// What training and packing have on the disk at most, for each value of the adapter: a checkpoint has four numbers of 4
+/// bytes and is written beside the one before it. What packing leaves beside the last one is less.
+const ROUND_BYTES_A_PARAMETER: u64 = 2 * 4 * 4;
+/// With a correction, whose two numbers are in each checkpoint.
+const CORRECTED_BYTES_A_PARAMETER: u64 = 2 * 6 * 4;
+/// Whatever the adapter's size: names, shapes and losses in both checkpoints, and their seals.
+const ROUND_BYTES: u64 = 64 << 10;
+/// The files that this is for.
+const ROUND_FILES: [&str; 4] = [CHECKPOINT, NEXT_RESIDUAL, PACKED, control::NEXT];
 
 /// The screened and revised samples of a round, as kept on disk.
 #[derive(Serialize, Deserialize)]
-struct Prepared {
+pub(crate) struct Prepared {
     sampled: usize,
     counts: ReviseCounts,
     pairs: Vec<TrainingPair>,
@@ -47,7 +53,7 @@ impl<L: Link> Device<L> {
         let start = self.start(task)?;
         let layout = start.layout();
         // Before hours are spent on what cannot be kept.
-        self.store.require_disk(CHECKPOINT, ROUND_BYTES_A_PARAMETER * layout.parameters() as u64)?;
+        require_disk(&self.store, layout.parameters() as u64, task.scaffold.is_on())?;
         let controls = control::begin(&self.link, &self.store, &self.expected, &task.scaffold, layout);
         let controls = self.ask(controls)??;
         let trained = self.train(task, &start, &prepared, controls.as_ref())?;
@@ -67,6 +73,8 @@ impl<L: Link> Device<L> {
     /// Sample, filter, revise.
     fn prepare(&self, task: &RoundTask) -> Result<Option<Prepared>, PipelineError> {
         if let Some(prepared) = self.read_round(PAIRS)? {
+            // A kill may have come between the pairs and this.
+            self.remove_chunks()?;
             return Ok(Some(prepared));
         }
         let round = task.round.0;
@@ -163,6 +171,16 @@ impl<L: Link> Device<L> {
     }
 }
 
+/// Asks for all that training and packing need, less what a break left of it: that counts as used.
+fn require_disk(store: &Store, parameters: u64, is_corrected: bool) -> Result<(), StoreError> {
+    let each = if is_corrected { CORRECTED_BYTES_A_PARAMETER } else { ROUND_BYTES_A_PARAMETER };
+    let mut more = ROUND_BYTES.saturating_add(each.saturating_mul(parameters));
+    for name in ROUND_FILES {
+        more = more.saturating_sub(store.bytes_of(name)?);
+    }
+    store.require_disk(CHECKPOINT, more)
+}
+
 /// Shows steps and keeps checkpoints.
 struct Watching<'s> {
     store: &'s Store,
@@ -197,5 +215,35 @@ fn report(prepared: &Prepared, summary: &TrainSummary, norm: f64) -> DeviceRepor
         loss_first: summary.loss_first,
         loss_last: summary.loss_last,
         delta_norm: norm as f32,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::Limit;
+
+    #[test]
+    fn what_a_round_asks_of_the_disk_is_enough_for_its_second_checkpoint_and_for_going_on() {
+        let parameters = 100_000;
+        for (is_corrected, numbers) in [(false, 4), (true, 6)] {
+            let directory = tempfile::tempdir().unwrap();
+            let store = Store::open(directory.path()).unwrap();
+            let each = if is_corrected { CORRECTED_BYTES_A_PARAMETER } else { ROUND_BYTES_A_PARAMETER };
+            let used = store.disk_bytes().unwrap();
+            let store = store.within(Limit::of(used + ROUND_BYTES + each * parameters));
+            require_disk(&store, parameters, is_corrected).unwrap();
+            assert!(require_disk(&store, parameters + 1, is_corrected).is_err());
+            let checkpoint = vec![0; numbers * 4 * parameters as usize];
+            for _ in 0..2 {
+                store.write_within(CHECKPOINT, &checkpoint).unwrap();
+                // A break came, and the round goes on.
+                require_disk(&store, parameters, is_corrected).unwrap();
+            }
+            for name in [NEXT_RESIDUAL, control::NEXT, PACKED] {
+                store.write_within(name, &vec![0; 4 * parameters as usize]).unwrap();
+                require_disk(&store, parameters, is_corrected).unwrap();
+            }
+        }
     }
 }

@@ -27,6 +27,7 @@ pub struct Collector {
     /// To set as an endpoint.
     pub endpoint: String,
     taken: Arc<Mutex<Vec<Taken>>>,
+    headers: Arc<Mutex<Vec<String>>>,
 }
 
 impl Collector {
@@ -38,14 +39,21 @@ impl Collector {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap_or_else(|error| panic!("no port: {error}"));
         let address = listener.local_addr().unwrap_or_else(|error| panic!("no address: {error}"));
         let taken: Arc<Mutex<Vec<Taken>>> = Arc::default();
-        let keep = taken.clone();
+        let headers: Arc<Mutex<Vec<String>>> = Arc::default();
+        let (keep, keep_headers) = (taken.clone(), headers.clone());
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
-                let spans = take(stream);
+                let (spans, came) = take(stream);
+                keep_headers.lock().unwrap_or_else(PoisonError::into_inner).extend(came);
                 keep.lock().unwrap_or_else(PoisonError::into_inner).extend(spans);
             }
         });
-        Self { endpoint: format!("http://{address}"), taken }
+        Self { endpoint: format!("http://{address}"), taken, headers }
+    }
+
+    /// The headers of all requests so far, a line each.
+    pub fn headers(&self) -> Vec<String> {
+        self.headers.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// All that came so far.
@@ -71,10 +79,11 @@ impl Collector {
     }
 }
 
-/// One request of a client that closes its connection after the answer.
-fn take(stream: TcpStream) -> Vec<Taken> {
+/// One request of a client that closes its connection after the answer: its spans and its headers.
+fn take(stream: TcpStream) -> (Vec<Taken>, Vec<String>) {
     let mut reader = BufReader::new(stream);
     let (mut line, mut length, mut is_traces, mut is_protobuf) = (String::new(), 0, false, false);
+    let mut headers = Vec::new();
     while reader.read_line(&mut line).is_ok_and(|read| read > 2) {
         let lower = line.to_ascii_lowercase();
         is_traces |= line.starts_with("POST /v1/traces HTTP/1.1");
@@ -82,6 +91,7 @@ fn take(stream: TcpStream) -> Vec<Taken> {
         if let Some(value) = lower.strip_prefix("content-length:") {
             length = value.trim().parse().unwrap_or(0);
         }
+        headers.push(line.trim().to_owned());
         line.clear();
     }
     assert!(is_traces && is_protobuf, "not OTLP over HTTP as protobuf");
@@ -97,7 +107,7 @@ fn take(stream: TcpStream) -> Vec<Taken> {
         assert_eq!(attributes.len(), 1, "what a resource says beyond its service: {attributes:?}");
         text(&attributes, "service.name")
     };
-    request
+    let spans = request
         .resource_spans
         .iter()
         .flat_map(|resource| {
@@ -105,7 +115,8 @@ fn take(stream: TcpStream) -> Vec<Taken> {
             let spans = resource.scope_spans.iter().flat_map(|scope| scope.spans.clone());
             spans.map(move |span| (service.clone(), span))
         })
-        .collect()
+        .collect();
+    (spans, headers)
 }
 
 /// An attribute as a text; empty if there is none.

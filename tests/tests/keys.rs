@@ -342,6 +342,12 @@ fn a_running_server_signs_with_a_rotated_key_from_its_next_request_on() {
     let aggregator = federation.serve_rounds(None, "");
     let refused = device.call(&["enroll", invitation]).with_code(3);
     assert!(refused.stderr.contains("--anew"), "{}", refused.stderr);
+    // Nor does it matter what is left of that.
+    let chain = device.state().join("identity/succession.json");
+    assert!(chain.exists());
+    std::fs::write(chain, b"damaged").unwrap();
+    let lost = device.call(&["once"]).with_code(1);
+    assert!(lost.stderr.contains("succession.json is damaged"), "{}", lost.stderr);
     device.call(&["enroll", "--anew", invitation]).with_code(0);
     assert_eq!(installed(&device.call(&["once"]).with_code(0)), Some(version.into()));
     assert_eq!(aggregator.stop(), 0);

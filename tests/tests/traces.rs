@@ -140,6 +140,14 @@ fn the_environment_of_other_programs_names_the_endpoint_for_an_aggregator_and_fo
     let device = &federation.enrolled(1)[0];
     let mut command = device.command("edge-client", &["run", "--rounds", "1"]);
     commonweal_tests::program::Finished::of(command.env(otel, &collector.endpoint)).with_code(0);
-    assert_eq!(aggregator.stop(), 0);
     assert!(collector.spans().is_empty(), "a device sends spans only where its owner says");
+    // Nor what others tell their own collectors with them.
+    let mut command =
+        device.command("edge-client", &["run", "--rounds", "1", "--traces", &collector.endpoint]);
+    command.env("OTEL_EXPORTER_OTLP_HEADERS", "api-key=of-another");
+    commonweal_tests::program::Finished::of(&mut command).with_code(0);
+    assert_eq!(aggregator.stop(), 0);
+    let headers = collector.headers();
+    assert!(!collector.spans().is_empty() && headers.iter().any(|line| line.starts_with("host: ")));
+    assert!(!headers.iter().any(|line| line.contains("of-another")), "{headers:?}");
 }

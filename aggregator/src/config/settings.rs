@@ -87,15 +87,17 @@ impl Settings {
 
     /// The file of a state directory. A single problem of its form is told with its line.
     pub fn read(dir: &Path) -> Result<Self, ConfigError> {
+        let path = dir.join(FILE);
+        let text = Config::text(&path)?;
+        Self::of_text(&text, &path)
+    }
+
+    /// The same of the file's text.
+    pub(crate) fn of_text(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let mut settings = Self::new();
-        let whole = match Config::read(dir) {
-            Ok(_) => None,
-            Err(error @ ConfigError::Form { .. }) => Some(error),
-            Err(error) => return Err(error),
-        };
-        let text = std::fs::read_to_string(dir.join(FILE)).unwrap_or_default();
+        let whole = Config::of_text(text, path).err();
         // What is no TOML at all has no keys to be looked at one by one.
-        let Ok(table) = toml::from_str::<Table>(&text) else { return whole.map_or(Ok(settings), Err) };
+        let Ok(table) = toml::from_str::<Table>(text) else { return whole.map_or(Ok(settings), Err) };
         for (key, value) in leaves(&table) {
             settings.put(&key, value, Source::File);
         }

@@ -1,6 +1,6 @@
 //! One line for each round, kept for good: what `aggregator rounds` prints and reports are drawn from.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, io};
 
 use commonweal_protocol::{DeviceId, Gate, ReportCard, RoundId, Version};
 use serde::{Deserialize, Serialize};
@@ -171,9 +171,15 @@ pub fn records(coord: &dyn Coord, round: RoundId, limit: usize) -> Result<Vec<Re
         .scan(RECORDS, round.0.saturating_add(1), limit)?
         .iter()
         .map(|entry| {
-            serde_json::from_slice(&entry.value).map_err(|error| {
-                DeskError::damaged(format!("record of round {}", entry.sequence.saturating_sub(1)), error)
-            })
+            let expected = RoundId(entry.sequence.saturating_sub(1));
+            let damaged = |error| DeskError::damaged(format!("record of round {expected}"), error);
+            let record: Record =
+                serde_json::from_slice(&entry.value).map_err(|error| damaged(error.into()))?;
+            // Whoever counts on from a record's round would count the same ones for ever.
+            if record.round != expected {
+                return Err(damaged(io::Error::other(format!("it is of round {}", record.round))));
+            }
+            Ok(record)
         })
         .collect()
 }

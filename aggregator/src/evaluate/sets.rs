@@ -1,6 +1,7 @@
 //! Reads the operator's evaluation and alignment files: AdvBench's CSV as published, and JSONL rows
 //! with `messages` or `prompt`. A malformed file is refused with its line, before a round begins.
 
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use commonweal_runtime::{Message, Role};
@@ -169,15 +170,26 @@ pub fn conversations_of(text: &str, file: &str) -> Result<Vec<Conversation>, Set
 
 fn read(path: &Path) -> Result<String, SetError> {
     let failed = |source| SetError::Read { path: path.to_owned(), source };
-    let length = std::fs::metadata(path).map_err(failed)?.len();
-    if length > FILE_BYTES_MAX {
+    let mut bytes = Vec::new();
+    // Not by what the file says of its length: a pipe and a device say that it is nothing.
+    let file = std::fs::File::open(path).map_err(failed)?;
+    file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > FILE_BYTES_MAX {
         return Err(SetError::Size {
             file: path.display().to_string(),
             expected: format!("at most {FILE_BYTES_MAX} bytes"),
-            got: length.to_string(),
+            got: "more".to_owned(),
         });
     }
-    std::fs::read_to_string(path).map_err(failed)
+    String::from_utf8(bytes)
+        .map_err(|error| failed(std::io::Error::new(std::io::ErrorKind::InvalidData, error)))
+}
+
+/// As much of what a file says as a person reads.
+fn shown(text: &str) -> String {
+    const CHARS_MAX: usize = 200;
+    let cut: String = text.chars().take(CHARS_MAX).collect();
+    if cut.len() < text.len() { cut + "…" } else { cut }
 }
 
 type NumberedRows = Vec<(usize, Conversation)>;
@@ -204,7 +216,7 @@ fn jsonl_rows(text: &str, file: &str) -> Result<NumberedRows, SetError> {
         if text.len() > ROW_BYTES_MAX {
             return Err(wrong(format!("{} bytes, the limit is {ROW_BYTES_MAX}", text.len())));
         }
-        let row: Row = serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
+        let row: Row = serde_json::from_str(text).map_err(|error| wrong(shown(&error.to_string())))?;
         let mut messages = row.messages;
         if let (true, Some(prompt)) = (messages.is_empty(), row.prompt) {
             messages.push(Message::user(prompt));
@@ -229,7 +241,7 @@ fn csv_rows(text: &str, file: &str) -> Result<NumberedRows, SetError> {
     let column = headers
         .iter()
         .position(|name| matches!(name.trim(), "goal" | "prompt" | "Behavior"))
-        .ok_or_else(|| wrong(1, format!("`{}`", headers.iter().collect::<Vec<_>>().join(","))))?;
+        .ok_or_else(|| wrong(1, format!("`{}`", shown(&headers.iter().collect::<Vec<_>>().join(",")))))?;
     let mut rows = Vec::new();
     for record in reader.records() {
         let record = record.map_err(|error| {
@@ -237,6 +249,12 @@ fn csv_rows(text: &str, file: &str) -> Result<NumberedRows, SetError> {
             wrong(line, error.to_string())
         })?;
         let line = record.position().map_or(0, |position| position.line() as usize);
+        if record.as_slice().len() > ROW_BYTES_MAX {
+            return Err(wrong(
+                line,
+                format!("{} bytes, the limit is {ROW_BYTES_MAX}", record.as_slice().len()),
+            ));
+        }
         match record.get(column).map(str::trim) {
             Some(prompt) if !prompt.is_empty() => rows.push((line, vec![Message::user(prompt)])),
             _ => return Err(wrong(line, "an empty prompt".to_owned())),
@@ -285,6 +303,15 @@ mod tests {
             line_of(&format!("{{\"prompt\":\"{}\"}}", "x".repeat(ROW_BYTES_MAX)), "x.jsonl")
                 .contains("limit")
         );
+        let long = "x".repeat(ROW_BYTES_MAX + 1);
+        assert!(line_of(&format!("goal\na\n{long}\n"), "x.csv").contains("line 3: "));
+        // What a file says is not told at any length.
+        for (text, file) in [
+            (format!("{long},why\na,b\n"), "x.csv"),
+            (format!("{{\"messages\":[{{\"role\":\"{}\"}}]}}", "x".repeat(10_000)), "x.jsonl"),
+        ] {
+            assert!(line_of(&text, file).len() < 1_000);
+        }
     }
 
     #[test]
@@ -293,6 +320,13 @@ mod tests {
         assert!(!sets.harmful.is_empty() && !sets.benign.is_empty() && !sets.redteam.is_empty());
         assert!(sets.replay.len() * 2 < sets.held_out.len() && !sets.replay.is_empty());
         assert!(sets.replay.iter().all(|row| !sets.held_out.contains(row)));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_without_end_is_refused() {
+        let error = read_prompts(Path::new("/dev/zero")).unwrap_err().to_string();
+        assert!(error.contains("/dev/zero: expected at most"), "{error}");
     }
 
     #[test]

@@ -166,7 +166,7 @@ impl Counts {
 
     /// Counts the rounds that have ended since it was last called; their records outlive the process, and so do the
     /// counts.
-    pub(super) fn take_up(&self, coord: &dyn Coord) -> Result<(), DeskError> {
+    pub(crate) fn take_up(&self, coord: &dyn Coord) -> Result<(), DeskError> {
         let mut next = self.next_round.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             let page = desk::records(coord, *next, RECORDS_PAGE)?;

@@ -1,7 +1,7 @@
 //! `chat`: talks to the installed model, on this device only. What is said stays in memory; it is written where `/save`
 //! says so, and nowhere else. `chat/reader.rs` reads what is typed, `chat/commands.rs` says what it means.
 
-mod commands;
+pub(super) mod commands;
 mod reader;
 
 use std::{

@@ -26,7 +26,7 @@ const CHUNK: usize = 64;
 const BINS: usize = 10;
 
 /// A row with what is known of it.
-struct Row {
+pub(super) struct Row {
     prompt: String,
     response: Option<String>,
     is_unsafe: bool,
@@ -69,7 +69,7 @@ impl Label {
 }
 
 /// A labelled row, or what was expected. An empty field is an absent one, since CSV has no other way to say so.
-fn labelled(row: Value) -> Result<Row, RowError> {
+pub(super) fn labelled(row: Value) -> Result<Row, RowError> {
     let fields: Fields = forms::fields(row, EXPECTED)?;
     let given = |text: Option<String>| text.filter(|text| !text.trim().is_empty());
     let known = |fields: Fields| {

@@ -4,7 +4,7 @@
 //! `enroll.rs` makes it, `rounds.rs` renews it between visits, the other verbs read it. The private key is never sent.
 
 use anyhow::Result;
-use commonweal_protocol::Invitation;
+use commonweal_protocol::{DeviceId, Invitation};
 use commonweal_transport::{Credentials, DeviceKey, Link, QuicLink};
 use serde::{Deserialize, Serialize};
 
@@ -12,6 +12,8 @@ use crate::store::{Store, StoreError};
 
 const CREDENTIALS: &str = "identity/credentials.pem";
 const ADDRESS: &str = "identity/aggregator.json";
+/// The address of a device that is enrolled once its credentials are there.
+const NEXT_ADDRESS: &str = "identity/next.json";
 
 /// Where the aggregator is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,6 +28,15 @@ impl Address {
     }
 }
 
+/// An address as it is kept: with the device that it is for, which tells whether it goes with the credentials.
+#[derive(Serialize, Deserialize)]
+struct Kept {
+    #[serde(flatten)]
+    address: Address,
+    /// None of before.
+    device: Option<DeviceId>,
+}
+
 /// What enrolling brought, and renewing keeps.
 #[derive(Debug)]
 pub(super) struct Identity {
@@ -36,20 +47,28 @@ pub(super) struct Identity {
 impl Identity {
     /// The device's identity, if it is enrolled.
     pub(super) fn read(store: &Store) -> Result<Option<Self>> {
-        let (Some(pem), Some(address)) = (store.read(CREDENTIALS)?, store.read(ADDRESS)?) else {
-            return Ok(None);
-        };
+        let Some(pem) = store.read(CREDENTIALS)? else { return Ok(None) };
         let damaged =
             |reason: &str| StoreError::Damaged { path: store.path("identity"), reason: reason.into() };
         let pem = String::from_utf8(pem).map_err(|_| damaged("expected PEM text"))?;
-        let address = serde_json::from_slice(&address).map_err(|_| damaged("expected host and port"))?;
-        Ok(Some(Self { credentials: Credentials::from_pem(&pem)?, address }))
+        let credentials = Credentials::from_pem(&pem)?;
+        for name in [NEXT_ADDRESS, ADDRESS] {
+            let Some(bytes) = store.read(name)? else { continue };
+            let Kept { address, device } =
+                serde_json::from_slice(&bytes).map_err(|_| damaged("expected host and port"))?;
+            if device.is_none_or(|device| device == credentials.device()) {
+                return Ok(Some(Self { credentials, address }));
+            }
+        }
+        Ok(None)
     }
 
+    /// In the place of the one before: the credentials' renaming decides which of them it is, whenever a kill comes.
     pub(super) fn keep(&self, store: &Store) -> Result<()> {
-        store.write(ADDRESS, &serde_json::to_vec(&self.address)?)?;
+        let kept = Kept { address: self.address.clone(), device: Some(self.credentials.device()) };
+        store.write(NEXT_ADDRESS, &serde_json::to_vec(&kept)?)?;
         store.write(CREDENTIALS, self.credentials.to_pem().as_bytes())?;
-        Ok(())
+        Ok(store.rename(NEXT_ADDRESS, ADDRESS)?)
     }
 
     /// Gets a fresh key and certificate. They are on disk before the link uses them: a kill leaves the old or the new.
@@ -73,8 +92,8 @@ mod tests {
     };
 
     use commonweal_protocol::{
-        Accepted, AggregatorKey, BaseHash, CertificateChain, Chunk, Csr, DeviceId, Enroll, Enrolled, Fetch,
-        KeyNumber, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, SigningKey, UploadKey,
+        Accepted, AggregatorKey, BaseHash, CertificateChain, Chunk, Csr, Enroll, Enrolled, Fetch, KeyNumber,
+        Open, Poll, PollReply, ReconnectWindow, Refusal, Refused, SigningKey, UploadKey,
     };
     use commonweal_transport::{
         Authority, Clock, ContentPart, Handler, LinkLimits, Opened, Peer, QuicServer, ServeLimits,
@@ -130,16 +149,68 @@ mod tests {
         }
     }
 
+    fn credentials(authority: &Authority, device: DeviceId, begun_ms: u64) -> Credentials {
+        let key = DeviceKey::generate().unwrap();
+        let chain = authority.issue_device(&key.csr().unwrap(), device, begun_ms, 30 * DAY_MS).unwrap();
+        let signing_key = AggregatorKey::of(&SigningKey::from_bytes(&[5; 32]));
+        let enrolled = Enrolled { device, chain, signing_key, key_number: KeyNumber(0) };
+        Credentials::new(key, &enrolled, authority.digest()).unwrap()
+    }
+
+    #[test]
+    fn a_kill_while_another_identity_is_kept_leaves_one_of_them_whole() {
+        let begun_ms = 1_767_225_600_000;
+        let authority = Authority::create(begun_ms).unwrap();
+        let identity = |number: u8| Identity {
+            credentials: credentials(&authority, DeviceId([number; 16]), begun_ms),
+            address: Address { host: format!("host-{number}"), port: number.into() },
+        };
+        let (before, after) = (identity(1), identity(2));
+        let mut seen = std::collections::BTreeSet::new();
+        for steps in 0.. {
+            let directory = tempfile::tempdir().unwrap();
+            let store = Store::open(directory.path()).unwrap();
+            before.keep(&store).unwrap();
+            drop(store);
+            let dying = Store::open_dying(directory.path(), steps).unwrap();
+            let is_whole = after.keep(&dying).is_ok();
+            drop(dying);
+            let store = Store::open(directory.path()).unwrap();
+            let found = Identity::read(&store).unwrap().unwrap();
+            let wanted =
+                if found.credentials.device() == before.credentials.device() { &before } else { &after };
+            assert_eq!(found.address, wanted.address, "after {steps} steps");
+            seen.insert(found.address.port);
+            // Whatever is there, enrolling once more ends well.
+            before.keep(&store).unwrap();
+            assert_eq!(Identity::read(&store).unwrap().unwrap().address, before.address);
+            if is_whole {
+                assert_eq!(found.address, after.address);
+                break;
+            }
+        }
+        assert_eq!(seen.len(), 2);
+    }
+
+    #[test]
+    fn an_address_of_before_goes_with_any_credentials() {
+        let authority = Authority::create(0).unwrap();
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let address = Address { host: "host".into(), port: 1 };
+        let credentials = credentials(&authority, DeviceId([1; 16]), 0);
+        Identity { credentials, address: address.clone() }.keep(&store).unwrap();
+        store.write(ADDRESS, br#"{"host":"host","port":1}"#).unwrap();
+        assert_eq!(Identity::read(&store).unwrap().unwrap().address, address);
+    }
+
     #[tokio::test(flavor = "multi_thread")]
     async fn a_fresh_certificate_is_kept_and_shown_by_the_link_that_is_open() {
         let clock = Clock::manual(1_767_225_600_000);
         let begun_ms = clock.unix_ms();
         let authority = Authority::create(begun_ms).unwrap();
-        let (key, device) = (DeviceKey::generate().unwrap(), DeviceId([7; 16]));
-        let chain = authority.issue_device(&key.csr().unwrap(), device, begun_ms, 30 * DAY_MS).unwrap();
-        let signing_key = AggregatorKey::of(&SigningKey::from_bytes(&[5; 32]));
-        let enrolled = Enrolled { device, chain, signing_key, key_number: KeyNumber(0) };
-        let credentials = Credentials::new(key, &enrolled, authority.digest()).unwrap();
+        let device = DeviceId([7; 16]);
+        let credentials = credentials(&authority, device, begun_ms);
         let server_identity = authority.issue_server(begun_ms, 60 * DAY_MS).unwrap();
         let desk = Arc::new(Desk { authority, clock: clock.clone(), seen: Mutex::default() });
         let any_port = (Ipv4Addr::LOCALHOST, 0).into();

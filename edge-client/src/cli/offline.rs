@@ -168,7 +168,10 @@ pub(super) fn train(shared: &Shared, request: &TrainRequest) -> Result<()> {
     let (start, first_rank) = start(&work, &request.goal)?;
     let trained_on = work.samples.iter().map(Sample::id).collect();
     if let Goal::Personal { .. } = request.goal {
-        personal::tell_samples(&work.place.look()?, work.samples.iter())?;
+        let store = work.place.look()?.within(work.policy.budget.disk);
+        // Before hours are spent on what cannot be kept.
+        personal::require_room(&store, &start, first_rank, work.stages.base()).context("personal adapter")?;
+        personal::tell_samples(&store, work.samples.iter())?;
     }
     let pairs = work.pairs()?;
     let Work { place, output, policy, stages, cancel, .. } = work;

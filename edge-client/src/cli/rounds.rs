@@ -16,11 +16,11 @@ use crate::{
     events::{Event, Output},
     forget,
     install::Expected,
+    metered::Metered,
     notify,
     pipeline::{Device, Outcome, Visit, until_cancelled},
     pipeline_error::PipelineError,
-    priority,
-    sensors::{self, Sensors},
+    priority, sensors,
     settings::SettingsFile,
     spend::Spending,
     store::StoreError,
@@ -232,9 +232,7 @@ struct Member {
     /// When it was last looked for samples that are older than the owner keeps them.
     expired_ms: u64,
     /// What the network costs.
-    spending: Arc<Spending>,
-    /// Says whether it is paid for by the byte.
-    network: Box<dyn Sensors>,
+    meter: Arc<Metered>,
     /// The owner's rules of when to work; none if this process is asked to work at any time.
     heed: Option<Heed>,
 }
@@ -258,7 +256,9 @@ impl Member {
         let cancel = open::stop_on_signal(runtime.handle());
         let zone = jiff::tz::TimeZone::system();
         let spending = Arc::new(Spending::open(&store, policy.budget, Clock::system(), zone)?);
-        let link = connect(&runtime, &identity, &place.settings, &spending)?;
+        let is_unknown_metered = policy.when.unknown == Unknown::Wait;
+        let meter = Arc::new(Metered::new(spending, sensors::of_system(), is_unknown_metered));
+        let link = connect(&runtime, &identity, &place.settings, &meter)?;
         let open::Stages { model, guard, reviser } = open::Stages::open(shared, &place, &policy, &cancel)?;
         let endpoint = shared.traces.as_ref().or(place.settings.traces.as_ref());
         let trace = |endpoint| {
@@ -287,8 +287,7 @@ impl Member {
             runtime,
             stop: cancel,
             expired_ms: 0,
-            spending,
-            network: sensors::of_system(),
+            meter,
             heed,
         };
         let visiting = member.device.store.hold_visit()?;
@@ -323,7 +322,7 @@ impl Member {
             return Ok(put_off);
         }
         self.tell("asks the aggregator for work".to_owned());
-        self.look_at_network();
+        self.meter.look();
         let mut heed = self.heed.take();
         let watch = Watched {
             visit: self.device.cancel.clone(),
@@ -334,7 +333,7 @@ impl Member {
         };
         let (visited, broken) = watched(watch, || self.visit());
         self.heed = heed;
-        self.spending.rest();
+        self.meter.spending.rest();
         if broken.as_ref().is_some_and(Why::is_of_memory) {
             self.give_memory_back();
         }
@@ -345,13 +344,6 @@ impl Member {
                 Ok(put_off.unwrap_or(Turn::Visited(Err(error))))
             }
         }
-    }
-
-    /// What a visit moves counts as what the network is at its beginning.
-    fn look_at_network(&mut self) {
-        let when = &self.device.policy.when;
-        let is_metered = self.network.read().metered.unwrap_or(when.unknown == Unknown::Wait);
-        self.spending.set_metered(is_metered);
     }
 
     fn give_memory_back(&self) {
@@ -407,7 +399,7 @@ impl Member {
 impl Drop for Member {
     fn drop(&mut self) {
         // While the directory is held.
-        self.spending.end();
+        self.meter.spending.end();
     }
 }
 
@@ -415,7 +407,7 @@ fn connect(
     runtime: &Runtime,
     identity: &Identity,
     settings: &SettingsFile,
-    spending: &Arc<Spending>,
+    meter: &Arc<Metered>,
 ) -> Result<QuicLink> {
     let mut limits = LinkLimits { seed: ChaCha8Rng::from_os_rng().next_u64(), ..LinkLimits::default() };
     if let Some(seconds) = settings.stall_seconds {
@@ -423,7 +415,7 @@ fn connect(
     }
     let Identity { credentials, address } = identity;
     let _inside = runtime.enter();
-    let (host, credentials, meter) = (address.host.as_str(), credentials.clone(), Arc::clone(spending));
+    let (host, credentials, meter) = (address.host.as_str(), credentials.clone(), Arc::clone(meter));
     Ok(QuicLink::metered(host, address.port, credentials, limits, Clock::system(), meter)?)
 }
 

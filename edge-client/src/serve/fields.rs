@@ -125,10 +125,10 @@ impl Part {
     fn text(self, param: &str) -> Result<String, Refusal> {
         match self.text {
             Some(text) if self.kind == "text" => Ok(text),
-            _ => Err(Refusal::value(
-                param,
-                format!("{param}: expected parts of type text, got {:?}", self.kind),
-            )),
+            _ => {
+                let kind: String = self.kind.chars().take(100).collect();
+                Err(Refusal::value(param, format!("{param}: expected parts of type text, got {kind:?}")))
+            }
         }
     }
 }

@@ -3,8 +3,11 @@
 use std::sync::Arc;
 
 use commonweal_adapter::{Adapter, AdapterDelta, AdapterFacts, AdapterKind, Trainable, disk, pair};
-use commonweal_protocol::{Control, Digest, Mode, RoundId, Scaffold, SignedControl, SigningKey};
-use edge_client::pipeline::{Outcome, PipelineError};
+use commonweal_protocol::{Control, Digest, KeyNumber, Mode, RoundId, Scaffold, SignedControl, SigningKey};
+use edge_client::{
+    control::ControlError,
+    pipeline::{Outcome, PipelineError},
+};
 
 use crate::world::*;
 
@@ -98,6 +101,61 @@ fn the_correction_moves_the_update_and_one_of_a_stranger_is_refused() {
     let error = world.device.visit().unwrap_err();
     assert!(matches!(error, PipelineError::Control(_)), "{error}");
     assert!(world.opened().is_empty());
+}
+
+#[test]
+fn a_control_variate_by_a_retired_key_is_refused() {
+    let mut world = World::new();
+    let retired = world.device.link.key.clone();
+    world.rotate(21);
+    world.tell(|told| told.task = None);
+    assert_eq!(world.visit(), Outcome::Idle);
+    let current = std::mem::replace(&mut world.device.link.key, retired);
+    world.begin(2);
+    world.correct(0.1, 1, 0b1);
+    let error = world.device.visit().unwrap_err();
+    let PipelineError::Control(error) = error else { panic!("{error}") };
+    assert!(matches!(error, ControlError::Signature { round: RoundId(1), .. }), "{error}");
+    assert!(world.opened().is_empty());
+    world.device.link.key = current;
+    world.correct(0.1, 1, 0b1);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(2)));
+}
+
+#[test]
+fn a_rotation_of_the_aggregators_key_costs_nothing_of_a_rounds_work() {
+    let mut world = World::new();
+    world.begin(2);
+    world.correct(0.1, 1, 0b1);
+    world.tell(|told| told.is_away = true);
+    assert!(world.device.visit().unwrap_err().is_transient());
+    // As if a break had come before the update was packed.
+    for name in ["round/update.json", "round/update.packed"] {
+        world.device.store.remove(name).unwrap();
+    }
+    let kept = |world: &World| {
+        ["round/pairs.json", "round/training.safetensors"]
+            .map(|name| std::fs::read(world.directory.path().join(name)).unwrap())
+    };
+    let before = kept(&world);
+    world.rotate(9);
+    world.correct(0.1, 1, 0b1);
+    assert!(world.device.visit().unwrap_err().is_transient());
+    assert_eq!(world.device.expected.trust.number(), KeyNumber(1));
+    // Sealed anew, they would have other bytes.
+    assert!(kept(&world) == before, "it was gone on with");
+    world.tell(|told| told.is_away = false);
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(2)));
+    // Another control variate is another task.
+    world.begin(3);
+    world.correct(0.1, 1, 0b1);
+    world.tell(|told| told.is_away = true);
+    assert!(world.device.visit().unwrap_err().is_transient());
+    world.device.store.remove("round/update.json").unwrap();
+    let before = kept(&world);
+    world.correct(0.2, 1, 0b1);
+    assert!(world.device.visit().unwrap_err().is_transient());
+    assert!(kept(&world) != before);
 }
 
 #[test]

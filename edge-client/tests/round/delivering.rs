@@ -8,6 +8,7 @@ use commonweal_runtime::Cancel;
 use edge_client::{
     personal,
     pipeline::{Outcome, PipelineError},
+    upload::UploadError,
 };
 
 use crate::world::*;
@@ -61,6 +62,30 @@ fn a_receipt_under_a_key_that_followed_is_taken_once_the_device_has_heard_of_it(
         assert!(matches!(error, PipelineError::Upload(_)), "{error}");
     }
     assert_eq!(world.opened().len(), 4, "offered once a visit, for no poll told of another key");
+}
+
+#[test]
+fn a_receipt_by_a_retired_key_is_none() {
+    let mut world = World::new();
+    let retired = world.device.link.key.clone();
+    world.rotate(21);
+    world.tell(|told| told.task = None);
+    assert_eq!(world.visit(), Outcome::Idle);
+    assert_eq!(world.device.expected.trust.number(), KeyNumber(1));
+    // Whoever has it goes on signing.
+    let current = std::mem::replace(&mut world.device.link.key, retired);
+    world.begin(2);
+    for _ in 0..2 {
+        match world.device.visit().unwrap_err() {
+            PipelineError::Upload(error) => {
+                assert!(matches!(*error, UploadError::Signature { round: RoundId(2), .. }), "{error}");
+            }
+            error => panic!("{error}"),
+        }
+    }
+    assert!(world.has("round/update.packed") && !world.has("receipts.jsonl"));
+    world.device.link.key = current;
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(2)));
 }
 
 #[test]

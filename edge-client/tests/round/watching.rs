@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use commonweal_protocol::{Digest, RoundId};
+use commonweal_protocol::{Digest, Refusal, RoundId};
 use commonweal_runtime::Cancel;
 use commonweal_safety::Reviser;
 use edge_client::{
@@ -172,4 +172,30 @@ fn chunks_go_with_the_samples_that_they_were_made_of() {
     for name in ["judged-0000.bin", "judged-0001.bin", "drawn.samples"] {
         assert!(!world.has(&format!("round/{name}")), "{name}");
     }
+}
+
+#[test]
+fn chunks_that_a_kill_left_beside_their_pairs_go_with_the_next_visit() {
+    let names = ["round/judged-0000.bin", "round/rewritten-0000.bin", "round/drawn.samples"];
+    let world = World::new();
+    world.tell(|told| told.is_away = true);
+    assert!(world.device.visit().unwrap_err().is_transient());
+    let left = |world: &World| names.iter().filter(|name| world.has(name)).count();
+    let leave = |world: &World| {
+        for name in names {
+            world.device.store.write(name, b"of a person").unwrap();
+        }
+    };
+    // Before the update was packed.
+    world.device.store.remove("round/update.json").unwrap();
+    leave(&world);
+    assert!(world.device.visit().unwrap_err().is_transient());
+    assert!(world.has("round/pairs.json"));
+    assert_eq!(left(&world), 0);
+    // And of a round that is given up.
+    leave(&world);
+    world.tell(|told| (told.is_away, told.refusal) = (false, Some(Refusal::StaleRound)));
+    assert_eq!(world.visit(), Outcome::Refused(RoundId(1), Refusal::StaleRound));
+    assert!(world.has("round/given-up.json"));
+    assert_eq!(left(&world), 0);
 }

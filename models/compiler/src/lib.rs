@@ -32,6 +32,8 @@ pub mod graphs;
 pub mod compile;
 pub mod encoder;
 pub mod random;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 
 pub use commonweal_package::{
     Accuracy, Architecture, Attention, Bias, Bits, EncoderArchitecture, Gemma, ModelConfig, Probabilities,

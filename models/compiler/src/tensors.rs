@@ -226,6 +226,12 @@ impl Tensors {
         }
     }
 
+    /// Every tensor with its shape.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn shapes(&self) -> Vec<(String, Vec<usize>)> {
+        self.places.iter().map(|(name, place)| (name.clone(), place.shape.clone())).collect()
+    }
+
     fn place(&self, name: &str) -> Result<&Place, TensorError> {
         self.places.get(name).ok_or_else(|| TensorError::Missing { name: name.into() })
     }

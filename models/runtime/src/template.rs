@@ -1,9 +1,16 @@
 //! Renders a conversation with the package's `chat_template.jinja`, as Hugging Face's `apply_chat_template` does.
 //! `conversation.rs` turns the rendered text into tokens.
 
-use std::{fmt, path::Path};
+use std::{
+    fmt,
+    panic::{self, AssertUnwindSafe},
+    path::Path,
+};
 
-use minijinja::{Environment, Error, ErrorKind, Value, context, value::Kwargs};
+use minijinja::{
+    Environment, Error, ErrorKind, State, Value, context, filters,
+    value::{Kwargs, Rest},
+};
 use minijinja_contrib::pycompat::unknown_method_callback;
 use serde::{Deserialize, Serialize};
 use serde_json::ser::{Formatter, PrettyFormatter};
@@ -95,6 +102,9 @@ const NAME: &str = "chat";
 /// within a second.
 const STEPS_MAX: u64 = 10_000_000;
 
+/// Elements or columns that a template may ask for at once.
+const COUNT_MAX: f64 = 10_000.0;
+
 impl ChatTemplate {
     /// Reads a template file.
     pub fn open(path: &Path, special: SpecialTokens) -> Result<Self, TemplateError> {
@@ -110,7 +120,8 @@ impl ChatTemplate {
         environment.set_fuel(Some(STEPS_MAX));
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(unknown_method_callback);
+        environment.set_unknown_method_callback(bounded_method);
+        bound_filters(&mut environment);
         environment.add_function("raise_exception", |text: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, text))
         });
@@ -123,12 +134,14 @@ impl ChatTemplate {
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TemplateError> {
         let SpecialTokens { bos_token, eos_token, pad_token } = &self.special;
         let failed = |source| TemplateError::Render { messages: messages.len(), source };
-        self.environment
-            .get_template(NAME)
-            .and_then(|template| {
+        // minijinja 2.24 panics where an empty list is read backwards (`[][::-1]`), as templates do.
+        let rendered = panic::catch_unwind(AssertUnwindSafe(|| {
+            self.environment.get_template(NAME).and_then(|template| {
                 template.render(context! { messages, add_generation_prompt, bos_token, eos_token, pad_token })
             })
-            .map_err(failed)
+        }));
+        let panicked = |_| Err(Error::new(ErrorKind::InvalidOperation, "the template makes its engine fail"));
+        rendered.unwrap_or_else(panicked).map_err(failed)
     }
 }
 
@@ -136,6 +149,58 @@ impl fmt::Debug for ChatTemplate {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.debug_struct("ChatTemplate").field("special", &self.special).finish_non_exhaustive()
     }
+}
+
+/// What these filters make is as large as the number that they are given, and memory for it is reserved at once: a larger
+/// number than anybody needs is refused.
+fn bound_filters(environment: &mut Environment<'static>) {
+    // A template can call nothing by such a name.
+    environment.add_filter("batch, of any size", filters::batch);
+    environment.add_filter("slice, of any size", filters::slice);
+    environment.add_filter("indent, of any size", filters::indent);
+    environment.add_filter("format, of any size", filters::format);
+    for name in ["batch", "slice", "indent"] {
+        environment.add_filter(name, move |state: &State, arguments: Rest<Value>| {
+            arguments.iter().skip(1).try_for_each(check_count)?;
+            state.apply_filter(&format!("{name}, of any size"), &arguments)
+        });
+    }
+    environment.add_filter("format", |state: &State, arguments: Rest<Value>| {
+        arguments.first().map_or(Ok(()), check_format)?;
+        state.apply_filter("format, of any size", &arguments)
+    });
+}
+
+fn bounded_method(state: &State, value: &Value, method: &str, arguments: &[Value]) -> Result<Value, Error> {
+    if method == "format" {
+        check_format(value)?;
+    }
+    unknown_method_callback(state, value, method, arguments)
+}
+
+/// A number, or one that is given by name.
+fn check_count(value: &Value) -> Result<(), Error> {
+    if value.is_kwargs() {
+        return value.try_iter()?.try_for_each(|name| check_count(&value.get_item(&name)?));
+    }
+    match f64::try_from(value.clone()) {
+        Ok(count) if value.is_number() && count > COUNT_MAX => {
+            let text = format!("expected a number of at most {COUNT_MAX}, got {count}");
+            Err(Error::new(ErrorKind::InvalidOperation, text))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The widths and precisions of a format: no `*`, which takes one from elsewhere, and four digits at most.
+fn check_format(format: &Value) -> Result<(), Error> {
+    let Some(format) = format.as_str() else { return Ok(()) };
+    let digits = |byte: &[u8]| byte.iter().all(u8::is_ascii_digit);
+    if format.contains('*') || format.as_bytes().windows(5).any(digits) {
+        let text = "expected a format whose widths are numbers of at most four digits";
+        return Err(Error::new(ErrorKind::InvalidOperation, text));
+    }
+    Ok(())
 }
 
 /// `tojson` as Hugging Face defines it: Python's `json.dumps(…, ensure_ascii=False)`. Jinja's own escapes HTML.

@@ -13,7 +13,7 @@ use opentelemetry_http::{HttpClient, HttpError};
 use tokio::net::TcpStream;
 use tokio::runtime::{Builder, Runtime};
 
-use crate::Endpoint;
+use crate::{Endpoint, Headers};
 
 /// Bytes of an answer that are read; a collector says little.
 const ANSWER_BYTES_MAX: usize = 64 << 10;
@@ -22,18 +22,25 @@ const ANSWER_BYTES_MAX: usize = 64 << 10;
 #[derive(Debug)]
 pub(crate) struct Collector {
     endpoint: Endpoint,
+    headers: Headers,
     within: Duration,
     runtime: Runtime,
     is_away: AtomicBool,
 }
 
 impl Collector {
-    pub(crate) fn new(endpoint: Endpoint, within: Duration) -> std::io::Result<Self> {
+    pub(crate) fn new(endpoint: Endpoint, headers: Headers, within: Duration) -> std::io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_io().enable_time().build()?;
-        Ok(Self { endpoint, within, runtime, is_away: AtomicBool::new(false) })
+        Ok(Self { endpoint, headers, within, runtime, is_away: AtomicBool::new(false) })
     }
 
     async fn post(&self, mut request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+        // The exporter adds what the environment names, which may be a secret for somebody else's collector.
+        if self.headers == Headers::Own {
+            let own = [header::CONTENT_TYPE, header::CONTENT_ENCODING];
+            let own = own.map(|name| request.headers_mut().remove(&name).map(|value| (name, value)));
+            *request.headers_mut() = own.into_iter().flatten().collect();
+        }
         let (host, port) = self.endpoint.address();
         let host_header =
             HeaderValue::from_str(request.uri().authority().map_or(host, |whole| whole.as_str()))?;

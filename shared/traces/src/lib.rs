@@ -43,6 +43,15 @@ pub enum TracesError {
     Exporter(#[from] opentelemetry_otlp::ExporterBuildError),
 }
 
+/// What goes with a delivery beside the spans.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Headers {
+    /// What OTLP needs and nothing else.
+    Own,
+    /// Also those of `OTEL_EXPORTER_OTLP_HEADERS`, as any program with OpenTelemetry sends them.
+    Environment,
+}
+
 /// Something that was done.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Span {
@@ -94,10 +103,10 @@ pub struct Traces {
 
 impl Traces {
     /// Spans of `service` go to this collector from now on.
-    pub fn start(endpoint: &Endpoint, service: &'static str) -> Result<Self, TracesError> {
+    pub fn start(endpoint: &Endpoint, service: &'static str, headers: Headers) -> Result<Self, TracesError> {
         let exporter = SpanExporter::builder()
             .with_http()
-            .with_http_client(collector::Collector::new(endpoint.clone(), DELIVERY)?)
+            .with_http_client(collector::Collector::new(endpoint.clone(), headers, DELIVERY)?)
             .with_endpoint(endpoint.traces())
             .with_timeout(DELIVERY)
             .build()?;

@@ -30,6 +30,11 @@ fn certificate() {
     run("certificate", 3_000, targets::certificate);
 }
 
+#[test]
+fn identity() {
+    run("identity", 1_000, targets::identity);
+}
+
 /// Seeds that are refused would test nothing. `COMMONWEAL_WRITE_SEEDS=1` writes them anew.
 #[test]
 fn the_seeds_are_of_the_tests_federation() {

@@ -14,7 +14,7 @@ Ctrl-C stops an answer. A line that ends in \\ goes on in the next; \"\"\" begin
 
 /// A typed text.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Typed {
+pub(in crate::cli) enum Typed {
     Words(String),
     Reset,
     System(Option<String>),
@@ -26,7 +26,7 @@ pub(super) enum Typed {
 }
 
 /// What a text means.
-pub(super) fn meaning(text: &str) -> Typed {
+pub(in crate::cli) fn meaning(text: &str) -> Typed {
     let Some(command) = text.strip_prefix('/') else { return Typed::Words(text.to_owned()) };
     if command.starts_with('/') {
         return Typed::Words(command.to_owned());
@@ -40,13 +40,17 @@ pub(super) fn meaning(text: &str) -> Typed {
         "save" => Typed::Save(rest.into()),
         "help" => Typed::Help,
         "quit" => Typed::Quit,
-        _ => Typed::Wrong(format!("no command /{name}; /help tells which there are, //{name} says /{name}")),
+        _ => {
+            // As much of it as a person reads.
+            let name: String = name.chars().take(100).collect();
+            Typed::Wrong(format!("no command /{name}; /help tells which there are, //{name} says /{name}"))
+        }
     }
 }
 
 /// Lines that together are one text.
 #[derive(Debug, Default)]
-pub(super) struct Lines {
+pub(in crate::cli) struct Lines {
     said: Vec<String>,
     in_block: bool,
 }
@@ -55,12 +59,12 @@ const BLOCK: &str = "\"\"\"";
 
 impl Lines {
     /// Whether a text was begun.
-    pub(super) fn is_begun(&self) -> bool {
+    pub(in crate::cli) fn is_begun(&self) -> bool {
         self.in_block || !self.said.is_empty()
     }
 
     /// One more line; the whole text once it is complete.
-    pub(super) fn push(&mut self, line: &str) -> Option<String> {
+    pub(in crate::cli) fn push(&mut self, line: &str) -> Option<String> {
         if self.in_block {
             match line.trim_end().strip_suffix(BLOCK) {
                 None => self.said.push(line.to_owned()),
@@ -91,7 +95,7 @@ impl Lines {
     }
 
     /// What was said so far: no more lines will come.
-    pub(super) fn take(&mut self) -> String {
+    pub(in crate::cli) fn take(&mut self) -> String {
         self.in_block = false;
         std::mem::take(&mut self.said).join("\n")
     }

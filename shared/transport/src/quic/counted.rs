@@ -75,3 +75,88 @@ impl AsyncUdpSocket for Counted {
         self.socket.may_fragment()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PutOff;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    #[derive(Debug, Default)]
+    struct Sum(AtomicU64);
+
+    impl Meter for Sum {
+        fn moved(&self, bytes: u64) {
+            self.0.fetch_add(bytes, Ordering::Relaxed);
+        }
+
+        fn count(&self) -> u64 {
+            self.0.load(Ordering::Relaxed)
+        }
+
+        fn may_begin(&self, _: u64) -> Result<(), PutOff> {
+            Ok(())
+        }
+
+        fn may_go_on(&self, _: u64) -> Result<(), PutOff> {
+            Ok(())
+        }
+    }
+
+    /// Never asked.
+    #[derive(Debug)]
+    struct Silent;
+
+    impl AsyncUdpSocket for Silent {
+        fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+            unreachable!("nothing is sent")
+        }
+
+        fn try_send(&self, _: &Transmit<'_>) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn poll_recv(
+            &self,
+            _: &mut Context<'_>,
+            _: &mut [IoSliceMut<'_>],
+            _: &mut [RecvMeta],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Pending
+        }
+
+        fn local_addr(&self) -> io::Result<SocketAddr> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    #[test]
+    fn each_datagram_has_the_headers_of_its_family() {
+        let meter = Arc::new(Sum::default());
+        let counted = Counted { socket: Arc::new(Silent), meter: meter.clone() };
+        let count = |peer: &str, bytes, segment| {
+            let before = meter.count();
+            counted.count(peer.parse().unwrap(), bytes, segment);
+            meter.count() - before
+        };
+        let [v4, v6, mapped] = ["192.0.2.1:9", "[2001:db8::1]:9", "[::ffff:192.0.2.1]:9"];
+        assert_eq!([v4, v6, mapped].map(|peer| count(peer, 1_200, 1_200)), [1_228, 1_248, 1_228]);
+        // Three whole ones, and a short last one.
+        assert_eq!([v4, v6].map(|peer| count(peer, 3_700, 1_200)), [3_700 + 4 * 28, 3_700 + 4 * 48]);
+        assert_eq!(count(v4, 2_400, 1_200), 2_400 + 2 * 28);
+        // An empty datagram has headers too, and nobody divides by the length of its segments.
+        assert_eq!([count(v4, 0, 0), count(v6, 0, 1_200)], [28, 48]);
+        // What is sent in one piece has no segments.
+        let transmit = |segment_size| Transmit {
+            destination: v4.parse().unwrap(),
+            ecn: None,
+            contents: &[7; 3_000],
+            segment_size,
+            src_ip: None,
+        };
+        let before = meter.count();
+        counted.try_send(&transmit(None)).unwrap();
+        counted.try_send(&transmit(Some(1_000))).unwrap();
+        assert_eq!(meter.count() - before, 6_000 + (1 + 3) * 28);
+    }
+}

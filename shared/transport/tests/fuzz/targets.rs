@@ -117,6 +117,26 @@ pub(crate) fn csr(bytes: &[u8]) {
     });
 }
 
+/// A file of keys and certificates, of either side, is refused with an error that can be shown, or is the same when it is
+/// written and read again.
+pub(crate) fn identity(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    match Authority::from_pem(text) {
+        Ok(authority) => {
+            let again = Authority::from_pem(&authority.to_pem()).expect("it is read again");
+            assert_eq!(again.digest(), authority.digest());
+        }
+        Err(error) => assert!(error.to_string().len() < 1000, "{error}"),
+    }
+    match Credentials::from_pem(text) {
+        Ok(credentials) => {
+            let again = Credentials::from_pem(&credentials.to_pem()).expect("they are read again");
+            assert_eq!(again.device(), credentials.device());
+        }
+        Err(error) => assert!(error.to_string().len() < 1000, "{error}"),
+    }
+}
+
 /// Bytes in place of a device's certificate, or of the authority's, are refused or name the device that was certified;
 /// with a certificate that says anything else than the authority signed nobody gets in.
 pub(crate) fn certificate(bytes: &[u8]) {
