@@ -56,10 +56,7 @@ impl Shell {
     ) -> Result<Option<Version>, ServeError> {
         let result = runtime.block_on(async {
             self.listen(service, driver, hangup).await?;
-            let publisher = self.parts.publisher.clone();
-            let look = tokio::task::spawn_blocking(move || publisher.head());
-            let head = tokio::time::timeout(LAST_LOOK, look).await;
-            Ok(head.ok().and_then(Result::ok).and_then(Result::ok).flatten().map(|it| it.release.version))
+            Ok(tokio::time::timeout(LAST_LOOK, self.learn_version()).await.ok().flatten())
         });
         // Requests that are still on a blocking thread finish their write; none is waited for longer.
         runtime.shutdown_timeout(LAST_WRITES);
@@ -120,7 +117,9 @@ impl Shell {
         if let Some(server) = server {
             server.close().await;
         }
-        port.close().await;
+        if tokio::time::timeout(LAST_WRITES, port.close()).await.is_err() {
+            tracing::warn!("what the operator asked for last is not answered");
+        }
         drop(idle);
         // The driver ends at the next step; its stage's calls were cancelled.
         threads.join(LAST_STEP).await
@@ -180,11 +179,18 @@ impl Shell {
         Ok(self.parts.publisher.head()?.map(|signed| signed.release.version).unwrap_or_default())
     }
 
+    /// The same, without holding up whoever waits for something else too; none if the store does not say.
+    async fn learn_version(&self) -> Option<Version> {
+        let publisher = self.parts.publisher.clone();
+        let head = tokio::task::spawn_blocking(move || publisher.head()).await.ok()?.ok()??;
+        Some(head.release.version)
+    }
+
     /// Until every device that was seen has the release, or the time is over.
     async fn linger(&self) {
         let end_ms = self.parts.clock.unix_ms().saturating_add(self.linger_ms);
         while self.parts.clock.unix_ms() < end_ms {
-            let Ok(version) = self.version() else { return };
+            let Some(version) = self.learn_version().await else { return };
             if self.receiver.installed().values().all(|installed| *installed == version) {
                 return;
             }
