@@ -221,7 +221,10 @@ impl Desk {
             return Ok(None);
         }
         let lasts_ms = self.storage.blob.deletion_lasts().as_millis() as u64;
-        let quiet_ms = *inner.shared.quiet_ms.get_or_insert(now_ms.saturating_add(lasts_ms));
+        // A clock that was set back makes it no longer than it is.
+        let latest_ms = now_ms.saturating_add(lasts_ms);
+        let quiet_ms = inner.shared.quiet_ms.map_or(latest_ms, |quiet_ms| quiet_ms.min(latest_ms));
+        inner.shared.quiet_ms = Some(quiet_ms);
         if now_ms < quiet_ms {
             return Ok(Some(quiet_ms));
         }
