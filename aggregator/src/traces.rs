@@ -57,7 +57,7 @@ impl Tracer {
             Event::Refused { device: Some(device), request, round, refusal, update, .. }
                 if UPLOADING.contains(request) =>
             {
-                self.refused(*round, (device, request), &refusal.to_string(), *update, now_ms);
+                self.refused(*round, (device, *request), &refusal.to_string(), *update, now_ms);
             }
             Event::Stage { round, opened_ms, seconds, figures } => {
                 self.stage(*round, *seconds, figures, now_ms);

@@ -326,7 +326,7 @@ fn what_was_stored_lately_outlives_a_sweep_and_storing_it_again_counts() {
     let bytes = update(0.5);
     let digest = Digest::of(&bytes);
     let blob = &world.front.storage.blob;
-    let mut sweep_after = |age: Duration, by: &mut Driver<Scripted>| {
+    let sweep_after = |age: Duration, by: &mut Driver<Scripted>| {
         world.memory.pass(age);
         world.memory.lapse_lead();
         by.lead().prolong().unwrap();
