@@ -164,8 +164,9 @@ mod tests {
         let mut threads = Threads::of(Arc::new(AtomicBool::new(true)));
         threads.keep(lead).unwrap();
         let keeper = threads.lead.as_ref().map(|(stop, _)| stop.clone()).unwrap();
-        let (release, held) = std::sync::mpsc::channel::<()>();
-        threads.start("drive", move |_| drop(held.recv())).unwrap();
+        let (release, held) = std::sync::mpsc::sync_channel::<()>(1);
+        // Until the sender is gone.
+        threads.start("drive", move |_| assert!(held.recv().is_err())).unwrap();
         threads.join(Duration::from_millis(10)).await.unwrap();
         assert!(!store.lead("other", lease).unwrap(), "a stage may be at work");
         keeper.store(true, Ordering::SeqCst);
@@ -189,7 +190,7 @@ mod tests {
         let mut threads = Threads::of(Arc::default());
         threads.keep(lead).unwrap();
         let other = store.clone();
-        let (say, was_held) = std::sync::mpsc::channel();
+        let (say, was_held) = std::sync::mpsc::sync_channel(1);
         threads
             .start("drive", move |stop| {
                 while !stop.load(Ordering::SeqCst) {
