@@ -210,12 +210,12 @@ impl CliError {
             Self::Config(_)
             | Self::Input(_)
             | Self::Backup(BackupError::Elsewhere)
-            | Self::Store(StoreError::Schema { .. })
+            | Self::Store(StoreError::Schema { .. } | StoreError::Foreign { .. })
             | Self::Publish(PublishError::Unknown { .. } | PublishError::OtherBase { .. })
             | Self::Enroll(EnrollError::DeviceUnknown { .. })
             | Self::Serve(
                 ServeError::Config(_)
-                | ServeError::Store(StoreError::Schema { .. })
+                | ServeError::Store(StoreError::Schema { .. } | StoreError::Foreign { .. })
                 | ServeError::OtherBase { .. }
                 | ServeError::NoRelease
                 | ServeError::Exact(_)

@@ -24,6 +24,7 @@ pub use admin::{Admin, Listen};
 pub use device::{Compress, Train};
 pub use gates::Gates;
 pub use settings::{PREFIX, Setting, Settings, Source};
+pub(crate) use storage::LEAD_SECONDS_MAX;
 pub use storage::Storage;
 pub use traces::Traces;
 

@@ -7,6 +7,7 @@ mod stages;
 mod remember;
 mod correct;
 mod trial;
+mod sweep;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,8 +15,7 @@ use std::time::{Duration, Instant};
 use commonweal_adapter::AdapterKind;
 use commonweal_protocol::{DeviceId, Digest, Mode, ReportCard, RoundId, Version};
 
-use crate::canary;
-use crate::desk::{self, DeskError, Next, RECEIPTS_KEPT_ROUNDS, decode_accepted, queue};
+use crate::desk::{self, DeskError, Next, decode_accepted, queue};
 use crate::evaluate;
 use crate::events::{AlignFigures, Event as Told, Figures, Origin};
 use crate::laboratory::{Base, LaboratoryError};
@@ -23,15 +23,13 @@ use crate::lead::Leadership;
 use crate::merge::{self, Member};
 use crate::publish::{Candidate, PublishError};
 use crate::receive::{Parts, chain};
-use crate::round::{Action, Event, Phase, ROUNDS_BACK_MAX};
+use crate::round::{Action, Event};
 use crate::store::{PAGE_MAX, StoreError};
 
 pub use stages::{ModelStages, Stages};
 
 /// Who claims updates: whoever drives, and only one does.
 const OWNER: &str = "drive";
-/// Blobs that are deleted by one call.
-const DELETED_AT_ONCE: usize = 1_000;
 /// How long a claim lasts; longer than any merge.
 const LEASE_MS: u64 = 3_600_000;
 /// Times that a stage which lacks its library or its files is tried before the round is given up.
@@ -108,6 +106,9 @@ impl<S: Stages> Driver<S> {
 
     /// Whether this process drives; takes everything up anew when it comes to that.
     fn drives(&mut self, now_ms: u64) -> Result<bool, DeskError> {
+        if self.is_driving && self.parts.desk.is_superseded() {
+            self.lead.doubt();
+        }
         if !self.lead.is_held() {
             if self.is_driving {
                 self.is_driving = false;
@@ -158,6 +159,8 @@ impl<S: Stages> Driver<S> {
             }
             Ok(Next::Wait(at_ms)) => Step::Wait(at_ms),
             Ok(Next::Stop) => Step::Stop,
+            // The next step stands by.
+            Err(DeskError::Superseded) => Step::Worked,
             Err(error) => {
                 self.retry(self.parts.desk.round(), &error);
                 Step::Worked
@@ -370,86 +373,6 @@ impl<S: Stages> Driver<S> {
         });
         let version: Version = release.version;
         Ok((Some(Figures::Publish { version }), Event::Published(version)))
-    }
-
-    /// After a round: its updates are done with. Whatever fails here is done after the next round.
-    fn clean_up(&self, round: RoundId) {
-        let result = (|| -> Result<(), StoreError> {
-            let inbox = &self.parts.storage.inbox;
-            let now_ms = self.parts.clock.unix_ms();
-            for item in inbox.claim(&queue(round), OWNER, now_ms, LEASE_MS, PAGE_MAX)? {
-                inbox.ack(&queue(round), &item.key, OWNER)?;
-            }
-            match round.0.checked_sub(RECEIPTS_KEPT_ROUNDS) {
-                Some(old) => inbox.purge_through(&queue(RoundId(old))),
-                None => Ok(()),
-            }
-        })();
-        if let Err(error) = result {
-            tracing::warn!(%round, error = chain(&error), "clean-up is put off");
-        }
-        let back = if self.parts.config.round.is_buffered() { ROUNDS_BACK_MAX } else { 0 };
-        let oldest = round.0.saturating_add(1).saturating_sub(back);
-        if let Err(error) = self.parts.partials.discard_before(oldest) {
-            tracing::warn!(%round, %error, "unfinished uploads are left over");
-        }
-        self.sweep();
-    }
-
-    /// Deletes every blob that no release, no candidate and no update of the current round names.
-    fn sweep(&self) {
-        let _blobs = self.parts.desk.sweep_blobs();
-        let result = (|| -> Result<usize, DriveError> {
-            // Whatever is stored from here on is named before, or stored again behind it.
-            self.parts.desk.shut()?;
-            let releases_kept = self.parts.config.receive.releases_kept;
-            let mut named = self.parts.publisher.kept(releases_kept)?;
-            named.extend(self.parts.publisher.kept_states(releases_kept)?);
-            // Nor may a trial outlive what it would go back to.
-            if let Some((canary, _)) = canary::read(self.parts.storage.coord.as_ref())? {
-                named.insert(self.parts.publisher.release(canary.stable)?.release.digest);
-                named.extend(self.parts.publisher.state(canary.stable)?.digests());
-            }
-            let rounds = self.parts.desk.rounds();
-            // However many releases followed it meanwhile, the round begins there.
-            if let Some(start) = rounds.start {
-                named.insert(start.digest);
-                named.extend(self.parts.publisher.state(start.version)?.digests());
-            }
-            named.extend(self.parts.desk.progress().merge.unwrap_or_default().state.digests());
-            named.extend(self.parts.desk.control().map(|signed| signed.control.digest));
-            if let Phase::Aligning { candidate }
-            | Phase::Evaluating { candidate }
-            | Phase::Publishing { candidate, .. } = &rounds.phase
-            {
-                named.insert(*candidate);
-            }
-            for item in self.parts.storage.inbox.list(&queue(rounds.round), PAGE_MAX)? {
-                named.insert(decode_accepted(&item.value)?.open.digest);
-            }
-            let (mut after, mut deleted) = (None, 0);
-            loop {
-                let page = self.parts.storage.blob.list(after.as_ref(), PAGE_MAX)?;
-                after = page.last().copied();
-                if after.is_none() {
-                    return Ok(deleted);
-                }
-                let unnamed: Vec<Digest> =
-                    page.iter().filter(|digest| !named.contains(digest)).copied().collect();
-                for some in unnamed.chunks(DELETED_AT_ONCE) {
-                    // Nothing refuses a deletion that comes too late.
-                    if !self.lead.is_held() {
-                        return Err(DriveError::Cancelled);
-                    }
-                    self.parts.storage.blob.delete_all(some)?;
-                    deleted += some.len();
-                }
-            }
-        })();
-        match result {
-            Ok(deleted) => tracing::debug!(deleted, "swept"),
-            Err(error) => tracing::warn!(error = chain(&error), "blobs that nothing names are left over"),
-        }
     }
 }
 

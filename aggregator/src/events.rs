@@ -86,6 +86,8 @@ pub enum Event {
         device: Option<DeviceId>,
         /// What it asked for.
         request: &'static str,
+        /// The round under way, or the next.
+        round: RoundId,
         /// The update that it was about, if it was about one.
         update: Option<Digest>,
         /// Why, as the peer is told.
@@ -110,6 +112,9 @@ pub enum Event {
     Stage {
         /// The round.
         round: RoundId,
+        /// When the round began, ms since 1970.
+        #[serde(skip)]
+        opened_ms: u64,
         /// How long it took.
         seconds: f64,
         /// What it did.
@@ -160,6 +165,9 @@ pub enum Event {
     Rejected {
         /// The round.
         round: RoundId,
+        /// When it began, ms since 1970.
+        #[serde(skip)]
+        opened_ms: u64,
         /// Which stage or gate refused the candidate, and why; or that too few updates came in time.
         reason: String,
     },
@@ -369,7 +377,7 @@ impl Event {
             Self::RoundClosed { round, selected, received, uploaded_bytes } => format!(
                 "round {round} closed: {received} updates of {selected} devices, {uploaded_bytes} bytes"
             ),
-            Self::Stage { round, seconds, figures } => {
+            Self::Stage { round, seconds, figures, .. } => {
                 format!("round {round}: {} ({seconds:.1} s)", figures.sentence())
             }
             Self::Published { version, parent, report_card, .. } => format!(
@@ -385,7 +393,7 @@ impl Event {
             Self::RolledBack { version, to, now, reason } => {
                 format!("release {version} rolled back to {to}, which is release {now} now: {reason}")
             }
-            Self::Rejected { round, reason } => {
+            Self::Rejected { round, reason, .. } => {
                 format!("round {round} rejected, the release stays: {reason}")
             }
             Self::Retrying { round, reason, after_ms } => {
@@ -436,6 +444,7 @@ mod tests {
     fn a_stage_is_one_flat_object() {
         let event = Event::Stage {
             round: RoundId(2),
+            opened_ms: 7,
             seconds: 0.5,
             figures: Figures::Align(AlignFigures { prompts: 3, ..AlignFigures::default() }),
         };

@@ -1,9 +1,9 @@
 //! Who drives: of all processes that share the stores one has the lead at a time. It ticks the rounds and carries out their
 //! stages; the others receive, and stand by.
 //!
-//! The lead is a lease that its holder prolongs long before it ends. What a holder does that was stopped for longer than
-//! its lease is refused by the stores, where heads have moved meanwhile; only deletions cannot be refused so, and are made
-//! right after a look at the clock (`drive`).
+//! The lead is a lease that its holder prolongs long before it ends. Who takes it begins a term (`desk`), and what an earlier
+//! holder does that was stopped for longer than its lease is refused: heads have moved, and its term is over. Only deletions
+//! cannot be refused so: they have to be over when the lease is, and are of nothing that was stored lately (`drive`).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -50,6 +50,11 @@ impl Leadership {
         !self.is_shared() || until.is_some_and(|until| Instant::now() + self.lease / MARGIN < until)
     }
 
+    /// Until when it has it; none where there are no others.
+    pub fn held_until(&self) -> Option<Instant> {
+        *self.until.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Takes or prolongs it. A store that does not answer leaves it as long as it lasts.
     pub fn prolong(&self) -> Result<(), StoreError> {
         // From before the question: the store counts from when it hears it.
@@ -59,7 +64,13 @@ impl Leadership {
         Ok(())
     }
 
-    /// Prolongs it, or waits for it, until somebody says stop; then gives it up, so that nobody has to wait.
+    /// Another was seen to have taken it: what was known of it no longer holds, and it has to be asked for again.
+    pub fn doubt(&self) {
+        *self.until.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Prolongs it, or waits for it, until somebody says stop; then gives it up, so that nobody has to wait. Whatever is
+    /// done with it has to have ended by then.
     pub fn keep(&self, stop: &AtomicBool) {
         while !stop.load(Ordering::SeqCst) {
             if let Err(error) = self.prolong() {
@@ -72,7 +83,7 @@ impl Leadership {
 
     /// Gives it up.
     pub fn resign(&self) {
-        *self.until.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.doubt();
         if let Err(error) = self.lead.resign(&self.owner) {
             tracing::info!(error = chain(&error), "the lead ends by itself");
         }

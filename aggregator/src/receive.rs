@@ -222,6 +222,7 @@ impl Receiver {
         self.parts.events.tell(&Event::Refused {
             device,
             request,
+            round: self.parts.desk.round(),
             update,
             refusal: reason,
             reason: told,

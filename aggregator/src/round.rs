@@ -27,7 +27,7 @@ use commonweal_protocol::{DeviceId, Digest, ReportCard, RoundId, Start};
 use serde::{Deserialize, Serialize};
 
 pub use buffer::{ROUNDS_BACK_MAX, Task};
-pub use policy::{GOAL_MAX, Policy, PolicyError, RoundMode};
+pub use policy::{GOAL_MAX, Policy, PolicyError, RoundMode, TASKS_MAX};
 pub use sample::{Chosen, Sampling};
 pub use vocabulary::{Action, Event, NotAdmitted, Outcome, Summary};
 
@@ -146,6 +146,11 @@ impl Rounds {
     /// Devices that have or had a task in the current round.
     pub fn selected(&self) -> u32 {
         self.selected
+    }
+
+    /// When the round began; 0 before that.
+    pub fn opened_ms(&self) -> u64 {
+        self.opened_ms
     }
 
     /// Whether the round's deadline has come.

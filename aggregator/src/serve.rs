@@ -1,49 +1,44 @@
-//! The shell: owns the lock, the socket, the timers and the threads, and ends them in order.
+//! Opens what a server needs, in an order in which what is wrong is known before anything is changed, and has `shell` run it.
 //!
 //! `receive` answers on the runtime's blocking threads; `drive` has a thread of its own, so that model work never
 //! delays a device. A process that is killed at any point is taken up by the next: nothing here is state. Where several
 //! share the stores, each does its [`Role`], and one of those that may drive does ([`crate::lead`]).
 
+mod shell;
+mod threads;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use commonweal_adapter::exact;
-use commonweal_protocol::{CertificateChain, Csr, DeviceId, Mode, RoundId, Version};
+use commonweal_protocol::{CertificateChain, Csr, DeviceId, Mode, RoundId};
 use commonweal_runtime::Cancel;
 use commonweal_traces::{Headers, Traces, TracesError};
-use commonweal_transport::{Authority, Clock, IdentityError, QuicServer, ServeLimits, ServerIdentity};
+use commonweal_transport::{Authority, Clock, IdentityError};
 
-use crate::admin::{Admin, Token};
-use crate::config::{Config, ConfigError, Listen};
+use crate::config::{Config, ConfigError};
 use crate::desk::{self, Desk, DeskError};
 use crate::directory::{Directory, DirectoryError};
-use crate::drive::{Driver, ModelStages, Stages, Step};
+use crate::drive::{Driver, ModelStages};
 use crate::events::{Event, Events};
 use crate::laboratory::{LaboratoryError, has_guard, open_package};
-use crate::observe::{Counts, Observer, Recent, View};
+use crate::observe::{Counts, Recent};
 use crate::pause::PausePoint;
 use crate::publish::{PublishError, Publisher};
 use crate::receive::enroll::{Certify, Registry};
 use crate::receive::handler::{Service, Threads as Where};
 use crate::receive::partial::PartialFiles;
 use crate::receive::{Parts, Receiver};
-use crate::store::{Access, RealDisk, Storage, StoreError, Watch};
+use crate::store::{Access, RealDisk, Storage, StoreError};
 use crate::traces::Tracer;
-use tokio::runtime::Runtime;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use shell::Shell;
+pub use threads::{drive, follow};
+use tokio::signal::unix::{SignalKind, signal};
 
-/// Lifetime of the aggregator's own certificate, which is issued anew at every start and every day.
-const SERVER_LIFE_MS: u64 = 30 * 24 * 3_600_000;
-const RELOAD: Duration = Duration::from_secs(24 * 3600);
-/// How often the driver looks without a hint.
-const LOOK: Duration = Duration::from_secs(1);
 /// How long the end waits for spans to reach their collector.
 const LAST_SPANS: Duration = Duration::from_secs(5);
-/// How often, at most, a process looks at what the others do.
-const FOLLOW_APART: Duration = Duration::from_millis(50);
 
 /// Why the server did not start, or ended.
 #[derive(Debug, thiserror::Error)]
@@ -73,7 +68,7 @@ pub enum ServeError {
     #[error("the state directory has no release; `aggregator init` was interrupted, run it again")]
     NoRelease,
     /// More devices than an exact merge can take of this adapter.
-    #[error("round.goal with train.mode exact")]
+    #[error("round.goal (with several processes: and round.over_selection) with train.mode exact")]
     Exact(#[from] commonweal_adapter::MergeError),
     /// The package is not the one of the releases.
     #[error("package: expected base {expected}, got {got}")]
@@ -205,7 +200,7 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
         return Err(LaboratoryError::NoGuard.into());
     }
     if config.train.mode == Mode::Exact {
-        exact::check_size(&base.layout, config.round.goal as usize)?;
+        exact::check_size(&base.layout, config.updates_max())?;
     }
     let storage = Storage::of(&dir, &config.storage, Access::Exclusive)?;
     let signer = directory.signer()?;
@@ -276,312 +271,10 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
         stop: Arc::default(),
         linger_ms,
     };
-    shell.run((runtime, hangup), service, driver)?;
-    let version = publisher.head()?.map_or(head.version, |signed| signed.release.version);
+    let version = shell.run((runtime, hangup), service, driver)?.unwrap_or(head.version);
     events.tell(&Event::Stopped { version });
     if let Some(tracer) = tracer {
         tracer.finish(LAST_SPANS);
     }
     Ok(())
-}
-
-struct Shell {
-    parts: Parts,
-    role: Role,
-    receiver: Arc<Receiver>,
-    authority: Arc<Authority>,
-    directory: Directory,
-    counts: Arc<Counts>,
-    recent: Arc<Recent>,
-    cancel: Cancel,
-    stop: Arc<AtomicBool>,
-    linger_ms: u64,
-}
-
-impl Shell {
-    fn run(
-        &self,
-        (runtime, hangup): (Runtime, Signal),
-        service: Service,
-        driver: Option<Driver<ModelStages>>,
-    ) -> Result<(), ServeError> {
-        let result = runtime.block_on(self.listen(service, driver, hangup));
-        // Requests that are still on a blocking thread finish their write; none is waited for longer.
-        runtime.shutdown_timeout(Duration::from_secs(5));
-        result
-    }
-
-    async fn listen(
-        &self,
-        service: Service,
-        driver: Option<Driver<ModelStages>>,
-        mut hangup: Signal,
-    ) -> Result<(), ServeError> {
-        let server = if self.role.receives() { Some(self.bind(service)?) } else { None };
-        let (admin, port) = self.open_port(server.as_ref()).await?;
-        let listening = Event::Listening {
-            address: server.as_ref().map(|server| server.local_addr().to_string()),
-            admin: admin.map(|address| address.to_string()),
-            version: self.version()?,
-            round: self.parts.desk.round(),
-        };
-        self.parts.events.tell(&listening);
-        // Without a driver nobody ends by himself.
-        let (finished, mut end) = tokio::sync::oneshot::channel();
-        let mut threads = Threads::of(self.stop.clone());
-        let mut idle = None;
-        match driver {
-            Some(driver) => threads.drive(driver, &self.parts, finished)?,
-            None => idle = Some(finished),
-        }
-        if self.parts.desk.is_shared() {
-            threads.follow(&self.parts, &self.receiver)?;
-        }
-        let mut signals = Signals::new().map_err(|source| ServeError::System { what: "signals", source })?;
-        let mut reload = tokio::time::interval(RELOAD);
-        reload.tick().await;
-        loop {
-            tokio::select! {
-                () = signals.next() => break,
-                ended = &mut end => {
-                    // A driver that panicked has told nothing: there is no release to wait for.
-                    if ended.is_ok() {
-                        tokio::select! { () = self.linger() => {}, () = signals.next() => {} }
-                    }
-                    break;
-                }
-                _ = reload.tick() => self.reload(server.as_ref())?,
-                _ = hangup.recv() => {
-                    self.reload(server.as_ref())?;
-                    let problem = self.directory.admin_token().map(|token| port.replace_token(&token));
-                    let problem = problem.err().map(|error| crate::receive::chain(&error));
-                    self.parts.events.tell(&Event::Reloaded { problem });
-                }
-            }
-        }
-        self.stop.store(true, Ordering::SeqCst);
-        self.cancel.cancel();
-        self.parts.storage.watch.notify();
-        if let Some(server) = server {
-            server.close().await;
-        }
-        port.close().await;
-        drop(idle);
-        // The driver ends at the next step; its stage's calls were cancelled.
-        threads.join().await
-    }
-
-    fn bind(&self, service: Service) -> Result<Arc<QuicServer>, ServeError> {
-        let (address, limits) = (self.parts.config.listen, ServeLimits::default());
-        let server = QuicServer::bind(address, self.identity()?, service, limits, self.parts.clock.clone());
-        server.map(Arc::new).map_err(|source| ServeError::Listen { address, source: source.into() })
-    }
-
-    fn identity(&self) -> Result<ServerIdentity, IdentityError> {
-        self.authority.issue_server(self.parts.clock.unix_ms(), SERVER_LIFE_MS)
-    }
-
-    fn reload(&self, server: Option<&Arc<QuicServer>>) -> Result<(), ServeError> {
-        server.map_or(Ok(()), |server| server.reload(self.identity()?)).map_err(ServeError::from)
-    }
-
-    /// The operator's port, if there is to be one, and where it is.
-    async fn open_port(
-        &self,
-        server: Option<&Arc<QuicServer>>,
-    ) -> Result<(Option<SocketAddr>, Port), ServeError> {
-        let Listen::At(address) = self.parts.config.admin.listen else { return Ok((None, Port::default())) };
-        let refused = |source: std::io::Error| ServeError::Admin { address, source };
-        let listener = tokio::net::TcpListener::bind(address).await.map_err(refused)?;
-        let local = listener.local_addr().map_err(refused)?;
-        let connections = {
-            let server = server.map(Arc::downgrade);
-            Arc::new(move || {
-                let server = server.as_ref().and_then(std::sync::Weak::upgrade);
-                server.map_or(0, |server| server.connections())
-            })
-        };
-        let observer = Observer::new(View {
-            parts: self.parts.clone(),
-            receiver: self.receiver.clone(),
-            counts: self.counts.clone(),
-            recent: self.recent.clone(),
-            connections,
-            stopping: self.stop.clone(),
-            directory: self.directory.path().to_owned(),
-        });
-        let token = Token::new(&self.directory.admin_token()?);
-        let admin = Admin {
-            observer: Arc::new(observer),
-            token: token.clone(),
-            metrics_token: self.parts.config.admin.metrics_token,
-        };
-        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let serving = tokio::spawn(admin.serve(listener, async { drop(stopped.await) }));
-        Ok((Some(local), Port { open: Some((stop, serving)), token: Some(token) }))
-    }
-
-    fn version(&self) -> Result<Version, ServeError> {
-        Ok(self.parts.publisher.head()?.map(|signed| signed.release.version).unwrap_or_default())
-    }
-
-    /// Until every device that was seen has the release, or the time is over.
-    async fn linger(&self) {
-        let end_ms = self.parts.clock.unix_ms().saturating_add(self.linger_ms);
-        while self.parts.clock.unix_ms() < end_ms {
-            let Ok(version) = self.version() else { return };
-            if self.receiver.installed().values().all(|installed| *installed == version) {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
-    }
-}
-
-/// The operator's port, as long as it is open.
-#[derive(Default)]
-struct Port {
-    open: Option<(tokio::sync::oneshot::Sender<()>, tokio::task::JoinHandle<()>)>,
-    token: Option<Token>,
-}
-
-impl Port {
-    fn replace_token(&self, token: &str) {
-        if let Some(held) = &self.token {
-            held.replace(token);
-        }
-    }
-
-    /// Ends what is under way.
-    async fn close(self) {
-        let Some((stop, serving)) = self.open else { return };
-        drop(stop);
-        if serving.await.is_err() {
-            tracing::error!("the admin port ended with a panic");
-        }
-    }
-}
-
-/// The threads beside the runtime's, and how they end.
-struct Threads {
-    stop: Arc<AtomicBool>,
-    running: Vec<std::thread::JoinHandle<()>>,
-}
-
-impl Threads {
-    fn of(stop: Arc<AtomicBool>) -> Self {
-        Self { stop, running: Vec::new() }
-    }
-
-    fn start(
-        &mut self,
-        name: &str,
-        work: impl FnOnce(&AtomicBool) + Send + 'static,
-    ) -> Result<(), ServeError> {
-        let stop = self.stop.clone();
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&stop));
-        self.running.push(thread.map_err(|source| ServeError::System { what: "a thread", source })?);
-        Ok(())
-    }
-
-    /// The stages, and the lead that they need.
-    fn drive(
-        &mut self,
-        driver: Driver<ModelStages>,
-        parts: &Parts,
-        finished: tokio::sync::oneshot::Sender<()>,
-    ) -> Result<(), ServeError> {
-        let lead = driver.lead();
-        if lead.is_shared() {
-            self.start("lead", move |stop| lead.keep(stop))?;
-        }
-        let (watch, clock) = (parts.storage.watch.clone(), parts.clock.clone());
-        self.start("drive", move |stop| {
-            drive(driver, watch.as_ref(), &clock, stop);
-            if finished.send(()).is_err() {
-                tracing::debug!("ended by a signal");
-            }
-        })
-    }
-
-    /// What others do, and what no device comes back for after it.
-    fn follow(&mut self, parts: &Parts, receiver: &Arc<Receiver>) -> Result<(), ServeError> {
-        let (receiver, watch) = (receiver.clone(), parts.storage.watch.clone());
-        self.start("follow", move |stop| follow(&receiver, watch.as_ref(), stop))
-    }
-
-    /// Waits for all of them.
-    async fn join(self) -> Result<(), ServeError> {
-        for thread in self.running {
-            thread.thread().unpark();
-            join(thread).await?;
-        }
-        Ok(())
-    }
-}
-
-/// The end of a thread.
-async fn join(thread: std::thread::JoinHandle<()>) -> Result<(), ServeError> {
-    match tokio::task::spawn_blocking(move || thread.join()).await {
-        Ok(Ok(())) => Ok(()),
-        _ => Err(ServeError::Driver),
-    }
-}
-
-/// Looks at what other processes do until somebody says stop and wakes the watch.
-pub fn follow(receiver: &Receiver, watch: &dyn Watch, stop: &AtomicBool) {
-    while !stop.load(Ordering::SeqCst) {
-        let mark = watch.mark();
-        if let Err(error) = receiver.follow() {
-            tracing::warn!(error = crate::receive::chain(&error), "the round's state cannot be read");
-        }
-        watch.wait(mark, LOOK);
-        // Hints come by the dozen while devices come.
-        std::thread::sleep(FOLLOW_APART);
-    }
-}
-
-/// Carries out stages until the last wanted round is over or somebody says stop and wakes the watch.
-pub fn drive<S: Stages>(mut driver: Driver<S>, watch: &dyn Watch, clock: &Clock, stop: &AtomicBool) {
-    while !stop.load(Ordering::SeqCst) {
-        let mark = watch.mark();
-        match driver.step() {
-            Step::Worked => {}
-            Step::Stop => return,
-            Step::Wait(at_ms) => {
-                let until = at_ms.map_or(LOOK, |at_ms| {
-                    Duration::from_millis(at_ms.saturating_sub(clock.unix_ms())).min(LOOK)
-                });
-                watch.wait(mark, until);
-            }
-        }
-    }
-}
-
-/// The signals that end a server.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-}
-
-impl Signals {
-    fn new() -> std::io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
-    }
-
-    async fn next(&mut self) {
-        tokio::select! { _ = self.terminate.recv() => {}, _ = self.interrupt.recv() => {} }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_driver_that_panics_is_no_success() {
-        join(std::thread::spawn(|| {})).await.unwrap();
-        let panicked = std::thread::spawn(|| panic!("a stage's bug"));
-        assert!(matches!(join(panicked).await, Err(ServeError::Driver)));
-    }
 }

@@ -1,9 +1,9 @@
-//! What the aggregator must not forget, behind four small traits; and a fifth for who drives, where several could.
+//! What the aggregator must not forget, behind five small traits.
 //!
-//! `receive` writes to [`Inbox`] and [`Blob`], the round and `publish` write to [`Coord`], and
-//! [`Watch`] only says "look again". One machine needs SQLite and files ([`Storage::open`]); several share PostgreSQL and
-//! a bucket ([`Storage::of`]). The same contract suite (`contract.rs`) runs on those and on the in-memory twins of the
-//! simulation.
+//! `receive` writes to [`Inbox`] and [`Blob`], the round and `publish` write to [`Coord`], [`Watch`] only says "look again",
+//! and [`Lead`] says who drives, where several could. One machine needs SQLite and files ([`Storage::open`]); several share
+//! PostgreSQL and a bucket ([`Storage::of`]). The same contract suite (`contract.rs`) runs on those and on the in-memory
+//! twins of the simulation.
 //!
 //! Errors are split by what a caller may conclude. After a *determinate* error nothing happened. After
 //! an *indeterminate* one the operation may or may not have happened, and the caller must look.
@@ -27,7 +27,7 @@ mod tests;
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use commonweal_protocol::Digest;
 
@@ -50,7 +50,7 @@ pub const VALUE_BYTES_MAX: usize = 4 << 20;
 /// Longest name of a log, queue or key.
 pub const NAME_BYTES_MAX: usize = 200;
 /// Most rows that one call returns.
-pub const PAGE_MAX: usize = 10_000;
+pub const PAGE_MAX: usize = 50_000;
 
 type Cause = Box<dyn std::error::Error + Send + Sync>;
 
@@ -117,6 +117,17 @@ pub enum StoreError {
         /// What is there.
         got: i64,
     },
+    /// The objects are of another federation, whose files this one would delete. Nothing was touched.
+    #[error(
+        "storage.objects: expected objects of this database's federation, {expected}, got those of {got}, as the object \
+         `{MARK}` there says; docs/operations.md says more"
+    )]
+    Foreign {
+        /// The database's.
+        expected: String,
+        /// Whose they are.
+        got: String,
+    },
     /// Too large, too long, or not what its digest says. Nothing was written.
     #[error("{subject}: expected {expected}, got {got}")]
     Refused {
@@ -133,6 +144,10 @@ impl StoreError {
     /// True when the operation certainly left no trace.
     pub fn is_determinate(&self) -> bool {
         !matches!(self, Self::Indeterminate { .. })
+    }
+
+    fn lease_lost(queue: &str, key: &str, owner: &str) -> Self {
+        Self::LeaseLost { queue: queue.to_owned(), key: key.to_owned(), owner: owner.to_owned() }
     }
 
     pub(crate) fn not_done(operation: &'static str, subject: &str, source: impl Into<Cause>) -> Self {
@@ -167,16 +182,29 @@ pub struct While<'log> {
 pub trait Coord: Send + Sync {
     /// The newest entry of `log`.
     fn head(&self, log: &str) -> Result<Option<Entry>, StoreError>;
-    /// Appends `value` if the head's sequence is `expected` (0 for an empty log); returns the new one.
-    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError>;
-    /// The same, if another log has not moved either; a conflict names the log that has.
+    /// Appends `value` if the head's sequence is `expected` (0 for an empty log), and if another log has not moved, where one
+    /// is named; returns the new sequence. A conflict names the log that has moved, the other one first.
+    fn move_head(
+        &self,
+        log: &str,
+        expected: u64,
+        value: &[u8],
+        other: Option<While<'_>>,
+    ) -> Result<u64, StoreError>;
+    /// [`Coord::move_head`], whatever other logs do.
+    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
+        self.move_head(log, expected, value, None)
+    }
+    /// [`Coord::move_head`], if `other` has not moved.
     fn compare_and_set_while(
         &self,
         log: &str,
         expected: u64,
         value: &[u8],
         other: While<'_>,
-    ) -> Result<u64, StoreError>;
+    ) -> Result<u64, StoreError> {
+        self.move_head(log, expected, value, Some(other))
+    }
     /// Entries from sequence `from` upwards, at most `limit`.
     fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError>;
     /// Names of logs that begin with `prefix` and come after `after`, in order, at most `limit`.
@@ -206,20 +234,41 @@ pub enum Put {
 
 /// Bytes named by their BLAKE3 digest: adapters, updates.
 pub trait Blob: Send + Sync {
-    /// Stores exactly `length` bytes of `source` if they hash to `digest`; durable on return.
+    /// Stores exactly `length` bytes of `source` if they hash to `digest`; durable on return. Where several share the blobs,
+    /// one that is there already is as new afterwards as any ([`Blob::list_older`]).
     fn put_if_absent(&self, digest: &Digest, length: u64, source: &mut dyn Read) -> Result<Put, StoreError>;
     /// Length of a stored blob.
     fn length(&self, digest: &Digest) -> Result<Option<u64>, StoreError>;
     /// Up to `length` bytes from `offset`; shorter at the end.
     fn read_range(&self, digest: &Digest, offset: u64, length: usize) -> Result<Vec<u8>, StoreError>;
     /// Digests after `after`, in order, at most `limit`.
-    fn list(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<Digest>, StoreError>;
+    fn list(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<Digest>, StoreError> {
+        self.list_older(Duration::ZERO, after, limit)
+    }
+    /// The same, without those that somebody stored within the last `age`, by the store's own clock.
+    fn list_older(
+        &self,
+        age: Duration,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<Digest>, StoreError>;
     /// Forgets a blob; absent is not an error.
     fn delete(&self, digest: &Digest) -> Result<(), StoreError>;
-    /// Forgets several; a failure leaves open which of them are forgotten.
-    fn delete_all(&self, digests: &[Digest]) -> Result<(), StoreError> {
-        digests.iter().try_for_each(|digest| self.delete(digest))
+    /// Forgets several, and begins nothing after `until`; a failure leaves open which of them are forgotten.
+    fn delete_all(&self, digests: &[Digest], until: Option<Instant>) -> Result<(), StoreError> {
+        digests.iter().try_for_each(|digest| {
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return Err(StoreError::not_done("delete blob", &digest.to_string(), "the time is over"));
+            }
+            self.delete(digest)
+        })
     }
+    /// How long a deletion may still come to pass that nobody waits for any more.
+    fn deletion_lasts(&self) -> Duration {
+        Duration::ZERO
+    }
+    /// Notes whose blobs these are, unless that is noted already; whose they are.
+    fn mark(&self, owner: &str) -> Result<String, StoreError>;
     /// Free bytes where blobs are kept, to refuse an upload before it begins; none where no end is known.
     fn free_bytes(&self) -> Result<Option<u64>, StoreError>;
 
@@ -274,16 +323,29 @@ pub enum Append {
 
 /// Accepted updates, each once, until a merge has taken them.
 pub trait Inbox: Send + Sync {
-    /// Stores an item unless its key is there; durable on return.
-    fn append_once(&self, queue: &str, key: &str, value: &[u8]) -> Result<Append, StoreError>;
-    /// The same, if a log has not moved; otherwise a conflict, whether the key is there or not.
+    /// Stores an item unless its key is there; durable on return. A conflict if the log has moved, where one is named, whether
+    /// the key is there or not.
+    fn append(
+        &self,
+        queue: &str,
+        key: &str,
+        value: &[u8],
+        log: Option<While<'_>>,
+    ) -> Result<Append, StoreError>;
+    /// [`Inbox::append`], whatever logs do.
+    fn append_once(&self, queue: &str, key: &str, value: &[u8]) -> Result<Append, StoreError> {
+        self.append(queue, key, value, None)
+    }
+    /// [`Inbox::append`], if `log` has not moved.
     fn append_once_while(
         &self,
         queue: &str,
         key: &str,
         value: &[u8],
         log: While<'_>,
-    ) -> Result<Append, StoreError>;
+    ) -> Result<Append, StoreError> {
+        self.append(queue, key, value, Some(log))
+    }
     /// The item's value, acknowledged or not.
     fn find(&self, queue: &str, key: &str) -> Result<Option<Vec<u8>>, StoreError>;
     /// All items of a queue by key, acknowledged or not, at most `limit`.
@@ -373,11 +435,20 @@ impl Storage {
 }
 
 impl Storage {
-    /// Where the settings say; what they do not name is under `dir`, as in [`Storage::open`].
+    /// Where the settings say; what they do not name is under `dir`, as in [`Storage::open`]. Objects of another federation
+    /// are refused.
     pub fn of(dir: &Path, settings: &config::Storage, access: Access) -> Result<Self, StoreError> {
         if settings.is_local() {
             return Self::open(dir, access);
         }
+        let storage = Self::reach(dir, settings, access)?;
+        if settings.objects.is_some() {
+            check_owner(storage.coord.as_ref(), storage.blob.as_ref())?;
+        }
+        Ok(storage)
+    }
+
+    fn reach(dir: &Path, settings: &config::Storage, access: Access) -> Result<Self, StoreError> {
         let bridge = Bridge::start().map_err(|error| StoreError::not_done("open", "a runtime", error))?;
         let blob: Arc<dyn Blob> = match &settings.objects {
             None => Arc::new(FileBlob::open(&dir.join("blobs"), Arc::new(RealDisk), access)?),
@@ -407,6 +478,42 @@ fn objects(url: &str, settings: &config::Storage, bridge: Arc<Bridge>) -> Result
         place::Objects::Folder(path) => Arc::new(FileBlob::open(&path, Arc::new(RealDisk), Access::Shared)?),
         place::Objects::Bucket { name, prefix } => {
             Arc::new(ObjectBlob::bucket(&name, &prefix, settings, bridge)?)
+        }
+    })
+}
+
+/// The log with the federation's name, drawn once.
+const FEDERATION: &str = "federation";
+
+/// Each of two federations would delete what only the other names.
+fn check_owner(coord: &dyn Coord, blob: &dyn Blob) -> Result<(), StoreError> {
+    let drawn = format!("{:032x}", rand::random::<u128>());
+    let name = match coord.head(FEDERATION)? {
+        Some(entry) => entry.value,
+        None => match coord.compare_and_set(FEDERATION, 0, drawn.as_bytes()) {
+            Ok(_) => drawn.into_bytes(),
+            // Another process was faster, or this one was not told.
+            Err(error) => coord.head(FEDERATION)?.map(|entry| entry.value).ok_or(error)?,
+        },
+    };
+    let name = String::from_utf8_lossy(&name).into_owned();
+    let owner = blob.mark(&name)?;
+    if owner == name {
+        return Ok(());
+    }
+    Err(StoreError::Foreign { expected: name, got: owner })
+}
+
+/// The object that says whose the others are.
+const MARK: &str = "federation";
+
+/// What it says, if it can be that.
+fn owner_of(bytes: Vec<u8>) -> Result<String, StoreError> {
+    String::from_utf8(bytes).ok().filter(|owner| owner.len() <= NAME_BYTES_MAX).ok_or_else(|| {
+        StoreError::Refused {
+            subject: format!("object `{MARK}`"),
+            expected: "a federation's name".to_owned(),
+            got: "something else".to_owned(),
         }
     })
 }

@@ -6,8 +6,6 @@
 //! the device's own span, if the device sent its place. From a release: the span `publish` that says its version, in whose trace
 //! is `merge`, whose links lead to each update and so to its device.
 
-use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use commonweal_protocol::{AggregatorKey, DeviceId, Digest, RoundId, TraceContext};
@@ -16,8 +14,6 @@ use commonweal_transport::Clock;
 
 use crate::events::{Event, Figures, Origin};
 
-/// Rounds whose beginning is remembered; more are never under way at once.
-const ROUNDS_MAX: usize = 4;
 /// Requests that are a part of bringing an update.
 const UPLOADING: [&str; 3] = ["open", "chunk", "finish"];
 
@@ -28,24 +24,19 @@ pub(crate) struct Tracer {
     /// Tells this aggregator's rounds from those of another with the same collector.
     aggregator: AggregatorKey,
     clock: Clock,
-    begun_ms: Mutex<BTreeMap<RoundId, u64>>,
 }
 
 impl Tracer {
     /// Spans of the aggregator whose first signing key this is.
     pub(crate) fn new(traces: Traces, aggregator: AggregatorKey, clock: Clock) -> Self {
-        Self { traces, aggregator, clock, begun_ms: Mutex::default() }
+        Self { traces, aggregator, clock }
     }
 
     /// Makes a span of an event, if it is the end of something.
     pub(crate) fn hear(&self, event: &Event) {
         let now_ms = self.clock.unix_ms();
         match event {
-            Event::RoundOpened { round, .. } => {
-                self.begun_ms(*round);
-            }
             Event::Received { round, device, bytes, digest, task_round, opened_ms, trace, .. } => {
-                self.begun_ms(*round);
                 self.traces.tell(Span {
                     name: "receive",
                     context: self.receive(*task_round, device, digest),
@@ -63,13 +54,20 @@ impl Tracer {
                     failed: None,
                 });
             }
-            Event::Refused { device: Some(device), request, refusal, update, .. }
+            Event::Refused { device: Some(device), request, round, refusal, update, .. }
                 if UPLOADING.contains(request) =>
             {
-                self.refused(device, request, &refusal.to_string(), *update, now_ms);
+                self.refused(*round, (device, *request), &refusal.to_string(), *update, now_ms);
             }
-            Event::Stage { round, seconds, figures } => self.stage(*round, *seconds, figures, now_ms),
-            Event::Rejected { round, reason } => self.end(*round, now_ms, Some(reason.clone())),
+            Event::Stage { round, opened_ms, seconds, figures } => {
+                self.stage(*round, *seconds, figures, now_ms);
+                if let Figures::Publish { .. } = figures {
+                    self.end(*round, (*opened_ms, now_ms), None);
+                }
+            }
+            Event::Rejected { round, opened_ms, reason } => {
+                self.end(*round, (*opened_ms, now_ms), Some(reason.clone()));
+            }
             _ => {}
         }
     }
@@ -79,8 +77,14 @@ impl Tracer {
         self.traces.end(within);
     }
 
-    fn refused(&self, device: &DeviceId, request: &str, why: &str, update: Option<Digest>, now_ms: u64) {
-        let round = self.latest().unwrap_or_default();
+    fn refused(
+        &self,
+        round: RoundId,
+        (device, request): (&DeviceId, &str),
+        why: &str,
+        update: Option<Digest>,
+        now_ms: u64,
+    ) {
         let trace = self.round(round);
         // One device can be refused often: each refusal is a span of its own.
         let matter: [&[u8]; 3] = [b"refused", &device.0, &rand::random::<[u8; 8]>()];
@@ -129,43 +133,21 @@ impl Tracer {
             links,
             failed: None,
         });
-        if let Figures::Publish { .. } = figures {
-            self.end(round, now_ms, None);
-        }
     }
 
     /// The round is over.
-    fn end(&self, round: RoundId, now_ms: u64, failed: Option<String>) {
-        let begun_ms = self.begun_ms(round);
-        self.lock().remove(&round);
+    fn end(&self, round: RoundId, (opened_ms, now_ms): (u64, u64), failed: Option<String>) {
         let outcome = if failed.is_some() { "rejected" } else { "published" };
         self.traces.tell(Span {
             name: "round",
             context: self.round(round),
             parent: None,
-            begun: at(begun_ms),
+            begun: at(opened_ms),
             ended: at(now_ms),
             says: vec![("commonweal.round", number(round.0)), ("commonweal.outcome", outcome.into())],
             links: Vec::new(),
             failed,
         });
-    }
-
-    /// When the round began, as far as this process has seen it.
-    fn begun_ms(&self, round: RoundId) -> u64 {
-        let mut begun_ms = self.lock();
-        while begun_ms.len() >= ROUNDS_MAX && !begun_ms.contains_key(&round) {
-            begun_ms.pop_first();
-        }
-        *begun_ms.entry(round).or_insert_with(|| self.clock.unix_ms())
-    }
-
-    fn latest(&self) -> Option<RoundId> {
-        self.lock().last_key_value().map(|(round, _)| *round)
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<RoundId, u64>> {
-        self.begun_ms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn round(&self, round: RoundId) -> TraceContext {

@@ -403,17 +403,14 @@ impl<F: Fn(&'static str) + Send + Sync> Coord for Spy<F> {
         self.1("head");
         self.0.head(log)
     }
-    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
-        self.0.compare_and_set(log, expected, value)
-    }
-    fn compare_and_set_while(
+    fn move_head(
         &self,
         log: &str,
         expected: u64,
         value: &[u8],
-        other: While<'_>,
+        other: Option<While<'_>>,
     ) -> Result<u64, StoreError> {
-        self.0.compare_and_set_while(log, expected, value, other)
+        self.0.move_head(log, expected, value, other)
     }
     fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
         self.1("scan");

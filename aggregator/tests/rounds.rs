@@ -163,6 +163,18 @@ fn two_updates_become_a_release_with_lineage_figures_and_nothing_left_over() {
         })
         .collect();
     assert_eq!(stages, ["merge", "align", "evaluate", "publish"]);
+    drop(events);
+    assert_eq!(opened(&world), [record.opened_ms; 4]);
+}
+
+/// When the rounds began, as the events say that end something in them.
+fn opened(world: &World) -> Vec<u64> {
+    let events = world.events.lock().unwrap();
+    let opened = events.iter().filter_map(|event| match event {
+        Event::Stage { opened_ms, .. } | Event::Rejected { opened_ms, .. } => Some(*opened_ms),
+        _ => None,
+    });
+    opened.collect()
 }
 
 #[test]
@@ -176,6 +188,7 @@ fn a_candidate_that_fails_a_gate_leaves_the_release_and_says_why() {
     assert_eq!(record.outcome, "rejected");
     assert_eq!(record.reason.unwrap(), "safe rate: expected at least 0.8000, got 0.4000");
     assert_eq!(record.candidate.unwrap().safe_rate, Some(0.4));
+    assert_eq!(opened(&world), [record.opened_ms; 4], "merge, align, evaluate, and the round's end");
     assert_eq!(record.failed_gates.len(), 1);
     assert_eq!(world.parts.storage.blob.list(None, 10).unwrap().len(), 1, "the candidate is not kept");
     // The next round starts from the release that stayed.

@@ -17,33 +17,38 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use aggregator::config::{Config, Gates};
 use aggregator::desk::{Desk, Record, records};
 use aggregator::drive::{Driver, Stages};
-use aggregator::events::{AlignFigures, EvaluateFigures, Event, Events};
+use aggregator::events::{AlignFigures, EvaluateFigures};
 use aggregator::laboratory::{Base, LaboratoryError};
-use aggregator::optimize::OptimizerState;
-use aggregator::pause::PausePoint;
-use aggregator::publish::{Candidate, Publisher};
-use aggregator::receive::partial::PartialMemory;
+use aggregator::publish::Publisher;
 use aggregator::receive::{Parts, Receiver};
-use aggregator::round::{Policy, RoundMode};
+use aggregator::round::RoundMode;
 use aggregator::serve;
 use aggregator::store::{Faults, MemoryStorage};
 use commonweal_adapter::Adapter;
-use commonweal_protocol::{DeviceId, Digest, KeyNumber, Poll, ReportCard, RoundId, SigningKey, Version};
+use commonweal_protocol::{DeviceId, Digest, KeyNumber, Poll, RoundId, SigningKey, Version};
 use commonweal_transport::{Clock, Opened};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use support::shared::{config, first_release, process};
 use support::{BASE, chunk, device, layout, open, update};
 
 const PROCESSES: usize = 3;
 const DEVICES: u8 = 8;
 
-struct Passing;
+/// Stages of one process, whose alignment comes to something else than any other's, as that of another machine may.
+struct Passing {
+    shift: f32,
+}
 
 impl Stages for Passing {
-    fn align(&mut self, _: RoundId, candidate: Adapter) -> Result<(Adapter, AlignFigures), LaboratoryError> {
+    fn align(
+        &mut self,
+        _: RoundId,
+        mut candidate: Adapter,
+    ) -> Result<(Adapter, AlignFigures), LaboratoryError> {
+        candidate.values_mut().iter_mut().for_each(|value| *value += self.shift);
         // Long enough for the lead to change hands meanwhile.
         thread::sleep(Duration::from_millis(2));
         Ok((candidate, AlignFigures::default()))
@@ -52,67 +57,6 @@ impl Stages for Passing {
     fn evaluate(&mut self, _: RoundId, _: &Adapter) -> Result<EvaluateFigures, LaboratoryError> {
         Ok(EvaluateFigures::default())
     }
-}
-
-fn config(mode: RoundMode) -> Config {
-    let round = Policy {
-        mode,
-        goal: 5,
-        over_selection: 1.6,
-        quorum: 2,
-        wait_ms: 20,
-        deadline_ms: 150,
-        ..Policy::default()
-    };
-    let mut config = Config { round, ..Config::default() };
-    config.align.enabled = false;
-    config.evaluate.gates = Gates::off();
-    (config.receive.reserve_bytes, config.receive.releases_kept) = (0, 40);
-    (config.receive.requests_burst, config.receive.requests_per_second) = (1_000_000, 1e6);
-    config.storage.lead_seconds = 3;
-    config
-}
-
-/// One process's parts, over the shared contents.
-fn process(memory: &MemoryStorage, config: &Config, told: &Arc<Mutex<Vec<String>>>) -> Parts {
-    let storage = memory.shared().storage();
-    let key = SigningKey::from_bytes(&[3; 32]);
-    let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), key.clone(), BASE);
-    let told = told.clone();
-    let events = Events::to(move |event| {
-        if matches!(event, Event::Rejected { .. } | Event::Retrying { .. }) {
-            told.lock().unwrap().push(event.sentence());
-        }
-    });
-    let clock = Clock::system();
-    let policy = config.round.clone();
-    let desk =
-        Desk::open(storage.clone(), publisher.clone(), policy, events.clone(), clock.unix_ms()).unwrap();
-    Parts {
-        config: Arc::new(config.clone()),
-        storage,
-        partials: Arc::new(PartialMemory::default()),
-        publisher,
-        desk,
-        base: BASE,
-        layout: layout(),
-        signer: key.into(),
-        clock,
-        events,
-        pause: PausePoint::default(),
-    }
-}
-
-fn first_release(memory: &MemoryStorage, base: &Base) {
-    let storage = memory.storage();
-    let bytes = base.write(&Adapter::init(layout(), 0)).unwrap();
-    let digest = Digest::of(&bytes);
-    storage.blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice()).unwrap();
-    let card = ReportCard::default();
-    Record::of_base(&card, 0).append(storage.coord.as_ref()).unwrap();
-    let publisher = Publisher::new(storage.coord, storage.blob, SigningKey::from_bytes(&[3; 32]), BASE);
-    let state = OptimizerState::default();
-    publisher.publish(Candidate { round: None, parent: None, digest, state, card }, 0).unwrap();
 }
 
 type Receipts = BTreeMap<(RoundId, DeviceId), Digest>;
@@ -175,13 +119,15 @@ fn run(mode: RoundMode, rounds: u64, faults: Faults) -> Outcome {
     first_release(&memory, &base);
     let config = config(mode);
     let told = Arc::new(Mutex::new(Vec::new()));
-    let parts: Vec<Parts> = (0..PROCESSES).map(|_| process(&memory, &config, &told)).collect();
+    let clock = Clock::system();
+    let parts: Vec<Parts> = (0..PROCESSES).map(|_| process(&memory, &config, &clock, &told)).collect();
     let receivers: Vec<_> = parts.iter().map(|parts| Arc::new(Receiver::new(parts.clone()))).collect();
     let (no_devices, no_drivers) = (AtomicBool::new(false), AtomicBool::new(false));
     let lapses = AtomicU64::new(0);
     let receipts = thread::scope(|scope| {
-        for (parts, receiver) in parts.iter().zip(&receivers) {
-            let driver = Driver::new(parts.clone(), base.clone(), Passing);
+        for (number, (parts, receiver)) in (1_u8..).zip(parts.iter().zip(&receivers)) {
+            let stages = Passing { shift: f32::from(number) / 1000.0 };
+            let driver = Driver::new(parts.clone(), base.clone(), stages);
             let (lead, watch, stop) = (driver.lead(), parts.storage.watch.clone(), &no_drivers);
             scope.spawn(move || {
                 while !stop.load(Ordering::SeqCst) {
@@ -205,13 +151,15 @@ fn run(mode: RoundMode, rounds: u64, faults: Faults) -> Outcome {
         let current = || memory.storage().coord.head(aggregator::desk::RECORDS).unwrap().unwrap().sequence;
         while current() <= rounds {
             thread::sleep(Duration::from_millis(random.random_range(1..30)));
-            match random.random_range(0..4) {
+            match random.random_range(0..5) {
                 // Somebody else may take it, while this one works on for a while.
                 0 => {
                     memory.lapse_lead();
                     lapses.fetch_add(1, Ordering::SeqCst);
                 }
                 1 => memory.inject(random.random(), faults),
+                // What nobody named by now may be swept.
+                2 => memory.pass(Duration::from_secs(400)),
                 _ => memory.heal(),
             }
             hint(&parts);

@@ -202,14 +202,19 @@ impl Modelless {
         let server = self.bind(port, self.service_of(receiver.clone()), limits)?;
         listening(&self, server.local_addr())?;
         let (stop, watch) = (AtomicBool::new(false), self.parts.storage.watch.as_ref());
+        let has_driven = AtomicBool::new(false);
         thread::scope(|scope| {
             if let Some(driver) = driver {
-                let lead = driver.lead();
-                if lead.is_shared() {
-                    let stop = &stop;
-                    scope.spawn(move || lead.keep(stop));
-                }
-                scope.spawn(|| serve::drive(driver, watch, clock, &stop));
+                let (lead, stop_keeping) = (driver.lead(), &has_driven);
+                let kept = lead.is_shared().then(|| scope.spawn(move || lead.keep(stop_keeping)));
+                let stop = &stop;
+                scope.spawn(move || {
+                    serve::drive(driver, watch, clock, stop);
+                    stop_keeping.store(true, Ordering::SeqCst);
+                    if let Some(kept) = kept {
+                        kept.thread().unpark();
+                    }
+                });
             }
             if self.parts.desk.is_shared() {
                 scope.spawn(|| serve::follow(&receiver, watch, &stop));

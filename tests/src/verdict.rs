@@ -12,7 +12,7 @@ use aggregator::{
     receive::Parts,
     store::Blob,
 };
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use commonweal_protocol::{DeviceId, Digest, RoundId, SignedReceipt, Version};
 use serde::Serialize;
 
@@ -68,7 +68,8 @@ pub fn judge(parts: &Parts, held: &[Held]) -> Result<Found> {
         found.published += u64::from(record.published);
         found.abandoned += u64::from(record.outcome == "abandoned");
         found.merged += record.norms.len() as u64;
-        check_round(record, sent.get(&record.round).unwrap_or(&BTreeMap::new()))?;
+        let sent = sent.get(&record.round).cloned().unwrap_or_default();
+        check_round(record, &sent, parts.config.round.quorum)?;
     }
     for (round, receipts) in &sent {
         found.receipts += receipts.len() as u64;
@@ -121,18 +122,28 @@ fn check_rounds(rounds: &[Record], publisher: &Publisher) -> Result<()> {
     Ok(())
 }
 
-/// Who has a receipt was merged, once; who was merged is a device.
-fn check_round(record: &Record, receipts: &BTreeMap<DeviceId, Digest>) -> Result<()> {
-    let round = record.round;
-    let merged: BTreeSet<DeviceId> = record.norms.iter().map(|(device, _)| *device).collect();
-    ensure!(merged.len() == record.norms.len(), "round {round}: a device was merged twice");
-    if !record.published {
-        let (counted, held) = (record.updates as usize, receipts.len());
-        ensure!(counted >= held, "round {round}: {held} receipts, but the record counts {counted} updates");
-        return Ok(());
-    }
-    if let Some(device) = receipts.keys().find(|device| !merged.contains(device)) {
-        bail!("round {round}: the update of {device} was acknowledged and is not in the release");
+/// Who has a receipt was merged, once, with what the receipt names. Only a round that had too few updates, or was refused
+/// before it was merged, merges nobody.
+fn check_round(record: &Record, receipts: &BTreeMap<DeviceId, Digest>, quorum: u32) -> Result<()> {
+    let (round, counted, held) = (record.round, record.updates, receipts.len());
+    let merged: BTreeMap<DeviceId, Digest> =
+        record.lineage.iter().map(|origin| (origin.device, origin.digest)).collect();
+    ensure!(merged.len() == record.lineage.len(), "round {round}: a device was merged twice");
+    ensure!(merged.len() == record.norms.len(), "round {round}: norms and lineage name other devices");
+    ensure!(
+        counted as usize >= held,
+        "round {round}: {held} receipts, but the record counts {counted} updates"
+    );
+    if record.outcome == "abandoned" {
+        ensure!(
+            counted < quorum,
+            "round {round}: given up with {counted} updates, and the quorum is {quorum}"
+        );
+    } else if record.published || !merged.is_empty() {
+        for (device, digest) in receipts {
+            let found = merged.get(device);
+            ensure!(found == Some(digest), "round {round}: {device} has a receipt for what was not merged");
+        }
     }
     Ok(())
 }
@@ -150,17 +161,28 @@ fn check_blobs(publisher: &Publisher, blob: &dyn Blob) -> Result<()> {
 mod tests {
     #![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
 
+    use aggregator::events::Origin;
+
     use super::*;
 
     const A: DeviceId = DeviceId([1; 16]);
     const B: DeviceId = DeviceId([2; 16]);
 
-    fn round(published: bool, merged: &[DeviceId]) -> Record {
+    fn round(outcome: &str, merged: &[DeviceId]) -> Record {
+        let origin = |device: &DeviceId| Origin {
+            device: *device,
+            digest: Digest([7; 32]),
+            round: RoundId(1),
+            start: Version(0),
+            staleness: 0,
+        };
         Record {
             round: RoundId(1),
-            published,
+            outcome: outcome.to_owned(),
+            published: outcome == "published",
             updates: merged.len() as u32,
             norms: merged.iter().map(|device| (*device, 1.0)).collect(),
+            lineage: merged.iter().map(origin).collect(),
             ..Record::default()
         }
     }
@@ -171,13 +193,28 @@ mod tests {
 
     #[test]
     fn what_is_lost_or_counted_twice_is_found() {
-        check_round(&round(true, &[A, B]), &receipts(&[A])).unwrap();
-        let lost = check_round(&round(true, &[A]), &receipts(&[A, B])).unwrap_err().to_string();
-        assert!(lost.contains("was acknowledged and is not in the release"), "{lost}");
-        let twice = check_round(&round(true, &[A, A]), &receipts(&[A])).unwrap_err().to_string();
+        let refused = |record: &Record, devices: &[DeviceId]| {
+            check_round(record, &receipts(devices), 2)
+                .err()
+                .map_or_else(String::new, |error| error.to_string())
+        };
+        for outcome in ["published", "rejected"] {
+            assert_eq!(refused(&round(outcome, &[A, B]), &[A]), "");
+            let uncounted = refused(&round(outcome, &[A]), &[A, B]);
+            assert!(uncounted.contains("2 receipts, but the record counts 1"), "{uncounted}");
+            let lost = refused(&Record { updates: 2, ..round(outcome, &[A]) }, &[A, B]);
+            assert!(lost.contains("has a receipt for what was not merged"), "{lost}");
+            let mut other = round(outcome, &[A]);
+            other.lineage[0].digest = Digest([8; 32]);
+            assert!(refused(&other, &[A]).contains("has a receipt for what was not merged"));
+        }
+        let twice = refused(&round("published", &[A, A]), &[A]);
         assert!(twice.contains("merged twice"), "{twice}");
-        check_round(&round(false, &[A]), &receipts(&[A])).unwrap();
-        assert!(check_round(&round(false, &[A]), &receipts(&[A, B])).is_err());
+        // Refused before it was merged, or with too few.
+        assert_eq!(refused(&Record { updates: 2, ..round("rejected", &[]) }, &[A, B]), "");
+        assert_eq!(refused(&Record { updates: 1, ..round("abandoned", &[]) }, &[A]), "");
+        let enough = refused(&Record { updates: 2, ..round("abandoned", &[]) }, &[A, B]);
+        assert!(enough.contains("given up with 2 updates, and the quorum is 2"), "{enough}");
     }
 
     #[test]
@@ -190,7 +227,7 @@ mod tests {
         let mut rounds = vec![Record { round: RoundId(0), published: true, ..Record::default() }];
         check_rounds(&rounds, publisher).unwrap();
         // Recorded as published, and there is no such release.
-        rounds.push(round(true, &[A]));
+        rounds.push(round("published", &[A]));
         assert!(check_rounds(&rounds, publisher).is_err());
         rounds[1] = Record { round: RoundId(2), ..Record::default() };
         assert!(check_rounds(&rounds, publisher).is_err());

@@ -12,6 +12,11 @@ use commonweal_protocol::{
 
 use super::{Config, ConfigError, Optimizer, Rule};
 use crate::evaluate::sets;
+use crate::round::{GOAL_MAX, TASKS_MAX};
+use crate::store::PAGE_MAX;
+
+const _: () =
+    assert!((GOAL_MAX + TASKS_MAX) as usize <= PAGE_MAX, "a round's updates are listed by one call");
 
 impl Config {
     /// Refuses values that cannot work, all named together.
@@ -95,9 +100,13 @@ impl Config {
             );
         }
         let robust = merge.rule != Rule::Mean && !self.plain;
+        let updates = self.updates_max();
         require(
-            !robust || self.round.goal as usize <= ROBUST_DEVICES_MAX,
-            format!("round.goal: expected at most {ROBUST_DEVICES_MAX} with a robust merge.rule"),
+            !robust || updates <= ROBUST_DEVICES_MAX,
+            format!(
+                "{}: expected at most {ROBUST_DEVICES_MAX} with a robust merge.rule, got {updates}",
+                self.updates_name()
+            ),
         );
         require(
             !robust || !self.train.scaffold,
@@ -233,14 +242,29 @@ impl Config {
         // Rounds that alternate between the factors are even and odd.
         let values = |round| layout.trainable_parameters(self.train.trainable(RoundId(round)));
         let trainable = values(0).max(values(1));
-        let goal_max = ROBUST_VALUES_MAX / trainable.max(1);
-        if self.merge.rule != Rule::Mean && !self.plain && self.round.goal as usize > goal_max {
+        let most = ROBUST_VALUES_MAX / trainable.max(1);
+        let updates = self.updates_max();
+        if self.merge.rule != Rule::Mean && !self.plain && updates > most {
             problems.push(format!(
-                "round.goal: expected at most {goal_max} with a robust merge.rule, as an update has {trainable} values, got {}",
-                self.round.goal
+                "{}: expected at most {most} with a robust merge.rule, as an update has {trainable} values, got {updates}",
+                self.updates_name()
             ));
         }
         if problems.is_empty() { Ok(()) } else { Err(ConfigError::Values(problems)) }
+    }
+
+    /// Updates that a merge may have to take.
+    pub fn updates_max(&self) -> usize {
+        self.round.updates_max(self.storage.coordination.is_some()) as usize
+    }
+
+    /// What decides that number, for messages.
+    fn updates_name(&self) -> &'static str {
+        if self.storage.coordination.is_some() {
+            "round.goal with round.over_selection, as several processes receive"
+        } else {
+            "round.goal"
+        }
     }
 
     /// A reply with this configuration's settings: what does not encode would be refused by devices.
@@ -375,6 +399,13 @@ mod tests {
         assert!(config.check().unwrap_err().to_string().contains("round.goal: expected at most 1024"));
         config.round.goal = 8;
         config.check().unwrap();
+        config.storage.coordination = Some("postgres://a@b/c".to_owned());
+        config.storage.objects = Some("s3://bucket".to_owned());
+        (config.round.goal, config.round.over_selection) = (1_000, 1.1);
+        let text = config.check().unwrap_err().to_string();
+        assert!(text.contains("expected at most 1024") && text.contains("got 1100"), "{text}");
+        (config.merge.rule, config.round.goal) = (Rule::Mean, GOAL_MAX);
+        config.check().unwrap();
     }
 
     #[test]
@@ -442,6 +473,13 @@ mod tests {
         config.round.goal = 17;
         let text = config.check_package(1024, &layout).unwrap_err().to_string();
         assert!(text.contains("round.goal: expected at most 16") && text.contains("got 17"), "{text}");
+        // Several processes take what everybody sends who was asked.
+        (config.round.goal, config.round.over_selection) = (12, 1.3);
+        config.storage.coordination = Some("postgres://a@b/c".to_owned());
+        config.check_package(1024, &layout).unwrap();
+        config.round.over_selection = 1.4;
+        let text = config.check_package(1024, &layout).unwrap_err().to_string();
+        assert!(text.contains("over_selection, as several") && text.contains("got 17"), "{text}");
         config.plain = true;
         config.check_package(1024, &layout).unwrap();
     }

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 use crate::directory;
 use crate::store::place::{Database, Objects, check_endpoint};
 
+/// Longest time of a lead.
+pub(crate) const LEAD_SECONDS_MAX: u32 = 300;
+
 /// Where state is kept. Nothing named: SQLite and files in the state directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -94,8 +97,8 @@ impl Storage {
             let read = std::fs::read(path).map(drop).map_err(|error| format!("{}: {error}", path.display()));
             say("authority", read);
         }
-        if !(2..=300).contains(&self.lead_seconds) {
-            say("lead_seconds", Err(format!("expected 2 to 300, got {}", self.lead_seconds)));
+        if !(2..=LEAD_SECONDS_MAX).contains(&self.lead_seconds) {
+            say("lead_seconds", Err(format!("expected 2 to {LEAD_SECONDS_MAX}, got {}", self.lead_seconds)));
         }
         if !(2..=1_000).contains(&self.connections) {
             say("connections", Err(format!("expected 2 to 1000, got {}", self.connections)));

@@ -155,11 +155,7 @@ impl Record {
     /// The same, if another log has not moved.
     pub(super) fn append_while(&self, coord: &dyn Coord, other: Option<While<'_>>) -> Result<(), DeskError> {
         let bytes = serde_json::to_vec(self).map_err(|error| DeskError::damaged("round's record", error))?;
-        let appended = match other {
-            None => coord.compare_and_set(RECORDS, self.round.0, &bytes),
-            Some(other) => coord.compare_and_set_while(RECORDS, self.round.0, &bytes, other),
-        };
-        match appended {
+        match coord.move_head(RECORDS, self.round.0, &bytes, other) {
             Ok(_) => Ok(()),
             Err(StoreError::Conflict { log, expected, found }) if log == RECORDS && found > expected => {
                 Ok(())

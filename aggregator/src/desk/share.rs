@@ -5,11 +5,16 @@
 //! condition that the door has not moved since before its bytes were stored; whoever closes a round or deletes bytes shuts
 //! the door first, and then sees every update that came in. Only who drives moves it. Where there is one process, a lock
 //! does the same.
+//!
+//! Whoever takes the lead begins a *term*, in the same state: what another does after that as if it still drove (a stage's
+//! result, a close, a record) is refused, since the term under which it was begun is over. Deletions cannot be refused so:
+//! the door tells of them, and where nobody knows how they ended nothing is begun until they have.
 
 use std::sync::RwLockReadGuard;
 use std::time::{Duration, Instant};
 
 use commonweal_protocol::RoundId;
+use serde::{Deserialize, Serialize};
 
 use super::state::{LOG, load};
 use super::{Accepted, Desk, DeskError, Inner, Taken, decode_accepted, queue, received_event};
@@ -27,11 +32,21 @@ const COUNT_ITEMS_PER_MS: u64 = 5;
 /// Times that a step is tried while others move the state.
 pub(super) const TRIES: u32 = 50;
 
+/// What the door's newest entry says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+enum Stand {
+    #[default]
+    Shut,
+    Open(RoundId),
+    /// Shut, while bytes are deleted.
+    Sweeping,
+}
+
 /// Where the door stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Door {
     sequence: u64,
-    open_for: Option<RoundId>,
+    stand: Stand,
 }
 
 /// Held from before an update's bytes are stored until the inbox names them.
@@ -53,12 +68,14 @@ pub enum Pass<'desk> {
 pub(super) struct Shared {
     /// Another process moved the state; what is here is to be read again.
     pub(super) is_behind: bool,
-    /// This process drives, as far as it knows.
-    leads: bool,
+    /// This process drives, as far as it knows, and under this term.
+    term: Option<u64>,
     /// Of who drives.
     door: Option<Door>,
     /// The round whose door was shut after its merge had begun.
     shut_for: Option<RoundId>,
+    /// When what somebody was deleting, and did not end, is over.
+    quiet_ms: Option<u64>,
     counted_ms: u64,
     counted: u64,
 }
@@ -91,15 +108,19 @@ impl Desk {
         inner.stop = rounds.is_over(&self.policy);
         inner.shared.is_behind = false;
         // Who drives also looks whether the round's end is on record; to the others the state is all there is.
-        inner.is_unsure &= inner.shared.leads;
+        inner.is_unsure &= inner.shared.term.is_some();
         Ok(())
     }
 
-    /// This process drives from now on: nothing that it remembers of another time holds.
+    /// This process drives from now on: nothing that it remembers of another time holds, and nothing that another has under
+    /// way is taken.
     pub fn take_lead(&self, now_ms: u64) -> Result<(), DeskError> {
         let mut inner = self.lock();
+        inner.shared = Shared { is_behind: true, ..Shared::default() };
+        self.begin_term(&mut inner)?;
+        inner.shared.term = Some(inner.durable.term);
+        // Whoever drove before may have put the round's end on record, but not behind this.
         inner.is_unsure = true;
-        inner.shared = Shared { leads: true, ..Shared::default() };
         self.settle(&mut inner, now_ms)?;
         // While nobody drove, perhaps nobody received either.
         if inner.durable.rounds.is_due(now_ms) {
@@ -108,34 +129,62 @@ impl Desk {
         Ok(())
     }
 
+    fn begin_term(&self, inner: &mut Inner) -> Result<(), DeskError> {
+        for _ in 0..TRIES {
+            self.follow(inner)?;
+            inner.durable.term = inner.durable.term.saturating_add(1);
+            let saved = self.save(inner);
+            if !self.is_overtaken(inner, &saved) {
+                inner.shared.is_behind = saved.is_err();
+                return saved;
+            }
+        }
+        Err(DeskError::Contended)
+    }
+
     /// Another process may drive from now on.
     pub fn stand_by(&self) {
-        self.lock().shared.leads = false;
+        self.lock().shared.term = None;
+    }
+
+    /// Whether another process is known to have taken the lead since this one did.
+    pub fn is_superseded(&self) -> bool {
+        self.check_term(&self.lock()).is_err()
+    }
+
+    /// Refuses what is only for who drives.
+    pub(super) fn check_term(&self, inner: &Inner) -> Result<(), DeskError> {
+        if self.is_shared && inner.shared.term != Some(inner.durable.term) {
+            return Err(DeskError::Superseded);
+        }
+        Ok(())
     }
 
     fn door(&self) -> Result<Door, DeskError> {
         let Some(entry) = self.storage.coord.head(DOOR)? else { return Ok(Door::default()) };
-        let open_for =
-            postcard::from_bytes(&entry.value).map_err(|error| DeskError::damaged("door", error))?;
-        Ok(Door { sequence: entry.sequence, open_for })
+        let stand = postcard::from_bytes(&entry.value).map_err(|error| DeskError::damaged("door", error))?;
+        Ok(Door { sequence: entry.sequence, stand })
     }
 
-    /// Moves the door. It opens for a round only while the state in which that round collects stands.
-    fn move_door(&self, inner: &mut Inner, open_for: Option<RoundId>) -> Result<(), DeskError> {
+    /// The same for who drives, who alone moves it and remembers where it stands.
+    fn own_door(&self, inner: &mut Inner) -> Result<Door, DeskError> {
         let door = match inner.shared.door {
             Some(door) => door,
             None => self.door()?,
         };
+        inner.shared.door = Some(door);
+        Ok(door)
+    }
+
+    /// Moves the door while the state stands, in which the round collects that it opens for and this process drives.
+    fn move_door(&self, inner: &mut Inner, stand: Stand) -> Result<(), DeskError> {
+        let door = self.own_door(inner)?;
         inner.shared.door = None;
-        let value = postcard::to_allocvec(&open_for).map_err(|error| DeskError::damaged("door", error))?;
+        let value = postcard::to_allocvec(&stand).map_err(|error| DeskError::damaged("door", error))?;
         let coord = &self.storage.coord;
-        let sequence = if open_for.is_some() {
-            let state = While { log: LOG, sequence: inner.sequence };
-            coord.compare_and_set_while(DOOR, door.sequence, &value, state)?
-        } else {
-            coord.compare_and_set(DOOR, door.sequence, &value)?
-        };
-        inner.shared.door = Some(Door { sequence, open_for });
+        let state = While { log: LOG, sequence: inner.sequence };
+        let sequence = coord.compare_and_set_while(DOOR, door.sequence, &value, state)?;
+        inner.shared.door = Some(Door { sequence, stand });
         if sequence.is_multiple_of(64) {
             coord.truncate(DOOR, sequence)?;
         }
@@ -143,12 +192,57 @@ impl Desk {
         Ok(())
     }
 
-    /// From here on no update comes in whose bytes are not named; who drives opens again with the next step.
-    pub fn shut(&self) -> Result<(), DeskError> {
+    /// Leave to delete bytes, and from here on no update comes in whose bytes are not named. None is given while another
+    /// sweep may not be over.
+    pub fn begin_sweep(&self) -> Result<(), DeskError> {
         if !self.is_shared {
             return Ok(());
         }
-        self.move_door(&mut self.lock(), None)
+        let mut inner = self.lock();
+        if self.own_door(&mut inner)?.stand == Stand::Sweeping {
+            return Err(DeskError::Swept);
+        }
+        self.shut_door(&mut inner, Stand::Sweeping)
+    }
+
+    /// All that was to be deleted is; who drives opens again with the next step.
+    pub fn end_sweep(&self) -> Result<(), DeskError> {
+        if !self.is_shared {
+            return Ok(());
+        }
+        self.shut_door(&mut self.lock(), Stand::Shut)
+    }
+
+    /// Until when nothing is begun, because of a sweep that did not come to its end: its process may have died, or it was
+    /// not answered, and what it asked for may come to pass after all.
+    pub(super) fn settle_sweep(&self, inner: &mut Inner, now_ms: u64) -> Result<Option<u64>, DeskError> {
+        if !self.is_shared || self.own_door(inner)?.stand != Stand::Sweeping {
+            inner.shared.quiet_ms = None;
+            return Ok(None);
+        }
+        let lasts_ms = self.storage.blob.deletion_lasts().as_millis() as u64;
+        // A clock that was set back makes it no longer than it is.
+        let latest_ms = now_ms.saturating_add(lasts_ms);
+        let quiet_ms = inner.shared.quiet_ms.map_or(latest_ms, |quiet_ms| quiet_ms.min(latest_ms));
+        inner.shared.quiet_ms = Some(quiet_ms);
+        if now_ms < quiet_ms {
+            return Ok(Some(quiet_ms));
+        }
+        self.shut_door(inner, Stand::Shut)?;
+        inner.shared.quiet_ms = None;
+        Ok(None)
+    }
+
+    fn shut_door(&self, inner: &mut Inner, stand: Stand) -> Result<(), DeskError> {
+        for _ in 0..TRIES {
+            self.follow(inner)?;
+            self.check_term(inner)?;
+            let moved = self.move_door(inner, stand);
+            if !self.is_overtaken(inner, &moved) {
+                return moved;
+            }
+        }
+        Err(DeskError::Contended)
     }
 
     /// What who drives does before a step: the door stands as the round does, and what came in is counted.
@@ -158,26 +252,23 @@ impl Desk {
             matches!(inner.durable.rounds.phase, Phase::Collecting { .. })
                 && inner.durable.rounds.round == round
         };
-        if inner.shared.door.is_none() {
-            inner.shared.door = Some(self.door()?);
-        }
-        let open_for = inner.shared.door.and_then(|door| door.open_for);
+        let stand = self.own_door(inner)?.stand;
         if !is_collecting(inner) {
-            return if open_for.is_some() { self.move_door(inner, None) } else { Ok(()) };
+            return if stand == Stand::Shut { Ok(()) } else { self.shut_door(inner, Stand::Shut) };
         }
         if inner.durable.rounds.is_due(now_ms) {
-            if open_for.is_some() {
-                self.move_door(inner, None)?;
+            if stand != Stand::Shut {
+                self.shut_door(inner, Stand::Shut)?;
             }
             return self.count_all(inner, now_ms);
         }
         if now_ms >= inner.shared.next_count_ms() || now_ms < inner.shared.counted_ms {
             self.count_all(inner, now_ms)?;
         }
-        if !is_collecting(inner) || open_for == Some(round) {
+        if !is_collecting(inner) || stand == Stand::Open(round) {
             return Ok(());
         }
-        match self.move_door(inner, Some(round)) {
+        match self.move_door(inner, Stand::Open(round)) {
             // A task was handed out meanwhile: the next step sees to it.
             Err(DeskError::Store(StoreError::Conflict { .. })) => {
                 inner.shared.is_behind = true;
@@ -197,7 +288,7 @@ impl Desk {
     pub(super) fn shut_to_merge(&self, inner: &mut Inner) -> Result<(), DeskError> {
         let round = inner.durable.rounds.round;
         if self.is_shared && inner.work == Some(Action::Merge) && inner.shared.shut_for != Some(round) {
-            self.move_door(inner, None)?;
+            self.shut_door(inner, Stand::Shut)?;
             inner.shared.shut_for = Some(round);
         }
         Ok(())
@@ -211,6 +302,7 @@ impl Desk {
         let devices: Vec<_> = items.iter().filter_map(|item| item.key.parse().ok()).collect();
         for _ in 0..TRIES {
             self.settle(inner, now_ms)?;
+            self.check_term(inner)?;
             if inner.durable.rounds.round != round {
                 return Ok(());
             }
@@ -245,7 +337,7 @@ impl Desk {
         loop {
             let mark = self.storage.watch.mark();
             let door = self.door()?;
-            if let Some(round) = door.open_for {
+            if let Stand::Open(round) = door.stand {
                 return Ok(Pass::Through { round, sequence: door.sequence });
             }
             if Instant::now() >= end {

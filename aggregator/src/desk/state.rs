@@ -22,6 +22,8 @@ pub(super) struct Durable {
     pub(super) progress: Progress,
     /// Of the last merge; devices know theirs whether or not a release came of it, so it outlives the round.
     pub(super) control: Option<SignedControl>,
+    /// Counts who drove, where several may: whoever takes the lead begins another.
+    pub(super) term: u64,
 }
 
 /// What the stages of the current round did so far.
@@ -101,6 +103,12 @@ pub enum DeskError {
     /// No update comes in at this moment.
     #[error("updates are not taken at this moment")]
     Shut,
+    /// Bytes may still be deleted by a sweep that was begun before.
+    #[error("a sweep that did not come to its end may still be under way")]
+    Swept,
+    /// Another process has taken the lead since this one did.
+    #[error("another process has taken the lead")]
+    Superseded,
     /// Other processes were faster, again and again.
     #[error("other processes moved the round's state each time that it was to be moved")]
     Contended,
@@ -124,15 +132,24 @@ pub(crate) fn queue(round: RoundId) -> String {
 }
 
 /// Begins the stored state. A state of before version 0.2 of the store has none, and begins with a byte below 16.
-const FORM: [u8; 2] = [0xC7, 2];
+const FORM: [u8; 2] = [0xC7, 3];
+/// The same without a term; still read, as of term 0.
+const TERMLESS: [u8; 2] = [0xC7, 2];
 
 pub(super) fn load(coord: &dyn Coord) -> Result<(Durable, u64), DeskError> {
     let Some(entry) = coord.head(LOG)? else { return Ok((Durable::default(), 0)) };
-    let Some(value) = entry.value.strip_prefix(&FORM) else {
-        return Err(DeskError::Version { begins: entry.value.iter().take(FORM.len()).copied().collect() });
-    };
-    let durable = postcard::from_bytes(value).map_err(|error| DeskError::damaged("round's state", error))?;
-    Ok((durable, entry.sequence))
+    let durable =
+        match entry.value.split_first_chunk() {
+            Some((&FORM, value)) => postcard::from_bytes(value),
+            Some((&TERMLESS, value)) => postcard::from_bytes(value)
+                .map(|(rounds, progress, control)| Durable { rounds, progress, control, term: 0 }),
+            _ => {
+                return Err(DeskError::Version {
+                    begins: entry.value.iter().take(FORM.len()).copied().collect(),
+                });
+            }
+        };
+    Ok((durable.map_err(|error| DeskError::damaged("round's state", error))?, entry.sequence))
 }
 
 pub(super) fn encode(durable: &Durable) -> Result<Vec<u8>, DeskError> {
@@ -204,5 +221,19 @@ mod tests {
         let before = postcard::to_allocvec(&Durable::default()).unwrap();
         coord.compare_and_set(LOG, 1, &before).unwrap();
         assert!(matches!(load(coord.as_ref()), Err(DeskError::Version { .. })));
+    }
+
+    #[test]
+    fn a_state_without_a_term_is_read() {
+        let coord = crate::store::MemoryStorage::default().storage().coord;
+        let mut durable = Durable::default();
+        durable.progress.seconds.insert("merge".to_owned(), 1.5);
+        let fields = (&durable.rounds, &durable.progress, &durable.control);
+        let before = postcard::to_extend(&fields, TERMLESS.to_vec()).unwrap();
+        coord.compare_and_set(LOG, 0, &before).unwrap();
+        assert_eq!(load(coord.as_ref()).unwrap(), (durable.clone(), 1));
+        durable.term = 7;
+        coord.compare_and_set(LOG, 1, &encode(&durable).unwrap()).unwrap();
+        assert_eq!(load(coord.as_ref()).unwrap(), (durable, 2));
     }
 }

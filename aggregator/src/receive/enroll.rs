@@ -373,20 +373,17 @@ mod tests {
         fn head(&self, log: &str) -> Result<Option<Entry>, StoreError> {
             self.memory.head(log)
         }
-        fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
-            if !self.renewed.swap(true, std::sync::atomic::Ordering::SeqCst) {
-                registry(&self.memory).renew(&Stamp, &csr(), device(1), 60, 1_000).unwrap();
-            }
-            self.memory.compare_and_set(log, expected, value)
-        }
-        fn compare_and_set_while(
+        fn move_head(
             &self,
             log: &str,
             expected: u64,
             value: &[u8],
-            other: crate::store::While<'_>,
+            other: Option<crate::store::While<'_>>,
         ) -> Result<u64, StoreError> {
-            self.memory.compare_and_set_while(log, expected, value, other)
+            if !self.renewed.swap(true, std::sync::atomic::Ordering::SeqCst) {
+                registry(&self.memory).renew(&Stamp, &csr(), device(1), 60, 1_000).unwrap();
+            }
+            self.memory.move_head(log, expected, value, other)
         }
         fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
             self.memory.scan(log, from, limit)

@@ -8,7 +8,7 @@ use super::{ROUNDS_BACK_MAX, Sampling};
 /// Most updates of one round: robust merging holds them all, and the state lists their devices.
 pub const GOAL_MAX: u32 = 10_000;
 /// Most tasks at once: each is in the state, which is written for each that is given.
-const TASKS_MAX: u32 = 40_000;
+pub const TASKS_MAX: u32 = 40_000;
 
 /// Whom a round waits for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -153,6 +153,16 @@ impl Policy {
         (f64::from(target) * self.over_selection).ceil() as u32
     }
 
+    /// Updates that a round may come to. One process closes it at the goal; where several receive, more come in until who
+    /// drives has counted: from everybody with a task, and of a buffer also from those who got one meanwhile.
+    pub fn updates_max(&self, is_shared: bool) -> u32 {
+        match (is_shared, self.is_buffered()) {
+            (false, _) => self.goal,
+            (true, false) => self.selected_max(self.goal),
+            (true, true) => self.selected_max(self.goal).saturating_add(self.goal.saturating_sub(1)),
+        }
+    }
+
     pub(super) fn is_past_last(&self, round: RoundId) -> bool {
         self.last.is_some_and(|last| round.0 > last.0)
     }
@@ -167,6 +177,10 @@ mod tests {
         assert_eq!(Policy::default().problems(), []);
         assert_eq!(Policy::default().selected_max(8), 11);
         assert_eq!(Policy::default().selected_max(1), 2);
+        let buffered = Policy { mode: RoundMode::Buffered, ..Policy::default() };
+        let most = [false, true]
+            .map(|is_shared| (Policy::default().updates_max(is_shared), buffered.updates_max(is_shared)));
+        assert_eq!(most, [(8, 8), (11, 18)]);
     }
 
     #[test]

@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use commonweal_protocol::Digest;
 
@@ -17,7 +17,7 @@ use super::{
     Watch, While,
 };
 
-/// All four traits, alone and from many threads.
+/// All five traits, alone and from many threads.
 pub fn suite(storage: &Storage) {
     coord(storage.coord.as_ref());
     inbox(storage.inbox.as_ref());
@@ -68,6 +68,7 @@ fn conditions(storage: &Storage) {
         assert!(is_moved(inbox.append_once_while("kept", key, b"", door(1)).map(drop)), "{key}");
     }
     assert!(is_moved(coord.compare_and_set_while("kept", 2, b"3", door(1)).map(drop)));
+    assert!(is_moved(coord.compare_and_set_while("kept", 9, b"3", door(1)).map(drop)), "both have moved");
     assert_eq!((coord.head("kept").unwrap().unwrap().sequence, inbox.list("kept", 9).unwrap().len()), (2, 1));
     inbox.purge_through("kept").unwrap();
 
@@ -213,12 +214,17 @@ pub fn blob(blob: &dyn Blob) {
     assert_eq!(blob.list(None, 100).unwrap(), names);
     assert_eq!(blob.list(Some(&names[1]), 2).unwrap(), names[2..4]);
     large(blob);
-    blob.delete_all(&[names[0], digest(b"never stored")]).unwrap();
+    assert_eq!(blob.list_older(Duration::from_secs(3600), None, 100).unwrap(), [], "all of it is new");
+    let [past, future] = [Instant::now(), Instant::now() + Duration::from_secs(3600)].map(Some);
+    assert!(blob.delete_all(&names, past).unwrap_err().is_determinate(), "begun too late");
+    assert_eq!(blob.list(None, 100).unwrap(), names);
+    blob.delete_all(&[names[0], digest(b"never stored")], future).unwrap();
     assert_eq!(blob.list(None, 100).unwrap(), names[1..]);
-    blob.delete_all(&[]).unwrap();
+    blob.delete_all(&[], None).unwrap();
     blob.delete(&name).unwrap();
     blob.delete(&name).unwrap();
     assert_eq!(blob.length(&name).unwrap(), None);
+    assert_eq!(blob.mark("one").unwrap(), blob.mark("other").unwrap(), "whose it is does not change");
     assert!(blob.free_bytes().unwrap().is_none_or(|free| free > 0));
 }
 

@@ -6,11 +6,11 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use commonweal_protocol::Digest;
 
-use super::{Access, Blob, PAGE_MAX, Put, StoreError};
+use super::{Access, Blob, MARK, NAME_BYTES_MAX, PAGE_MAX, Put, StoreError, owner_of};
 
 /// A temporary file that was not written to for so long belongs to nobody.
 const LEFT_OVER: Duration = Duration::from_secs(24 * 3600);
@@ -42,6 +42,8 @@ impl Disk for RealDisk {
 pub struct FileBlob {
     dir: PathBuf,
     disk: Arc<dyn Disk>,
+    /// Whether others may store and delete here too.
+    access: Access,
     next_temporary: AtomicU64,
 }
 
@@ -63,12 +65,30 @@ impl FileBlob {
                 drop(fs::remove_file(file.path()));
             }
         }
-        Ok(Self { dir: dir.to_owned(), disk, next_temporary: AtomicU64::new(0) })
+        Ok(Self { dir: dir.to_owned(), disk, access, next_temporary: AtomicU64::new(0) })
     }
 
     fn path(&self, digest: &Digest) -> PathBuf {
         let name = digest.to_string();
         self.dir.join(&name[..2]).join(name)
+    }
+
+    fn temporary(&self, name: &str) -> PathBuf {
+        let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
+        // Several machines may share the folder, where the same number can be two processes.
+        let mark = format!("{name}.{}.{number}.{:016x}", std::process::id(), rand::random::<u64>());
+        self.dir.join("temporary").join(mark)
+    }
+
+    /// The time by the clock that files are dated by, which may be another machine's.
+    fn now(&self) -> io::Result<SystemTime> {
+        let path = self.temporary("clock");
+        let now = File::create_new(&path).and_then(|mut file| {
+            self.disk.write(&mut file, b"now")?;
+            file.metadata()?.modified()
+        });
+        drop(fs::remove_file(&path));
+        now
     }
 
     fn write_temporary(
@@ -127,15 +147,14 @@ impl Blob for FileBlob {
         let target = self.path(digest);
         let folder = target.parent().unwrap_or(&self.dir);
         let failed = |error: io::Error| StoreError::not_done("write blob", &name, error);
-        if target.exists() {
+        let is_there = target.exists();
+        // Among several it is stored again, so that none of them takes it for an old one.
+        if is_there && self.access == Access::Exclusive {
             // Whoever renamed it there may have ended before it was durable, and this answer says that it is.
             sync_dir(folder).and_then(|()| sync_dir(&self.dir)).map_err(failed)?;
             return Ok(Put::Present);
         }
-        let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
-        // Several machines may share the folder, where the same number can be two processes.
-        let mark = format!("{name}.{}.{number}.{:016x}", std::process::id(), rand::random::<u64>());
-        let temporary = self.dir.join("temporary").join(mark);
+        let temporary = self.temporary(&name);
         if let Err(error) = self.write_temporary(&temporary, digest, length, source) {
             drop(fs::remove_file(&temporary));
             return Err(error);
@@ -147,7 +166,7 @@ impl Blob for FileBlob {
         let unsure = |error: io::Error| StoreError::unsure("write blob", &name, error);
         fs::rename(&temporary, &target).map_err(unsure)?;
         sync_dir(folder).map_err(unsure)?;
-        Ok(Put::Stored)
+        Ok(if is_there { Put::Present } else { Put::Stored })
     }
 
     fn length(&self, digest: &Digest) -> Result<Option<u64>, StoreError> {
@@ -172,8 +191,14 @@ impl Blob for FileBlob {
         Ok(bytes)
     }
 
-    fn list(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<Digest>, StoreError> {
+    fn list_older(
+        &self,
+        age: Duration,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<Digest>, StoreError> {
         let failed = |error: io::Error| StoreError::not_done("list", &self.dir.display().to_string(), error);
+        let now = if age.is_zero() { None } else { Some(self.now().map_err(failed)?) };
         let mut digests: Vec<Digest> = Vec::new();
         for folder in fs::read_dir(&self.dir).map_err(failed)? {
             let folder = folder.map_err(failed)?;
@@ -181,9 +206,17 @@ impl Blob for FileBlob {
                 continue;
             }
             for file in fs::read_dir(folder.path()).map_err(failed)? {
-                let name = file.map_err(failed)?.file_name();
+                let file = file.map_err(failed)?;
                 // Whatever else an operator put here is not a blob.
-                let Some(Ok(digest)) = name.to_str().map(str::parse) else { continue };
+                let Some(Ok(digest)) = file.file_name().to_str().map(str::parse) else { continue };
+                if let Some(now) = now {
+                    match file.metadata().and_then(|about| about.modified()) {
+                        Ok(stored) if now.duration_since(stored).is_ok_and(|since| since >= age) => {}
+                        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+                        // Too new, or just deleted.
+                        _ => continue,
+                    }
+                }
                 digests.push(digest);
             }
         }
@@ -202,6 +235,31 @@ impl Blob for FileBlob {
             }
             _ => Ok(()),
         }
+    }
+
+    fn mark(&self, owner: &str) -> Result<String, StoreError> {
+        let failed = |error: io::Error| StoreError::not_done("mark", &self.dir.display().to_string(), error);
+        let path = self.dir.join(MARK);
+        if !path.exists() {
+            let temporary = self.temporary(MARK);
+            let marked = File::create_new(&temporary)
+                .and_then(|mut file| {
+                    self.disk.write(&mut file, owner.as_bytes())?;
+                    file.sync_all()
+                })
+                // Whole or not at all, and not in the place of another's.
+                .and_then(|()| fs::hard_link(&temporary, &path))
+                .and_then(|()| sync_dir(&self.dir));
+            drop(fs::remove_file(&temporary));
+            match marked {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
+                _ => {}
+            }
+        }
+        let mut bytes = Vec::new();
+        let file = File::open(&path).map_err(failed)?;
+        file.take(NAME_BYTES_MAX as u64 + 1).read_to_end(&mut bytes).map_err(failed)?;
+        owner_of(bytes)
     }
 
     fn free_bytes(&self) -> Result<Option<u64>, StoreError> {

@@ -10,8 +10,8 @@ use hyper_util::client::legacy::connect::HttpConnector as Connector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use object_store::ClientOptions;
 use object_store::client::{
-    HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpRequestBody, HttpResponse,
-    HttpResponseBody, HttpService,
+    ClientConfigKey, HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpRequestBody,
+    HttpResponse, HttpResponseBody, HttpService,
 };
 
 const CONNECT: Duration = Duration::from_secs(5);
@@ -23,18 +23,18 @@ const IDLE: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug)]
 pub(super) struct Carrier {
     pub(super) tls: rustls::ClientConfig,
-    /// Whether the endpoint is spoken to in clear.
-    pub(super) is_clear: bool,
 }
 
 impl HttpConnector for Carrier {
-    fn connect(&self, _: &ClientOptions) -> object_store::Result<HttpClient> {
+    fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
+        // In clear to an endpoint of this machine, and to where a machine learns its role.
+        let is_clear = options.get_config_value(&ClientConfigKey::AllowHttp).as_deref() == Some("true");
         let mut connector = Connector::new();
         connector.enforce_http(false);
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(CONNECT));
         let builder = HttpsConnectorBuilder::new().with_tls_config(self.tls.clone());
-        let builder = if self.is_clear { builder.https_or_http() } else { builder.https_only() };
+        let builder = if is_clear { builder.https_or_http() } else { builder.https_only() };
         let client = Client::builder(TokioExecutor::new())
             .pool_idle_timeout(IDLE)
             .pool_timer(TokioTimer::new())

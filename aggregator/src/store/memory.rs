@@ -1,4 +1,4 @@
-//! The four stores in memory, for simulations: the same contract as on disk, and write faults drawn
+//! The stores in memory, for simulations: the same contract as on disk, and write faults drawn
 //! from a seed. A clone shares the contents, so a "killed" aggregator is reopened on what it had stored.
 
 use std::collections::BTreeMap;
@@ -32,15 +32,26 @@ struct Queued {
     acknowledged: bool,
 }
 
+#[derive(Debug)]
+struct Held {
+    bytes: Vec<u8>,
+    stored: Duration,
+}
+
 #[derive(Debug, Default)]
 struct Contents {
     logs: BTreeMap<String, BTreeMap<u64, Vec<u8>>>,
     queues: BTreeMap<String, BTreeMap<String, Queued>>,
-    blobs: BTreeMap<[u8; 32], Vec<u8>>,
+    blobs: BTreeMap<[u8; 32], Held>,
+    /// The store's own clock, by which blobs grow old.
+    now: Duration,
+    deletion_lasts: Duration,
+    fails_to_delete: bool,
     faults: Faults,
     random: Option<ChaCha8Rng>,
     writes_left: Option<u64>,
     free_bytes: Option<u64>,
+    owner: Option<String>,
     /// Who drives, where several may.
     lead: Option<String>,
 }
@@ -102,6 +113,21 @@ impl MemoryStorage {
         self.lock().lead = None;
     }
 
+    /// Lets blobs grow older.
+    pub fn pass(&self, time: Duration) {
+        self.lock().now += time;
+    }
+
+    /// Pretends that deletions may come to pass for so long after they failed.
+    pub fn delay_deletions(&self, lasts: Duration) {
+        self.lock().deletion_lasts = lasts;
+    }
+
+    /// Whether deletions fail, with no word of whether they will come to pass.
+    pub fn fail_deletions(&self, fail: bool) {
+        self.lock().fails_to_delete = fail;
+    }
+
     /// From now on, no write fails.
     pub fn heal(&self) {
         let mut contents = self.lock();
@@ -117,7 +143,7 @@ impl MemoryStorage {
     /// Bytes and entries held, to check that an aggregator does not grow without bound.
     pub fn usage(&self) -> (usize, usize) {
         let contents = self.lock();
-        let bytes = contents.blobs.values().map(Vec::len).sum::<usize>()
+        let bytes = contents.blobs.values().map(|held| held.bytes.len()).sum::<usize>()
             + contents.logs.values().flat_map(BTreeMap::values).map(Vec::len).sum::<usize>()
             + contents
                 .queues
@@ -179,7 +205,13 @@ impl Contents {
     }
 }
 
-impl MemoryStorage {
+impl Coord for MemoryStorage {
+    fn head(&self, log: &str) -> Result<Option<Entry>, StoreError> {
+        let contents = self.lock();
+        let newest = contents.logs.get(log).and_then(BTreeMap::last_key_value);
+        Ok(newest.map(|(&sequence, value)| Entry { sequence, value: value.clone() }))
+    }
+
     fn move_head(
         &self,
         log: &str,
@@ -198,47 +230,6 @@ impl MemoryStorage {
             entries.insert(expected + 1, value.to_vec());
             Ok(expected + 1)
         })
-    }
-
-    fn append(
-        &self,
-        queue: &str,
-        key: &str,
-        value: &[u8],
-        log: Option<While<'_>>,
-    ) -> Result<Append, StoreError> {
-        check_bounds(queue, key, value)?;
-        self.write("append to", queue, |contents| {
-            contents.check(log)?;
-            let items = contents.queues.entry(queue.to_owned()).or_default();
-            if let Some(found) = items.get(key) {
-                return Ok(Append::Duplicate(found.value.clone()));
-            }
-            items.insert(key.to_owned(), Queued { value: value.to_vec(), ..Queued::default() });
-            Ok(Append::Appended)
-        })
-    }
-}
-
-impl Coord for MemoryStorage {
-    fn head(&self, log: &str) -> Result<Option<Entry>, StoreError> {
-        let contents = self.lock();
-        let newest = contents.logs.get(log).and_then(BTreeMap::last_key_value);
-        Ok(newest.map(|(&sequence, value)| Entry { sequence, value: value.clone() }))
-    }
-
-    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
-        self.move_head(log, expected, value, None)
-    }
-
-    fn compare_and_set_while(
-        &self,
-        log: &str,
-        expected: u64,
-        value: &[u8],
-        other: While<'_>,
-    ) -> Result<u64, StoreError> {
-        self.move_head(log, expected, value, Some(other))
     }
 
     fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
@@ -274,18 +265,23 @@ impl Coord for MemoryStorage {
 }
 
 impl Inbox for MemoryStorage {
-    fn append_once(&self, queue: &str, key: &str, value: &[u8]) -> Result<Append, StoreError> {
-        self.append(queue, key, value, None)
-    }
-
-    fn append_once_while(
+    fn append(
         &self,
         queue: &str,
         key: &str,
         value: &[u8],
-        log: While<'_>,
+        log: Option<While<'_>>,
     ) -> Result<Append, StoreError> {
-        self.append(queue, key, value, Some(log))
+        check_bounds(queue, key, value)?;
+        self.write("append to", queue, |contents| {
+            contents.check(log)?;
+            let items = contents.queues.entry(queue.to_owned()).or_default();
+            if let Some(found) = items.get(key) {
+                return Ok(Append::Duplicate(found.value.clone()));
+            }
+            items.insert(key.to_owned(), Queued { value: value.to_vec(), ..Queued::default() });
+            Ok(Append::Appended)
+        })
     }
 
     fn find(&self, queue: &str, key: &str) -> Result<Option<Vec<u8>>, StoreError> {
@@ -332,7 +328,7 @@ impl Inbox for MemoryStorage {
         self.write("update", queue, |contents| {
             let queued = held(contents, queue, key, owner)?;
             if queued.acknowledged {
-                return Err(lost(queue, key, owner));
+                return Err(StoreError::lease_lost(queue, key, owner));
             }
             queued.lease_until_ms = until_ms;
             Ok(())
@@ -377,10 +373,6 @@ impl Lead for MemoryStorage {
     }
 }
 
-fn lost(queue: &str, key: &str, owner: &str) -> StoreError {
-    StoreError::LeaseLost { queue: queue.to_owned(), key: key.to_owned(), owner: owner.to_owned() }
-}
-
 fn held<'contents>(
     contents: &'contents mut Contents,
     queue: &str,
@@ -392,14 +384,19 @@ fn held<'contents>(
         .get_mut(queue)
         .and_then(|items| items.get_mut(key))
         .filter(|queued| queued.owner == owner)
-        .ok_or_else(|| lost(queue, key, owner))
+        .ok_or_else(|| StoreError::lease_lost(queue, key, owner))
 }
 
 impl Blob for MemoryStorage {
     fn put_if_absent(&self, digest: &Digest, length: u64, source: &mut dyn Read) -> Result<Put, StoreError> {
         let name = digest.to_string();
-        if self.lock().blobs.contains_key(&digest.0) {
-            return Ok(Put::Present);
+        {
+            let mut contents = self.lock();
+            let now = contents.now;
+            if let Some(held) = contents.blobs.get_mut(&digest.0) {
+                held.stored = now;
+                return Ok(Put::Present);
+            }
         }
         let mut bytes = Vec::new();
         source
@@ -422,18 +419,19 @@ impl Blob for MemoryStorage {
             if contents.free_bytes.is_some_and(|free| free < length) {
                 return Err(StoreError::not_done("write blob", &name, "no space left"));
             }
-            contents.blobs.insert(digest.0, bytes);
+            let stored = contents.now;
+            contents.blobs.insert(digest.0, Held { bytes, stored });
             Ok(Put::Stored)
         })
     }
 
     fn length(&self, digest: &Digest) -> Result<Option<u64>, StoreError> {
-        Ok(self.lock().blobs.get(&digest.0).map(|bytes| bytes.len() as u64))
+        Ok(self.lock().blobs.get(&digest.0).map(|held| held.bytes.len() as u64))
     }
 
     fn read_range(&self, digest: &Digest, offset: u64, length: usize) -> Result<Vec<u8>, StoreError> {
         let contents = self.lock();
-        let bytes = contents
+        let Held { bytes, .. } = contents
             .blobs
             .get(&digest.0)
             .ok_or_else(|| StoreError::Missing { subject: format!("blob {digest}") })?;
@@ -442,22 +440,40 @@ impl Blob for MemoryStorage {
         Ok(bytes.get(start..end).unwrap_or_default().to_vec())
     }
 
-    fn list(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<Digest>, StoreError> {
+    fn list_older(
+        &self,
+        age: Duration,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<Digest>, StoreError> {
         let contents = self.lock();
         Ok(contents
             .blobs
-            .keys()
-            .filter(|key| after.is_none_or(|after| **key > after.0))
+            .iter()
+            .filter(|(key, held)| {
+                after.is_none_or(|after| **key > after.0) && contents.now.saturating_sub(held.stored) >= age
+            })
             .take(limit.min(PAGE_MAX))
-            .map(|key| Digest(*key))
+            .map(|(key, _)| Digest(*key))
             .collect())
     }
 
     fn delete(&self, digest: &Digest) -> Result<(), StoreError> {
         self.write("delete blob", &digest.to_string(), |contents| {
+            if contents.fails_to_delete {
+                return Err(StoreError::unsure("delete blob", &digest.to_string(), "no answer"));
+            }
             contents.blobs.remove(&digest.0);
             Ok(())
         })
+    }
+
+    fn deletion_lasts(&self) -> Duration {
+        self.lock().deletion_lasts
+    }
+
+    fn mark(&self, owner: &str) -> Result<String, StoreError> {
+        Ok(self.lock().owner.get_or_insert_with(|| owner.to_owned()).clone())
     }
 
     fn free_bytes(&self) -> Result<Option<u64>, StoreError> {

@@ -7,19 +7,20 @@
 use std::collections::BTreeSet;
 use std::io::Read;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use commonweal_protocol::Digest;
 use futures_util::{StreamExt as _, TryStreamExt as _};
-use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::path::Path;
 use object_store::{
-    Error, MultipartUpload, ObjectStore, ObjectStoreExt as _, PutPayload, RetryConfig, limit::LimitStore,
+    Error, MultipartUpload, ObjectStore, ObjectStoreExt as _, PutMode, PutPayload, RetryConfig,
+    limit::LimitStore,
 };
 
 use super::bridge::{Bridge, Unanswered};
 use super::http::Carrier;
-use super::{Blob, PAGE_MAX, Put, StoreError, place, refused, trust};
+use super::{Blob, MARK, NAME_BYTES_MAX, PAGE_MAX, Put, StoreError, owner_of, place, refused, trust};
 use crate::config;
 
 /// Bytes of a part, and of what goes up in one piece.
@@ -28,6 +29,10 @@ const PART_BYTES: usize = 8 << 20;
 const REQUESTS_MAX: usize = 64;
 /// How long a request may take, its repetitions included.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How long a deletion may take. A request that was given up may be carried out for about as long again.
+const DELETION: Duration = Duration::from_secs(10);
+/// The object that tells what time it is there.
+const CLOCK: &str = "clock";
 const RETRY: Duration = Duration::from_secs(30);
 const RETRIES_MAX: usize = 4;
 
@@ -54,36 +59,7 @@ impl ObjectBlob {
         settings: &config::Storage,
         bridge: Arc<Bridge>,
     ) -> Result<Self, StoreError> {
-        let subject = format!("s3://{name}/{prefix}");
-        let failed = |error: Error| StoreError::not_done("open", &subject, error);
-        let mut builder = AmazonS3Builder::from_env().with_bucket_name(name).with_retry(RetryConfig {
-            max_retries: RETRIES_MAX,
-            retry_timeout: RETRY,
-            ..RetryConfig::default()
-        });
-        if let Some(region) = &settings.region {
-            builder = builder.with_region(region);
-        }
-        if let Some(endpoint) = &settings.endpoint {
-            builder = builder.with_endpoint(endpoint);
-        }
-        let credentials =
-            settings.credentials().map_err(|wrong| refused("storage.credentials_file", wrong))?;
-        if let Some(credentials) = credentials {
-            builder = builder
-                .with_access_key_id(credentials.access_key_id)
-                .with_secret_access_key(credentials.secret_access_key.as_str());
-        }
-        let is_clear = builder
-            .get_config_value(&AmazonS3ConfigKey::Endpoint)
-            .is_some_and(|endpoint| endpoint.starts_with("http://"));
-        if let Some(endpoint) = builder.get_config_value(&AmazonS3ConfigKey::Endpoint) {
-            place::check_endpoint(&endpoint)
-                .map_err(|wrong| refused("the object store's endpoint", wrong))?;
-        }
-        let carrier = Carrier { tls: trust::client(settings)?, is_clear };
-        let store = builder.with_allow_http(is_clear).with_http_connector(carrier).build().map_err(failed)?;
-        let store = LimitStore::new(store, REQUESTS_MAX);
+        let store = LimitStore::new(reach(AmazonS3Builder::from_env(), name, settings)?, REQUESTS_MAX);
         let blob = Self::over(Arc::new(store), Path::from(prefix), true, bridge);
         // Better known now than with the first device's update.
         blob.list(None, 1)?;
@@ -108,7 +84,15 @@ impl ObjectBlob {
         &self,
         work: impl Future<Output = Result<T, Error>> + Send + 'static,
     ) -> Result<T, Trouble> {
-        match self.bridge.wait(PATIENCE, work) {
+        self.wait_for(PATIENCE, work)
+    }
+
+    fn wait_for<T: Send + 'static>(
+        &self,
+        patience: Duration,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Trouble> {
+        match self.bridge.wait(patience, work) {
             Ok(answer) => answer.map_err(Trouble::Answer),
             Err(none) => Err(Trouble::None(none)),
         }
@@ -138,6 +122,36 @@ impl ObjectBlob {
     }
 }
 
+/// The client of a bucket; reaches nothing yet.
+fn reach(builder: AmazonS3Builder, name: &str, settings: &config::Storage) -> Result<AmazonS3, StoreError> {
+    let mut builder = builder.with_bucket_name(name).with_retry(RetryConfig {
+        max_retries: RETRIES_MAX,
+        retry_timeout: RETRY,
+        ..RetryConfig::default()
+    });
+    if let Some(region) = &settings.region {
+        builder = builder.with_region(region);
+    }
+    if let Some(endpoint) = &settings.endpoint {
+        builder = builder.with_endpoint(endpoint);
+    }
+    let credentials = settings.credentials().map_err(|wrong| refused("storage.credentials_file", wrong))?;
+    if let Some(credentials) = credentials {
+        builder = builder
+            .with_access_key_id(credentials.access_key_id)
+            .with_secret_access_key(credentials.secret_access_key.as_str());
+    }
+    let is_clear = builder
+        .get_config_value(&AmazonS3ConfigKey::Endpoint)
+        .is_some_and(|endpoint| endpoint.starts_with("http://"));
+    if let Some(endpoint) = builder.get_config_value(&AmazonS3ConfigKey::Endpoint) {
+        place::check_endpoint(&endpoint).map_err(|wrong| refused("the object store's endpoint", wrong))?;
+    }
+    let carrier = Carrier { tls: trust::client(settings)? };
+    let built = builder.with_allow_http(is_clear).with_http_connector(carrier).build();
+    built.map_err(|error| StoreError::not_done("open", &format!("s3://{name}"), error))
+}
+
 /// Why a request brought nothing.
 #[derive(Debug, thiserror::Error)]
 enum Trouble {
@@ -152,19 +166,12 @@ impl Trouble {
         matches!(self, Self::Answer(Error::NotFound { .. }))
     }
 
-    /// Only what the store itself refused certainly did not happen.
+    /// Only what was never sent certainly did not happen: the last answer, whatever it says, may be to a repetition, and the
+    /// request before it that nobody answered may have been carried out.
     fn of_write(self, operation: &'static str, subject: &str) -> StoreError {
         match self {
             Self::Answer(
-                Error::NotFound { .. }
-                | Error::InvalidPath { .. }
-                | Error::NotSupported { .. }
-                | Error::AlreadyExists { .. }
-                | Error::Precondition { .. }
-                | Error::NotModified { .. }
-                | Error::NotImplemented { .. }
-                | Error::PermissionDenied { .. }
-                | Error::Unauthenticated { .. },
+                Error::InvalidPath { .. } | Error::NotSupported { .. } | Error::NotImplemented { .. },
             ) => StoreError::not_done(operation, subject, self),
             _ => StoreError::unsure(operation, subject, self),
         }
@@ -246,15 +253,13 @@ impl<'source> Checked<'source> {
 
 impl Blob for ObjectBlob {
     fn put_if_absent(&self, digest: &Digest, length: u64, source: &mut dyn Read) -> Result<Put, StoreError> {
-        // An object that is there is whole and durable: that is what a store of objects promises.
-        if self.length(digest)?.is_some() {
-            return Ok(Put::Present);
-        }
+        // What is there is stored again, so that nobody takes it for an old one.
+        let put = if self.length(digest)?.is_some() { Put::Present } else { Put::Stored };
         let mut source = Checked::new(digest, length, source);
         let first = source.part()?;
         if (first.len() as u64) < length && first.len() == PART_BYTES {
             self.put_parts(digest, first, source)?;
-            return Ok(Put::Stored);
+            return Ok(put);
         }
         // Nothing may follow.
         if source.read == length && !source.part()?.is_empty() {
@@ -262,7 +267,7 @@ impl Blob for ObjectBlob {
         }
         source.check()?;
         self.put(digest, PutPayload::from(first))?;
-        Ok(Put::Stored)
+        Ok(put)
     }
 
     fn length(&self, digest: &Digest) -> Result<Option<u64>, StoreError> {
@@ -295,13 +300,25 @@ impl Blob for ObjectBlob {
         self.length(digest)?.map(|_| Vec::new()).ok_or_else(missing)
     }
 
-    fn list(&self, after: Option<&Digest>, limit: usize) -> Result<Vec<Digest>, StoreError> {
+    fn list_older(
+        &self,
+        age: Duration,
+        after: Option<&Digest>,
+        limit: usize,
+    ) -> Result<Vec<Digest>, StoreError> {
         let limit = limit.min(PAGE_MAX);
         let (store, is_ordered) = (self.store.clone(), self.is_ordered);
         let prefix = (!self.prefix.is_root()).then(|| self.prefix.clone());
         let depth = self.prefix.parts_count() + 1;
         let (offset, after) = (after.map(|after| self.path(after)), after.copied());
+        let clock = self.prefix.clone().join(CLOCK);
         let listed = self.wait(async move {
+            let newest = if age.is_zero() {
+                None
+            } else {
+                store.put(&clock, PutPayload::new()).await?;
+                Some(store.head(&clock).await?.last_modified - age)
+            };
             let mut objects = match &offset {
                 Some(offset) => store.list_with_offset(prefix.as_ref(), offset),
                 None => store.list(prefix.as_ref()),
@@ -312,6 +329,9 @@ impl Blob for ObjectBlob {
                 // Whatever else an operator put here is not a blob.
                 let name = object.location.filename().filter(|_| object.location.parts_count() == depth);
                 let Some(Ok(digest)) = name.map(str::parse::<Digest>) else { continue };
+                if newest.is_some_and(|newest| object.last_modified > newest) {
+                    continue;
+                }
                 if after.is_none_or(|after| digest.0 > after.0) {
                     smallest.insert(digest.0);
                 }
@@ -331,7 +351,7 @@ impl Blob for ObjectBlob {
 
     fn delete(&self, digest: &Digest) -> Result<(), StoreError> {
         let (store, path) = (self.store.clone(), self.path(digest));
-        match self.wait(async move { store.delete(&path).await }) {
+        match self.wait_for(DELETION, async move { store.delete(&path).await }) {
             Err(trouble) if !trouble.is_missing() => {
                 Err(trouble.of_write("delete blob", &digest.to_string()))
             }
@@ -339,10 +359,14 @@ impl Blob for ObjectBlob {
         }
     }
 
-    fn delete_all(&self, digests: &[Digest]) -> Result<(), StoreError> {
+    fn delete_all(&self, digests: &[Digest], until: Option<Instant>) -> Result<(), StoreError> {
         let paths: Vec<_> = digests.iter().map(|digest| Ok(self.path(digest))).collect();
         let store = self.store.clone();
-        let deleted = self.wait(async move {
+        let left = until.map_or(DELETION, |until| until.saturating_duration_since(Instant::now()));
+        if left.is_zero() {
+            return Err(StoreError::not_done("delete", "blobs", "the time is over"));
+        }
+        let deleted = self.wait_for(left.min(DELETION), async move {
             let mut deleted = store.delete_stream(futures_util::stream::iter(paths).boxed());
             while let Some(one) = deleted.next().await {
                 match one {
@@ -355,8 +379,96 @@ impl Blob for ObjectBlob {
         deleted.map_err(|trouble| StoreError::unsure("delete", "blobs", trouble))
     }
 
+    fn deletion_lasts(&self) -> Duration {
+        DELETION
+    }
+
+    fn mark(&self, owner: &str) -> Result<String, StoreError> {
+        let failed = |trouble: Trouble| trouble.of_write("mark", self.prefix.as_ref());
+        let (store, path, owner) = (self.store.clone(), self.prefix.clone().join(MARK), owner.to_owned());
+        let found = self.wait(async move {
+            let range = 0..NAME_BYTES_MAX as u64 + 1;
+            match store.get_range(&path, range.clone()).await {
+                Err(Error::NotFound { .. }) => {}
+                found => return found,
+            }
+            match store.put_opts(&path, owner.into(), PutMode::Create.into()).await {
+                Err(Error::AlreadyExists { .. }) | Ok(_) => {}
+                Err(error) => return Err(error),
+            }
+            store.get_range(&path, range).await
+        });
+        owner_of(found.map_err(failed)?.into())
+    }
+
     /// A bucket has no end that it would tell.
     fn free_bytes(&self) -> Result<Option<u64>, StoreError> {
         Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// What a machine asks for its role, in clear: the session, the role's name, its keys.
+    fn metadata() -> (String, std::thread::JoinHandle<Vec<String>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let keys = r#"{"AccessKeyId": "a", "SecretAccessKey": "b", "Token": "c", "Expiration": "2999-01-01T00:00:00Z"}"#;
+        let served = std::thread::spawn(move || {
+            let answer = |answer: &str| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") {
+                    let mut byte = [0];
+                    stream.read_exact(&mut byte).unwrap();
+                    head.extend(byte);
+                }
+                let length = answer.len();
+                write!(
+                    stream,
+                    "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{answer}"
+                )
+                .unwrap();
+                let head = String::from_utf8(head).unwrap();
+                head.split_whitespace().take(2).collect::<Vec<_>>().join(" ")
+            };
+            ["session", "drive", keys].into_iter().map(answer).collect()
+        });
+        (address, served)
+    }
+
+    #[test]
+    fn a_machine_s_role_opens_a_bucket_though_nothing_else_passes_in_clear() {
+        let (address, served) = metadata();
+        let settings = config::Storage {
+            endpoint: Some("https://127.0.0.1:1".to_owned()),
+            ..config::Storage::default()
+        };
+        let builder = AmazonS3Builder::new().with_metadata_endpoint(address);
+        let store = Arc::new(reach(builder, "bucket", &settings).unwrap());
+        let bridge = Bridge::start().unwrap();
+        let blob = ObjectBlob::over(store, Path::default(), true, bridge);
+        // Nobody is there; but by then the credentials were asked for.
+        blob.length(&Digest([1; 32])).unwrap_err();
+        let asked = served.join().unwrap();
+        let roles = "/latest/meta-data/iam/security-credentials/";
+        let wanted =
+            ["PUT /latest/api/token".to_owned(), format!("GET {roles}"), format!("GET {roles}drive")];
+        assert_eq!(asked, wanted);
+    }
+
+    #[test]
+    fn only_what_was_never_sent_certainly_did_not_happen() {
+        let written = |error| Trouble::Answer(error).of_write("write blob", "x").is_determinate();
+        let (path, source) = (|| "x".to_owned(), || "no".into());
+        assert!(!written(Error::PermissionDenied { path: path(), source: source() }));
+        assert!(!written(Error::Unauthenticated { path: path(), source: source() }));
+        assert!(!written(Error::Generic { store: "S3", source: source() }));
+        assert!(written(Error::NotSupported { source: source() }));
     }
 }

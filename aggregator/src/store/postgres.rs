@@ -168,40 +168,6 @@ impl PostgresStore {
         Ok(StoreError::Conflict { log: log.to_owned(), expected, found })
     }
 
-    fn move_head(
-        &self,
-        log: &str,
-        expected: u64,
-        value: &[u8],
-        other: Option<While<'_>>,
-    ) -> Result<u64, StoreError> {
-        check_bounds(log, "", value)?;
-        let sql = match (expected, other) {
-            (0, None) => FIRST,
-            (_, None) => NEXT,
-            (0, Some(_)) => FIRST_WHILE,
-            (_, Some(_)) => NEXT_WHILE,
-        };
-        let mut parameters = vec![text(log), bytes(value)];
-        if expected > 0 {
-            parameters.push(number(expected));
-        }
-        if let Some(other) = other {
-            parameters.extend([text(other.log), number(other.sequence)]);
-        }
-        // A row says that it is done, whatever its form.
-        if !self.write("append to", log, sql, parameters)?.is_empty() {
-            return Ok(expected.saturating_add(1));
-        }
-        // Heads never go back: what is not where it was expected now was not then.
-        if let Some(other) = other
-            && self.head_sequence(other.log)? != other.sequence
-        {
-            return Err(self.conflict(other)?);
-        }
-        Err(self.conflict(While { log, sequence: expected })?)
-    }
-
     fn appended(&self, is_new: bool, queue: &str, key: &str) -> Result<Append, StoreError> {
         if is_new {
             return Ok(Append::Appended);
@@ -232,6 +198,13 @@ const NEXT_WHILE: &str = "WITH held AS (
         UPDATE commonweal_log SET head = commonweal_log.head + 1 FROM held
         WHERE name = $1 AND commonweal_log.head = $3 RETURNING commonweal_log.head
     ) INSERT INTO commonweal_entry (log, sequence, value) SELECT $1::text, head, $2::bytea FROM moved RETURNING sequence";
+
+const APPEND_WHILE: &str = "WITH held AS (
+        SELECT head FROM commonweal_log WHERE name = $4 AND head = $5 FOR SHARE
+    ), appended AS (
+        INSERT INTO commonweal_item (queue, key, value) SELECT $1::text, $2::text, $3::bytea FROM held
+        ON CONFLICT DO NOTHING RETURNING key
+    ) SELECT (SELECT count(*) FROM held), (SELECT count(*) FROM appended)";
 
 /// The server said no: an error that undoes its statement. One that ends the session may come with a commit.
 fn is_refused(error: &tokio_postgres::Error) -> bool {
@@ -296,18 +269,38 @@ impl Coord for PostgresStore {
         rows.first().map(|row| entry(row, log)).transpose()
     }
 
-    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
-        self.move_head(log, expected, value, None)
-    }
-
-    fn compare_and_set_while(
+    fn move_head(
         &self,
         log: &str,
         expected: u64,
         value: &[u8],
-        other: While<'_>,
+        other: Option<While<'_>>,
     ) -> Result<u64, StoreError> {
-        self.move_head(log, expected, value, Some(other))
+        check_bounds(log, "", value)?;
+        let sql = match (expected, other) {
+            (0, None) => FIRST,
+            (_, None) => NEXT,
+            (0, Some(_)) => FIRST_WHILE,
+            (_, Some(_)) => NEXT_WHILE,
+        };
+        let mut parameters = vec![text(log), bytes(value)];
+        if expected > 0 {
+            parameters.push(number(expected));
+        }
+        if let Some(other) = other {
+            parameters.extend([text(other.log), number(other.sequence)]);
+        }
+        // A row says that it is done, whatever its form.
+        if !self.write("append to", log, sql, parameters)?.is_empty() {
+            return Ok(expected.saturating_add(1));
+        }
+        // Heads never go back: what is not where it was expected now was not then.
+        if let Some(other) = other
+            && self.head_sequence(other.log)? != other.sequence
+        {
+            return Err(self.conflict(other)?);
+        }
+        Err(self.conflict(While { log, sequence: expected })?)
     }
 
     fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
@@ -344,31 +337,23 @@ impl Coord for PostgresStore {
 }
 
 impl Inbox for PostgresStore {
-    fn append_once(&self, queue: &str, key: &str, value: &[u8]) -> Result<Append, StoreError> {
-        const SQL: &str = "INSERT INTO commonweal_item (queue, key, value) VALUES ($1, $2, $3)
-            ON CONFLICT DO NOTHING RETURNING TRUE";
-        check_bounds(queue, key, value)?;
-        let parameters = vec![text(queue), text(key), bytes(value)];
-        let appended = self.write("append to", queue, SQL, parameters)?;
-        self.appended(!appended.is_empty(), queue, key)
-    }
-
-    fn append_once_while(
+    fn append(
         &self,
         queue: &str,
         key: &str,
         value: &[u8],
-        log: While<'_>,
+        log: Option<While<'_>>,
     ) -> Result<Append, StoreError> {
-        const SQL: &str = "WITH held AS (
-                SELECT head FROM commonweal_log WHERE name = $4 AND head = $5 FOR SHARE
-            ), appended AS (
-                INSERT INTO commonweal_item (queue, key, value) SELECT $1::text, $2::text, $3::bytea FROM held
-                ON CONFLICT DO NOTHING RETURNING key
-            ) SELECT (SELECT count(*) FROM held), (SELECT count(*) FROM appended)";
+        const SQL: &str = "INSERT INTO commonweal_item (queue, key, value) VALUES ($1, $2, $3)
+            ON CONFLICT DO NOTHING RETURNING TRUE";
         check_bounds(queue, key, value)?;
-        let parameters = vec![text(queue), text(key), bytes(value), text(log.log), number(log.sequence)];
-        let rows = self.write("append to", queue, SQL, parameters)?;
+        let mut parameters = vec![text(queue), text(key), bytes(value)];
+        let Some(log) = log else {
+            let appended = self.write("append to", queue, SQL, parameters)?;
+            return self.appended(!appended.is_empty(), queue, key);
+        };
+        parameters.extend([text(log.log), number(log.sequence)]);
+        let rows = self.write("append to", queue, APPEND_WHILE, parameters)?;
         // It is done; an answer without its form leaves open what.
         let count = |index| {
             let counted = rows.first().and_then(|row| row.try_get::<_, i64>(index).ok());
@@ -439,11 +424,7 @@ impl Inbox for PostgresStore {
 /// Whether anything was changed: only what its owner holds is.
 fn held(changed: &[Row], queue: &str, key: &str, owner: &str) -> Result<(), StoreError> {
     if changed.is_empty() {
-        return Err(StoreError::LeaseLost {
-            queue: queue.to_owned(),
-            key: key.to_owned(),
-            owner: owner.to_owned(),
-        });
+        return Err(StoreError::lease_lost(queue, key, owner));
     }
     Ok(())
 }

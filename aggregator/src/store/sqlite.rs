@@ -133,18 +133,25 @@ impl Coord for SqliteStore {
         })
     }
 
-    fn compare_and_set(&self, log: &str, expected: u64, value: &[u8]) -> Result<u64, StoreError> {
-        self.move_head(log, expected, value, None)
-    }
-
-    fn compare_and_set_while(
+    fn move_head(
         &self,
         log: &str,
         expected: u64,
         value: &[u8],
-        other: While<'_>,
+        other: Option<While<'_>>,
     ) -> Result<u64, StoreError> {
-        self.move_head(log, expected, value, Some(other))
+        check_bounds(log, "", value)?;
+        self.write("append to", log, |transaction| {
+            let not_done = |error: rusqlite::Error| StoreError::not_done("append to", log, error);
+            other.map_or(Ok(()), |other| check_head(transaction, "append to", other))?;
+            check_head(transaction, "append to", While { log, sequence: expected })?;
+            let next = expected + 1;
+            transaction
+                .prepare_cached("INSERT INTO coord (log, sequence, value) VALUES (?1, ?2, ?3)")
+                .and_then(|mut statement| statement.execute(params![log, next as i64, value]))
+                .map_err(not_done)?;
+            Ok(next)
+        })
     }
 
     fn scan(&self, log: &str, from: u64, limit: usize) -> Result<Vec<Entry>, StoreError> {
@@ -190,18 +197,30 @@ impl Coord for SqliteStore {
 }
 
 impl Inbox for SqliteStore {
-    fn append_once(&self, queue: &str, key: &str, value: &[u8]) -> Result<Append, StoreError> {
-        self.append(queue, key, value, None)
-    }
-
-    fn append_once_while(
+    fn append(
         &self,
         queue: &str,
         key: &str,
         value: &[u8],
-        log: While<'_>,
+        log: Option<While<'_>>,
     ) -> Result<Append, StoreError> {
-        self.append(queue, key, value, Some(log))
+        check_bounds(queue, key, value)?;
+        self.write("append to", queue, |transaction| {
+            let not_done = |error: rusqlite::Error| StoreError::not_done("append to", queue, error);
+            log.map_or(Ok(()), |log| check_head(transaction, "append to", log))?;
+            let found: Option<Vec<u8>> = transaction
+                .prepare_cached("SELECT value FROM inbox WHERE queue = ?1 AND key = ?2")
+                .and_then(|mut statement| statement.query_row([queue, key], |row| row.get(0)).optional())
+                .map_err(not_done)?;
+            if let Some(found) = found {
+                return Ok(Append::Duplicate(found));
+            }
+            transaction
+                .prepare_cached("INSERT INTO inbox (queue, key, value) VALUES (?1, ?2, ?3)")
+                .and_then(|mut statement| statement.execute(params![queue, key, value]))
+                .map_err(not_done)?;
+            Ok(Append::Appended)
+        })
     }
 
     fn find(&self, queue: &str, key: &str) -> Result<Option<Vec<u8>>, StoreError> {
@@ -292,53 +311,6 @@ impl Inbox for SqliteStore {
 }
 
 impl SqliteStore {
-    fn move_head(
-        &self,
-        log: &str,
-        expected: u64,
-        value: &[u8],
-        other: Option<While<'_>>,
-    ) -> Result<u64, StoreError> {
-        check_bounds(log, "", value)?;
-        self.write("append to", log, |transaction| {
-            let not_done = |error: rusqlite::Error| StoreError::not_done("append to", log, error);
-            check_head(transaction, "append to", While { log, sequence: expected })?;
-            other.map_or(Ok(()), |other| check_head(transaction, "append to", other))?;
-            let next = expected + 1;
-            transaction
-                .prepare_cached("INSERT INTO coord (log, sequence, value) VALUES (?1, ?2, ?3)")
-                .and_then(|mut statement| statement.execute(params![log, next as i64, value]))
-                .map_err(not_done)?;
-            Ok(next)
-        })
-    }
-
-    fn append(
-        &self,
-        queue: &str,
-        key: &str,
-        value: &[u8],
-        log: Option<While<'_>>,
-    ) -> Result<Append, StoreError> {
-        check_bounds(queue, key, value)?;
-        self.write("append to", queue, |transaction| {
-            let not_done = |error: rusqlite::Error| StoreError::not_done("append to", queue, error);
-            log.map_or(Ok(()), |log| check_head(transaction, "append to", log))?;
-            let found: Option<Vec<u8>> = transaction
-                .prepare_cached("SELECT value FROM inbox WHERE queue = ?1 AND key = ?2")
-                .and_then(|mut statement| statement.query_row([queue, key], |row| row.get(0)).optional())
-                .map_err(not_done)?;
-            if let Some(found) = found {
-                return Ok(Append::Duplicate(found));
-            }
-            transaction
-                .prepare_cached("INSERT INTO inbox (queue, key, value) VALUES (?1, ?2, ?3)")
-                .and_then(|mut statement| statement.execute(params![queue, key, value]))
-                .map_err(not_done)?;
-            Ok(Append::Appended)
-        })
-    }
-
     fn held(
         &self,
         sql: &str,
@@ -357,11 +329,7 @@ impl SqliteStore {
                 })
                 .map_err(not_done)?;
             if changed == 0 {
-                return Err(StoreError::LeaseLost {
-                    queue: queue.to_owned(),
-                    key: key.to_owned(),
-                    owner: owner.to_owned(),
-                });
+                return Err(StoreError::lease_lost(queue, key, owner));
             }
             Ok(())
         })

@@ -53,6 +53,23 @@ fn a_folder_that_is_shared_keeps_the_contract() {
 }
 
 #[test]
+fn objects_of_another_federation_are_refused() {
+    let [one, other, shared] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let open = |dir: &tempfile::TempDir, prefix: &str| {
+        let objects = Some(format!("file://{}", shared.path().join(prefix).display()));
+        let settings = config::Storage { objects, ..config::Storage::default() };
+        Storage::of(dir.path(), &settings, Access::Exclusive)
+    };
+    open(&one, "a").unwrap();
+    let error = open(&other, "a").unwrap_err();
+    assert!(error.to_string().starts_with("storage.objects: expected objects of this database's"), "{error}");
+    open(&other, "b").unwrap();
+    open(&one, "a").unwrap();
+    std::fs::write(shared.path().join("a").join(MARK), [b'x'; 1_000]).unwrap();
+    assert!(open(&one, "a").is_err());
+}
+
+#[test]
 fn what_was_stored_is_there_after_reopening() {
     let dir = tempfile::tempdir().unwrap();
     let storage = Storage::open(dir.path(), Access::Exclusive).unwrap();
@@ -167,4 +184,40 @@ fn injected_faults_say_what_a_caller_may_conclude() {
         }
     }
     assert!((10..60).contains(&applied_though_unsure), "{applied_though_unsure}");
+}
+
+/// Two hours ago, as far as its file says.
+fn make_old(file: &Path) {
+    let then = std::time::SystemTime::now() - Duration::from_secs(7_200);
+    std::fs::File::options().write(true).open(file).unwrap().set_modified(then).unwrap();
+}
+
+#[test]
+fn what_is_stored_again_is_new_again_where_others_might_delete_it() {
+    const HOUR: Duration = Duration::from_secs(3_600);
+    let dir = tempfile::tempdir().unwrap();
+    let name = digest(b"x");
+    let at = |folder: &str| dir.path().join(folder).join(&name.to_string()[..2]).join(name.to_string());
+    let files = |folder: &str, access| -> (Arc<dyn Blob>, std::path::PathBuf) {
+        (Arc::new(FileBlob::open(&dir.path().join(folder), Arc::new(RealDisk), access).unwrap()), at(folder))
+    };
+    let bridge = Bridge::start().unwrap();
+    let objects = dir.path().join("objects");
+    std::fs::create_dir(&objects).unwrap();
+    let store = Arc::new(LocalFileSystem::new_with_prefix(&objects).unwrap());
+    let bucket: Arc<dyn Blob> = Arc::new(ObjectBlob::over(store, "".into(), false, bridge));
+    for ((blob, file), is_shared) in [
+        (files("alone", Access::Exclusive), false),
+        (files("shared", Access::Shared), true),
+        ((bucket, objects.join(name.to_string())), true),
+    ] {
+        let put = || blob.put_if_absent(&name, 1, &mut b"x".as_slice()).unwrap();
+        assert_eq!(put(), Put::Stored);
+        assert!(blob.list_older(HOUR, None, 9).unwrap().is_empty());
+        make_old(&file);
+        assert_eq!(blob.list_older(HOUR, None, 9).unwrap(), [name]);
+        assert_eq!(put(), Put::Present);
+        assert_eq!(blob.list_older(HOUR, None, 9).unwrap().is_empty(), is_shared, "{}", file.display());
+        assert_eq!(blob.list(None, 9).unwrap(), [name]);
+    }
 }

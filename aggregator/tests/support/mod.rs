@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "shared by several test binaries, each of which uses its part")]
 
+pub mod shared;
+
 use std::sync::{Arc, Mutex};
 
 use aggregator::config::Config;
