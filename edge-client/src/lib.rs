@@ -36,6 +36,7 @@ pub mod serve;
 pub mod control;
 mod pipeline_error;
 mod task;
+mod trouble;
 mod begun;
 mod owed;
 mod chunks;
