@@ -154,15 +154,14 @@ impl Canary {
         self.trial.as_ref().is_some_and(|trial| version > self.stable && version <= trial.version)
     }
 
-    /// Counts a device's word on what is on trial, once by its place in the log.
-    pub fn hear(&mut self, place: u64, word: Word) {
+    /// Counts a device's word on what is on trial, once by its place in the log. Without one the place is passed over.
+    pub fn hear(&mut self, place: u64, word: Option<Word>) {
         if place <= self.counted_word {
             return;
         }
         self.counted_word = place;
-        if self.is_on_trial(word.version)
-            && let Some(trial) = &mut self.trial
-        {
+        let word = word.filter(|word| self.is_on_trial(word.version));
+        if let (Some(word), Some(trial)) = (word, &mut self.trial) {
             trial.words.hear(word.device, word.said);
         }
     }
@@ -371,7 +370,7 @@ mod tests {
         let mut canary = trial(&[2.0; 8], &[]);
         for (number, said) in words.iter().enumerate() {
             let word = Word { device: DeviceId([number as u8; 16]), version: Version(1), said: *said };
-            canary.hear(number as u64 + 1, word);
+            canary.hear(number as u64 + 1, Some(word));
         }
         canary
     }
@@ -410,7 +409,7 @@ mod tests {
         let damaged = Said::Cannot(Fault::Damaged);
         let judged = |words: &[Said]| {
             let mut canary = heard(words);
-            canary.count(2, std::iter::repeat_n((Version(1), 1.0), 20));
+            canary.count(3, std::iter::repeat_n((Version(1), 1.0), 20));
             canary.judge(&settings(), 2_000)
         };
         assert!(matches!(judged(&[damaged; 8]), Verdict::Worse(_)));
@@ -421,19 +420,20 @@ mod tests {
     #[test]
     fn a_word_counts_once_and_only_on_what_is_on_trial() {
         let mut canary = heard(&[Said::Cannot(Fault::Room); 2]);
-        let word = |number: u8, version, said| Word { device: DeviceId([number; 16]), version, said };
+        let word = |number: u8, version, said| Some(Word { device: DeviceId([number; 16]), version, said });
         canary.hear(3, word(0, Version(1), Said::Installed));
         // Counted before, of the release before, of one that nobody published.
         canary.hear(3, word(1, Version(1), Said::Installed));
         canary.hear(4, word(1, Version(0), Said::Installed));
         canary.hear(5, word(1, Version(2), Said::Installed));
+        canary.hear(6, None);
         let count = canary.trial.as_ref().unwrap().words.count();
         assert_eq!((count.told, count.installed, count.failed()), (2, 1, 1));
         // The next trial begins with nothing; how this one went is remembered.
         canary.promote("fine".into(), 3_000);
         assert_eq!(canary.ended[0].devices, count);
         canary.see_head(Version(2), true, 3_000);
-        assert!(canary.trial.as_ref().unwrap().words.count().told == 0 && canary.counted_word == 5);
+        assert!(canary.trial.as_ref().unwrap().words.count().told == 0 && canary.counted_word == 6);
         for version in 3..3 + 2 * ENDED_MAX as u64 {
             canary.promote("fine".into(), 3_000);
             canary.see_head(Version(version), true, 3_000);

@@ -45,7 +45,7 @@ impl Noted {
 }
 
 /// What stood in the way, if it was the release and not the network.
-pub(crate) fn fault_of(error: &InstallError) -> Option<Fault> {
+fn fault_of(error: &InstallError) -> Option<Fault> {
     match error {
         InstallError::Signature { .. } => Some(Fault::Signature),
         InstallError::Base { .. } => Some(Fault::Base),

@@ -14,7 +14,7 @@ use crate::store::{Coord, StoreError};
 /// The log of words that are not counted yet.
 pub const WORDS: &str = "canary-words";
 /// Devices that are counted in a trial: the first.
-const DEVICES_MAX: usize = 4_096;
+const DEVICES_MAX: usize = 1_024;
 
 /// How far a device is with a release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

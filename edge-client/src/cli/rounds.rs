@@ -258,7 +258,7 @@ impl Member {
                 BadInput(format!("{directory} is not enrolled: edge-client enroll INVITATION")).into()
             );
         };
-        let heed = heeds.then(|| Heed { rules: policy.when, sensors: sensors::of_system() });
+        let heed = heeds.then(|| Heed { rules: policy.when, sensors: sensors::of_watcher() });
         let runtime = Runtime::new().context("cannot start")?;
         let cancel = open::stop_on_signal(runtime.handle());
         let zone = jiff::tz::TimeZone::system();

@@ -105,7 +105,7 @@ impl Link for FakeLink {
     async fn poll(&self, poll: Poll) -> Result<PollReply, LinkError> {
         let mut told = self.told.lock().unwrap();
         told.polls.push(poll);
-        let release = told.release.filter(|signed| Some(signed.release.version) != poll.installed);
+        let release = told.release.clone().filter(|signed| Some(signed.release.version) != poll.installed);
         let successions = told.lineage.as_ref().map(|keys| keys.after(poll.key).to_vec()).unwrap_or_default();
         Ok(PollReply { task: told.task, release, successions, reconnect: ReconnectWindow::default() })
     }
