@@ -117,7 +117,8 @@ fn a_newer_schema_is_refused_by_name_and_many_may_start_at_once() {
     let settings = postgres.settings(dir.path());
     std::thread::scope(|scope| {
         for _ in 0..6 {
-            scope.spawn(|| open(&settings, &dir).coord.head("release").unwrap());
+            // Each in a directory of its own, as serving programs are.
+            scope.spawn(|| open(&settings, &tempfile::tempdir().unwrap()).coord.head("release").unwrap());
         }
     });
     assert_eq!(postgres.sql("SELECT version FROM commonweal_schema_version ORDER BY 1"), "1");

@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use commonweal_package::{ModelError, Tokens};
+use commonweal_runtime::tokenize;
 use serde::Deserialize;
 use serde_json::Value;
 use tokenizers::{PostProcessor, Tokenizer};
@@ -169,7 +170,7 @@ pub fn load(path: &Path, vocab_size: usize) -> Result<(Vec<u8>, Tokenizer), Text
 }
 
 fn parse(path: &Path, bytes: &[u8]) -> Result<Tokenizer, TextError> {
-    Tokenizer::from_bytes(bytes)
+    tokenize::parse(bytes)
         .map_err(|error| TextError::Tokenizer { path: path.into(), reason: error.to_string() })
 }
 

@@ -1,8 +1,9 @@
 //! Text to token ids and back, with the package's `tokenizer.json`. `conversation.rs` encodes rendered chats with it,
 //! `generate.rs` turns new tokens into text as they come.
 
-use std::{borrow::Cow, fs::File, io, io::Read, path::Path};
+use std::{borrow::Cow, fs::File, io, io::Read, panic, path::Path};
 
+use serde::de::IgnoredAny;
 use tokenizers::{Encoding, PostProcessor};
 
 /// Longest tokenizer read. The largest published ones are about 35 MB; `model-compiler` takes as much.
@@ -56,6 +57,14 @@ pub enum TokenizeError {
     },
 }
 
+/// Reads the bytes of a `tokenizer.json`. The library panics on some that are damaged (0.22: JSON that ends within a
+/// decoder, a precompiled normalizer that is none); here those are refused like all others.
+pub fn parse(bytes: &[u8]) -> Result<tokenizers::Tokenizer, tokenizers::Error> {
+    serde_json::from_slice::<IgnoredAny>(bytes)?;
+    panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes))
+        .unwrap_or_else(|_| Err("the library that reads tokenizers fails on it".into()))
+}
+
 impl Tokenizer {
     /// Reads a Hugging Face `tokenizer.json`. Padding and truncation in the file are ignored: the runtime pads, and
     /// refuses what is too long.
@@ -66,7 +75,7 @@ impl Tokenizer {
     }
 
     pub(crate) fn from_json(bytes: &[u8]) -> Result<Self, tokenizers::Error> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes)?;
+        let mut inner = parse(bytes)?;
         inner.with_padding(None);
         inner.with_truncation(None)?;
         let mut special: Vec<String> = inner
@@ -218,6 +227,18 @@ mod tests {
             assert!("naïve 中 end".starts_with(text), "{text:?}");
         }
         assert_eq!(stream.finish().unwrap(), ("naïve 中 end".to_owned(), ids));
+    }
+
+    #[test]
+    fn what_the_library_would_panic_on_is_refused() {
+        let text = include_str!("../tests/data/bytes.tokenizer.json");
+        let decoder = text.find("\"decoder\"").unwrap();
+        parse(&text.as_bytes()[..decoder + 20]).unwrap_err();
+        let broken = text.replacen("\"decoder\":", "\"decoder\": {\"type\": ?},", 1);
+        parse(broken.as_bytes()).unwrap_err();
+        let mut json: serde_json::Value = serde_json::from_str(text).unwrap();
+        json["normalizer"] = serde_json::json!({ "type": "Precompiled", "precompiled_charsmap": "AAAA" });
+        parse(json.to_string().as_bytes()).unwrap_err();
     }
 
     #[test]
