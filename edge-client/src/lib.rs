@@ -43,6 +43,7 @@ mod chunks;
 mod work;
 pub mod pipeline;
 mod bus;
+mod returns;
 pub mod sensors;
 pub mod metered;
 pub mod watch;

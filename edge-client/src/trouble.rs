@@ -27,7 +27,7 @@ pub(crate) struct Noted {
     digest: Digest,
     fault: Fault,
     /// In milliseconds since 1970.
-    noted_ms: u64,
+    at_ms: u64,
 }
 
 impl Noted {
@@ -40,7 +40,7 @@ impl Noted {
     /// is moved, and may be each time.
     pub(crate) fn is_of(self, version: Version, digest: Digest, now_ms: u64) -> bool {
         let is_it = (self.version, self.digest) == (version, digest);
-        is_it && self.fault != Fault::Room && now_ms.abs_diff(self.noted_ms) < AGAIN_MS
+        is_it && self.fault != Fault::Room && now_ms.abs_diff(self.at_ms) < AGAIN_MS
     }
 }
 
@@ -74,7 +74,7 @@ pub(crate) fn note(
     now_ms: u64,
 ) -> Result<bool, StoreError> {
     let Some(fault) = fault_of(error) else { return Ok(false) };
-    let noted = Noted { version, digest, fault, noted_ms: now_ms };
+    let noted = Noted { version, digest, fault, at_ms: now_ms };
     let bytes = serde_json::to_vec(&noted).map_err(|error| StoreError::Damaged {
         path: store.path(FILE),
         reason: format!("it does not encode: {error}"),

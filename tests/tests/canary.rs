@@ -31,7 +31,9 @@ fn a_release_that_devices_cannot_install_goes_back_by_itself() {
     // Two deliver and are gone before it is published.
     let round: Vec<_> =
         devices[..2].iter().map(|device| device.run_as("edge-client", &["--rounds", "1"])).collect();
-    round.into_iter().for_each(|device| assert_eq!(device.finish(), 0));
+    for device in round {
+        assert_eq!(device.finish(), 0);
+    }
     let version = aggregator.event("published")["version"].as_u64().unwrap();
     assert_eq!(aggregator.event("trial")["version"], version);
     let digest = shown(&federation, version)["release"]["digest"].as_str().unwrap().to_owned();
@@ -68,7 +70,9 @@ fn a_release_that_devices_cannot_install_goes_back_by_itself() {
         assert!(std::time::Instant::now() < end, "release {now} is not installed: {listed:?}");
         thread::sleep(Duration::from_millis(200));
     }
-    running.into_iter().for_each(|device| assert_eq!(device.stop(), 0));
+    for device in running {
+        assert_eq!(device.stop(), 0);
+    }
 }
 
 fn shown(federation: &Federation, version: u64) -> Value {

@@ -16,7 +16,7 @@ pub fn read(coord: &dyn Coord) -> Result<Option<(Canary, u64)>, DeskError> {
     let Some(entry) = coord.head(LOG)? else { return Ok(None) };
     let canary = whole::<Canary>(&entry.value)
         // A program of before wrote it, which knew less.
-        .or_else(|error| whole::<Before>(&entry.value).map(Canary::from).map_err(|_| error))
+        .or_else(|error| whole::<Former>(&entry.value).map(Canary::from).map_err(|_| error))
         .map_err(|error| DeskError::damaged("state of trials", error))?;
     Ok(Some((canary, entry.sequence)))
 }
@@ -31,7 +31,7 @@ fn whole<T: DeserializeOwned>(bytes: &[u8]) -> postcard::Result<T> {
 
 /// The state as it was before devices told what they cannot install.
 #[derive(Serialize, Deserialize)]
-struct Before {
+struct Former {
     stable: Version,
     before: Vec<f32>,
     trial: Option<(Version, Option<Version>, u64, Vec<f32>)>,
@@ -40,8 +40,8 @@ struct Before {
     last: Option<(Version, bool, String, u64)>,
 }
 
-impl From<Before> for Canary {
-    fn from(Before { stable, before, trial, counted_round, verdict, last }: Before) -> Self {
+impl From<Former> for Canary {
+    fn from(Former { stable, before, trial, counted_round, verdict, last }: Former) -> Self {
         let mut canary = Self { before, counted_round, ..Self::stable(stable) };
         if let Some((version, rolled_back, reason, ended_ms)) = last {
             // Since when it was on trial is not known.
@@ -69,7 +69,7 @@ mod tests {
 
     #[test]
     fn a_state_of_before_is_read_and_no_part_of_one_is() {
-        let before = |trial, counted_round, last| Before {
+        let before = |trial, counted_round, last| Former {
             stable: Version(4),
             before: vec![1.0, 2.0],
             trial,
