@@ -8,20 +8,27 @@
 //! the Mann–Whitney U test (1947), one-sided at 1 %, after `canary_loss_rise` was taken off each: worse by less than
 //! that is not worse. Ranks and not means, so that no device's number, however wild, weighs more than another's.
 //! Rounds go on meanwhile, from the newest release; what they publish joins the trial.
+//!
+//! A device of the share says with its polls that it has it, or that it cannot install it (`words`). If more than
+//! `canary_failures` cannot, it is worse, whatever the losses.
+
+mod stored;
+mod words;
 
 use commonweal_protocol::{DeviceId, Version};
 use serde::{Deserialize, Serialize};
 
 use crate::config;
-use crate::desk::DeskError;
-use crate::store::Coord;
 
-/// The log of the state; only its newest entry matters.
-pub const LOG: &str = "canary";
+pub use stored::{LOG, read};
+pub use words::{Count, Said, WORDS, Word, Words, tell};
+
 /// Losses kept of the release that all devices have: the newest.
 const BEFORE_MAX: usize = 256;
 /// Losses kept of a trial: the newest.
 const TRIAL_MAX: usize = 1_024;
+/// Ended trials that are remembered.
+const ENDED_MAX: usize = 32;
 /// One-sided 1 % of the normal distribution.
 const SIGNIFICANT: f64 = 2.326_347_874_040_841;
 
@@ -38,8 +45,10 @@ pub struct Canary {
     pub counted_round: u64,
     /// Why the release on trial is being rolled back; written before that is done.
     pub verdict: Option<String>,
-    /// How the last trial ended.
-    pub last: Option<Ended>,
+    /// How trials ended: the newest, in their order.
+    pub ended: Vec<Ended>,
+    /// The last word of a device that is counted.
+    pub counted_word: u64,
 }
 
 /// Releases that a share of the devices sees.
@@ -53,6 +62,14 @@ pub struct Trial {
     pub since_ms: u64,
     /// Losses reported of them.
     pub losses: Vec<f32>,
+    /// What devices said of them.
+    pub words: Words,
+}
+
+impl Trial {
+    fn new(version: Version, since_ms: u64) -> Self {
+        Self { version, reported: None, since_ms, losses: Vec::new(), words: Words::default() }
+    }
 }
 
 /// How a trial ended.
@@ -64,8 +81,16 @@ pub struct Ended {
     pub rolled_back: bool,
     /// Why, in the operator's words.
     pub reason: String,
-    /// When.
+    /// When it began.
+    pub since_ms: u64,
+    /// When it ended.
     pub ended_ms: u64,
+    /// Losses reported of it.
+    pub reports: usize,
+    /// Of the release that all had.
+    pub reports_before: usize,
+    /// What devices said of it.
+    pub devices: Count,
 }
 
 /// What follows from the reports.
@@ -95,8 +120,7 @@ impl Canary {
         match &mut self.trial {
             Some(trial) if is_of_round => trial.version = head,
             None if is_of_round => {
-                self.trial =
-                    Some(Trial { version: head, reported: None, since_ms: now_ms, losses: Vec::new() });
+                self.trial = Some(Trial::new(head, now_ms));
             }
             _ => {
                 self.end(head, true, "another release took its place".to_owned(), now_ms);
@@ -125,22 +149,58 @@ impl Canary {
         }
     }
 
+    /// Whether this release is on trial.
+    pub fn is_on_trial(&self, version: Version) -> bool {
+        self.trial.as_ref().is_some_and(|trial| version > self.stable && version <= trial.version)
+    }
+
+    /// Counts a device's word on what is on trial, once by its place in the log. Without one the place is passed over.
+    pub fn hear(&mut self, place: u64, word: Option<Word>) {
+        if place <= self.counted_word {
+            return;
+        }
+        self.counted_word = place;
+        let word = word.filter(|word| self.is_on_trial(word.version));
+        if let (Some(word), Some(trial)) = (word, &mut self.trial) {
+            trial.words.hear(word.device, word.said);
+        }
+    }
+
+    /// Leaves devices without a voice; true if there were any.
+    pub fn silence(&mut self, is_out: impl Fn(&DeviceId) -> bool) -> bool {
+        self.trial.as_mut().is_some_and(|trial| trial.words.silence(is_out))
+    }
+
     /// What to do with what is on trial.
     pub fn judge(&self, settings: &config::Release, now_ms: u64) -> Verdict {
         let Some(trial) = &self.trial else { return Verdict::Wait };
         let wanted = settings.canary_reports as usize;
         let (after, before) = (trial.losses.len(), self.before.len());
+        let is_over = now_ms.saturating_sub(trial.since_ms) >= (settings.canary_hours * 3_600_000.0) as u64;
+        let devices = trial.words.count();
+        let is_above = |of: usize| devices.failed() as f64 > settings.canary_failures * of as f64;
+        // Who fails says so at once, who trains first says so late: until the time is over, those count too that were
+        // told of it and have said nothing.
+        let is_sure = is_over || devices.told >= wanted && is_above(devices.told);
+        let is_doubtful = is_above(devices.answered());
+        if is_doubtful && is_sure {
+            return Verdict::Worse(devices.to_string());
+        }
         if after >= wanted && before >= wanted {
             let z = rank_test(&trial.losses, &self.before, settings.canary_loss_rise);
             let told = format!(
                 "loss on devices' own pairs: median {:.2} of {after} reports, before {:.2} of {before}; z = {z:.2}",
-                median(&trial.losses),
-                median(&self.before),
+                median(&trial.losses).unwrap_or_default(),
+                median(&self.before).unwrap_or_default(),
             );
-            return if z > SIGNIFICANT { Verdict::Worse(told) } else { Verdict::Fine(told) };
+            if z > SIGNIFICANT {
+                return Verdict::Worse(told);
+            }
+            if !is_doubtful {
+                return Verdict::Fine(told);
+            }
         }
-        let most_ms = (settings.canary_hours * 3_600_000.0) as u64;
-        if now_ms.saturating_sub(trial.since_ms) < most_ms {
+        if !is_over {
             return Verdict::Wait;
         }
         let hours = settings.canary_hours;
@@ -153,10 +213,10 @@ impl Canary {
     pub fn promote(&mut self, reason: String, now_ms: u64) {
         let Some(trial) = self.trial.take() else { return };
         let version = trial.reported.unwrap_or(trial.version);
+        self.note_end(&trial, version, false, reason, now_ms);
         let newest = trial.losses.len().saturating_sub(BEFORE_MAX);
         self.before = trial.losses.get(newest..).unwrap_or_default().to_vec();
         self.stable = version;
-        self.last = Some(Ended { version, rolled_back: false, reason, ended_ms: now_ms });
         self.see_head(trial.version, true, now_ms);
     }
 
@@ -168,9 +228,25 @@ impl Canary {
     fn end(&mut self, stable: Version, rolled_back: bool, reason: String, now_ms: u64) {
         self.verdict = None;
         if let Some(trial) = self.trial.take() {
-            self.last = Some(Ended { version: trial.version, rolled_back, reason, ended_ms: now_ms });
+            self.note_end(&trial, trial.version, rolled_back, reason, now_ms);
         }
         self.stable = stable;
+    }
+
+    fn note_end(&mut self, trial: &Trial, version: Version, rolled_back: bool, reason: String, now_ms: u64) {
+        if self.ended.len() >= ENDED_MAX {
+            self.ended.remove(0);
+        }
+        self.ended.push(Ended {
+            version,
+            rolled_back,
+            reason,
+            since_ms: trial.since_ms,
+            ended_ms: now_ms,
+            reports: trial.losses.len(),
+            reports_before: self.before.len(),
+            devices: trial.words.count(),
+        });
     }
 
     /// The release that a device is to install: a share of the devices, another one in each trial, sees the head.
@@ -194,10 +270,11 @@ fn keep(losses: &mut Vec<f32>, loss: f32, most: usize) {
     losses.push(loss);
 }
 
-fn median(losses: &[f32]) -> f32 {
+/// The middle one; none of none.
+pub fn median(losses: &[f32]) -> Option<f32> {
     let mut sorted = losses.to_vec();
     sorted.sort_by(f32::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or_default()
+    sorted.get(sorted.len() / 2).copied()
 }
 
 /// The z value of Mann–Whitney's U that `after`, less `rise`, is higher than `before`: normal approximation, with ties
@@ -222,20 +299,13 @@ fn rank_test(after: &[f32], before: &[f32], rise: f64) -> f64 {
     if variance > 0.0 { (u - n * m / 2.0 - 0.5) / variance.sqrt() } else { 0.0 }
 }
 
-/// The stored state and its place in the log; none before the first trial.
-pub fn read(coord: &dyn Coord) -> Result<Option<(Canary, u64)>, DeskError> {
-    let Some(entry) = coord.head(LOG)? else { return Ok(None) };
-    let canary =
-        postcard::from_bytes(&entry.value).map_err(|error| DeskError::damaged("state of trials", error))?;
-    Ok(Some((canary, entry.sequence)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use commonweal_protocol::Fault;
 
     fn settings() -> config::Release {
-        config::Release { canary_share: 0.1, canary_reports: 8, canary_hours: 24.0, canary_loss_rise: 0.0 }
+        config::Release { canary_share: 0.1, canary_loss_rise: 0.0, ..config::Release::default() }
     }
 
     /// A trial of release 1 after release 0.
@@ -295,6 +365,83 @@ mod tests {
         );
     }
 
+    /// A trial on which devices have said this.
+    fn heard(words: &[Said]) -> Canary {
+        let mut canary = trial(&[2.0; 8], &[]);
+        for (number, said) in words.iter().enumerate() {
+            let word = Word { device: DeviceId([number as u8; 16]), version: Version(1), said: *said };
+            canary.hear(number as u64 + 1, Some(word));
+        }
+        canary
+    }
+
+    #[test]
+    fn what_devices_cannot_install_is_rolled_back() {
+        let (can, silent) = (Said::Installed, Said::Nothing);
+        let (damaged, base) = (Said::Cannot(Fault::Damaged), Said::Cannot(Fault::Base));
+        let (soon, late) = (2_000, 1_000 + 24 * 3_600_000);
+        let judged = |words: &[Said], now_ms| heard(words).judge(&settings(), now_ms);
+        let Verdict::Worse(why) = judged(&[damaged, damaged, base, can, can, silent, silent, silent], soon)
+        else {
+            panic!("three of eight cannot")
+        };
+        assert_eq!(
+            why,
+            "3 of 8 devices cannot install it: it is for another base (1), its bytes are damaged (2)"
+        );
+        // A quarter may: a liar, a full disk.
+        assert_eq!(judged(&[damaged, base, can, can, can, can, can, can], soon), Verdict::Wait);
+        // Who fails is heard first: the others may be at work on it.
+        let first = [damaged, damaged, can, silent, silent, silent, silent, silent];
+        assert_eq!(judged(&first, soon), Verdict::Wait);
+        assert!(matches!(judged(&first, late), Verdict::Worse(_)));
+        // Too few to say so at once; and once the time is over.
+        let few = [damaged, damaged, can];
+        assert_eq!(judged(&few, soon), Verdict::Wait);
+        assert!(matches!(judged(&few, late), Verdict::Worse(_)));
+        assert!(matches!(judged(&[can; 3], late), Verdict::Fine(_)));
+        assert!(matches!(judged(&[silent; 9], late), Verdict::Fine(_)));
+    }
+
+    #[test]
+    fn losses_promote_nothing_while_too_many_cannot_install_it() {
+        let (can, silent) = (Said::Installed, Said::Nothing);
+        let damaged = Said::Cannot(Fault::Damaged);
+        let judged = |words: &[Said]| {
+            let mut canary = heard(words);
+            canary.count(3, std::iter::repeat_n((Version(1), 1.0), 20));
+            canary.judge(&settings(), 2_000)
+        };
+        assert!(matches!(judged(&[damaged; 8]), Verdict::Worse(_)));
+        assert_eq!(judged(&[damaged, damaged, can, silent, silent, silent, silent, silent]), Verdict::Wait);
+        assert!(matches!(judged(&[damaged, damaged, can, can, can, can, can, can]), Verdict::Fine(_)));
+    }
+
+    #[test]
+    fn a_word_counts_once_and_only_on_what_is_on_trial() {
+        let mut canary = heard(&[Said::Cannot(Fault::Room); 2]);
+        let word = |number: u8, version, said| Some(Word { device: DeviceId([number; 16]), version, said });
+        canary.hear(3, word(0, Version(1), Said::Installed));
+        // Counted before, of the release before, of one that nobody published.
+        canary.hear(3, word(1, Version(1), Said::Installed));
+        canary.hear(4, word(1, Version(0), Said::Installed));
+        canary.hear(5, word(1, Version(2), Said::Installed));
+        canary.hear(6, None);
+        let count = canary.trial.as_ref().unwrap().words.count();
+        assert_eq!((count.told, count.installed, count.failed()), (2, 1, 1));
+        // The next trial begins with nothing; how this one went is remembered.
+        canary.promote("fine".into(), 3_000);
+        assert_eq!(canary.ended[0].devices, count);
+        canary.see_head(Version(2), true, 3_000);
+        assert!(canary.trial.as_ref().unwrap().words.count().told == 0 && canary.counted_word == 6);
+        for version in 3..3 + 2 * ENDED_MAX as u64 {
+            canary.promote("fine".into(), 3_000);
+            canary.see_head(Version(version), true, 3_000);
+        }
+        let last = canary.ended.last().unwrap().version.0;
+        assert_eq!((canary.ended.len(), last), (ENDED_MAX, 1 + 2 * ENDED_MAX as u64));
+    }
+
     #[test]
     fn later_releases_join_a_trial_and_what_nobody_reported_of_begins_another() {
         let mut canary = trial(&[2.0; 8], &[2.0; 4]);
@@ -317,7 +464,7 @@ mod tests {
         let mut canary = trial(&[2.0; 8], &[]);
         assert!(canary.see_head(Version(2), false, 2_000));
         assert_eq!((canary.stable, &canary.trial), (Version(2), &None));
-        assert!(canary.last.unwrap().rolled_back);
+        assert!(canary.ended[0].rolled_back);
     }
 
     #[test]

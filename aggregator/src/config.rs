@@ -352,11 +352,19 @@ pub struct Release {
     pub canary_hours: f64,
     /// By how much the loss on devices' own pairs may rise.
     pub canary_loss_rise: f64,
+    /// A release is rolled back if more than this share of the devices that were told of it cannot install it.
+    pub canary_failures: f64,
 }
 
 impl Default for Release {
     fn default() -> Self {
-        Self { canary_share: 0.0, canary_reports: 8, canary_hours: 24.0, canary_loss_rise: 0.02 }
+        Self {
+            canary_share: 0.0,
+            canary_reports: 8,
+            canary_hours: 24.0,
+            canary_loss_rise: 0.02,
+            canary_failures: 0.25,
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use std::io::Write;
 use std::sync::Arc;
 
 use commonweal_protocol::{
-    DeviceId, Digest, Refusal, ReportCard, RoundCounts, RoundId, SignedControl, TraceContext, Version,
+    DeviceId, Digest, Fault, Refusal, ReportCard, RoundCounts, RoundId, SignedControl, TraceContext, Version,
 };
 use serde::{Deserialize, Serialize};
 
@@ -142,6 +142,15 @@ pub enum Event {
         stable: Version,
         /// How many devices see it.
         share: f64,
+    },
+    /// A device says that it cannot install a release.
+    Troubled {
+        /// Which device.
+        device: DeviceId,
+        /// Which release.
+        version: Version,
+        /// Why, in the protocol's words.
+        fault: Fault,
     },
     /// A release was no worse on trial, and is for all devices.
     Promoted {
@@ -389,6 +398,9 @@ impl Event {
                 "release {version} is on trial with {:.1} % of the devices; the others keep {stable}",
                 share * 100.0
             ),
+            Self::Troubled { device, version, fault } => {
+                format!("device {device} cannot install release {version}: {fault}")
+            }
             Self::Promoted { version, reason } => format!("release {version} is for all devices: {reason}"),
             Self::RolledBack { version, to, now, reason } => {
                 format!("release {version} rolled back to {to}, which is release {now} now: {reason}")

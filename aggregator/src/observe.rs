@@ -1,13 +1,15 @@
 //! What an operator can see of a running aggregator: counts of what happened, and how things stand.
 //!
-//! `count.rs` and `recent.rs` hear every event of `events.rs`; `standing.rs` and `lists.rs` look at the stores when
-//! somebody asks; `expose.rs` writes counts and standing in the OpenMetrics text form. `admin` serves it. Nothing here changes anything, and every set of labels is
-//! bounded: no device, token or reason in the operator's words becomes one.
+//! `count.rs` and `recent.rs` hear every event of `events.rs`; `standing.rs`, `lists.rs` and `trials.rs` look at the
+//! stores when somebody asks; `expose.rs` writes counts and standing in the OpenMetrics text form. `admin` serves it.
+//! Nothing here changes anything, and every set of labels is bounded: no device, token or reason in the operator's
+//! words becomes one.
 
 mod count;
 mod recent;
 mod standing;
 mod lists;
+mod trials;
 mod expose;
 
 use std::path::PathBuf;
@@ -24,6 +26,7 @@ pub use count::Counts;
 pub use lists::DeviceRow;
 pub use recent::{Recent, Told};
 pub use standing::{DeviceCounts, RoundStanding, Standing, StoreStanding};
+pub use trials::{TrialStanding, Trials};
 
 /// Media type of [`Observer::metrics`].
 pub const METRICS_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";

@@ -6,6 +6,7 @@
 //! event has the rest.
 
 mod pace;
+mod words;
 mod upload;
 pub mod partial;
 pub mod enroll;
@@ -18,7 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use commonweal_adapter::{AdapterLayout, Trainable, pair};
 use commonweal_protocol::{
     BaseHash, DeviceId, Digest, Fetch, KeyNumber, Open, Poll, PollReply, ReconnectWindow, Refusal, Refused,
-    RoundId, RoundTask, Scaffold, SignedRelease, Version,
+    RoundId, RoundTask, Scaffold, Version,
 };
 use commonweal_transport::{Clock, ContentPart};
 
@@ -34,6 +35,7 @@ use crate::store::Storage;
 use limit::Limits;
 use pace::Crowd;
 use partial::Partials;
+use words::Heard;
 
 /// What an aggregator needs to answer devices.
 #[derive(Clone)]
@@ -91,6 +93,8 @@ struct Live {
     published: Published,
     installed: BTreeMap<DeviceId, Version>,
     keys: BTreeMap<DeviceId, KeyNumber>,
+    /// What each device said last of a release.
+    heard: BTreeMap<DeviceId, Heard>,
     /// The round that was current when other processes' doings were last looked at.
     followed: RoundId,
 }
@@ -121,8 +125,8 @@ impl Receiver {
         let bytes_max = pair::bytes_max(&parts.layout, Trainable::Both, parts.config.train.scaffold);
         let rates = Limits::new(&parts.config.receive, bytes_max as u64);
         let (opens, installed, keys) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let (published, followed) = (Published::default(), RoundId(0));
-        let live = Live { opens, rates, published, installed, keys, followed };
+        let (published, heard, followed) = (Published::default(), BTreeMap::new(), RoundId(0));
+        let live = Live { opens, rates, published, installed, keys, heard, followed };
         let lanes = std::array::from_fn(|_| Mutex::default());
         let crowd = Mutex::new(Crowd::default());
         Self { parts, live: Mutex::new(live), crowd, lanes, whole: Mutex::default() }
@@ -273,6 +277,9 @@ impl Receiver {
                 live.installed.insert(device, installed);
             }
         }
+        let canary = self.canary(&head).map_err(|error| self.failed(device, REQUEST, &error))?;
+        self.hear(device, &poll, head.release.version, canary.as_ref())
+            .map_err(|error| self.failed(device, REQUEST, &error))?;
         let start = start_of(&head.release);
         let assigned = self
             .parts
@@ -300,38 +307,15 @@ impl Receiver {
             seed: round_seed(self.parts.base, round.0),
             deadline_ms,
         });
-        let release =
-            self.news(device, poll.installed, head).map_err(|error| self.failed(device, REQUEST, &error))?;
+        let release = self
+            .news(device, poll.installed, head, canary.as_ref())
+            .map_err(|error| self.failed(device, REQUEST, &error))?;
         let release = release.map(|release| keys.again(release)).transpose().map_err(unsigned)?;
         let successions = keys.lineage().after(poll.key).to_vec();
         if poll.key > keys.lineage().number() {
             tracing::debug!(%device, key = poll.key.0, "knows a later signing key than there is here");
         }
         Ok(PollReply { task, release, successions, reconnect: self.reconnect() })
-    }
-
-    /// The release that a device is to install, if it has not: the head, or while that is on trial with others, the one
-    /// before it.
-    fn news(
-        &self,
-        device: DeviceId,
-        installed: Option<Version>,
-        head: SignedRelease,
-    ) -> Result<Option<SignedRelease>, DeskError> {
-        let (settings, version) = (&self.parts.config.release, head.release.version);
-        let canary =
-            if settings.is_canary() { canary::read(self.parts.storage.coord.as_ref())? } else { None };
-        let seen = canary.map_or(version, |(mut canary, _)| {
-            // From the moment of its publication on, before the trial is written down.
-            canary.see_head(version, head.release.round.is_some(), self.now_ms());
-            canary.release_for(&device, version, settings.canary_share)
-        });
-        if seen == version {
-            return Ok((installed != Some(version)).then_some(head));
-        }
-        // Who saw more than that keeps it until the trial ends.
-        let is_news = installed.is_none_or(|installed| installed < seen);
-        if is_news { Ok(Some(self.parts.publisher.release(seen)?)) } else { Ok(None) }
     }
 
     /// Reads published content; nothing else that is stored can be named.

@@ -17,9 +17,13 @@ use aggregator::config::{Config, Gates};
 use aggregator::drive::{Driver, Stages, Step};
 use aggregator::events::{AlignFigures, EvaluateFigures, Event};
 use aggregator::laboratory::LaboratoryError;
+use aggregator::receive::enroll::Certify;
 use aggregator::store::RealDisk;
 use commonweal_adapter::Adapter;
-use commonweal_protocol::{DeviceReport, Fetch, KeyNumber, Poll, Release, ReportCard, RoundId, Version};
+use commonweal_protocol::{
+    CertificateChain, Csr, DeviceId, DeviceReport, Fault, Fetch, KeyNumber, Poll, Release, ReportCard,
+    RoundId, Token, Trouble, Version,
+};
 use support::*;
 
 struct Passing;
@@ -59,10 +63,7 @@ fn restart(world: World) -> World {
 fn deliver(world: &World, round: u64, loss: f32) {
     for _ in 0..2 {
         for number in 1..=8 {
-            world
-                .receiver
-                .poll(device(number), Poll { base: BASE, installed: None, key: KeyNumber(0) })
-                .unwrap();
+            world.receiver.poll(device(number), poll(None)).unwrap();
         }
     }
     for number in 1..=8 {
@@ -98,6 +99,18 @@ fn finish_killed(mut world: World) -> World {
     panic!("the stages never come to rest");
 }
 
+fn poll(installed: Option<u64>) -> Poll {
+    Poll { base: BASE, installed: installed.map(Version), key: KeyNumber(0), trouble: None }
+}
+
+/// A device that has release 0 and cannot install release 1 says so, as often as it asks.
+fn complain(world: &World, number: u8, fault: Fault) {
+    let trouble = Some(Trouble { version: Version(1), fault });
+    for _ in 0..3 {
+        world.receiver.poll(device(number), Poll { trouble, ..poll(Some(0)) }).unwrap();
+    }
+}
+
 fn state(world: &World) -> Canary {
     canary::read(world.parts.storage.coord.as_ref()).unwrap().unwrap().0
 }
@@ -110,8 +123,7 @@ fn head(world: &World) -> Release {
 fn told(world: &World, installed: u64) -> Vec<u64> {
     (100..200)
         .filter_map(|number| {
-            let poll = Poll { base: BASE, installed: Some(Version(installed)), key: KeyNumber(0) };
-            let reply = world.receiver.poll(device(number), poll).unwrap();
+            let reply = world.receiver.poll(device(number), poll(Some(installed))).unwrap();
             reply.release.map(|signed| signed.release.version.0)
         })
         .collect()
@@ -133,9 +145,158 @@ fn what_devices_report_worse_of_is_rolled_back_for_all_through_kills() {
     assert_eq!(release.digest, first.digest, "the adapter that all had");
     let canary = state(&world);
     assert_eq!((canary.stable, &canary.trial), (Version(2), &None));
-    let ended = canary.last.unwrap();
+    let ended = canary.ended.last().unwrap();
     assert!(ended.rolled_back && ended.version == Version(1), "{ended:?}");
     assert_eq!(told(&world, 1), [2; 100], "all of them");
+}
+
+/// Release 1 is on trial; enrolled devices that are shown it.
+fn on_trial(world: &World) -> Vec<u8> {
+    finish(world);
+    deliver(world, 1, 2.0);
+    finish(world);
+    let members = members(world, Version(1));
+    for (place, number) in members.iter().enumerate() {
+        enroll(world, place as u8, *number);
+    }
+    members
+}
+
+fn members(world: &World, head: Version) -> Vec<u8> {
+    let canary = state(world);
+    (100..200).filter(|number| canary.release_for(&device(*number), head, 0.5) == head).collect()
+}
+
+struct Stamp;
+
+impl Certify for Stamp {
+    fn certify(&self, _: DeviceId, _: &Csr, _: u64, _: u64) -> Result<CertificateChain, String> {
+        Ok(CertificateChain(Vec::new()))
+    }
+}
+
+fn enroll(world: &World, token: u8, number: u8) {
+    let (token, csr) = (Token([token; 32]), Csr::new(vec![1]).unwrap());
+    world.registry.invite(&token, NOW_MS, NOW_MS + 1_000).unwrap();
+    world.registry.enroll(&Stamp, &token, &csr, device(number), NOW_MS, NOW_MS + 1_000).unwrap();
+}
+
+fn words(world: &World) -> u64 {
+    world.parts.storage.coord.head(canary::WORDS).unwrap().map_or(0, |entry| entry.sequence)
+}
+
+fn complaints(world: &World) -> usize {
+    let events = world.events.lock().unwrap();
+    events.iter().filter(|event| matches!(event, Event::Troubled { .. })).count()
+}
+
+#[test]
+fn what_devices_cannot_install_is_rolled_back_for_all_through_kills() {
+    let mut world = world();
+    let members = on_trial(&world);
+    for (place, number) in members[..8].iter().enumerate() {
+        complain(&world, *number, if place == 0 { Fault::Room } else { Fault::Damaged });
+    }
+    assert_eq!((words(&world), complaints(&world)), (8, 8), "each is told once");
+    world = finish_killed(world);
+    let release = head(&world);
+    assert_eq!((release.version, release.round), (Version(2), None));
+    let first = world.parts.publisher.release(Version(0)).unwrap().release;
+    assert_eq!(release.digest, first.digest, "the adapter that all had");
+    let canary = state(&world);
+    let ended = canary.ended.last().unwrap();
+    assert!(ended.rolled_back && ended.version == Version(1), "{ended:?}");
+    assert_eq!((ended.devices.told, ended.devices.failed()), (8, 8));
+    let why = "8 of 8 devices cannot install it: its bytes are damaged (7), there is no room for it (1)";
+    assert_eq!(ended.reason, why);
+    assert_eq!(told(&world, 0), [2; 100], "who has the adapter, by its version");
+}
+
+#[test]
+fn a_few_that_cannot_install_it_do_not_stop_a_release() {
+    let mut world = world();
+    let members = on_trial(&world);
+    complain(&world, members[0], Fault::Room);
+    // One that can after all, and one that has said nothing yet.
+    complain(&world, members[1], Fault::Damaged);
+    for number in &members[1..9] {
+        world.receiver.poll(device(*number), poll(Some(1))).unwrap();
+    }
+    let reply = world.receiver.poll(device(members[9]), poll(Some(0))).unwrap();
+    assert_eq!(reply.release.map(|signed| signed.release.version), Some(Version(1)));
+    let count = |world: &World| {
+        finish(world);
+        state(world).trial.unwrap().words.count()
+    };
+    let counted = count(&world);
+    assert_eq!((counted.told, counted.installed, counted.failed()), (10, 8, 1));
+    // Who says it again to a process that has forgotten is counted once.
+    world = restart(world);
+    complain(&world, members[0], Fault::Room);
+    world.receiver.poll(device(members[9]), poll(Some(0))).unwrap();
+    assert_eq!(count(&world), counted);
+}
+
+#[test]
+fn whoever_is_not_shown_what_is_on_trial_has_no_voice() {
+    let world = world();
+    let members = on_trial(&world);
+    let others = (100..200).filter(|number| !members.contains(number));
+    for number in others.clone() {
+        complain(&world, number, Fault::Damaged);
+    }
+    assert_eq!((words(&world), complaints(&world)), (0, others.count()), "but the operator hears it");
+    // Of releases that there are not, nobody hears.
+    let (trouble, heard) = (Some(Trouble { version: Version(9), fault: Fault::Base }), complaints(&world));
+    world.receiver.poll(device(members[0]), Poll { trouble, ..poll(Some(9)) }).unwrap();
+    finish(&world);
+    assert_eq!(complaints(&world), heard);
+    let count = state(&world).trial.unwrap().words.count();
+    assert_eq!((count.told, count.answered()), (1, 0), "it is told of the one that there is");
+}
+
+#[test]
+fn a_device_that_changes_its_word_is_heard_a_few_times() {
+    let world = world();
+    let liar = on_trial(&world)[0];
+    for version in [0, 1].repeat(50) {
+        complain(&world, liar, Fault::Damaged);
+        complain(&world, liar, Fault::Base);
+        world.receiver.poll(device(liar), poll(Some(version))).unwrap();
+    }
+    assert!(words(&world) <= 8 && complaints(&world) <= 8, "{} and {}", words(&world), complaints(&world));
+    finish(&world);
+    assert_eq!(state(&world).trial.unwrap().words.count().told, 1);
+}
+
+#[test]
+fn who_was_revoked_or_never_enrolled_has_no_voice() {
+    let world = world();
+    let members = on_trial(&world);
+    for number in &members[4..10] {
+        world.receiver.poll(device(*number), poll(Some(1))).unwrap();
+    }
+    for number in &members[..4] {
+        complain(&world, *number, Fault::Damaged);
+    }
+    // Four of ten are too many, two of eight are not.
+    for number in &members[..2] {
+        world.registry.revoke(&device(*number), NOW_MS).unwrap();
+    }
+    finish(&world);
+    let count = state(&world).trial.unwrap().words.count();
+    assert_eq!((count.told, count.failed()), (8, 2));
+    // Behind the door, which lets no stranger in.
+    let strangers =
+        (20..100).filter(|number| state(&world).release_for(&device(*number), Version(1), 0.5).0 == 1);
+    for number in strangers.take(8) {
+        complain(&world, number, Fault::Damaged);
+    }
+    finish(&world);
+    assert_eq!(state(&world).trial.unwrap().words.count(), count);
+    complain(&world, members[10], Fault::Damaged);
+    finish(&world);
+    assert_eq!(head(&world).version, Version(2), "three of nine are too many");
 }
 
 #[test]
@@ -209,7 +370,7 @@ fn a_kill_behind_a_roll_back_loses_neither_it_nor_why() {
     assert_eq!(head(&world).version, Version(2), "it is not done twice");
     let canary = state(&world);
     assert_eq!((canary.stable, &canary.trial, &canary.verdict), (Version(2), &None, &None));
-    let ended = canary.last.unwrap();
+    let ended = canary.ended.last().unwrap();
     assert_eq!((ended.version, ended.reason.as_str()), (Version(1), "worse by far"));
 }
 

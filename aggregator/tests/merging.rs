@@ -232,8 +232,10 @@ fn deliver_corrected(world: &World, round: u64, changes: [f32; 2]) {
 /// The server's control variate as a device gets it: told by a task, verified, fetched.
 fn fetched(world: &World) -> Option<(commonweal_protocol::Control, f32)> {
     world.assign(&[1]);
-    let reply =
-        world.receiver.poll(device(1), Poll { base: BASE, installed: None, key: KeyNumber(0) }).unwrap();
+    let reply = world
+        .receiver
+        .poll(device(1), Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None })
+        .unwrap();
     let Scaffold::Control(signed) = reply.task.unwrap().scaffold else { return None };
     let control = *signed.verify(&world.parts.signer.keys().lineage().key()).unwrap();
     let fetch = Fetch { digest: control.digest, offset: 0 };
@@ -256,7 +258,7 @@ fn the_control_variate_is_told_in_the_word_of_the_key_in_force() {
     let signer = Signer::from(keys);
     let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), signer.clone(), BASE);
     let receiver = Receiver::new(Parts { signer, publisher, ..world.parts.clone() });
-    let poll = Poll { base: BASE, installed: None, key: KeyNumber(0) };
+    let poll = Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None };
     let Scaffold::Control(signed) = receiver.poll(device(1), poll).unwrap().task.unwrap().scaffold else {
         panic!("no control variate")
     };
@@ -324,7 +326,10 @@ fn a_change_far_longer_than_the_others_is_shortened_and_a_round_without_correcti
         scaffold(config);
         config.round.goal = 3;
     });
-    world.receiver.poll(device(103), Poll { base: BASE, installed: None, key: KeyNumber(0) }).unwrap();
+    world
+        .receiver
+        .poll(device(103), Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None })
+        .unwrap();
     world.assign(&[1, 2, 3]);
     for (number, change) in [(1, 0.1), (2, 0.1), (3, 90.0)] {
         let bytes = corrected(0.1, change);
@@ -424,8 +429,10 @@ fn buffered(config: &mut Config) {
 
 /// A poll's task: its round and the release that it starts from.
 fn asked(world: &World, number: u8) -> Option<(u64, u64)> {
-    let reply =
-        world.receiver.poll(device(number), Poll { base: BASE, installed: None, key: KeyNumber(0) }).unwrap();
+    let reply = world
+        .receiver
+        .poll(device(number), Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None })
+        .unwrap();
     reply.task.map(|task| (task.round.0, task.start.version.0))
 }
 

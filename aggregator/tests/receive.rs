@@ -93,7 +93,11 @@ fn another_base_is_refused_by_name() {
     world.assign(&[1]);
     let other = BaseHash([8; 32]);
     assert_eq!(
-        reason(world.receiver.poll(device(1), Poll { base: other, installed: None, key: KeyNumber(0) })),
+        reason(
+            world
+                .receiver
+                .poll(device(1), Poll { base: other, installed: None, key: KeyNumber(0), trouble: None })
+        ),
         Refusal::WrongBase
     );
     let bytes = update(0.1);
@@ -528,7 +532,10 @@ fn a_poll_brings_the_task_and_the_release_once() {
     let world = world();
     world.assign(&[]);
     let poll = |installed| {
-        world.receiver.poll(device(1), Poll { base: BASE, installed, key: KeyNumber(0) }).unwrap()
+        world
+            .receiver
+            .poll(device(1), Poll { base: BASE, installed, key: KeyNumber(0), trouble: None })
+            .unwrap()
     };
     let reply = poll(None);
     let (task, release) = (reply.task.unwrap(), reply.release.unwrap());

@@ -43,8 +43,11 @@ fn a_device_is_told_the_steps_from_its_own_key_and_a_release_in_the_word_of_the_
     let world = world();
     let first = world.parts.signer.keys().lineage().key();
     let (receiver, publisher, lineage) = rotated(&world, 3);
-    let poll =
-        |key| receiver.poll(device(1), Poll { base: BASE, installed: None, key: KeyNumber(key) }).unwrap();
+    let poll = |key| {
+        receiver
+            .poll(device(1), Poll { base: BASE, installed: None, key: KeyNumber(key), trouble: None })
+            .unwrap()
+    };
     for known in 0..=4 {
         let reply = poll(known);
         assert_eq!(reply.successions.len() as u64, 3_u64.saturating_sub(known));

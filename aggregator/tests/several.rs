@@ -69,7 +69,9 @@ fn take_part(number: u8, receivers: &[Arc<Receiver>], stop: &AtomicBool) -> Rece
     while !stop.load(Ordering::SeqCst) {
         thread::sleep(Duration::from_millis(random.random_range(1..8)));
         let receiver = &receivers[random.random_range(0..receivers.len())];
-        let Ok(reply) = receiver.poll(id, Poll { base: BASE, installed: None, key: KeyNumber(0) }) else {
+        let Ok(reply) =
+            receiver.poll(id, Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None })
+        else {
             continue;
         };
         let Some(task) = reply.task.filter(|task| !receipts.contains_key(&(task.round, id))) else {

@@ -52,7 +52,7 @@ impl Handler for Assigning {
     }
     async fn enroll(&self, enroll: Enroll) -> Result<Enrolled, Refused> {
         let enrolled = self.service.enroll(enroll).await?;
-        let poll = Poll { base: support::BASE, installed: None, key: KeyNumber(0) };
+        let poll = Poll { base: support::BASE, installed: None, key: KeyNumber(0), trouble: None };
         assert!(self.world.receiver.poll(enrolled.device, poll)?.task.is_some());
         Ok(enrolled)
     }

@@ -1,5 +1,5 @@
 //! What two services on the system's bus know: logind, whether anybody is there, and NetworkManager, whether the network is
-//! metered. Of `sensors.rs`, which asks once a second at most.
+//! metered. Of `sensors.rs`, which asks once a second at most; `returns.rs` hears logind in between.
 //!
 //! Asked through systemd's own `busctl`, whose answer is a type and a value: `b true`, `t 1764406800000000`, `u 4`.
 
@@ -110,45 +110,74 @@ fn ask(socket: &Path, [service, path, interface]: [&str; 3], property: &str) -> 
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
+pub(crate) mod tests {
+    use std::{fs, process::Child};
 
     use super::*;
 
     /// A real bus of our own, without the services but with the bus itself to ask.
+    pub(crate) struct OwnBus {
+        socket: PathBuf,
+        daemon: Child,
+        _directory: tempfile::TempDir,
+    }
+
+    impl OwnBus {
+        /// None where the machine lacks what it takes.
+        pub(crate) fn start() -> Option<Self> {
+            let directory = tempfile::tempdir().unwrap();
+            let socket = directory.path().join("bus");
+            let config = directory.path().join("bus.conf");
+            let text = format!(
+                "<busconfig><type>system</type><listen>unix:path={}</listen><auth>EXTERNAL</auth>\
+                 <policy context=\"default\"><allow send_destination=\"*\"/><allow receive_sender=\"*\"/>\
+                 <allow own=\"*\"/><allow user=\"*\"/></policy></busconfig>",
+                socket.display()
+            );
+            fs::write(&config, text).unwrap();
+            let config = format!("--config-file={}", config.display());
+            let has_busctl = Command::new("busctl").arg("--version").output().is_ok();
+            let daemon = Command::new("dbus-daemon").args([&config, "--nofork", "--nopidfile"]).spawn();
+            let (Ok(daemon), true) = (daemon, has_busctl) else {
+                eprintln!("SKIPPED: this machine has no dbus-daemon or no busctl");
+                return None;
+            };
+            let bus = Self { socket, daemon, _directory: directory };
+            let begun = Instant::now();
+            while bus.features().is_none() {
+                assert!(begun.elapsed() < Duration::from_secs(60), "the bus does not tell of itself");
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Some(bus)
+        }
+
+        pub(crate) fn socket(&self) -> &Path {
+            &self.socket
+        }
+
+        /// As `busctl` wants it.
+        pub(crate) fn address(&self) -> String {
+            format!("--address=unix:path={}", self.socket.display())
+        }
+
+        fn features(&self) -> Option<String> {
+            let itself = ["org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus"];
+            ask(&self.socket, itself, "Features")
+        }
+    }
+
+    impl Drop for OwnBus {
+        fn drop(&mut self) {
+            self.daemon.kill().unwrap();
+            self.daemon.wait().unwrap();
+        }
+    }
+
     #[test]
     fn a_real_bus_is_asked_and_what_it_does_not_have_is_not_known() {
-        let directory = tempfile::tempdir().unwrap();
-        let socket = directory.path().join("bus");
-        let config = directory.path().join("bus.conf");
-        let text = format!(
-            "<busconfig><type>system</type><listen>unix:path={}</listen><auth>EXTERNAL</auth>\
-             <policy context=\"default\"><allow send_destination=\"*\"/><allow receive_sender=\"*\"/>\
-             <allow own=\"*\"/><allow user=\"*\"/></policy></busconfig>",
-            socket.display()
-        );
-        fs::write(&config, text).unwrap();
-        let config = format!("--config-file={}", config.display());
-        let daemon = Command::new("dbus-daemon").args([&config, "--nofork", "--nopidfile"]).spawn();
-        let (Ok(mut daemon), Ok(_)) = (daemon, Command::new("busctl").arg("--version").output()) else {
-            eprintln!("SKIPPED: this machine has no dbus-daemon or no busctl");
-            return;
-        };
-        let features = || {
-            let itself = ["org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus"];
-            ask(&socket, itself, "Features")
-        };
-        let begun = Instant::now();
-        while features().is_none() && begun.elapsed() < Duration::from_secs(60) {
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        let told = features();
-        let mut bus = Bus::at(&socket);
-        let unknown = (bus.idle(), bus.metered());
-        daemon.kill().unwrap();
-        daemon.wait().unwrap();
-        assert!(told.is_some(), "the bus tells of itself");
-        assert_eq!(unknown, (None, None), "a bus without the services");
+        let Some(own) = OwnBus::start() else { return };
+        let mut bus = Bus::at(own.socket());
+        assert_eq!((bus.idle(), bus.metered()), (None, None), "a bus without the services");
     }
 
     #[test]

@@ -26,6 +26,7 @@ use crate::{
     seal::{self, NONCE_BYTES},
     settings::SettingsFile,
     store::Store,
+    trouble,
     trust::Trust,
     upload,
     work::Prepared,
@@ -131,7 +132,7 @@ pub fn sealed(bytes: &[u8]) {
 pub(crate) const KEY: [u8; 32] = [7; 32];
 
 /// What a device finds in its directory, by the first byte of an input.
-const NAMES: [&str; 10] = [
+const NAMES: [&str; 11] = [
     "samples/000001.jsonl",
     "used.samples",
     "round/task.json",
@@ -142,6 +143,7 @@ const NAMES: [&str; 10] = [
     "installed",
     "receipts.jsonl",
     "forget.samples",
+    "trouble.json",
 ];
 
 /// Any bytes in a file of the state directory, sealed as they would be, are refused by the file's name or mean the same
@@ -214,6 +216,16 @@ impl World {
             "doing.json" => {
                 doing::told(&self.store);
                 Ok(())
+            }
+            "trouble.json" => {
+                let noted = trouble::noted(&self.store, None).map_err(|error| error.to_string());
+                noted.map(|noted| {
+                    // What is not read is gone.
+                    assert_eq!(path.exists(), noted.is_some());
+                    fs::write(&path, serde_json::to_vec(&noted).expect("it has a form")).expect("a file");
+                    assert_eq!(trouble::noted(&self.store, None).expect("it is read again"), noted);
+                    fs::write(&path, b"").expect("a file");
+                })
             }
             "installed" => install::installed_version(&self.store, &self.expected)
                 .map(drop)

@@ -10,11 +10,12 @@ use std::{
 
 use commonweal_adapter::Adapter;
 use commonweal_protocol::{
-    DeviceId, DeviceReport, Open, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
+    DeviceId, DeviceReport, Digest, Open, Poll, PollReply, ReconnectWindow, Refusal, RoundId, RoundTask,
+    SignedRelease, Start, Version,
 };
 use commonweal_runtime::{Cancel, Model};
 use commonweal_safety::{Guard, Reviser};
-use commonweal_transport::Link;
+use commonweal_transport::{Clock, Link};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::runtime::Handle;
 
@@ -23,12 +24,13 @@ use crate::{
     compress::Packed,
     control, doing,
     events::{Done, Event, Output},
-    install::{self, Expected},
+    install::{self, Expected, InstallError},
     pipeline_error::damaged,
     policy::Policy,
     store::{Store, StoreError},
     traces::Tracer,
     train::TrainingError,
+    trouble::{self, Noted},
     upload::{self, UploadError},
 };
 
@@ -87,6 +89,8 @@ pub enum Outcome {
     Delivered(RoundId),
     /// The aggregator did not take it.
     Refused(RoundId, Refusal),
+    /// The release that the round starts from cannot be installed here, which the aggregator is told.
+    Troubled(Version),
 }
 
 /// A visit's end.
@@ -129,22 +133,46 @@ impl<L: Link> Device<L> {
     /// Asks for work and news, goes on to the aggregator's newest key, and installs what was published.
     pub fn poll(&self) -> Result<PollReply, PipelineError> {
         let installed = install::installed_version(&self.store, &self.expected)?;
+        let noted = trouble::noted(&self.store, installed)?;
         let trust = &self.expected.trust;
-        let poll = Poll { base: self.expected.base, installed, key: trust.number() };
-        let reply = self.ask(self.link.poll(poll))??;
+        let (base, key, trouble) = (self.expected.base, trust.number(), noted.map(Noted::trouble));
+        let reply = self.ask(self.link.poll(Poll { base, installed, key, trouble }))??;
         if trust.follow(&self.store, &reply.successions)? {
             self.output
                 .show(&Event::KeyFollowed { number: trust.number().0, key: trust.key().0.to_string() });
         }
-        if let Some(release) =
-            reply.release.as_ref().filter(|notice| Some(notice.release.version) != installed)
-        {
+        let now_ms = Clock::system().unix_ms();
+        let is_news = |signed: &&SignedRelease| {
+            let (version, digest) = (signed.release.version, signed.release.digest);
+            Some(version) != installed && !noted.is_some_and(|noted| noted.is_of(version, digest, now_ms))
+        };
+        if let Some(release) = reply.release.as_ref().filter(is_news) {
             let begun = Instant::now();
-            let done = self.ask(install::install(&self.link, &self.store, &self.expected, release))??;
+            let done = self.ask(install::install(&self.link, &self.store, &self.expected, release))?;
+            let (version, digest) = (release.release.version, release.release.digest);
+            let done = done.map_err(|error| self.not_installed(version, digest, reply.reconnect, error))?;
             let round = release.release.round.map_or(0, |round| round.0);
             self.stage(round, begun, Done::Install { version: done.version.0 });
         }
         Ok(reply)
+    }
+
+    /// Notes what the aggregator is to hear, if the release is why it was not installed.
+    fn not_installed(
+        &self,
+        version: Version,
+        digest: Digest,
+        reconnect: ReconnectWindow,
+        error: InstallError,
+    ) -> PipelineError {
+        let now_ms = Clock::system().unix_ms();
+        match trouble::note(&self.store, version, digest, &error, now_ms) {
+            Ok(false) => return error.into(),
+            Ok(true) => {}
+            // On a full disk, say. What went wrong first is told.
+            Err(unwritten) => tracing::warn!("the aggregator will not hear of it: {unwritten}"),
+        }
+        PipelineError::Release { version, reconnect, source: Box::new(error) }
     }
 
     /// Waits for the network's answer, or until the visit is cancelled. What is dropped then loses nothing: bytes that
@@ -168,6 +196,11 @@ impl<L: Link> Device<L> {
         if self.is_delivered(task.round)? {
             return ended(Outcome::AlreadyDelivered(task.round));
         }
+        let Start { version, digest, .. } = task.start;
+        let now_ms = Clock::system().unix_ms();
+        if trouble::noted(&self.store, None)?.is_some_and(|noted| noted.is_of(version, digest, now_ms)) {
+            return ended(Outcome::Troubled(version));
+        }
         self.begin_or_continue(task)?;
         if let Some(why) = self.read_round(GIVEN_UP)? {
             return ended(why_not(task.round, why));
@@ -186,6 +219,7 @@ impl<L: Link> Device<L> {
                 tracing::warn!("round {}: {error}: {:?}", task.round.0, std::error::Error::source(&error));
                 ended(self.give_up(task, GivenUp::Diverged)?)
             }
+            Err(PipelineError::Install(error)) => Err(self.not_installed(version, digest, reconnect, error)),
             Err(error) => Err(error),
         }
     }

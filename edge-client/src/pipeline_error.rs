@@ -1,6 +1,6 @@
 //! Why a round stopped: one cause a stage, for `pipeline.rs` and the exit codes of the command line.
 
-use commonweal_protocol::{BaseHash, ReconnectWindow, Refusal};
+use commonweal_protocol::{BaseHash, ReconnectWindow, Refusal, Version};
 use commonweal_safety::{GuardError, ReviseError};
 use commonweal_transport::{LinkError, PutOff};
 
@@ -31,9 +31,20 @@ pub enum PipelineError {
     /// The aggregator's newer key is not to be trusted.
     #[error("the aggregator's word cannot be checked")]
     Trust(#[from] TrustError),
-    /// A release or the round's start could not be had.
+    /// A release or the round's start could not be had, which is not its fault.
     #[error("install failed")]
     Install(#[from] InstallError),
+    /// A release cannot be installed here. The aggregator is told with the next poll, and may publish another.
+    #[error("release {version} cannot be installed")]
+    Release {
+        /// Which.
+        version: Version,
+        /// When to come back.
+        reconnect: ReconnectWindow,
+        /// Why.
+        #[source]
+        source: Box<InstallError>,
+    },
     /// The guard failed; no sample passed unseen.
     #[error("filter failed")]
     Filter(#[from] GuardError),
@@ -73,14 +84,17 @@ impl PipelineError {
 
     /// What the disk's budget had no room for, if that is what it was.
     pub fn over_disk(&self) -> Option<&StoreError> {
-        let (Self::Store(store)
-        | Self::Install(InstallError::Store(store))
-        | Self::Control(ControlError::Store(store) | ControlError::Install(InstallError::Store(store)))
-        | Self::Train(TrainingError::Store(store))) = self
-        else {
-            return None;
+        let store = match (self, self.install()) {
+            (
+                Self::Store(store)
+                | Self::Control(ControlError::Store(store))
+                | Self::Train(TrainingError::Store(store)),
+                _,
+            )
+            | (_, Some(InstallError::Store(store))) => Some(store),
+            _ => None,
         };
-        Some(store).filter(|error| matches!(error, StoreError::OverBudget { .. }))
+        store.filter(|error| matches!(error, StoreError::OverBudget { .. }))
     }
 
     /// Until when the owner's budget for the network puts it off, if that is what it was.
@@ -95,18 +109,26 @@ impl PipelineError {
 
     /// When the aggregator wants to be asked again, if it said so.
     pub fn reconnect(&self) -> Option<ReconnectWindow> {
-        match self.link() {
-            Some(LinkError::Refused { reconnect, .. }) => Some(*reconnect),
+        match (self, self.link()) {
+            (_, Some(LinkError::Refused { reconnect, .. })) | (Self::Release { reconnect, .. }, _) => {
+                Some(*reconnect)
+            }
             _ => None,
         }
     }
 
     fn link(&self) -> Option<&LinkError> {
+        match (self, self.install()) {
+            (Self::Poll(error), _) | (_, Some(InstallError::Fetch { source: error, .. })) => Some(error),
+            (Self::Upload(error), _) => error.link(),
+            _ => None,
+        }
+    }
+
+    fn install(&self) -> Option<&InstallError> {
         match self {
-            Self::Poll(error)
-            | Self::Install(InstallError::Fetch { source: error, .. })
-            | Self::Control(ControlError::Install(InstallError::Fetch { source: error, .. })) => Some(error),
-            Self::Upload(error) => error.link(),
+            Self::Install(error) | Self::Control(ControlError::Install(error)) => Some(error),
+            Self::Release { source, .. } => Some(source),
             _ => None,
         }
     }

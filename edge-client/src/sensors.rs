@@ -5,7 +5,7 @@
 //!
 //! | reading | source |
 //! |---|---|
-//! | idle | `/dev/input/by-*/*-event-{kbd,mouse}` where this user may read them, else logind's `IdleHint`; with both, the access times of `/dev/tty*` and `/dev/pts/*` |
+//! | idle | `/dev/input/by-*/*-event-{kbd,mouse}` where this user may read them, else logind's `IdleHint`, asked once a second and heard at once when it changes; with both, the access times of `/dev/tty*` and `/dev/pts/*` |
 //! | power | `/sys/class/power_supply`: a mains or USB supply that is online, or no battery at all |
 //! | metered | NetworkManager's `Metered` |
 //! | temperature | the hottest of `/sys/class/thermal/thermal_zone*/temp` |
@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use crate::{bus::Bus, when::Readings};
+use crate::{bus::Bus, returns::Returns, when::Readings};
 
 /// Heat, power and the like do not change faster, and asking a battery's controller can take some milliseconds.
 const SLOW: Duration = Duration::from_secs(1);
@@ -45,6 +45,15 @@ pub fn of_system() -> Box<dyn Sensors> {
     }
 }
 
+/// The same, for whoever watches long: they hear at once that the person came back.
+pub fn of_watcher() -> Box<dyn Sensors> {
+    if cfg!(target_os = "linux") {
+        Box::new(LinuxSensors::under(Path::new("/")).listening())
+    } else {
+        Box::new(NoSensors)
+    }
+}
+
 /// Knows nothing.
 struct NoSensors;
 
@@ -62,6 +71,7 @@ pub struct LinuxSensors {
     inputs: Inputs,
     slow: Option<(Instant, Readings)>,
     hinted: Option<(Instant, Option<Duration>)>,
+    returns: Option<Returns>,
     slow_again: Duration,
 }
 
@@ -70,10 +80,11 @@ impl LinuxSensors {
     pub fn under(root: &Path) -> Self {
         Self {
             root: root.to_owned(),
-            bus: Bus::at(&root.join("run/dbus/system_bus_socket")),
+            bus: Bus::at(&socket(root)),
             inputs: Inputs::default(),
             slow: None,
             hinted: None,
+            returns: None,
             slow_again: SLOW,
         }
     }
@@ -84,10 +95,19 @@ impl LinuxSensors {
         Self { slow_again: Duration::ZERO, ..self }
     }
 
+    /// The same, which listens to logind besides asking it.
+    #[must_use]
+    pub fn listening(self) -> Self {
+        let returns = Some(Returns::at(&socket(&self.root)));
+        Self { returns, ..self }
+    }
+
     fn idle(&mut self) -> Option<Duration> {
         let touched = self.inputs.since_touched(&self.root);
         let hinted = if touched.is_none() { self.hinted() } else { None };
-        [touched, hinted, since_typed(&self.root)].into_iter().flatten().min()
+        // Where logind is not there to ask, it is not there to hear.
+        let returned = hinted.and_then(|_| self.returns.as_mut()?.since());
+        [touched, hinted, returned, since_typed(&self.root)].into_iter().flatten().min()
     }
 
     fn hinted(&mut self) -> Option<Duration> {
@@ -120,6 +140,11 @@ impl LinuxSensors {
         self.slow = Some((Instant::now(), readings));
         readings
     }
+}
+
+/// Of the system's bus.
+fn socket(root: &Path) -> PathBuf {
+    root.join("run/dbus/system_bus_socket")
 }
 
 impl Sensors for LinuxSensors {

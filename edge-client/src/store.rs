@@ -22,6 +22,7 @@
 //!   forget.samples * forget-all       what the owner wants forgotten, until it is (`forget.rs`)
 //!   releases/<digest>.{release,adapter}  signed releases and their adapters
 //!   installed                         which of them is in use
+//!   trouble.json                      the last one that could not be installed, and why (`trouble.rs`)
 //!   receipts.jsonl                    one line an accepted update
 //!   spent.json                        what the network has cost, by date (`spend.rs`)
 //!   doing.json                        what `run` does and why it waits, for `status`

@@ -261,7 +261,7 @@ async fn a_release_and_an_update_wait_for_another_day_and_then_go_on() {
     // A release of more than a day's bytes, an update that fits into a day and not into what the release leaves of one.
     let (world, packed) = (World::start(20).await, update(40));
     assert!(packed.bytes().len() > 9_000_000, "{}", packed.bytes().len());
-    world.link.poll(Poll { base: BASE, installed: None, key: KeyNumber(0) }).await.unwrap();
+    world.link.poll(Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None }).await.unwrap();
 
     let Err(InstallError::Fetch { source, .. }) = world.install().await else { panic!("it does not fit") };
     is_until_tomorrow(&world, source.put_off().unwrap());

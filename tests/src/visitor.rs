@@ -86,7 +86,7 @@ impl Visitor {
         let Self { id, store, link, expected, random } = self;
         let installed = install::installed_version(store, expected)?;
         let key = expected.trust.number();
-        let reply = link.poll(Poll { base: expected.base, installed, key }).await?;
+        let reply = link.poll(Poll { base: expected.base, installed, key, trouble: None }).await?;
         expected.trust.follow(store, &reply.successions)?;
         if let Some(release) = reply.release.as_ref().filter(|it| Some(it.release.version) != installed) {
             install::install(link, store, expected, release).await?;

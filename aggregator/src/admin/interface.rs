@@ -21,6 +21,7 @@ pub(super) fn routes() -> Router<Served> {
         .route("/api/v1/standing", get(standing))
         .route("/api/v1/rounds", get(rounds))
         .route("/api/v1/releases", get(releases))
+        .route("/api/v1/trials", get(trials))
         .route("/api/v1/devices", get(devices))
         .route("/api/v1/events", get(events))
 }
@@ -79,6 +80,10 @@ async fn rounds(State(served): State<Served>, Query(page): Query<Newest>) -> Res
 
 async fn releases(State(served): State<Served>, Query(page): Query<Newest>) -> Response {
     answer(served, move |observer| observer.releases(page.before, page.limit)).await
+}
+
+async fn trials(State(served): State<Served>) -> Response {
+    answer(served, Observer::trials).await
 }
 
 async fn devices(State(served): State<Served>, Query(page): Query<Named>) -> Response {

@@ -79,7 +79,7 @@ fn say_lineage(record: &Record) {
 
 /// Who may have the release, and why.
 fn stage(canary: Option<&Canary>, head: Version, version: Version) -> (&'static str, Option<String>) {
-    let ended = canary.and_then(|canary| canary.last.as_ref()).filter(|ended| ended.version == version);
+    let ended = canary.and_then(|canary| canary.ended.iter().rev().find(|ended| ended.version == version));
     let reason = ended.map(|ended| ended.reason.clone());
     let trial = canary.and_then(|canary| Some((canary, canary.trial.as_ref()?)));
     let stable = trial.map_or(head, |(canary, _)| canary.stable);
@@ -87,7 +87,8 @@ fn stage(canary: Option<&Canary>, head: Version, version: Version) -> (&'static 
         _ if ended.is_some_and(|ended| ended.rolled_back) => ("rolled back", reason),
         Some((canary, trial)) if version > stable => {
             let (after, before) = (trial.losses.len(), canary.before.len());
-            ("on trial", Some(format!("{after} reports, {before} of the release before")))
+            let reports = format!("{after} reports, {before} of the release before");
+            ("on trial", Some(format!("{reports}; {}", trial.words.count())))
         }
         _ if version < stable => ("no longer", Some(format!("release {stable} took its place"))),
         _ => ("for all devices", reason),

@@ -68,9 +68,10 @@ impl Config {
             (0.0..1.0).contains(&release.canary_share)
                 && (5..=256).contains(&release.canary_reports)
                 && (0.01..=10_000.0).contains(&release.canary_hours)
-                && (0.0..=10.0).contains(&release.canary_loss_rise),
+                && (0.0..=10.0).contains(&release.canary_loss_rise)
+                && (0.0..1.0).contains(&release.canary_failures),
             "release: expected canary_share 0 to below 1, canary_reports 5 to 256, canary_hours 0.01 to 10000, \
-             canary_loss_rise 0 to 10"
+             canary_loss_rise 0 to 10, canary_failures 0 to below 1"
                 .to_owned(),
         );
         let merge = &self.merge;

@@ -3,12 +3,19 @@
 //! `canary` judges; this is its shell, on the thread of `drive`, which alone writes the state. Each write is a
 //! compare-and-set; after a kill the head and the log say what is still to do.
 
-use commonweal_protocol::{Release, RoundId, Version};
+use std::collections::BTreeSet;
+
+use commonweal_protocol::{DeviceId, Release, RoundId, Version};
 
 use super::{DriveError, Driver, Stages};
 use crate::canary::{self, Canary, Verdict};
 use crate::desk::{self, DeskError};
 use crate::events::Event as Told;
+use crate::receive::enroll::Registry;
+use crate::store::StoreError;
+
+/// Counted in one look; the rest in the next.
+const WORDS_MAX: usize = 1_000;
 
 impl<S: Stages> Driver<S> {
     /// Notices a new head, and ends the trial if enough is known.
@@ -31,8 +38,14 @@ impl<S: Stages> Driver<S> {
             }
             return Ok(());
         }
+        let mut sequence = self.hear_words(&mut canary, sequence)?;
         let Some(trial) = canary.trial.clone() else { return Ok(()) };
-        match canary.judge(settings, now_ms) {
+        let mut verdict = canary.judge(settings, now_ms);
+        if verdict != Verdict::Wait && self.silence_strangers(&mut canary)? {
+            sequence = self.write_canary(&canary, sequence)?;
+            verdict = canary.judge(settings, now_ms);
+        }
+        match verdict {
             Verdict::Wait => {}
             Verdict::Fine(reason) => {
                 canary.promote(reason.clone(), now_ms);
@@ -47,6 +60,35 @@ impl<S: Stages> Driver<S> {
             }
         }
         Ok(())
+    }
+
+    /// Counts what devices have said of the release on trial, and takes it away. After a kill in between, what was counted
+    /// is not counted again.
+    fn hear_words(&self, canary: &mut Canary, sequence: u64) -> Result<u64, DriveError> {
+        let coord = &self.parts.storage.coord;
+        let words = coord.scan(canary::WORDS, canary.counted_word + 1, WORDS_MAX)?;
+        let Some(last) = words.last().map(|entry| entry.sequence) else { return Ok(sequence) };
+        for entry in words {
+            let word = postcard::from_bytes(&entry.value).inspect_err(|error| {
+                tracing::warn!(place = entry.sequence, %error, "a device's word on a trial is damaged, and passed over");
+            });
+            canary.hear(entry.sequence, word.ok());
+        }
+        let sequence = self.write_canary(canary, sequence)?;
+        coord.truncate(canary::WORDS, last)?;
+        Ok(sequence)
+    }
+
+    /// Whoever was revoked after it said something has no voice. True if somebody had one.
+    fn silence_strangers(&self, canary: &mut Canary) -> Result<bool, DriveError> {
+        let registry = Registry::new(self.parts.storage.coord.clone());
+        let enrolled = registry.devices().map_err(|error| StoreError::not_done("list", "devices", error))?;
+        let admitted: BTreeSet<DeviceId> = enrolled
+            .into_iter()
+            .filter(|(_, record)| record.revoked_ms.is_none())
+            .map(|(device, _)| device)
+            .collect();
+        Ok(canary.silence(|device| !admitted.contains(device)))
     }
 
     /// Brings back what all devices have, unless that was done before a kill, and tells why.
@@ -75,8 +117,8 @@ impl<S: Stages> Driver<S> {
             return Ok(());
         };
         if canary.trial.is_some() || canary.stable != head {
-            let counted_round = canary.counted_round;
-            self.write_canary(&Canary { counted_round, ..Canary::stable(head) }, sequence)?;
+            let Canary { counted_round, counted_word, .. } = canary;
+            self.write_canary(&Canary { counted_round, counted_word, ..Canary::stable(head) }, sequence)?;
         }
         Ok(())
     }

@@ -171,11 +171,11 @@ impl World {
     pub fn assign(&self, devices: &[u8]) {
         for number in [101, 102] {
             self.receiver
-                .poll(device(number), Poll { base: BASE, installed: None, key: KeyNumber(0) })
+                .poll(device(number), Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None })
                 .unwrap();
         }
         for number in devices {
-            let poll = Poll { base: BASE, installed: None, key: KeyNumber(0) };
+            let poll = Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None };
             let reply = self.receiver.poll(device(*number), poll).unwrap();
             assert!(reply.task.is_some(), "device {number} has no task");
         }

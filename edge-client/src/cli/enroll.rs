@@ -15,6 +15,7 @@ use crate::{
     events::Event,
     install, owed,
     store::{Store, StoreError},
+    trouble,
     trust::{self, Trust},
 };
 
@@ -79,6 +80,7 @@ fn is_of(known: Option<&Trust>, number: KeyNumber, key: AggregatorKey) -> Result
 /// Its receipts stay: they are signed by another key and count for nothing.
 fn forget_federation(store: &Store) -> Result<(), StoreError> {
     install::forget(store)?;
+    trouble::forget(store)?;
     owed::forget(store)?;
     control::forget(store)?;
     store.clear_round_but(None)
@@ -116,6 +118,7 @@ mod tests {
         let store = Store::open(directory.path()).unwrap();
         let gone = [
             "installed",
+            "trouble.json",
             "residual.bin",
             "residual-a.bin",
             "control.bin",

@@ -220,7 +220,7 @@ mod tests {
         let (host, port) = ("127.0.0.1", server.local_addr().port());
         let link =
             QuicLink::new(host, port, credentials.clone(), LinkLimits::default(), clock.clone()).unwrap();
-        let poll = Poll { base: BaseHash([1; 32]), installed: None, key: KeyNumber(0) };
+        let poll = Poll { base: BaseHash([1; 32]), installed: None, key: KeyNumber(0), trouble: None };
         link.poll(poll).await.unwrap();
         assert_eq!(desk.seen.lock().unwrap().unwrap().expires_ms, credentials.expires_ms());
 

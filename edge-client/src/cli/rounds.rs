@@ -80,6 +80,9 @@ pub(super) fn once(shared: &Shared, heeds: bool) -> Result<()> {
             let refused = commonweal_transport::LinkError::Refused { reason: refusal, reconnect };
             Err(anyhow::Error::new(refused).context(format!("round {}", round.0)))
         }
+        Outcome::Troubled(version) => {
+            anyhow::bail!("release {version} cannot be installed here, which the aggregator is told")
+        }
         outcome => {
             tracing::info!(?outcome, "visit ended");
             Ok(())
@@ -153,11 +156,14 @@ fn window_after(error: &PipelineError, now_ms: u64) -> Option<ReconnectWindow> {
         let after_ms = u32::try_from(until_ms.saturating_sub(now_ms)).unwrap_or(u32::MAX);
         return Some(ReconnectWindow { after_ms, spread_ms: after_ms.min(PUT_OFF_SPREAD_MS) });
     }
-    error.is_transient().then(|| error.reconnect().unwrap_or(RETRY))
+    let may_pass = error.is_transient() || matches!(error, PipelineError::Release { .. });
+    may_pass.then(|| error.reconnect().unwrap_or(RETRY))
 }
 
 fn why_again(error: &PipelineError) -> String {
-    if let Some(refusal) = error.refusal() {
+    if let (PipelineError::Release { version, .. }, None) = (error, error.over_disk()) {
+        format!("release {version} cannot be installed here, which the aggregator is told")
+    } else if let Some(refusal) = error.refusal() {
         refusal.to_string()
     } else if let Some(PutOff { reason, .. }) = error.put_off() {
         reason.clone()
@@ -192,6 +198,7 @@ fn describe(outcome: Outcome) -> &'static str {
         Outcome::Delivered(_) => "delivered",
         Outcome::Diverged(_) => "training with this round's settings diverged",
         Outcome::Refused(..) => "the update was refused",
+        Outcome::Troubled(_) => "the round's release cannot be installed here, which the aggregator is told",
     }
 }
 
@@ -251,7 +258,7 @@ impl Member {
                 BadInput(format!("{directory} is not enrolled: edge-client enroll INVITATION")).into()
             );
         };
-        let heed = heeds.then(|| Heed { rules: policy.when, sensors: sensors::of_system() });
+        let heed = heeds.then(|| Heed { rules: policy.when, sensors: sensors::of_watcher() });
         let runtime = Runtime::new().context("cannot start")?;
         let cancel = open::stop_on_signal(runtime.handle());
         let zone = jiff::tz::TimeZone::system();
@@ -422,7 +429,8 @@ fn connect(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::TrainingError;
+    use crate::{install::InstallError, train::TrainingError};
+    use commonweal_protocol::Version;
     use commonweal_runtime::memory::{self, Available, Bound};
     use commonweal_transport::LinkError;
 
@@ -445,6 +453,10 @@ mod tests {
             (window_after(&memory, 0), why_again(&memory).contains("memory")),
             (Some(MEMORY_RETRY), true)
         );
+        let source = Box::new(InstallError::NotNewer { version: Version(1), installed: Version(2) });
+        let release = PipelineError::Release { version: Version(1), reconnect, source };
+        assert_eq!(window_after(&release, 0), Some(reconnect), "with all the others");
+        assert!(why_again(&release).contains("release 1 cannot be installed"), "{}", why_again(&release));
         let revoked = LinkError::Refused { reason: Refusal::Revoked, reconnect };
         assert_eq!(window_after(&revoked.into(), 0), None);
     }

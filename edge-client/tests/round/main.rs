@@ -6,5 +6,6 @@ mod control;
 mod delivering;
 mod going_on;
 mod screening;
+mod troubles;
 mod watching;
 mod world;

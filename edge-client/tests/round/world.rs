@@ -12,7 +12,7 @@ use commonweal_package::Package;
 use commonweal_protocol::{
     AggregatorKey, CertificateChain, CompressSettings, Content, Csr, DeviceId, Digest, KeyNumber, Lineage,
     Mode, Open, Poll, PollReply, Receipt, ReconnectWindow, Refusal, RoundId, RoundTask, Scaffold,
-    SignedReceipt, SigningKey, Start, TrainSettings, Version,
+    SignedReceipt, SignedRelease, SigningKey, Start, TrainSettings, Version,
 };
 use commonweal_runtime::{Cancel, Library, Model, OpenOptions};
 use commonweal_safety::{Guard, Reviser};
@@ -75,6 +75,12 @@ pub(crate) struct Told {
     /// The keys that signed so far, if there was a rotation.
     pub(crate) lineage: Option<Lineage>,
     pub(crate) is_away: bool,
+    /// What is published.
+    pub(crate) release: Option<SignedRelease>,
+    /// What devices said when they asked.
+    pub(crate) polls: Vec<Poll>,
+    /// How often bytes were fetched.
+    pub(crate) fetches: usize,
     /// Never answers an update.
     pub(crate) is_silent: bool,
     /// Copied here when an update arrives: what a kill just then leaves.
@@ -97,10 +103,11 @@ pub(crate) fn copy_folder(from: &Path, to: &Path) {
 
 impl Link for FakeLink {
     async fn poll(&self, poll: Poll) -> Result<PollReply, LinkError> {
-        let told = self.told.lock().unwrap();
+        let mut told = self.told.lock().unwrap();
+        told.polls.push(poll);
+        let release = told.release.clone().filter(|signed| Some(signed.release.version) != poll.installed);
         let successions = told.lineage.as_ref().map(|keys| keys.after(poll.key).to_vec()).unwrap_or_default();
-        let reconnect = ReconnectWindow::default();
-        Ok(PollReply { task: told.task, release: None, successions, reconnect })
+        Ok(PollReply { task: told.task, release, successions, reconnect: ReconnectWindow::default() })
     }
 
     async fn upload(&self, open: &Open, bytes: &[u8]) -> Result<Uploaded, LinkError> {
@@ -138,7 +145,8 @@ impl Link for FakeLink {
     }
 
     async fn fetch(&self, content: Content, partial: &mut Vec<u8>) -> Result<(), LinkError> {
-        let told = self.told.lock().unwrap();
+        let mut told = self.told.lock().unwrap();
+        told.fetches += 1;
         let is_control = Digest::of(&told.control) == content.digest;
         partial.clone_from(if is_control { &told.control } else { &told.adapter });
         Ok(())

@@ -29,6 +29,7 @@ mod pace;
 mod refusal;
 mod enrolment;
 mod invitation;
+mod trouble;
 mod task;
 mod control;
 mod update;
@@ -57,4 +58,5 @@ pub use release::{Direction, Gate, Metric, Release, ReleaseNotice, ReportCard, R
 pub use signature::{AggregatorKey, Signature, SignatureError, SigningKey};
 pub use succession::{Lineage, SignedSuccession, Succession, SuccessionError};
 pub use task::{CompressSettings, Mode, Poll, PollReply, RoundTask, Start, TrainSettings};
+pub use trouble::{Fault, Trouble};
 pub use update::{DeviceReport, Open, TraceContext, UploadKey};

@@ -3,7 +3,7 @@
 
 use crate::{
     BaseHash, Digest, Invalid, KeyNumber, ReconnectWindow, ReleaseNotice, RoundId, Scaffold,
-    SignedSuccession, Version, bounds,
+    SignedSuccession, Trouble, Version, bounds,
 };
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +16,8 @@ pub struct Poll {
     pub installed: Option<Version>,
     /// The newest of the aggregator's keys that it knows.
     pub key: KeyNumber,
+    /// A release that it was offered and cannot install.
+    pub trouble: Option<Trouble>,
 }
 
 /// The answer: work, news, neither or both, and when to come back.

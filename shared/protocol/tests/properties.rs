@@ -8,9 +8,9 @@ mod fuzz {
 mod samples;
 
 use commonweal_protocol::{
-    AggregatorKey, BaseHash, Chunk, Content, DeviceReport, Digest, Fetch, Header, KeyNumber, Lineage, Opaque,
-    Open, Poll, ReconnectWindow, Refusal, Refused, Reply, Request, RoundId, SigningKey, TraceContext,
-    Version, bounds, decode, encode,
+    AggregatorKey, BaseHash, Chunk, Content, DeviceReport, Digest, Fault, Fetch, Header, KeyNumber, Lineage,
+    Opaque, Open, Poll, ReconnectWindow, Refusal, Refused, Reply, Request, RoundId, SigningKey, TraceContext,
+    Trouble, Version, bounds, decode, encode,
 };
 use proptest::prelude::*;
 
@@ -62,9 +62,13 @@ fn open() -> impl Strategy<Value = Open> {
 }
 
 fn request() -> impl Strategy<Value = Request> {
-    let poll = (any::<[u8; 32]>(), any::<Option<u64>>(), any::<u64>()).prop_map(|(base, installed, key)| {
+    let faults = [Fault::Signature, Fault::Base, Fault::Damaged, Fault::Layout, Fault::Missing, Fault::Room];
+    let trouble = prop::option::of((any::<u64>(), prop::sample::select(faults.to_vec())));
+    let parts = (any::<[u8; 32]>(), any::<Option<u64>>(), any::<u64>(), trouble);
+    let poll = parts.prop_map(|(base, installed, key, trouble)| {
         let (installed, key) = (installed.map(Version), KeyNumber(key));
-        Request::Poll(Poll { base: BaseHash(base), installed, key })
+        let trouble = trouble.map(|(version, fault)| Trouble { version: Version(version), fault });
+        Request::Poll(Poll { base: BaseHash(base), installed, key, trouble })
     });
     let fetch = (digest(), 0..=bounds::CONTENT_BYTES_MAX)
         .prop_map(|(digest, offset)| Request::Fetch(Fetch { digest, offset }));

@@ -22,7 +22,7 @@ use std::{
 };
 
 const NOW_MS: u64 = 1_767_225_600_000;
-const POLL: Poll = Poll { base: BASE, installed: None, key: KeyNumber(0) };
+const POLL: Poll = Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None };
 
 struct World {
     authority: Arc<Authority>,

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 const NOW_MS: u64 = 1_767_225_600_000;
-const POLL: Poll = Poll { base: BASE, installed: None, key: KeyNumber(0) };
+const POLL: Poll = Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None };
 
 struct World {
     handler: Arc<Reference>,

@@ -201,7 +201,8 @@ impl Attacker {
     /// One poll and what follows; whether an update was delivered.
     fn visit(&mut self, runtime: &Runtime) -> Result<(bool, ReconnectWindow)> {
         let installed = install::installed_version(&self.store, &self.expected)?;
-        let poll = Poll { base: self.expected.base, installed, key: self.expected.trust.number() };
+        let poll =
+            Poll { base: self.expected.base, installed, key: self.expected.trust.number(), trouble: None };
         let reply = runtime.block_on(self.link.poll(poll))?;
         self.expected.trust.follow(&self.store, &reply.successions)?;
         if let Some(release) = reply.release.filter(|notice| Some(notice.release.version) != installed) {

@@ -98,7 +98,7 @@ impl Device {
             self.deliver(link, open, &bytes, random).await;
             return;
         }
-        let poll = Poll { base, installed: self.installed, key: KeyNumber(0) };
+        let poll = Poll { base, installed: self.installed, key: KeyNumber(0), trouble: None };
         let Ok(reply) = link.poll(poll).await else { return };
         // A damaged poll may have named another release than the one installed; what is not newer is left alone.
         if let Some(release) = reply.release.filter(|release| self.installed < Some(release.release.version))

@@ -155,6 +155,30 @@ function showReleases() {
   }));
 }
 
+function showTrials(trials, now) {
+  const trial = trials.trial;
+  $("trials-text").textContent = trials.share === 0
+    ? "Releases go to all devices at once (release.canary_share is 0)."
+    : trial
+      ? `Release ${trial.version} is tried on ${percent(trials.share)} of the devices (${trial.active} are active); the others keep release ${trials.stable}. ` +
+        `A verdict needs ${trials.reports_wanted} reports of either, or more than ${percent(trials.failures_max)} of the devices that cannot install it; without one it is for all at ${moment(trial.until_ms)}.`
+      : `Nothing is on trial; a round's release is tried on ${percent(trials.share)} of the devices first.`;
+  const loss = (count, median) => (median === null ? String(count) : `${count}, median ${median.toFixed(2)}`);
+  const said = (devices) => {
+    const faults = Object.entries(devices.faults).map(([fault, count]) => `${words(fault)} ${count}`);
+    return [String(devices.told), String(devices.installed), element("td", faults.join(", ") || "0", faults.length ? "bad" : "")];
+  };
+  const running = trial ? [[
+    String(trial.version), element("td", "on trial", "quiet"), ago(trial.since_ms, now), ...said(trial.devices),
+    loss(trial.reports, trial.loss), loss(trial.reports_before, trial.loss_before), element("td", "", "why"),
+  ]] : [];
+  const ended = trials.ended.map((end) => [
+    String(end.version), element("td", end.rolled_back ? "rolled back" : "for all devices", end.rolled_back ? "bad" : "good"),
+    moment(end.since_ms), ...said(end.devices), String(end.reports), String(end.reports_before), element("td", end.reason, "why"),
+  ]);
+  fill(table("trials-table"), running.concat(ended));
+}
+
 function showDevices(now) {
   const only = $("only").value;
   fill(table("devices-table"), lists.devices.filter((device) => !only || device.state === only).map((device) => [
@@ -169,7 +193,7 @@ function showEvents() {
   const only = $("refusals").checked;
   const shown = events.filter((told) => !only || told.event === "refused").slice(-200).reverse();
   $("events-list").replaceChildren(...shown.map((told) => {
-    const item = element("li", null, ["refused", "rejected", "retrying"].includes(told.event) ? "bad" : "");
+    const item = element("li", null, ["refused", "rejected", "retrying", "troubled", "rolled_back"].includes(told.event) ? "bad" : "");
     item.append(element("time", new Date(told.at_ms).toLocaleTimeString()), told.sentence);
     return item;
   }));
@@ -200,6 +224,7 @@ async function look() {
     showReleases();
     seen = state;
   }
+  showTrials(await ask("trials"), now.now_ms);
   const wanted = Math.min(500, Math.max(PAGE, lists.devices.length));
   const rows = await ask("devices?limit=" + wanted);
   lists.devices = rows.concat(lists.devices.slice(rows.length));

@@ -132,7 +132,7 @@ receipt = varint(300) + DEVICE + DIGEST + varint(1234567) + varint(1767225600000
 accepted = receipt + sized(sign(SEED, b"commonweal receipt v1\0" + receipt)) + reconnect
 
 MESSAGES = {
-    "request poll": varint(0) + BASE + some(varint(2)) + varint(299),
+    "request poll": varint(0) + BASE + some(varint(2)) + varint(299) + some(varint(7) + varint(2)),
     "request open": varint(1) + opening,
     "request chunk": varint(2) + chunk,
     "request finish": varint(3),

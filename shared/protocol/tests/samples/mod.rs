@@ -5,11 +5,11 @@
 
 use commonweal_protocol::{
     Accepted, AggregatorKey, BaseHash, CertificateChain, Chunk, CompressSettings, Content, Control, Csr,
-    DeviceId, DeviceReport, Digest, Direction, Enroll, Enrolled, EnrolmentReply, EnrolmentRequest, Fetch,
-    Gate, KeyNumber, Lineage, Metric, Mode, Opaque, Open, Poll, PollReply, Receipt, ReconnectWindow, Refusal,
-    Refused, Release, Renew, Reply, ReportCard, Request, RoundCounts, RoundId, RoundTask, Scaffold,
+    DeviceId, DeviceReport, Digest, Direction, Enroll, Enrolled, EnrolmentReply, EnrolmentRequest, Fault,
+    Fetch, Gate, KeyNumber, Lineage, Metric, Mode, Opaque, Open, Poll, PollReply, Receipt, ReconnectWindow,
+    Refusal, Refused, Release, Renew, Reply, ReportCard, Request, RoundCounts, RoundId, RoundTask, Scaffold,
     SignedControl, SignedReceipt, SignedRelease, SignedSuccession, SigningKey, Start, Token, TraceContext,
-    TrainSettings, Version,
+    TrainSettings, Trouble, Version,
 };
 
 pub const DEVICE: DeviceId = DeviceId([0x11; 16]);
@@ -157,7 +157,12 @@ pub fn requests() -> Vec<(&'static str, Request)> {
     vec![
         (
             "request poll",
-            Request::Poll(Poll { base: BASE, installed: Some(Version(2)), key: KeyNumber(299) }),
+            Request::Poll(Poll {
+                base: BASE,
+                installed: Some(Version(2)),
+                key: KeyNumber(299),
+                trouble: Some(Trouble { version: Version(7), fault: Fault::Damaged }),
+            }),
         ),
         ("request open", Request::Open(open())),
         ("request chunk", Request::Chunk(chunk())),

@@ -145,7 +145,7 @@ impl<S: Subject, M: Medium<S::Handler>> World<S, M> {
     }
 
     pub(super) fn poll(&self) -> Poll {
-        Poll { base: self.subject.base(), installed: None, key: KeyNumber(0) }
+        Poll { base: self.subject.base(), installed: None, key: KeyNumber(0), trouble: None }
     }
 }
 

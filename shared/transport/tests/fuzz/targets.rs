@@ -191,7 +191,7 @@ pub(crate) fn seeds() -> Vec<(String, Vec<u8>)> {
         Request::Chunk(commonweal_protocol::Chunk::new(offset, bytes.to_vec()).expect("a chunk"))
     };
     let streams = [
-        ("poll", vec![Request::Poll(Poll { base: BASE, installed: None, key: KeyNumber(0) })]),
+        ("poll", vec![Request::Poll(Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None })]),
         (
             "upload",
             vec![

@@ -272,7 +272,8 @@ impl Device {
     /// The next round's task.
     async fn task(&self, quic: &QuicLink) -> Result<RoundId> {
         for _ in 0..600 {
-            let reply = quic.poll(Poll { base: BASE, installed: None, key: KeyNumber(0) }).await?;
+            let reply =
+                quic.poll(Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None }).await?;
             if let Some(task) = reply.task.filter(|task| Some(task.round) != self.delivered) {
                 ensure!(self.update.bytes().len() > 1 << 20, "the update has several chunks");
                 return Ok(task.round);

@@ -229,7 +229,9 @@ impl Shared {
         let key = *credentials.signing_key();
         let port = self.port().unwrap_or_default();
         let link = QuicLink::new(&self.host, port, credentials, limits(), Clock::system())?;
-        let reply = link.poll(Poll { base: BASE, installed: device.installed, key: KeyNumber(0) }).await?;
+        let reply = link
+            .poll(Poll { base: BASE, installed: device.installed, key: KeyNumber(0), trouble: None })
+            .await?;
         let poll = begun.elapsed();
         if let Some(signed) = reply.release.filter(|it| Some(it.release.version) != device.installed) {
             let (digest, length) = (signed.release.digest, signed.release.length);

@@ -54,7 +54,7 @@ impl Fleet {
     /// Bytes to each device in a round: the adapter's file.
     pub(super) fn down_bytes(&self) -> Result<u64> {
         let device = self.devices.first().context("no devices")?;
-        let poll = Poll { base: BASE, installed: None, key: KeyNumber(0) };
+        let poll = Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None };
         let reply = self.runtime.block_on(device.visitor.link().poll(poll))?;
         Ok(reply.release.context("there is no release")?.release.length)
     }
