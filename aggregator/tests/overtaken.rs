@@ -153,7 +153,7 @@ impl World {
     fn begin(&self, driver: &mut Driver<Scripted>) {
         take_over(&self.memory, driver);
         for number in [1, 2, 1] {
-            let poll = Poll { base: BASE, installed: None, key: KeyNumber(0) };
+            let poll = Poll { base: BASE, installed: None, key: KeyNumber(0), trouble: None };
             self.receiver.poll(device(number), poll).unwrap();
         }
         self.wait(1_000);
