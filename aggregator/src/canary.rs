@@ -178,7 +178,7 @@ impl Canary {
         let (after, before) = (trial.losses.len(), self.before.len());
         let is_over = now_ms.saturating_sub(trial.since_ms) >= (settings.canary_hours * 3_600_000.0) as u64;
         let devices = trial.words.count();
-        let is_above = |of: usize| devices.failed() as f64 > settings.canary_failures * of as f64;
+        let is_above = |of: usize| is_above(&devices, settings, of);
         // Who fails says so at once, who trains first says so late: until the time is over, those count too that were
         // told of it and have said nothing.
         let is_sure = is_over || devices.told >= wanted && is_above(devices.told);
@@ -207,6 +207,16 @@ impl Canary {
         Verdict::Fine(format!(
             "no verdict in {hours} hours: {after} reports, {before} before, {wanted} wanted"
         ))
+    }
+
+    /// Whether only those keep it from being promoted that say they cannot install it.
+    pub fn is_held_up(&self, settings: &config::Release) -> bool {
+        let wanted = settings.canary_reports as usize;
+        self.trial.as_ref().is_some_and(|trial| {
+            let devices = trial.words.count();
+            let is_reported = trial.losses.len() >= wanted && self.before.len() >= wanted;
+            is_reported && is_above(&devices, settings, devices.answered())
+        })
     }
 
     /// All devices may have what was reported of; a newer release begins a trial of its own.
@@ -261,6 +271,11 @@ impl Canary {
         let draw = f64::from(u32::from_le_bytes(bytes)) / (f64::from(u32::MAX) + 1.0);
         if draw < share { head } else { self.stable }
     }
+}
+
+/// Whether more than the owner bears of so many devices cannot install it.
+fn is_above(devices: &Count, settings: &config::Release, of: usize) -> bool {
+    devices.failed() as f64 > settings.canary_failures * of as f64
 }
 
 fn keep(losses: &mut Vec<f32>, loss: f32, most: usize) {

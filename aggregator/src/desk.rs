@@ -300,15 +300,16 @@ impl Desk {
             inner.durable.progress.seconds.insert(stage.to_owned(), seconds);
         }
         let done = self.step(&mut inner, now_ms, event);
-        if self.is_overtaken(&mut inner, &done) {
+        let is_overtaken = self.is_overtaken(&mut inner, &done);
+        if done.is_err() {
+            (inner.durable.progress, inner.durable.control) = before;
+        }
+        if is_overtaken {
             tracing::info!(%round, "another process drives");
             return Ok(());
         }
         inner.is_unsure = done.is_err();
-        if let Err(error) = done {
-            (inner.durable.progress, inner.durable.control) = before;
-            return Err(error);
-        }
+        done?;
         drop(inner);
         if let Some(figures) = figures {
             self.events.tell(&Told::Stage { round, opened_ms, seconds, figures });

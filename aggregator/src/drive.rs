@@ -111,14 +111,21 @@ impl<S: Stages> Driver<S> {
         }
         if !self.lead.is_held() {
             if self.is_driving {
-                self.is_driving = false;
+                (self.is_driving, self.retry_ms) = (false, 0);
                 self.parts.desk.stand_by();
                 self.parts.events.tell(&Told::StandsBy);
             }
             return Ok(false);
         }
         if !self.is_driving {
-            self.parts.desk.take_lead(now_ms)?;
+            if now_ms < self.retry_ms {
+                return Ok(false);
+            }
+            if let Err(error) = self.parts.desk.take_lead(now_ms) {
+                self.parts.desk.stand_by();
+                self.retry_ms = now_ms.saturating_add(RETRY_MS.0);
+                return Err(error);
+            }
             (self.is_driving, self.tries, self.retry_ms, self.trial_retry_ms) = (true, 0, 0, 0);
             self.parts.events.tell(&Told::Drives { round: self.parts.desk.round() });
             self.sweep();
@@ -131,10 +138,10 @@ impl<S: Stages> Driver<S> {
         let now_ms = self.parts.clock.unix_ms();
         match self.drives(now_ms) {
             Ok(true) => {}
-            Ok(false) => return Step::Wait(None),
+            Ok(false) => return Step::Wait((now_ms < self.retry_ms).then_some(self.retry_ms)),
             Err(error) => {
                 tracing::warn!(error = chain(&error), "the round cannot be taken up yet");
-                return Step::Wait(None);
+                return Step::Wait(Some(self.retry_ms));
             }
         }
         if let Some(round) = self.parts.desk.take_finished() {

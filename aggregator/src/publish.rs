@@ -223,15 +223,25 @@ impl Publisher {
 
     /// Publishes the adapter of an earlier release of the same base again, as the newest version.
     pub fn roll_back(&self, to: Version, now_ms: u64) -> Result<SignedRelease, PublishError> {
+        let head = self.head()?.ok_or(PublishError::Unknown { version: to })?;
+        self.roll_back_behind(head.release.version, to, now_ms)
+    }
+
+    /// The same, right behind the release `head`; refused if another has been published since.
+    pub fn roll_back_behind(
+        &self,
+        head: Version,
+        to: Version,
+        now_ms: u64,
+    ) -> Result<SignedRelease, PublishError> {
         let Entry { release: SignedRelease { release: earlier, .. }, state } = self.entry(to)?;
         if earlier.base != self.base {
             return Err(PublishError::OtherBase { version: to, expected: self.base, got: earlier.base });
         }
-        let head = self.head()?.ok_or(PublishError::Unknown { version: to })?;
-        let version = Version(head.release.version.0.saturating_add(1));
+        let version = Version(head.0.saturating_add(1));
         let candidate = Candidate {
             round: None,
-            parent: Some(head.release.version),
+            parent: Some(head),
             digest: earlier.digest,
             state,
             card: earlier.report_card,
@@ -346,6 +356,9 @@ mod tests {
         assert_eq!((back.version, back.parent, back.digest), (Version(2), Some(Version(1)), first));
         assert_eq!(publisher.history(Version(0), 10).unwrap().len(), 3);
         assert!(matches!(publisher.roll_back(Version(9), 5), Err(PublishError::Unknown { .. })));
+        // Whoever decided on it before this one was published takes nothing from it.
+        let late = publisher.roll_back_behind(Version(back.version.0 - 1), Version(0), 5);
+        assert!(matches!(late, Err(PublishError::Moved { .. })), "{late:?}");
     }
 
     #[test]

@@ -299,6 +299,56 @@ fn who_was_revoked_or_never_enrolled_has_no_voice() {
     assert_eq!(head(&world).version, Version(2), "three of nine are too many");
 }
 
+/// Release 2 comes while release 1 is on trial, and joins it; nothing is judged yet.
+fn joined() -> (World, Vec<u8>) {
+    let world = world();
+    let members = on_trial(&world);
+    deliver(&world, 2, 1.9);
+    let mut driver = Driver::new(world.parts.clone(), world.base.clone(), Passing);
+    while head(&world).version < Version(2) {
+        assert_eq!(driver.step(), Step::Worked);
+    }
+    (world, members)
+}
+
+#[test]
+fn who_was_heard_in_one_trial_is_heard_in_the_next_of_the_same_release() {
+    // The shares are drawn by releases and devices, so they are the same in each world.
+    let (first, members_before) = joined();
+    finish(&first);
+    let next = members(&first, Version(2));
+    let (world, _) = joined();
+    let cannot = |number: &u8| {
+        let trouble = Some(Trouble { version: Version(2), fault: Fault::Damaged });
+        world.receiver.poll(device(*number), Poll { trouble, ..poll(Some(1)) }).unwrap();
+    };
+    let (both, others): (Vec<u8>, Vec<u8>) = members_before.iter().partition(|number| next.contains(number));
+    both[..2].iter().for_each(cannot);
+    for number in &others[..8] {
+        world.receiver.poll(device(*number), poll(Some(1))).unwrap();
+    }
+    finish(&world);
+    let canary = state(&world);
+    assert_eq!((canary.stable, canary.trial.map(|trial| trial.version)), (Version(1), Some(Version(2))));
+    both[..2].iter().for_each(cannot);
+    finish(&world);
+    assert_eq!(state(&world).trial.unwrap().words.count().failed(), 2);
+}
+
+#[test]
+fn who_was_revoked_holds_no_release_up() {
+    let world = world();
+    let members = on_trial(&world);
+    complain(&world, members[0], Fault::Damaged);
+    complain(&world, members[1], Fault::Damaged);
+    for number in &members[..2] {
+        world.registry.revoke(&device(*number), NOW_MS).unwrap();
+    }
+    deliver(&world, 2, 1.9);
+    finish(&world);
+    assert_eq!(state(&world).stable, Version(1), "enough was reported, and nobody who counts is against it");
+}
+
 #[test]
 fn a_share_sees_a_release_on_trial_and_nobody_is_told_of_an_older_one() {
     let world = world();

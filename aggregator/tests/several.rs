@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use aggregator::desk::{Desk, Record, records};
 use aggregator::drive::{Driver, Stages};
@@ -35,6 +35,8 @@ use support::shared::{config, first_release, process};
 use support::{BASE, chunk, device, layout, open, update};
 
 const PROCESSES: usize = 3;
+/// Some seconds, where nothing is wrong.
+const PATIENCE: Duration = Duration::from_secs(300);
 const DEVICES: u8 = 8;
 
 /// Stages of one process, whose alignment comes to something else than any other's, as that of another machine may.
@@ -151,7 +153,8 @@ fn run(mode: RoundMode, rounds: u64, faults: Faults) -> Outcome {
             .collect();
         let mut random = ChaCha8Rng::seed_from_u64(rounds);
         let current = || memory.storage().coord.head(aggregator::desk::RECORDS).unwrap().unwrap().sequence;
-        while current() <= rounds {
+        let begun = Instant::now();
+        while current() <= rounds && begun.elapsed() < PATIENCE {
             thread::sleep(Duration::from_millis(random.random_range(1..30)));
             match random.random_range(0..5) {
                 // Somebody else may take it, while this one works on for a while.
@@ -174,6 +177,7 @@ fn run(mode: RoundMode, rounds: u64, faults: Faults) -> Outcome {
         receipts
     });
     let records = records(memory.storage().coord.as_ref(), RoundId(1), 10_000).unwrap();
+    assert!(records.len() as u64 >= rounds, "only {} of {rounds} rounds came to their end", records.len());
     let problems = told.lock().unwrap();
     let lost = problems.iter().filter(|problem| problem.contains("is not stored")).count();
     assert_eq!(lost, 0, "a sweep took what was promised: {problems:?}");

@@ -55,6 +55,11 @@ impl Returns {
                 Err(error) => tracing::debug!(%error, "logind is asked once a second, and not heard"),
             }
         }
+        self.heard()
+    }
+
+    /// The same, of what was heard so far.
+    pub(crate) fn heard(&self) -> Option<Duration> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner).map(|heard| heard.elapsed())
     }
 

@@ -105,8 +105,12 @@ impl LinuxSensors {
     fn idle(&mut self) -> Option<Duration> {
         let touched = self.inputs.since_touched(&self.root);
         let hinted = if touched.is_none() { self.hinted() } else { None };
-        // Where logind is not there to ask, it is not there to hear.
-        let returned = hinted.and_then(|_| self.returns.as_mut()?.since());
+        // Where logind is not there to ask, nobody begins to listen to it; it may only be slow to answer.
+        let returned = match &mut self.returns {
+            Some(returns) if hinted.is_some() => returns.since(),
+            Some(returns) => returns.heard(),
+            None => None,
+        };
         [touched, hinted, returned, since_typed(&self.root)].into_iter().flatten().min()
     }
 

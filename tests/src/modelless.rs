@@ -209,10 +209,15 @@ impl Modelless {
                 let kept = lead.is_shared().then(|| scope.spawn(move || lead.keep(stop_keeping)));
                 let stop = &stop;
                 scope.spawn(move || {
-                    serve::drive(driver, watch, clock, stop);
+                    // Also where a stage panics: nobody else would drive while this one keeps the lead.
+                    let drive = || serve::drive(driver, watch, clock, stop);
+                    let driven = std::panic::catch_unwind(std::panic::AssertUnwindSafe(drive));
                     stop_keeping.store(true, Ordering::SeqCst);
                     if let Some(kept) = kept {
                         kept.thread().unpark();
+                    }
+                    if let Err(panicked) = driven {
+                        std::panic::resume_unwind(panicked);
                     }
                 });
             }

@@ -139,7 +139,10 @@ fn check_round(record: &Record, receipts: &BTreeMap<DeviceId, Digest>, quorum: u
             counted < quorum,
             "round {round}: given up with {counted} updates, and the quorum is {quorum}"
         );
-    } else if record.published || !merged.is_empty() {
+    } else if merged.is_empty() && !receipts.is_empty() {
+        let reason = record.reason.as_deref().unwrap_or_default();
+        ensure!(!reason.contains("is not stored"), "round {round}: what was promised is lost: {reason}");
+    } else {
         for (device, digest) in receipts {
             let found = merged.get(device);
             ensure!(found == Some(digest), "round {round}: {device} has a receipt for what was not merged");
@@ -212,6 +215,9 @@ mod tests {
         assert!(twice.contains("merged twice"), "{twice}");
         // Refused before it was merged, or with too few.
         assert_eq!(refused(&Record { updates: 2, ..round("rejected", &[]) }, &[A, B]), "");
+        let reason = Some("merge: blob 07 is not stored".to_owned());
+        let lost = refused(&Record { updates: 2, reason, ..round("rejected", &[]) }, &[A, B]);
+        assert!(lost.contains("what was promised is lost"), "{lost}");
         assert_eq!(refused(&Record { updates: 1, ..round("abandoned", &[]) }, &[A]), "");
         let enough = refused(&Record { updates: 2, ..round("abandoned", &[]) }, &[A, B]);
         assert!(enough.contains("given up with 2 updates, and the quorum is 2"), "{enough}");

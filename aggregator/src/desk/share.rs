@@ -108,7 +108,7 @@ impl Desk {
         inner.stop = rounds.is_over(&self.policy);
         inner.shared.is_behind = false;
         // Who drives also looks whether the round's end is on record; to the others the state is all there is.
-        inner.is_unsure &= inner.shared.term.is_some();
+        inner.is_unsure &= self.check_term(inner).is_ok();
         Ok(())
     }
 

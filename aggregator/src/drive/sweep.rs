@@ -89,12 +89,16 @@ impl<S: Stages> Driver<S> {
                 let unnamed: Vec<Digest> =
                     page.iter().filter(|digest| !named.contains(digest)).copied().collect();
                 for some in unnamed.chunks(DELETED_AT_ONCE) {
+                    // An operator may have rolled back meanwhile, and waits for nobody.
+                    let kept = self.parts.publisher.kept(releases_kept)?;
+                    let some: Vec<Digest> =
+                        some.iter().filter(|digest| !kept.contains(digest)).copied().collect();
                     // Nothing refuses a deletion that comes too late.
                     let until = self.lead.held_until();
                     if !self.lead.is_held() {
                         return Err(DriveError::Cancelled);
                     }
-                    self.parts.storage.blob.delete_all(some, until)?;
+                    self.parts.storage.blob.delete_all(&some, until)?;
                     deleted += some.len();
                 }
             }

@@ -41,7 +41,8 @@ impl<S: Stages> Driver<S> {
         let mut sequence = self.hear_words(&mut canary, sequence)?;
         let Some(trial) = canary.trial.clone() else { return Ok(()) };
         let mut verdict = canary.judge(settings, now_ms);
-        if verdict != Verdict::Wait && self.silence_strangers(&mut canary)? {
+        let is_held_up = verdict == Verdict::Wait && canary.is_held_up(settings);
+        if (verdict != Verdict::Wait || is_held_up) && self.silence_strangers(&mut canary)? {
             sequence = self.write_canary(&canary, sequence)?;
             verdict = canary.judge(settings, now_ms);
         }
@@ -103,8 +104,11 @@ impl<S: Stages> Driver<S> {
         let (to, now_ms) = (canary.stable, self.parts.clock.unix_ms());
         let stable = self.parts.publisher.release(to)?.release;
         let is_done = head.round.is_none() && head.version > version && head.digest == stable.digest;
-        let now =
-            if is_done { head.version } else { self.parts.publisher.roll_back(to, now_ms)?.release.version };
+        let now = if is_done {
+            head.version
+        } else {
+            self.parts.publisher.roll_back_behind(head.version, to, now_ms)?.release.version
+        };
         canary.roll_back(now, reason.clone(), now_ms);
         self.write_canary(&canary, sequence)?;
         self.parts.events.tell(&Told::RolledBack { version, to, now, reason });

@@ -18,6 +18,9 @@ const HEARD_MAX: u8 = 8;
 pub(super) struct Heard {
     /// The newest release then.
     head: Version,
+    /// What all devices had then, if this one was shown what was on trial: with the next trial of the same release it is
+    /// asked anew.
+    stable: Option<Version>,
     /// On which release, and what.
     word: (Version, Said),
     /// How often it said something new since that was the newest.
@@ -45,7 +48,8 @@ impl Receiver {
             (_, None) => None,
         };
         let Some(word @ (version, said)) = word else { return Ok(()) };
-        let Some(times) = self.is_news(device, head, word) else { return Ok(()) };
+        let stable = canary.map(|canary| canary.stable);
+        let Some(times) = self.is_news(device, (head, stable), word) else { return Ok(()) };
         if canary.is_some_and(|canary| canary.is_on_trial(version)) {
             canary::tell(self.parts.storage.coord.as_ref(), &Word { device, version, said })?;
         }
@@ -53,15 +57,24 @@ impl Receiver {
             self.parts.events.tell(&Event::Troubled { device, version, fault });
             self.parts.storage.watch.notify();
         }
-        self.live().heard.insert(device, Heard { head, word, times });
+        self.live().heard.insert(device, Heard { head, stable, word, times });
         Ok(())
     }
 
     /// How often this device has said something new by now, if this is new.
-    fn is_news(&self, device: DeviceId, head: Version, word: (Version, Said)) -> Option<u8> {
+    fn is_news(
+        &self,
+        device: DeviceId,
+        trial: (Version, Option<Version>),
+        word: (Version, Said),
+    ) -> Option<u8> {
         match self.live().heard.get(&device) {
-            Some(heard) if heard.word == word => None,
-            Some(heard) if heard.head == head => Some(heard.times + 1).filter(|times| *times <= HEARD_MAX),
+            Some(heard) if (heard.head, heard.stable) == trial => {
+                let times = heard.times.saturating_add(1);
+                (heard.word != word && times <= HEARD_MAX).then_some(times)
+            }
+            // Without a trial only what is new is told.
+            Some(heard) if trial.1.is_none() && heard.word == word => None,
             _ => Some(1),
         }
     }

@@ -15,7 +15,7 @@ use crate::{
     doing,
     events::{Event, Output},
     forget,
-    install::Expected,
+    install::{Expected, InstallError},
     metered::Metered,
     notify,
     pipeline::{Device, Outcome, Visit, until_cancelled},
@@ -156,7 +156,9 @@ fn window_after(error: &PipelineError, now_ms: u64) -> Option<ReconnectWindow> {
         let after_ms = u32::try_from(until_ms.saturating_sub(now_ms)).unwrap_or(u32::MAX);
         return Some(ReconnectWindow { after_ms, spread_ms: after_ms.min(PUT_OFF_SPREAD_MS) });
     }
-    let may_pass = error.is_transient() || matches!(error, PipelineError::Release { .. });
+    // What the aggregator did not sign with its key in force is for the owner to see.
+    let may_pass = error.is_transient()
+        || matches!(error, PipelineError::Release { source, .. } if !matches!(**source, InstallError::Signature { .. }));
     may_pass.then(|| error.reconnect().unwrap_or(RETRY))
 }
 

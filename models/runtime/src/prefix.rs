@@ -3,7 +3,7 @@
 
 use std::{
     ops::{Deref, DerefMut},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError},
 };
 
 use crate::{
@@ -42,7 +42,11 @@ pub(crate) struct Row {
 impl Row {
     /// Gives its memory back, if no call is using it; the next call reads the prefix again.
     pub(crate) fn forget(row: &Mutex<Self>) {
-        let Ok(mut row) = row.try_lock() else { return };
+        let mut row = match row.try_lock() {
+            Ok(row) => row,
+            Err(TryLockError::Poisoned(row)) => row.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
         // Where even the smallest row finds no memory, it stays as it is.
         if let Ok(smallest) = row.lane.emptied() {
             *row = Self { lane: smallest, is_read: false };

@@ -70,7 +70,11 @@ fn a_prefix_goes_on_after_the_sessions_were_closed() {
             || model.score_next(&prepared, Some(&prefix), &prompts, &[70, 71], &Cancel::new()).unwrap();
         let before = score();
         model.close_inference();
+        // Its memory was given back.
+        let told = format!("{prefix:?}");
+        assert!(told.contains("capacity: 1,") && told.contains("is_read: false"), "{told}");
         assert_eq!(score(), before);
+        assert!(format!("{prefix:?}").contains("is_read: true"));
         // Closed again before anything was read behind the prefix, and after a prompt without it.
         model.close_inference();
         model.close_inference();

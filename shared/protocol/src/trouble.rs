@@ -1,5 +1,5 @@
-//! That a device cannot install a release, and roughly why: it comes with the device's next poll, until another release is
-//! offered or the same one is installed. Neighbours: `task` carries it; the aggregator holds it against a release on trial.
+//! That a device cannot install a release, and roughly why: it comes with the device's polls, until a release as new is
+//! installed. Neighbours: `task` carries it; the aggregator holds it against a release on trial.
 
 use crate::Version;
 use serde::{Deserialize, Serialize};
