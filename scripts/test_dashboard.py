@@ -148,6 +148,9 @@ def look(page, federation, out):
     expect(page.locator("#gates tbody tr", has_text="safe rate").locator("td").last).to_have_text("passed")
     expect(page.locator("#rounds-table tbody td.good", has_text="published").nth(2)).to_be_visible(timeout=WAIT_MS)
     expect(page.locator("#plot circle.loss").nth(2)).to_be_attached()
+    # Nothing is tried on a share of the devices here, and the page says so.
+    expect(page.locator("#trials-text")).to_contain_text("release.canary_share is 0")
+    expect(rows(page, "trials-table")).to_have_count(0)
 
     # A device that is revoked is shown so, without a reload; its refusals come among the events.
     first = call(BIN / "aggregator", "devices", "--dir", federation.state, "--json")[0]["device"]
