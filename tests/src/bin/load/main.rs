@@ -9,6 +9,7 @@
 mod devices;
 mod process;
 mod serving;
+mod share;
 mod site;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -48,6 +49,9 @@ struct Arguments {
     /// in its directory
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=16))]
     fronts: u32,
+    /// At most so much of a core for each of these, as on a small machine of its own [default: no bound]
+    #[arg(long, value_name = "SHARE", requires = "fronts", value_parser = share_of_a_core)]
+    front_cores: Option<f64>,
     /// Where to keep the aggregator's files, and leave them [default: a temporary directory]
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -56,6 +60,11 @@ struct Arguments {
     json: bool,
     #[command(subcommand)]
     part: Option<Part>,
+}
+
+fn share_of_a_core(text: &str) -> Result<f64, String> {
+    let share = text.parse().map_err(|_| "expected a number".to_owned())?;
+    if (0.05..=64.0).contains(&share) { Ok(share) } else { Err("expected 0.05 to 64".to_owned()) }
 }
 
 impl Arguments {
@@ -79,6 +88,7 @@ struct Report {
     goal: u32,
     adapter_mb: u32,
     fronts: u32,
+    front_cores: Option<f64>,
     cores: usize,
     enrolling: Level,
     enrolling_used: Used,
@@ -109,9 +119,10 @@ fn measure(arguments: &Arguments) -> Result<()> {
         eprintln!("{at_once} at once: measured");
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let &Arguments { devices, adapter_mb, fronts, .. } = arguments;
+    let &Arguments { devices, adapter_mb, fronts, front_cores, .. } = arguments;
     let goal = arguments.goal();
-    let report = Report { devices, goal, adapter_mb, fronts, cores, enrolling, enrolling_used, visiting };
+    let report =
+        Report { devices, goal, adapter_mb, fronts, front_cores, cores, enrolling, enrolling_used, visiting };
     if arguments.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
@@ -122,13 +133,27 @@ fn measure(arguments: &Arguments) -> Result<()> {
 
 impl std::fmt::Display for Report {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { devices, goal, adapter_mb, fronts, cores, enrolling, enrolling_used, visiting } = self;
+        let Self {
+            devices,
+            goal,
+            adapter_mb,
+            fronts,
+            front_cores,
+            cores,
+            enrolling,
+            enrolling_used,
+            visiting,
+        } = self;
         writeln!(
             formatter,
             "{devices} devices, rounds of {goal} updates, an adapter of {adapter_mb} MB; {cores} cores for both sides"
         )?;
         if *fronts > 0 {
-            writeln!(formatter, "PostgreSQL, {fronts} processes that answer devices and one that drives")?;
+            let each = front_cores.map_or_else(String::new, |cores| format!(" (each {cores} of a core)"));
+            writeln!(
+                formatter,
+                "PostgreSQL, {fronts} processes that answer devices{each} and one that drives"
+            )?;
         }
         writeln!(
             formatter,

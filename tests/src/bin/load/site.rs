@@ -15,6 +15,7 @@ use crate::{
     Arguments,
     process::Used,
     serving::{self, Told},
+    share::Share,
 };
 
 /// All that answers devices; it ends with this.
@@ -24,13 +25,20 @@ pub(super) struct Site {
     /// Where devices may go.
     pub(super) ports: Vec<u16>,
     processes: Vec<Child>,
+    // They end after their processes.
+    shares: Vec<Share>,
     postgres: Option<Postgres>,
 }
 
 impl Site {
     pub(super) fn start(arguments: &Arguments, place: &Path) -> Result<Self> {
-        let mut site =
-            Self { invitations: Vec::new(), ports: Vec::new(), processes: Vec::new(), postgres: None };
+        let mut site = Self {
+            invitations: Vec::new(),
+            ports: Vec::new(),
+            processes: Vec::new(),
+            shares: Vec::new(),
+            postgres: None,
+        };
         let first = place.join("aggregator");
         if arguments.fronts == 0 {
             site.add(arguments, &first, Role::All)?;
@@ -66,6 +74,9 @@ impl Site {
         }
         if role.receives() {
             self.ports.push(port);
+        }
+        if let (Role::Front, Some(cores)) = (role, arguments.front_cores) {
+            self.shares.push(Share::of(process.id(), cores)?);
         }
         self.processes.push(process);
         Ok(())
