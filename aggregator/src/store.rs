@@ -19,6 +19,8 @@ mod bridge;
 mod postgres;
 mod http;
 mod objects;
+mod owner;
+mod error;
 #[cfg(any(test, feature = "contract"))]
 pub mod contract;
 #[cfg(test)]
@@ -33,7 +35,10 @@ use commonweal_protocol::Digest;
 
 use crate::config;
 use bridge::Bridge;
+use error::Cause;
+use owner::{MARK, check_owner, owner_of};
 
+pub use error::StoreError;
 pub(crate) use files::sync_dir;
 pub use files::{Disk, FileBlob, RealDisk};
 pub use lead::SoleLead;
@@ -51,113 +56,6 @@ pub const VALUE_BYTES_MAX: usize = 4 << 20;
 pub const NAME_BYTES_MAX: usize = 200;
 /// Most rows that one call returns.
 pub const PAGE_MAX: usize = 50_000;
-
-type Cause = Box<dyn std::error::Error + Send + Sync>;
-
-/// Why a store could not do what was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// It certainly did not happen.
-    #[error("{operation} `{subject}` was not done")]
-    Determinate {
-        /// The operation's verb.
-        operation: &'static str,
-        /// The log, key or digest.
-        subject: String,
-        /// The backend's own error.
-        #[source]
-        source: Cause,
-    },
-    /// It may or may not have happened.
-    #[error("{operation} `{subject}` may or may not have been done")]
-    Indeterminate {
-        /// The operation's verb.
-        operation: &'static str,
-        /// The log, key or digest.
-        subject: String,
-        /// The backend's own error.
-        #[source]
-        source: Cause,
-    },
-    /// Somebody else moved the head. Nothing was written.
-    #[error("log `{log}`: expected sequence {expected}, got {found}")]
-    Conflict {
-        /// The log.
-        log: String,
-        /// What the caller believed.
-        expected: u64,
-        /// What is there.
-        found: u64,
-    },
-    /// There is no such thing.
-    #[error("{subject} is not stored")]
-    Missing {
-        /// The log, key or digest.
-        subject: String,
-    },
-    /// A lease ran out and another worker took the item.
-    #[error("item `{key}` of queue `{queue}` is no longer leased to `{owner}`")]
-    LeaseLost {
-        /// The queue.
-        queue: String,
-        /// The key.
-        key: String,
-        /// Who believed to hold it.
-        owner: String,
-    },
-    /// What is stored has the form of another version of this program. Nothing was touched.
-    #[error(
-        "database {subject}: expected schema version {expected}, got {got}; docs/operations.md says how to upgrade"
-    )]
-    Schema {
-        /// The database.
-        subject: String,
-        /// This program's.
-        expected: i64,
-        /// What is there.
-        got: i64,
-    },
-    /// The objects are of another federation, whose files this one would delete. Nothing was touched.
-    #[error(
-        "storage.objects: expected objects of this database's federation, {expected}, got those of {got}, as the object \
-         `{MARK}` there says; docs/operations.md says more"
-    )]
-    Foreign {
-        /// The database's.
-        expected: String,
-        /// Whose they are.
-        got: String,
-    },
-    /// Too large, too long, or not what its digest says. Nothing was written.
-    #[error("{subject}: expected {expected}, got {got}")]
-    Refused {
-        /// The log, key or digest.
-        subject: String,
-        /// What would have been accepted.
-        expected: String,
-        /// What came.
-        got: String,
-    },
-}
-
-impl StoreError {
-    /// True when the operation certainly left no trace.
-    pub fn is_determinate(&self) -> bool {
-        !matches!(self, Self::Indeterminate { .. })
-    }
-
-    fn lease_lost(queue: &str, key: &str, owner: &str) -> Self {
-        Self::LeaseLost { queue: queue.to_owned(), key: key.to_owned(), owner: owner.to_owned() }
-    }
-
-    pub(crate) fn not_done(operation: &'static str, subject: &str, source: impl Into<Cause>) -> Self {
-        Self::Determinate { operation, subject: subject.to_owned(), source: source.into() }
-    }
-
-    pub(crate) fn unsure(operation: &'static str, subject: &str, source: impl Into<Cause>) -> Self {
-        Self::Indeterminate { operation, subject: subject.to_owned(), source: source.into() }
-    }
-}
 
 /// One entry of a log. Sequences begin at 1 and have no gaps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -478,42 +376,6 @@ fn objects(url: &str, settings: &config::Storage, bridge: Arc<Bridge>) -> Result
         place::Objects::Folder(path) => Arc::new(FileBlob::open(&path, Arc::new(RealDisk), Access::Shared)?),
         place::Objects::Bucket { name, prefix } => {
             Arc::new(ObjectBlob::bucket(&name, &prefix, settings, bridge)?)
-        }
-    })
-}
-
-/// The log with the federation's name, drawn once.
-const FEDERATION: &str = "federation";
-
-/// Each of two federations would delete what only the other names.
-fn check_owner(coord: &dyn Coord, blob: &dyn Blob) -> Result<(), StoreError> {
-    let drawn = format!("{:032x}", rand::random::<u128>());
-    let name = match coord.head(FEDERATION)? {
-        Some(entry) => entry.value,
-        None => match coord.compare_and_set(FEDERATION, 0, drawn.as_bytes()) {
-            Ok(_) => drawn.into_bytes(),
-            // Another process was faster, or this one was not told.
-            Err(error) => coord.head(FEDERATION)?.map(|entry| entry.value).ok_or(error)?,
-        },
-    };
-    let name = String::from_utf8_lossy(&name).into_owned();
-    let owner = blob.mark(&name)?;
-    if owner == name {
-        return Ok(());
-    }
-    Err(StoreError::Foreign { expected: name, got: owner })
-}
-
-/// The object that says whose the others are.
-const MARK: &str = "federation";
-
-/// What it says, if it can be that.
-fn owner_of(bytes: Vec<u8>) -> Result<String, StoreError> {
-    String::from_utf8(bytes).ok().filter(|owner| owner.len() <= NAME_BYTES_MAX).ok_or_else(|| {
-        StoreError::Refused {
-            subject: format!("object `{MARK}`"),
-            expected: "a federation's name".to_owned(),
-            got: "something else".to_owned(),
         }
     })
 }

@@ -4,21 +4,21 @@ use std::sync::Arc;
 
 use commonweal_adapter::{AdapterLayout, Module, Target};
 use commonweal_protocol::{
-    BaseHash, CertificateChain, Csr, DeviceId, DeviceReport, Digest, Open, Receipt, ReportCard, RoundId,
-    SignedReceipt, SigningKey, Start, Token, Version,
+    BaseHash, CertificateChain, Csr, DeviceId, DeviceReport, Digest, Open, Receipt, RoundId, SignedReceipt,
+    SigningKey, Start, Token, Version,
 };
 use commonweal_transport::Clock;
 
 use super::{WORDS_MAX, chain_bytes};
-use crate::canary::{self, Canary};
+use crate::canary;
 use crate::config::{self, Config};
-use crate::desk::{self, Accepted, Desk, DeskError, Record};
+use crate::desk::{self, Accepted, Desk, DeskError};
 use crate::events::Events;
 use crate::observe::Counts;
 use crate::pause::PausePoint;
 use crate::publish::Publisher;
 use crate::receive::Parts;
-use crate::receive::enroll::{Certify, DeviceRecord, Registry, TokenRecord};
+use crate::receive::enroll::{Certify, Registry};
 use crate::receive::partial::PartialMemory;
 use crate::round::{Policy, RoundMode};
 use crate::store::{MemoryStorage, Storage, StoreError};
@@ -236,6 +236,11 @@ fn sample_accepted(round: RoundId, device: DeviceId) -> Accepted {
 /// The seeds that this crate can make anew, by file name below `fuzz/seeds/stored`.
 #[cfg(test)]
 pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    use crate::canary::Canary;
+    use crate::desk::Record;
+    use crate::receive::enroll::{DeviceRecord, TokenRecord};
+    use commonweal_protocol::ReportCard;
+
     let entry = |which: u8, value: Vec<u8>| [vec![which], value].concat();
     let state = |is_buffered: bool, polls: u8| {
         let aggregator = Aggregator::new(is_buffered);

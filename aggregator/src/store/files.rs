@@ -37,6 +37,9 @@ impl Disk for RealDisk {
     }
 }
 
+/// How long a removal in a shared folder may be under way.
+const LATE: Duration = Duration::from_secs(10);
+
 /// Blobs in a directory, fanned out by the digest's first byte.
 #[derive(Debug)]
 pub struct FileBlob {
@@ -232,6 +235,14 @@ impl Blob for FileBlob {
                 Err(StoreError::not_done("delete blob", &digest.to_string(), error))
             }
             _ => Ok(()),
+        }
+    }
+
+    fn deletion_lasts(&self) -> Duration {
+        match self.access {
+            Access::Exclusive => Duration::ZERO,
+            // A file server that hung does at last what a process asked that has died since.
+            Access::Shared => LATE,
         }
     }
 
