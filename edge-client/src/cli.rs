@@ -12,6 +12,7 @@ pub mod serve;
 mod add;
 pub mod samples;
 mod offline;
+mod member;
 mod rounds;
 mod status;
 mod devices;

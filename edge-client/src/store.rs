@@ -31,220 +31,28 @@
 //!   forget.lock personal.lock         samples are added or taken away, a wish to forget is written, the personal adapter
 //! ```
 
+mod error;
+mod disk;
+mod opening;
+
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::{self, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Mutex,
-    time::{Duration, SystemTime},
 };
 
+use self::disk::{PART, bytes_below, private, replace_in_steps};
+pub use self::error::StoreError;
+pub(crate) use self::{
+    disk::{Stamp, directory_of, replace, sync_directory},
+    error::at,
+};
 use crate::{
     install::Seen,
-    keys::{self, KeyError, KeyPlace},
-    seal::SealError,
     units::{Bytes, Limit},
     vault::{self, Vault},
 };
-
-/// Ends the name of a file that is not whole yet.
-const PART: &str = ".part";
-
-/// Tries to lock the directory, and the pause between two.
-const LOCK_TRIES: usize = 5;
-const LOCK_PAUSE: Duration = Duration::from_millis(20);
-
-/// Why the device's directory cannot be used.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// The disk refused.
-    #[error("cannot {action} {path}")]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// Where.
-        path: PathBuf,
-        /// The cause: permission, no space left, …
-        #[source]
-        source: io::Error,
-    },
-    /// The directory itself cannot be made.
-    #[error("state directory cannot be used: cannot create {path}")]
-    Directory {
-        /// Where.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// More than a device keeps.
-    #[error("{folder} would hold {got} bytes, expected at most {max}")]
-    Full {
-        /// Which part.
-        folder: PathBuf,
-        /// Most bytes.
-        max: u64,
-        /// With what was to be added.
-        got: u64,
-    },
-    /// More than the owner lets the directory hold.
-    #[error(
-        "{path} needs {more}, and {used} of the {max} that [budget] disk in policy.toml allows {directory} are used"
-    )]
-    OverBudget {
-        /// What was to be written.
-        path: PathBuf,
-        /// Its bytes.
-        more: Bytes,
-        /// The whole directory's.
-        used: Bytes,
-        /// Most of those.
-        max: Bytes,
-        /// The state directory.
-        directory: PathBuf,
-    },
-    /// Another process works in it.
-    #[error("{0} is in use by another edge-client")]
-    Locked(PathBuf),
-    /// A sealed file does not open.
-    #[error("{path} cannot be opened: {source}")]
-    Sealed {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: SealError,
-    },
-    /// What the directory was sealed with is not there.
-    #[error(
-        "the key of {directory} is missing: expected {place}; if it lies elsewhere, --store-key names its place; if it is lost, nothing here can be opened, and `edge-client forget --all` starts anew"
-    )]
-    KeyLost {
-        /// The state directory.
-        directory: PathBuf,
-        /// Where the key was looked for.
-        place: String,
-    },
-    /// The directory was sealed with another key.
-    #[error("{place} is not the key of {directory}: its file `sealed` does not open: {source}")]
-    KeyWrong {
-        /// The state directory.
-        directory: PathBuf,
-        /// The key's place.
-        place: String,
-        /// Why.
-        source: SealError,
-    },
-    /// The key cannot be had.
-    #[error(transparent)]
-    Key(#[from] KeyError),
-    /// A file of ours does not parse.
-    #[error("{path} is damaged: {reason}")]
-    Damaged {
-        /// Which.
-        path: PathBuf,
-        /// What was expected.
-        reason: String,
-    },
-}
-
-/// Adds the action and the path to an I/O error.
-pub(crate) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
-    let path = path.to_owned();
-    move |source| StoreError::Io { action, path, source }
-}
-
-/// Replaces a file as a whole: temporary file beside it, fsync, rename, fsync of the directory.
-pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), StoreError> {
-    replace_in_steps(path, bytes, || Ok(()))
-}
-
-/// `step` is called where a kill would leave another state of the disk.
-fn replace_in_steps(
-    path: &Path,
-    bytes: &[u8],
-    step: impl Fn() -> Result<(), StoreError>,
-) -> Result<(), StoreError> {
-    let directory = directory_of(path);
-    let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(PART);
-    let part = directory.join(name);
-    let give_up = |source| {
-        // A part that does not fit is worth nothing; leaving it would keep the disk full.
-        let _ = fs::remove_file(&part);
-        at("write", path)(source)
-    };
-    step()?;
-    write_synced(&part, bytes).map_err(give_up)?;
-    step()?;
-    fs::rename(&part, path).map_err(give_up)?;
-    sync_directory(directory).map_err(at("sync", directory))
-}
-
-/// The folder that a file lies in; that of a bare name is the working directory.
-pub(crate) fn directory_of(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// A new file of ours is readable by its owner only: samples, pairs and what was trained on them are a person's own.
-fn private() -> OpenOptions {
-    let mut options = OpenOptions::new();
-    options.create(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    options
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = private().write(true).truncate(true).open(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
-}
-
-pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
-    if cfg!(unix) { File::open(path)?.sync_all() } else { Ok(()) }
-}
-
-/// Bytes of the files in a folder and those below it. What goes away meanwhile has none.
-fn bytes_below(folder: &Path) -> io::Result<u64> {
-    let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
-    let entries = match fs::read_dir(folder) {
-        Err(error) if gone(&error) => return Ok(0),
-        entries => entries?,
-    };
-    let mut bytes = 0u64;
-    for entry in entries {
-        let entry = entry?;
-        bytes = bytes.saturating_add(match entry.metadata() {
-            Ok(metadata) if metadata.is_dir() => bytes_below(&entry.path())?,
-            Ok(metadata) => metadata.len(),
-            Err(error) if gone(&error) => 0,
-            Err(error) => return Err(error),
-        });
-    }
-    Ok(bytes)
-}
-
-/// Tells a file from the one that was there before: whatever writes or replaces it changes this.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Stamp {
-    length: u64,
-    modified: Option<SystemTime>,
-    /// Where there are such: the file's number, and when anything about it was last changed, which nobody can set back.
-    changed: (u64, i64, i64),
-}
-
-impl Stamp {
-    fn of(metadata: &fs::Metadata) -> Self {
-        #[cfg(unix)]
-        let changed = {
-            use std::os::unix::fs::MetadataExt as _;
-            (metadata.ino(), metadata.ctime(), metadata.ctime_nsec())
-        };
-        #[cfg(not(unix))]
-        let changed = (0, 0, 0);
-        Self { length: metadata.len(), modified: metadata.modified().ok(), changed }
-    }
-}
 
 /// The device's directory, locked for this process.
 #[derive(Debug)]
@@ -268,160 +76,6 @@ pub struct Held {
 }
 
 impl Store {
-    /// Opens the directory, made if absent, and locks it. Its key is in the directory.
-    pub fn open(directory: &Path) -> Result<Self, StoreError> {
-        Self::open_with(directory, KeyPlace::File(directory.join(keys::FILE)))
-    }
-
-    /// Opens the directory, made if absent, and locks it. What a program of before left in the clear is sealed.
-    pub fn open_with(directory: &Path, key: KeyPlace) -> Result<Self, StoreError> {
-        let mut store = Self::lock(directory, key)?;
-        store.seal_all()?;
-        Ok(store)
-    }
-
-    /// Opens the directory and locks it, without a look at its key.
-    pub(crate) fn lock(directory: &Path, key: KeyPlace) -> Result<Self, StoreError> {
-        let shared = Self::open_shared_with(directory, key)?;
-        let path = directory.join("lock");
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .open(&path)
-            .map_err(at("open", &path))?;
-        for _ in 0..LOCK_TRIES {
-            match fs4::FileExt::try_lock(&lock) {
-                Ok(()) => return Ok(Self { _lock: Some(lock), ..shared }),
-                // Whoever asks whether somebody works here holds it for a moment.
-                Err(fs4::TryLockError::WouldBlock) => std::thread::sleep(LOCK_PAUSE),
-                Err(fs4::TryLockError::Error(source)) => return Err(at("lock", &path)(source)),
-            }
-        }
-        Err(StoreError::Locked(directory.to_owned()))
-    }
-
-    /// Opens the directory without the lock, to look at it while a daemon runs. Its key is in the directory.
-    pub fn open_shared(directory: &Path) -> Result<Self, StoreError> {
-        Self::open_shared_with(directory, KeyPlace::File(directory.join(keys::FILE)))
-    }
-
-    /// Opens the directory without the lock. The key is asked for when something sealed is read or written.
-    pub fn open_shared_with(directory: &Path, key: KeyPlace) -> Result<Self, StoreError> {
-        for part in ["identity", "samples", "round", "releases"] {
-            let path = directory.join(part);
-            fs::create_dir_all(&path).map_err(|source| StoreError::Directory { path, source })?;
-        }
-        Ok(Self {
-            directory: directory.to_owned(),
-            vault: Vault::new(directory, key),
-            _lock: None,
-            disk_max: Limit::OFF,
-            seen: Mutex::default(),
-            #[cfg(test)]
-            steps_left: u32::MAX.into(),
-        })
-    }
-
-    /// The same, which holds no more than its owner allows.
-    #[must_use]
-    pub fn within(self, disk_max: Limit) -> Self {
-        Self { disk_max, ..self }
-    }
-
-    /// Opens the directory as a process that is killed after so many durable steps.
-    #[cfg(test)]
-    pub(crate) fn open_dying(directory: &Path, steps: u32) -> Result<Self, StoreError> {
-        let mut store = Self::lock(directory, KeyPlace::File(directory.join(keys::FILE)))?;
-        store.steps_left = steps.into();
-        store.seal_all()?;
-        Ok(store)
-    }
-
-    /// Whether a process works here.
-    pub fn is_worked_in(&self) -> Result<bool, StoreError> {
-        let path = self.path("lock");
-        let lock = private().write(true).open(&path).map_err(at("open", &path))?;
-        match fs4::FileExt::try_lock_shared(&lock) {
-            Ok(()) => Ok(false),
-            Err(fs4::TryLockError::WouldBlock) => Ok(true),
-            Err(fs4::TryLockError::Error(source)) => Err(at("lock", &path)(source)),
-        }
-    }
-
-    /// A kill may come here.
-    #[cfg_attr(
-        not(test),
-        expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "kills are the tests'")
-    )]
-    fn step(&self) -> Result<(), StoreError> {
-        #[cfg(test)]
-        {
-            use std::sync::atomic::Ordering;
-            let spend = |left: u32| if left == u32::MAX { Some(left) } else { left.checked_sub(1) };
-            if self.steps_left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, spend).is_err() {
-                return Err(at("outlive the test's kill in", &self.directory)(
-                    io::ErrorKind::Interrupted.into(),
-                ));
-            }
-        }
-        Ok(())
-    }
-
-    /// Seals what lies in the clear, each file by one rename, and then says that it is done. Whatever a kill leaves of
-    /// that is read by what it is.
-    fn seal_all(&mut self) -> Result<(), StoreError> {
-        self.vault.key()?;
-        if self.vault.is_marked() {
-            return Ok(());
-        }
-        self.remove_parts()?;
-        for name in self.secrets()? {
-            let written = fs::metadata(self.path(&name)).and_then(|known| known.modified());
-            if let Some(content) = self.vault.read(&name)? {
-                self.write(&name, &content)?;
-                // A sample of before is as old as its file.
-                if let Ok(written) = written {
-                    let path = self.path(&name);
-                    let file = OpenOptions::new().write(true).open(&path).map_err(at("open", &path))?;
-                    file.set_modified(written).map_err(at("date", &path))?;
-                }
-            }
-        }
-        self.write(vault::MARK, b"")?;
-        self.vault = Vault::new(&self.directory, self.vault.place().clone());
-        self.vault.key().map(|_| ())
-    }
-
-    /// Every sealed file that there is, or that a program of before left in its place, but for the mark.
-    pub(crate) fn secrets(&self) -> Result<Vec<String>, StoreError> {
-        let mut names = Vec::new();
-        for folder in vault::FOLDERS {
-            names.extend(self.list(folder)?.into_iter().map(|name| format!("{folder}/{name}")));
-        }
-        names.extend(vault::FILES.iter().filter(|name| self.exists(name)).map(|&name| name.to_owned()));
-        Ok(names)
-    }
-
-    /// Removes what writes that a kill cut short have left of sealed files.
-    pub(crate) fn remove_parts(&self) -> Result<(), StoreError> {
-        for folder in vault::FOLDERS {
-            for name in self.entries(folder)?.iter().filter(|name| name.ends_with(PART)) {
-                self.remove(&format!("{folder}/{name}"))?;
-            }
-        }
-        vault::FILES.iter().try_for_each(|name| self.remove(&format!("{name}{PART}")))
-    }
-
-    /// Ends what nobody has the key of any more: the mark, then the key itself. Only where nothing sealed is left.
-    pub(crate) fn unseal(&mut self) -> Result<bool, StoreError> {
-        self.remove(vault::MARK)?;
-        let place = self.vault.place().clone();
-        let is_destroyed = place.destroy()?;
-        self.vault = Vault::new(&self.directory, place);
-        Ok(is_destroyed)
-    }
-
     /// A file inside.
     pub fn path(&self, name: &str) -> PathBuf {
         self.directory.join(name)
@@ -655,6 +309,8 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]

@@ -5,7 +5,7 @@ use commonweal_transport::Clock;
 use jiff::tz::TimeZone;
 use serde_json::{Value, json};
 
-use super::{Shared, identity::Identity, open, rounds};
+use super::{Shared, identity::Identity, member, open};
 use crate::{
     budget::{self, BudgetPolicy, Ledger, Used, Wait},
     doing,
@@ -29,7 +29,7 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
         .read("installed")?
         .and_then(|bytes| String::from_utf8(bytes).ok()?.split_whitespace().next()?.parse::<u64>().ok());
     let device = Identity::read(&store)?.map(|identity| identity.credentials.device().to_string());
-    let paused = store.read(rounds::PAUSED)?.is_some();
+    let paused = store.read(member::PAUSED)?.is_some();
     let in_progress = store.exists("round/task.json");
     let policy = place.policy(shared)?;
     let consent = Consent { policy: policy.serve.keep_chats, all: false };
@@ -132,7 +132,7 @@ impl Costs {
 
 pub(super) fn pause(shared: &Shared) -> Result<()> {
     let store = open::Place::find(shared)?.look()?;
-    store.write(rounds::PAUSED, b"")?;
+    store.write(member::PAUSED, b"")?;
     // A visit under way stops where it stands; from here on nothing of the owner's is read or sent.
     drop(store.hold_visit()?);
     shared.output().show(&Event::Paused);
@@ -140,7 +140,7 @@ pub(super) fn pause(shared: &Shared) -> Result<()> {
 }
 
 pub(super) fn resume(shared: &Shared) -> Result<()> {
-    open::Place::find(shared)?.look()?.remove(rounds::PAUSED)?;
+    open::Place::find(shared)?.look()?.remove(member::PAUSED)?;
     shared.output().show(&Event::Resumed);
     Ok(())
 }

@@ -1,0 +1,256 @@
+//! A device that takes part, as `run` and `once` hold it: its identity, its link, its owner's wishes, and a visit at a time.
+//!
+//! `rounds.rs` asks for turns and says when to come back; `pipeline.rs` is what a visit does.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::{Context, Result};
+use commonweal_protocol::Refusal;
+use commonweal_runtime::Cancel;
+use commonweal_transport::{Clock, LinkLimits, QuicLink};
+use rand::{RngCore, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use tokio::runtime::Runtime;
+
+use super::{Shared, exit::BadInput, identity::Identity, open};
+use crate::{
+    doing, forget,
+    install::Expected,
+    metered::Metered,
+    pipeline::{Device, Visit, until_cancelled},
+    pipeline_error::PipelineError,
+    priority, sensors,
+    settings::SettingsFile,
+    spend::Spending,
+    store::StoreError,
+    traces::Tracer,
+    trust::Trust,
+    watch::{Heed, Watched, watched},
+    when::{Unknown, Why},
+};
+
+/// Present while the owner wants no rounds.
+pub(super) const PAUSED: &str = "paused";
+/// Looks for `resume` so often.
+const PAUSED_WAIT: Duration = Duration::from_secs(10);
+/// Leaves a wish to forget so long to whoever made it, who waits for this process and tells what came of it.
+const FORGET_WAIT: Duration = Duration::from_secs(1);
+/// Looks for samples that are past their time so often.
+const EXPIRE: Duration = Duration::from_secs(24 * 3600);
+/// Looks so often whether the owner's rules hold.
+const RULES_WAIT: Duration = Duration::from_secs(10);
+/// After this process held more memory than its budget.
+const MEMORY_WAIT: Duration = Duration::from_secs(60);
+
+/// What a turn of `run` came to.
+pub(super) enum Turn {
+    /// A visit.
+    Visited(Result<Visit, PipelineError>),
+    /// None, or one that was broken off, for now.
+    PutOff { why: String, wait: Duration },
+}
+
+impl Turn {
+    fn by_rules(why: &Why) -> Self {
+        let wait = if why.is_of_memory() { MEMORY_WAIT } else { RULES_WAIT };
+        Self::PutOff { why: why.to_string(), wait }
+    }
+}
+
+/// A device, its settings and the identity that it shows.
+pub(super) struct Member {
+    pub(super) settings: SettingsFile,
+    identity: Identity,
+    pub(super) device: Device<QuicLink>,
+    runtime: Runtime,
+    /// Of the process; the device's own handle is a visit's.
+    pub(super) stop: Cancel,
+    /// When it was last looked for samples that are older than the owner keeps them.
+    expired_ms: u64,
+    /// What the network costs.
+    meter: Arc<Metered>,
+    /// The owner's rules of when to work; none if this process is asked to work at any time.
+    heed: Option<Heed>,
+}
+
+impl Member {
+    pub(super) fn open(shared: &Shared, heeds: bool) -> Result<Self> {
+        let place = open::Place::find(shared)?;
+        let policy = place.policy(shared)?;
+        if heeds && let Err(error) = priority::lower(policy.when.nice) {
+            tracing::warn!("this process cannot ask for less than others: {error}");
+        }
+        let store = place.store()?.within(policy.budget.disk);
+        let Some(identity) = Identity::read(&store)? else {
+            let directory = place.directory.display();
+            return Err(
+                BadInput(format!("{directory} is not enrolled: edge-client enroll INVITATION")).into()
+            );
+        };
+        let heed = heeds.then(|| Heed { rules: policy.when, sensors: sensors::of_watcher() });
+        let runtime = Runtime::new().context("cannot start")?;
+        let cancel = open::stop_on_signal(runtime.handle());
+        let zone = jiff::tz::TimeZone::system();
+        let spending = Arc::new(Spending::open(&store, policy.budget, Clock::system(), zone)?);
+        let is_unknown_metered = policy.when.unknown == Unknown::Wait;
+        let meter = Arc::new(Metered::new(spending, sensors::of_system(), is_unknown_metered));
+        let link = connect(&runtime, &identity, &place.settings, &meter)?;
+        let open::Stages { model, guard, reviser } = open::Stages::open(shared, &place, &policy, &cancel)?;
+        let endpoint = shared.traces.as_ref().or(place.settings.traces.as_ref());
+        let trace = |endpoint| {
+            Tracer::start(endpoint, *identity.credentials.signing_key(), identity.credentials.device())
+        };
+        let tracer = endpoint.map(trace).transpose()?;
+        let (trust, base) = (Trust::open(&store, &identity.credentials)?, crate::pipeline::base_of(&model));
+        let device = Device {
+            id: identity.credentials.device(),
+            store,
+            policy,
+            expected: Expected { trust, base, layout: model.layout().clone() },
+            model,
+            guard,
+            reviser,
+            link,
+            output: shared.output(),
+            runtime: runtime.handle().clone(),
+            cancel: cancel.clone(),
+            tracer,
+        };
+        let mut member = Self {
+            settings: place.settings,
+            identity,
+            device,
+            runtime,
+            stop: cancel,
+            expired_ms: 0,
+            meter,
+            heed,
+        };
+        let visiting = member.device.store.hold_visit()?;
+        member.forget()?;
+        drop(visiting);
+        Ok(member)
+    }
+
+    /// While no visit is under way: carries out what the owner wants forgotten, and once a day what is past its time.
+    fn forget(&mut self) -> Result<(), StoreError> {
+        let store = &self.device.store;
+        forget::carry_out(store)?;
+        let now_ms = Clock::system().unix_ms();
+        if now_ms.abs_diff(self.expired_ms) >= EXPIRE.as_millis() as u64 {
+            let expired = forget::expire(store, self.device.policy.store.keep, now_ms)?;
+            if expired > 0 {
+                tracing::info!("{expired} samples were older than the policy keeps them, and are forgotten");
+            }
+            self.expired_ms = now_ms;
+        }
+        Ok(())
+    }
+
+    /// A visit that a pause, a wish to forget, a broken rule or a signal ends where it stands; none while there is one of
+    /// them. `edge-client pause` and `forget` wait for its end.
+    pub(super) fn turn(&mut self) -> Result<Turn> {
+        let _visiting = self.device.store.hold_visit()?;
+        self.forget()?;
+        self.device.cancel = Cancel::new();
+        let why = self.heed.as_mut().map(|heed| heed.why_not(false)).filter(|why| !why.is_nothing());
+        if let Some(put_off) = self.wished().or(why.as_ref().map(Turn::by_rules)) {
+            return Ok(put_off);
+        }
+        self.tell("asks the aggregator for work".to_owned());
+        self.meter.look();
+        let mut heed = self.heed.take();
+        let watch = Watched {
+            visit: self.device.cancel.clone(),
+            stop: self.stop.clone(),
+            wishes: [PAUSED, forget::WISH, forget::WISH_ALL].map(|name| self.device.store.path(name)).into(),
+            heed: heed.as_mut(),
+            memory_max: self.device.policy.budget.memory,
+        };
+        let (visited, broken) = watched(watch, || self.visit());
+        self.heed = heed;
+        self.meter.spending.rest();
+        if broken.as_ref().is_some_and(Why::is_of_memory) {
+            self.give_memory_back();
+        }
+        match visited {
+            Ok(visit) => Ok(Turn::Visited(Ok(visit))),
+            Err(error) => {
+                let put_off = self.wished().or(broken.as_ref().map(Turn::by_rules));
+                Ok(put_off.unwrap_or(Turn::Visited(Err(error))))
+            }
+        }
+    }
+
+    fn give_memory_back(&self) {
+        let Device { model, guard, .. } = &self.device;
+        model.close_training();
+        model.close_inference();
+        guard.close_inference();
+    }
+
+    /// What the owner wants first.
+    fn wished(&self) -> Option<Turn> {
+        let store = &self.device.store;
+        let (why, wait) = if store.exists(PAUSED) {
+            ("paused", PAUSED_WAIT)
+        } else if forget::is_wished(store) {
+            ("something is to be forgotten first", FORGET_WAIT)
+        } else {
+            return None;
+        };
+        Some(Turn::PutOff { why: why.to_owned(), wait })
+    }
+
+    pub(super) fn tell(&self, sentence: String) {
+        doing::tell(&self.device.store, sentence, Clock::system().unix_ms());
+    }
+
+    /// One visit, with a certificate that is renewed in time. If it ended all the same, the update is still on disk: it
+    /// is offered again if there is a fresh one.
+    fn visit(&mut self) -> Result<Visit, PipelineError> {
+        if self.identity.credentials.should_renew(Clock::system().unix_ms()) {
+            self.renew();
+        }
+        match self.device.visit() {
+            Err(error) if error.refusal() == Some(Refusal::Expired) && self.renew() => self.device.visit(),
+            visited => visited,
+        }
+    }
+
+    /// Whether a fresh certificate came. If none did, that is not the end: the old one holds until its own.
+    fn renew(&mut self) -> bool {
+        let Device { store, link, .. } = &self.device;
+        let cancel = self.device.cancel.clone();
+        let renewed = self.runtime.block_on(async {
+            tokio::select! {
+                renewed = self.identity.renew(store, link) => renewed,
+                () = until_cancelled(&cancel) => Err(PipelineError::Cancelled.into()),
+            }
+        });
+        renewed.inspect_err(|error| tracing::warn!("certificate not renewed: {error:#}")).is_ok()
+    }
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        // While the directory is held.
+        self.meter.spending.end();
+    }
+}
+
+fn connect(
+    runtime: &Runtime,
+    identity: &Identity,
+    settings: &SettingsFile,
+    meter: &Arc<Metered>,
+) -> Result<QuicLink> {
+    let mut limits = LinkLimits { seed: ChaCha8Rng::from_os_rng().next_u64(), ..LinkLimits::default() };
+    if let Some(seconds) = settings.stall_seconds {
+        limits.stall_ms = seconds.get().saturating_mul(1000);
+    }
+    let Identity { credentials, address } = identity;
+    let _inside = runtime.enter();
+    let (host, credentials, meter) = (address.host.as_str(), credentials.clone(), Arc::clone(meter));
+    Ok(QuicLink::metered(host, address.port, credentials, limits, Clock::system(), meter)?)
+}
