@@ -4,13 +4,15 @@
 use std::path::Path;
 
 /// Calls `target` with every seed in the folder `seeds/<name>` beside this file, then with `count` mutations of
-/// them, the same on every run. `manifest` is the caller's `CARGO_MANIFEST_DIR`, `up` the way from there to the
-/// repository's root.
+/// them, the same on every run.
 ///
 /// # Panics
 /// If the folder holds no seeds, or if `target` panics: then the input is printed too.
-pub(crate) fn run(manifest: &str, up: &str, name: &str, count: u64, target: impl Fn(&[u8])) {
-    let folder = Path::new(manifest).join(up).join("fuzz/seeds").join(name);
+pub(crate) fn run(name: &str, count: u64, target: impl Fn(&[u8])) {
+    // The including crate's, somewhere below the repository's root.
+    let crates = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let seeds = crates.ancestors().map(|above| above.join("fuzz/seeds")).find(|seeds| seeds.is_dir());
+    let folder = seeds.unwrap_or_else(|| panic!("no fuzz/seeds above {}", crates.display())).join(name);
     let entries = std::fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let mut paths: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
     paths.sort();

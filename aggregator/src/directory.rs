@@ -6,7 +6,7 @@
 //! ```
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -288,10 +288,19 @@ pub(crate) fn read_private(path: &Path) -> Result<zeroize::Zeroizing<String>, Di
     read(path)
 }
 
+/// Keys, tokens and passwords are smaller by far.
+const SECRET_BYTES_MAX: u64 = 1 << 20;
+
 fn read(path: &Path) -> Result<zeroize::Zeroizing<String>, DirectoryError> {
-    fs::read_to_string(path)
-        .map(zeroize::Zeroizing::new)
-        .map_err(|source| DirectoryError::File { path: path.to_owned(), source })
+    let failed = |source| DirectoryError::File { path: path.to_owned(), source };
+    let mut text = zeroize::Zeroizing::new(String::new());
+    // A device or a pipe in its place ends too.
+    let file = File::open(path).map_err(failed)?;
+    file.take(SECRET_BYTES_MAX + 1).read_to_string(&mut text).map_err(failed)?;
+    if text.len() as u64 > SECRET_BYTES_MAX {
+        return Err(failed(io::Error::other(format!("expected at most {SECRET_BYTES_MAX} bytes"))));
+    }
+    Ok(text)
 }
 
 #[cfg(test)]

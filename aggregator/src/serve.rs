@@ -210,8 +210,9 @@ pub fn serve(options: Options, events: &Events) -> Result<(), ServeError> {
         let (expected, got) = (head.base.to_string(), base.hash.to_string());
         return Err(ServeError::OtherBase { expected, got });
     }
-    let tracer = config.traces.endpoint.as_ref().map(|endpoint| {
-        let traces = Traces::start(endpoint, "commonweal-aggregator", Headers::Environment)?;
+    let collector = config.traces.collector().map_err(|problem| ConfigError::Values(vec![problem]))?;
+    let tracer = collector.map(|endpoint| {
+        let traces = Traces::start(&endpoint, "commonweal-aggregator", Headers::Environment)?;
         let aggregator = signer.keys().lineage().first();
         Ok::<_, TracesError>(Arc::new(Tracer::new(traces, aggregator, clock.clone())))
     });

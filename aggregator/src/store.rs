@@ -14,7 +14,7 @@ mod memory;
 mod watch;
 mod lead;
 pub mod place;
-mod trust;
+pub(crate) mod trust;
 mod bridge;
 mod postgres;
 mod http;

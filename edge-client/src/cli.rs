@@ -25,7 +25,6 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, builder::RangedU64ValueParser};
 use commonweal_runtime::Devices;
-use commonweal_traces::Endpoint;
 
 use crate::{events::Output, keys::KeyPlace};
 
@@ -95,7 +94,7 @@ pub struct Shared {
     /// OpenTelemetry collector that gets spans of this device's updates; their place then goes with each update, so that they
     /// can be followed to the release [default: none]
     #[arg(long, global = true, env = "COMMONWEAL_TRACES", value_name = "http://HOST:PORT")]
-    pub traces: Option<Endpoint>,
+    pub traces: Option<String>,
     /// One JSON object a line on stdout
     #[arg(long, global = true)]
     pub json: bool,

@@ -173,6 +173,7 @@ pub async fn obtain(
     let Ok(adapter) = read else {
         // What came to its end and is of no use is not kept.
         coming.bytes.clear();
+        store.remove(&partial)?;
         return read;
     };
     coming.keep()?;
@@ -206,6 +207,9 @@ impl<'s> Coming<'s> {
     fn keep(&mut self) -> Result<(), StoreError> {
         let bytes = std::mem::take(&mut self.bytes);
         let (had, digest) = self.had;
+        if bytes.is_empty() && had == 0 {
+            return Ok(());
+        }
         let is_still = bytes.get(..had).is_some_and(|first| Digest::of(first) == digest);
         self.store.extend(self.name, &bytes, if is_still { had } else { 0 })
     }
@@ -312,6 +316,7 @@ fn make_room(store: &Store, content: Content) -> Result<(), StoreError> {
     let name = adapter_file(content.digest);
     // What came of it is there already, and grows to the whole.
     let more = content.length.saturating_sub(store.bytes_of(&partial_file(content.digest))?);
+    store.require_free(&name, more)?;
     match (store.require_disk(&name, more), in_use(store)?) {
         (Err(StoreError::OverBudget { .. }), Some((_, in_use))) => {
             forget_old(store, [in_use, content.digest], 0)?;

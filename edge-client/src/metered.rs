@@ -29,8 +29,8 @@ impl Metered {
 
     /// What is moved from now on counts as what the network is now.
     pub fn look(&self) {
-        let read = self.network.lock().unwrap_or_else(PoisonError::into_inner).read();
-        self.spending.set_metered(read.metered.unwrap_or(self.unknown));
+        let metered = self.network.lock().unwrap_or_else(PoisonError::into_inner).metered();
+        self.spending.set_metered(metered.unwrap_or(self.unknown));
     }
 }
 

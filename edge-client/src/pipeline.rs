@@ -30,7 +30,7 @@ use crate::{
     store::{Store, StoreError},
     traces::Tracer,
     train::TrainingError,
-    trouble::{self, Noted},
+    trouble,
     upload::{self, UploadError},
 };
 
@@ -133,9 +133,9 @@ impl<L: Link> Device<L> {
     /// Asks for work and news, goes on to the aggregator's newest key, and installs what was published.
     pub fn poll(&self) -> Result<PollReply, PipelineError> {
         let installed = install::installed_version(&self.store, &self.expected)?;
-        let noted = trouble::noted(&self.store, installed)?;
+        let noted = trouble::noted(&self.store)?;
         let trust = &self.expected.trust;
-        let (base, key, trouble) = (self.expected.base, trust.number(), noted.map(Noted::trouble));
+        let (base, key, trouble) = (self.expected.base, trust.number(), noted.told(installed));
         let reply = self.ask(self.link.poll(Poll { base, installed, key, trouble }))??;
         if trust.follow(&self.store, &reply.successions)? {
             self.output
@@ -144,7 +144,7 @@ impl<L: Link> Device<L> {
         let now_ms = Clock::system().unix_ms();
         let is_news = |signed: &&SignedRelease| {
             let (version, digest) = (signed.release.version, signed.release.digest);
-            Some(version) != installed && !noted.is_some_and(|noted| noted.is_of(version, digest, now_ms))
+            Some(version) != installed && !noted.are_of(version, digest, now_ms)
         };
         if let Some(release) = reply.release.as_ref().filter(is_news) {
             let begun = Instant::now();
@@ -198,11 +198,13 @@ impl<L: Link> Device<L> {
         }
         let Start { version, digest, .. } = task.start;
         let now_ms = Clock::system().unix_ms();
-        if trouble::noted(&self.store, None)?.is_some_and(|noted| noted.is_of(version, digest, now_ms)) {
+        if trouble::noted(&self.store)?.are_of(version, digest, now_ms) {
             return ended(Outcome::Troubled(version));
         }
         self.begin_or_continue(task)?;
         if let Some(why) = self.read_round(GIVEN_UP)? {
+            // A kill may have come between that and this.
+            self.clear_given_up()?;
             return ended(why_not(task.round, why));
         }
         match self.packed_update(task) {
@@ -266,11 +268,15 @@ impl<L: Link> Device<L> {
         };
         self.owe_still(task, refusal)?;
         self.write_json(GIVEN_UP, &why)?;
+        self.clear_given_up()?;
+        Ok(why_not(task.round, why))
+    }
+
+    fn clear_given_up(&self) -> Result<(), StoreError> {
         for name in [PAIRS, CHECKPOINT, PACKED_REPORT, PACKED, control::NEXT] {
             self.store.remove(name)?;
         }
-        self.remove_chunks()?;
-        Ok(why_not(task.round, why))
+        self.remove_chunks()
     }
 
     /// The update of this task that was packed before, if it is whole and its start is still to be had.

@@ -82,7 +82,7 @@ impl PipelineError {
         matches!(self, Self::Train(TrainingError::Memory(_)))
     }
 
-    /// What the disk's budget had no room for, if that is what it was.
+    /// What the disk, or its budget, had no room for, if that is what it was.
     pub fn over_disk(&self) -> Option<&StoreError> {
         let store = match (self, self.install()) {
             (
@@ -94,7 +94,7 @@ impl PipelineError {
             | (_, Some(InstallError::Store(store))) => Some(store),
             _ => None,
         };
-        store.filter(|error| matches!(error, StoreError::OverBudget { .. }))
+        store.filter(|error| error.is_want_of_room())
     }
 
     /// Until when the owner's budget for the network puts it off, if that is what it was.

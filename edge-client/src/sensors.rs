@@ -34,6 +34,11 @@ const HEAT_C_MAX: f64 = 150.0;
 pub trait Sensors: Send {
     /// As it is now. Called some 40 times a second while a round runs.
     fn read(&mut self) -> Readings;
+
+    /// Whether the network is paid for by the byte, alone; a transfer waits for it.
+    fn metered(&mut self) -> Option<bool> {
+        self.read().metered
+    }
 }
 
 /// The sensors of this system: all there are on Linux, none elsewhere.
@@ -155,6 +160,10 @@ impl Sensors for LinuxSensors {
     fn read(&mut self) -> Readings {
         let idle = self.idle();
         Readings { idle, ..self.slow() }
+    }
+
+    fn metered(&mut self) -> Option<bool> {
+        self.bus.metered()
     }
 }
 

@@ -46,7 +46,7 @@ pub struct SettingsFile {
     /// An OpenTelemetry collector that gets spans of this device's updates. Whoever sets it agrees that their place goes with
     /// each update (docs/privacy.md).
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub traces: Option<Endpoint>,
+    pub traces: Option<String>,
     /// Longest wait between two polls, whatever the aggregator asks.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub poll_seconds_max: Option<NonZeroU64>,
@@ -82,6 +82,14 @@ pub enum SettingsError {
         #[source]
         source: Box<toml::de::Error>,
     },
+    /// No collector has such an address. It is not told again: there may be a password in it.
+    #[error("{place}: {expected}")]
+    Traces {
+        /// The flag, or the file.
+        place: String,
+        /// What would be taken.
+        expected: String,
+    },
     /// No package was named and none is at the usual places.
     #[error("no model package: looked at {}; name one with --package DIR, or run scripts/setup", .0.join(", "))]
     NoPackage(Vec<String>),
@@ -92,7 +100,24 @@ impl SettingsFile {
     pub fn read(directory: &Path) -> Result<Self, SettingsError> {
         let path = directory.join("device.toml");
         let Some(text) = read_text(&path)? else { return Ok(Self::default()) };
-        toml::from_str(&text).map_err(|source| SettingsError::Parse { path, source: Box::new(source) })
+        let settings: Self = toml::from_str(&text)
+            .map_err(|source| SettingsError::Parse { path: path.clone(), source: Box::new(source) })?;
+        settings.collector(None).map_err(|error| match error {
+            SettingsError::Traces { expected, .. } => {
+                SettingsError::Traces { place: format!("traces in {}", path.display()), expected }
+            }
+            error => error,
+        })?;
+        Ok(settings)
+    }
+
+    /// Where spans go, if anywhere: by the flag, else by the file.
+    pub fn collector(&self, flag: Option<&str>) -> Result<Option<Endpoint>, SettingsError> {
+        let text = flag.or(self.traces.as_deref());
+        let place = || "--traces or COMMONWEAL_TRACES".to_owned();
+        text.map(str::parse)
+            .transpose()
+            .map_err(|expected| SettingsError::Traces { place: place(), expected })
     }
 }
 
@@ -165,7 +190,6 @@ mod tests {
             "threads = 0\n",
             "poll_seconds_max = 0\n",
             "stall_seconds = 0\n",
-            "traces = \"https://collector:4318\"\n",
         ] {
             std::fs::write(directory.path().join("device.toml"), text).unwrap();
             assert!(
@@ -173,6 +197,15 @@ mod tests {
                 "{text}"
             );
         }
+        std::fs::write(directory.path().join("device.toml"), "traces = \"http://me:word@collector:4318\"\n")
+            .unwrap();
+        let told = SettingsFile::read(directory.path()).unwrap_err().to_string();
+        assert!(
+            told.contains("traces in ") && told.contains("http://HOST:PORT") && !told.contains("word@"),
+            "{told}"
+        );
+        let told = SettingsFile::default().collector(Some("http://me:word@h")).unwrap_err().to_string();
+        assert!(told.starts_with("--traces") && !told.contains("word@"), "{told}");
     }
 
     #[test]

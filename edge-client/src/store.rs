@@ -154,6 +154,15 @@ impl Store {
         })
     }
 
+    /// Refuses what the disk itself has no room for, before its bytes are moved.
+    pub(crate) fn require_free(&self, name: &str, more: u64) -> Result<(), StoreError> {
+        let free = fs4::available_space(&self.directory).map_err(at("measure", &self.directory))?;
+        if free >= more {
+            return Ok(());
+        }
+        Err(at("write", &self.path(name))(io::ErrorKind::StorageFull.into()))
+    }
+
     /// Bytes of all files in the directory.
     pub fn disk_bytes(&self) -> Result<u64, StoreError> {
         bytes_below(&self.directory).map_err(at("measure", &self.directory))

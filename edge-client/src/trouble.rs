@@ -2,10 +2,7 @@
 //! next poll, and so that its bytes are not fetched again at every visit.
 //!
 //! Of `pipeline.rs`; the reasons are of `install.rs`. `trouble.json` holds numbers and one of a few words, and is not
-//! sealed. It goes when a release as new is installed; after an hour the same one is tried again, for what was wrong may
-//! have been here.
-
-use std::io::ErrorKind;
+//! sealed. After an hour the same release is tried again, for what was wrong may have been here.
 
 use commonweal_protocol::{Digest, Fault, Refusal, Trouble, Version};
 use commonweal_transport::LinkError;
@@ -19,10 +16,12 @@ use crate::{
 const FILE: &str = "trouble.json";
 /// A release that could not be installed is tried again so late.
 const AGAIN_MS: u64 = 3_600_000;
+/// Of the newest so many: a round may start from another release than the one that is offered.
+const NOTED_MAX: usize = 4;
 
-/// What is noted.
+/// A release, and what was wrong with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Noted {
+struct Noted {
     version: Version,
     digest: Digest,
     fault: Fault,
@@ -30,17 +29,26 @@ pub(crate) struct Noted {
     at_ms: u64,
 }
 
-impl Noted {
-    /// As the aggregator is told.
-    pub(crate) fn trouble(self) -> Trouble {
-        Trouble { version: self.version, fault: self.fault }
+/// What is noted; the newest last.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Troubles(Vec<Noted>);
+
+impl Troubles {
+    /// As the aggregator is told: of the newest release that none as new was installed in place of.
+    pub(crate) fn told(&self, installed: Option<Version>) -> Option<Trouble> {
+        let open = self.0.iter().filter(|noted| installed.is_none_or(|installed| installed < noted.version));
+        let newest = open.max_by_key(|noted| noted.version);
+        newest.map(|noted| Trouble { version: noted.version, fault: noted.fault })
     }
 
-    /// Whether it is of this release, which need not be tried again yet. Whether there is room is asked before any byte
-    /// is moved, and may be each time.
-    pub(crate) fn is_of(self, version: Version, digest: Digest, now_ms: u64) -> bool {
-        let is_it = (self.version, self.digest) == (version, digest);
-        is_it && self.fault != Fault::Room && now_ms.abs_diff(self.at_ms) < AGAIN_MS
+    /// Whether this release is one of them, and need not be tried again yet; also of one that an earlier or a later one took
+    /// the place of, from which a round may start. Whether there is room is asked before any byte is moved, and may be each
+    /// time.
+    pub(crate) fn are_of(&self, version: Version, digest: Digest, now_ms: u64) -> bool {
+        self.0.iter().any(|noted| {
+            let is_it = (noted.version, noted.digest) == (version, digest);
+            is_it && noted.fault != Fault::Room && now_ms.abs_diff(noted.at_ms) < AGAIN_MS
+        })
     }
 }
 
@@ -56,11 +64,7 @@ fn fault_of(error: &InstallError) -> Option<Fault> {
         InstallError::Fetch {
             source: LinkError::Refused { reason: Refusal::ContentUnknown, .. }, ..
         } => Some(Fault::Missing),
-        InstallError::Store(StoreError::OverBudget { .. }) => Some(Fault::Room),
-        InstallError::Store(StoreError::Io { source, .. }) => {
-            let is_full = matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
-            is_full.then_some(Fault::Room)
-        }
+        InstallError::Store(error) if error.is_want_of_room() => Some(Fault::Room),
         InstallError::Fetch { .. } | InstallError::NotNewer { .. } | InstallError::Store(_) => None,
     }
 }
@@ -74,8 +78,11 @@ pub(crate) fn note(
     now_ms: u64,
 ) -> Result<bool, StoreError> {
     let Some(fault) = fault_of(error) else { return Ok(false) };
-    let noted = Noted { version, digest, fault, at_ms: now_ms };
-    let bytes = serde_json::to_vec(&noted).map_err(|error| StoreError::Damaged {
+    let Troubles(mut all) = noted(store)?;
+    all.retain(|noted| noted.version != version);
+    all.push(Noted { version, digest, fault, at_ms: now_ms });
+    let newest = all.split_off(all.len().saturating_sub(NOTED_MAX));
+    let bytes = serde_json::to_vec(&Troubles(newest)).map_err(|error| StoreError::Damaged {
         path: store.path(FILE),
         reason: format!("it does not encode: {error}"),
     })?;
@@ -88,42 +95,64 @@ pub(crate) fn forget(store: &Store) -> Result<(), StoreError> {
     store.remove(FILE)
 }
 
-/// What is noted; nothing of a release that one as new as it has taken the place of. A damaged file is as good as none.
-pub(crate) fn noted(store: &Store, installed: Option<Version>) -> Result<Option<Noted>, StoreError> {
-    let Some(bytes) = store.read(FILE)? else { return Ok(None) };
-    let noted = serde_json::from_slice::<Noted>(&bytes);
-    let noted = noted.inspect_err(|error| tracing::warn!("{FILE} is passed over: {error}")).ok();
-    let noted = noted.filter(|noted| installed.is_none_or(|installed| installed < noted.version));
-    if noted.is_none() {
-        store.remove(FILE)?;
+/// What is noted. A damaged file is as good as none.
+pub(crate) fn noted(store: &Store) -> Result<Troubles, StoreError> {
+    let Some(bytes) = store.read(FILE)? else { return Ok(Troubles::default()) };
+    match serde_json::from_slice(&bytes) {
+        Ok(Troubles(all)) if all.len() <= NOTED_MAX => Ok(Troubles(all)),
+        read => {
+            tracing::warn!("{FILE} is passed over: {:?}", read.err());
+            store.remove(FILE)?;
+            Ok(Troubles::default())
+        }
     }
-    Ok(noted)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::ErrorKind;
+
     use super::*;
 
+    fn damaged(digest: Digest) -> InstallError {
+        let source = LinkError::Corrupt { expected: digest, got: Digest([0; 32]) };
+        InstallError::Fetch { digest, source }
+    }
+
     #[test]
-    fn trouble_is_noted_until_the_release_is_overtaken_or_an_hour_is_over() {
+    fn trouble_is_told_until_the_release_is_overtaken_and_not_tried_again_for_an_hour() {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();
         let (version, digest) = (Version(3), Digest([1; 32]));
         let unreachable = LinkError::Stalled { during: "downloading", stall_ms: 1 };
         let unreachable = InstallError::Fetch { digest, source: unreachable };
         assert!(!note(&store, version, digest, &unreachable, 0).unwrap());
-        assert_eq!(noted(&store, None).unwrap(), None, "the network is nobody's fault");
-        let source = LinkError::Corrupt { expected: digest, got: Digest([2; 32]) };
-        assert!(note(&store, version, digest, &InstallError::Fetch { digest, source }, 10).unwrap());
-        let told = noted(&store, Some(Version(2))).unwrap().unwrap();
-        assert_eq!(told.trouble(), Trouble { version, fault: Fault::Damaged });
-        let is_of = |now_ms| told.is_of(version, digest, now_ms);
-        assert!(is_of(0) && is_of(AGAIN_MS) && !is_of(AGAIN_MS + 10));
-        assert!(!told.is_of(version, Digest([2; 32]), 10) && !told.is_of(Version(4), digest, 10));
-        assert_eq!(noted(&store, Some(Version(3))).unwrap(), None);
-        assert!(!store.exists(FILE));
+        assert_eq!(noted(&store).unwrap(), Troubles::default(), "the network is nobody's fault");
+        assert!(note(&store, version, digest, &damaged(digest), 10).unwrap());
+        let troubles = noted(&store).unwrap();
+        assert_eq!(troubles.told(Some(Version(2))), Some(Trouble { version, fault: Fault::Damaged }));
+        assert_eq!(troubles.told(Some(version)), None);
+        let are_of = |now_ms| troubles.are_of(version, digest, now_ms);
+        assert!(are_of(0) && are_of(AGAIN_MS) && !are_of(AGAIN_MS + 10));
+        assert!(!troubles.are_of(version, Digest([2; 32]), 10) && !troubles.are_of(Version(4), digest, 10));
         store.write(FILE, b"{").unwrap();
-        assert_eq!(noted(&store, None).unwrap(), None);
+        assert_eq!(noted(&store).unwrap(), Troubles::default());
+        assert!(!store.exists(FILE));
+    }
+
+    #[test]
+    fn the_newest_few_are_noted_and_the_newest_of_them_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let digest = |number: u64| Digest([number as u8; 32]);
+        for number in [9, 2, 3, 4, 5, 9, 8] {
+            note(&store, Version(number), digest(number), &damaged(digest(number)), 0).unwrap();
+        }
+        let troubles = noted(&store).unwrap();
+        let are_of = |number: u64| troubles.are_of(Version(number), digest(number), 0);
+        assert_eq!([2, 3, 4, 5, 8, 9].map(are_of), [false, false, true, true, true, true]);
+        assert_eq!(troubles.told(None).unwrap().version, Version(9));
+        assert_eq!(troubles.told(Some(Version(9))), None);
     }
 
     #[test]
@@ -136,10 +165,10 @@ mod tests {
         };
         assert!(!note(&store, version, digest, &full(ErrorKind::PermissionDenied), 0).unwrap());
         assert!(note(&store, version, digest, &full(ErrorKind::StorageFull), 0).unwrap());
-        let told = noted(&store, None).unwrap().unwrap();
-        assert_eq!(told.trouble().fault, Fault::Room);
-        assert!(!told.is_of(version, digest, 0));
+        let troubles = noted(&store).unwrap();
+        assert_eq!(troubles.told(None).unwrap().fault, Fault::Room);
+        assert!(!troubles.are_of(version, digest, 0));
         forget(&store).unwrap();
-        assert_eq!(noted(&store, None).unwrap(), None);
+        assert_eq!(noted(&store).unwrap(), Troubles::default());
     }
 }

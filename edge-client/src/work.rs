@@ -32,8 +32,6 @@ const ROUND_BYTES_A_PARAMETER: u64 = 2 * 4 * 4;
 const CORRECTED_BYTES_A_PARAMETER: u64 = 2 * 6 * 4;
 /// Whatever the adapter's size: names, shapes and losses in both checkpoints, and their seals.
 const ROUND_BYTES: u64 = 64 << 10;
-/// The files that this is for.
-const ROUND_FILES: [&str; 4] = [CHECKPOINT, NEXT_RESIDUAL, PACKED, control::NEXT];
 
 /// The screened and revised samples of a round, as kept on disk.
 #[derive(Serialize, Deserialize)]
@@ -52,10 +50,14 @@ impl<L: Link> Device<L> {
         let Some(prepared) = self.prepare(task)? else { return Ok(None) };
         let start = self.start(task)?;
         let layout = start.layout();
-        // Before hours are spent on what cannot be kept.
-        require_disk(&self.store, layout.parameters() as u64, task.scaffold.is_on())?;
         let controls = control::begin(&self.link, &self.store, &self.expected, &task.scaffold, layout);
         let controls = self.ask(controls)??;
+        // What a break left of packing is packed anew.
+        for name in [NEXT_RESIDUAL, PACKED, control::NEXT] {
+            self.store.remove(name)?;
+        }
+        // Before hours are spent on what cannot be kept, and with all that came for the round.
+        require_disk(&self.store, layout.parameters() as u64, task.scaffold.is_on())?;
         let trained = self.train(task, &start, &prepared, controls.as_ref())?;
         let begun = Instant::now();
         let (packed, residual, summary) = self.pack(task, &trained, controls.as_ref())?;
@@ -171,14 +173,13 @@ impl<L: Link> Device<L> {
     }
 }
 
-/// Asks for all that training and packing need, less what a break left of it: that counts as used.
+/// Asks for all that training and packing need, less the checkpoint that a break left: that counts as used.
 fn require_disk(store: &Store, parameters: u64, is_corrected: bool) -> Result<(), StoreError> {
     let each = if is_corrected { CORRECTED_BYTES_A_PARAMETER } else { ROUND_BYTES_A_PARAMETER };
-    let mut more = ROUND_BYTES.saturating_add(each.saturating_mul(parameters));
-    for name in ROUND_FILES {
-        more = more.saturating_sub(store.bytes_of(name)?);
-    }
-    store.require_disk(CHECKPOINT, more)
+    let both = ROUND_BYTES.saturating_add(each.saturating_mul(parameters));
+    // A second one is written beside it, whatever it is worth.
+    let left = store.bytes_of(CHECKPOINT)?.min(both / 2);
+    store.require_disk(CHECKPOINT, both.saturating_sub(left))
 }
 
 /// Shows steps and keeps checkpoints.
@@ -240,10 +241,15 @@ mod tests {
                 // A break came, and the round goes on.
                 require_disk(&store, parameters, is_corrected).unwrap();
             }
+            // Packing has room beside the last checkpoint; what a break left of it makes room again.
             for name in [NEXT_RESIDUAL, control::NEXT, PACKED] {
                 store.write_within(name, &vec![0; 4 * parameters as usize]).unwrap();
-                require_disk(&store, parameters, is_corrected).unwrap();
             }
+            assert!(require_disk(&store, parameters, is_corrected).is_err());
+            for name in [NEXT_RESIDUAL, control::NEXT, PACKED] {
+                store.remove(name).unwrap();
+            }
+            require_disk(&store, parameters, is_corrected).unwrap();
         }
     }
 }

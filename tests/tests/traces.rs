@@ -32,8 +32,7 @@ fn take_part(device: &Device, endpoint: Option<&str>) {
 #[test]
 fn from_a_release_links_lead_to_each_update_and_to_the_device_that_consented() {
     let (operators, owners) = (Collector::start(), Collector::start());
-    let federation =
-        Federation::new(2, |config| config.traces.endpoint = Some(operators.endpoint.parse().unwrap()));
+    let federation = Federation::new(2, |config| config.traces.endpoint = Some(operators.endpoint.clone()));
     let mut aggregator = federation.serve();
     let devices = federation.enrolled(2);
     std::thread::scope(|scope| {
@@ -105,8 +104,7 @@ fn a_collector_that_is_away_or_never_answers_stops_no_round() {
     let mute = TcpListener::bind("127.0.0.1:0").unwrap();
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     for endpoint in [format!("http://{nobody}"), format!("http://{}", mute.local_addr().unwrap())] {
-        let federation =
-            Federation::new(1, |config| config.traces.endpoint = Some(endpoint.parse().unwrap()));
+        let federation = Federation::new(1, |config| config.traces.endpoint = Some(endpoint.clone()));
         let mut aggregator = federation.serve_rounds(None, "");
         let device = &federation.enrolled(1)[0];
         take_part(device, Some(&endpoint));

@@ -42,9 +42,9 @@ struct Former {
 
 impl From<Former> for Canary {
     fn from(Former { stable, before, trial, counted_round, verdict, last }: Former) -> Self {
-        let mut canary = Self { before, counted_round, ..Self::stable(stable) };
+        let mut canary = Self { counted_round, ..Self::stable(stable) };
         if let Some((version, rolled_back, reason, ended_ms)) = last {
-            // Since when it was on trial is not known.
+            // Since when it was on trial is not known, nor what was reported.
             canary.note_end(&Trial::new(version, ended_ms), version, rolled_back, reason, ended_ms);
         }
         let trial = trial.map(|(version, reported, since_ms, losses)| Trial {
@@ -52,7 +52,7 @@ impl From<Former> for Canary {
             losses,
             ..Trial::new(version, since_ms)
         });
-        Self { trial, verdict, ..canary }
+        Self { before, trial, verdict, ..canary }
     }
 }
 

@@ -4,7 +4,6 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use commonweal_protocol::Mode;
-use commonweal_traces::Endpoint;
 
 use crate::config::{Config, Listen, Optimizer, Rule};
 use crate::round::{RoundMode, Sampling};
@@ -24,7 +23,7 @@ pub(super) struct Flags {
     admin: Option<Listen>,
     /// An OpenTelemetry collector that gets spans of rounds and updates [default: none].
     #[arg(long, env = "COMMONWEAL_TRACES", value_name = "http://HOST:PORT")]
-    traces: Option<Endpoint>,
+    traces: Option<String>,
     /// Where devices find the aggregator, for invitations.
     #[arg(long, env = "COMMONWEAL_ADDRESS", value_name = "HOST:PORT")]
     address: Option<String>,

@@ -24,6 +24,7 @@ impl Config {
         let mut problems: Vec<String> =
             self.round.problems().into_iter().map(|problem| problem.to_string()).collect();
         problems.extend(self.storage.problems());
+        problems.extend(self.traces.problems());
         let mut require = |holds: bool, text: String| {
             if !holds {
                 problems.push(text);

@@ -22,7 +22,7 @@ pub const PREFIX: &str = "COMMONWEAL_AGGREGATOR_";
 const TRACES: &str = "traces.endpoint";
 
 /// Settings that are URLs.
-const URLS: [&str; 3] = ["storage.coordination", "storage.objects", "storage.endpoint"];
+const URLS: [&str; 4] = ["storage.coordination", "storage.objects", "storage.endpoint", TRACES];
 /// Shown in place of what may be a secret.
 const HIDDEN: &str = "(not shown)";
 
@@ -372,10 +372,15 @@ mod tests {
     fn a_password_in_a_url_is_refused_and_shown_nowhere() {
         let settings = Settings::new()
             .with_environment(variables(&[("STORAGE__COORDINATION", "postgres://a:hunter2@b/c")]))
-            .with_set(&["storage.objects=s3://key:hunter2@bucket".to_owned()]);
+            .with_set(&["storage.objects=s3://key:hunter2@bucket".to_owned()])
+            .with_flags(|config| config.traces.endpoint = Some("http://me:hunter2@h:1".to_owned()));
         let shown = format!("{:?} {}", settings.all(), settings.checked().unwrap_err());
         assert!(!shown.contains("hunter2") && shown.contains(HIDDEN), "{shown}");
-        for part in ["storage.coordination: expected no password", "storage.objects: expected s3://"] {
+        for part in [
+            "storage.coordination: expected no password",
+            "storage.objects: expected s3://",
+            "traces.endpoint: expected http://HOST:PORT",
+        ] {
             assert!(shown.contains(part), "{part} in {shown}");
         }
         let settings = Settings::new().with_set(&["storage.coordination=postgres://a@b/c".to_owned()]);

@@ -94,8 +94,10 @@ impl Storage {
             say("credentials_file", self.credentials().map(drop));
         }
         if let Some(path) = &self.authority {
-            let read = std::fs::read(path).map(drop).map_err(|error| format!("{}: {error}", path.display()));
-            say("authority", read);
+            say(
+                "authority",
+                crate::store::trust::of_file(path).map(drop).map_err(|error| crate::receive::chain(&error)),
+            );
         }
         if !(2..=LEAD_SECONDS_MAX).contains(&self.lead_seconds) {
             say("lead_seconds", Err(format!("expected 2 to {LEAD_SECONDS_MAX}, got {}", self.lead_seconds)));

@@ -8,5 +8,17 @@ use serde::{Deserialize, Serialize};
 #[serde(default, deny_unknown_fields)]
 pub struct Traces {
     /// An OpenTelemetry collector, `http://HOST:PORT`; none, and there are no spans.
-    pub endpoint: Option<Endpoint>,
+    pub endpoint: Option<String>,
+}
+
+impl Traces {
+    /// Where that is.
+    pub(crate) fn collector(&self) -> Result<Option<Endpoint>, String> {
+        self.endpoint.as_deref().map(str::parse).transpose()
+    }
+
+    /// What cannot be used. The text is not told again: there may be a password in it.
+    pub(super) fn problems(&self) -> Option<String> {
+        self.collector().err().map(|problem| format!("traces.endpoint: {problem}"))
+    }
 }

@@ -1,20 +1,20 @@
 //! What comes to the operator's port (`../fuzz.rs`).
 
+#[path = "../../../fuzz/exchange.rs"]
+mod exchange;
+
 use std::cell::LazyCell;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use axum::Router;
-use hyper::server::conn::http1;
-use hyper_util::rt::TokioIo;
-use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::runtime::{Builder, Runtime};
 
 use super::stored::Aggregator;
 use crate::admin::{self, Token};
 use crate::observe::{Counts, Observer, Recent, View};
 use crate::receive::Receiver;
+use exchange::exchange;
 
 const TOKEN: &str = "the tests' token";
 
@@ -44,25 +44,7 @@ thread_local! {
 /// Whatever comes on a connection, what is answered is HTTP; nobody is told of rounds, devices or figures who does not name
 /// the token, and an answer is never a failure of the aggregator's.
 pub fn admin(bytes: &[u8]) {
-    let answer = PORT.with(|port| {
-        port.runtime.block_on(async {
-            let (mut ours, theirs) = tokio::io::duplex(1 << 20);
-            let service = TowerToHyperService::new(port.app.clone());
-            let served =
-                http1::Builder::new().half_close(true).serve_connection(TokioIo::new(theirs), service);
-            let spoken = async {
-                // It may close before it has heard all.
-                let _ = ours.write_all(bytes).await;
-                let _ = ours.shutdown().await;
-                let mut answer = Vec::new();
-                let _ = ours.read_to_end(&mut answer).await;
-                answer
-            };
-            tokio::join!(served, spoken).1
-        })
-    });
-    let answer = String::from_utf8_lossy(&answer);
-    assert!(answer.is_empty() || answer.starts_with("HTTP/1."), "{answer}");
+    let answer = PORT.with(|port| exchange(&port.runtime, &port.app, bytes));
     assert!(!answer.contains("HTTP/1.1 500"), "{answer}");
     let names_token = bytes.windows(TOKEN.len()).any(|said| said == TOKEN.as_bytes());
     let tells = answer.contains("content-type: application/json") || answer.contains("commonweal_rounds");

@@ -140,6 +140,15 @@ fn trial(value: &[u8]) -> bool {
         canary.release_for(&DEVICE, Version(now_ms), settings.canary_share);
         canary.count(now_ms, [(canary.stable, 1.0), (Version(now_ms), f32::MAX)].into_iter());
         canary.see_head(Version(now_ms), now_ms != NOW_MS, now_ms);
+        let version = canary.trial.as_ref().map_or(canary.stable, |trial| trial.version);
+        let word = canary::Word { device: DEVICE, version, said: canary::Said::Installed };
+        let place = canary.counted_word.saturating_add(1);
+        canary.hear(place, Some(word));
+        let heard = canary.clone();
+        canary.hear(place, Some(word));
+        assert!(canary == heard || format!("{canary:?}") == format!("{heard:?}"), "counted twice");
+        let _ = canary.is_held_up(&settings);
+        canary.silence(|device| *device == DEVICE);
     }
     canary.promote("fine".to_owned(), NOW_MS);
     canary.roll_back(Version(1), "worse".to_owned(), NOW_MS);

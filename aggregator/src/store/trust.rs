@@ -1,6 +1,7 @@
 //! Whose certificates a database or an object store may present: the system's authorities, or the one that the settings
 //! name. TLS is rustls with ring, as everywhere here.
 
+use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,6 +12,9 @@ use rustls_pki_types::pem::{self, PemObject};
 
 use super::StoreError;
 use crate::config;
+
+/// A system's whole list of authorities has a quarter of this.
+const AUTHORITY_BYTES_MAX: u64 = 1 << 20;
 
 /// For connections to servers of these settings.
 pub(super) fn client(settings: &config::Storage) -> Result<ClientConfig, StoreError> {
@@ -23,11 +27,14 @@ pub(super) fn client(settings: &config::Storage) -> Result<ClientConfig, StoreEr
     Ok(config)
 }
 
-fn of_file(path: &Path) -> Result<RootCertStore, StoreError> {
+/// Those of a file, in PEM.
+pub(crate) fn of_file(path: &Path) -> Result<RootCertStore, StoreError> {
     let mut roots = RootCertStore::empty();
     let subject = path.display().to_string();
     let failed = |error: pem::Error| StoreError::not_done("read", &subject, error);
-    for certificate in CertificateDer::pem_file_iter(path).map_err(failed)? {
+    // A device or a pipe in its place ends too.
+    let file = std::fs::File::open(path).map_err(|error| failed(pem::Error::Io(error)))?;
+    for certificate in CertificateDer::pem_reader_iter(file.take(AUTHORITY_BYTES_MAX)) {
         let added = roots.add(certificate.map_err(failed)?);
         added.map_err(|error| StoreError::not_done("read", &subject, error))?;
     }

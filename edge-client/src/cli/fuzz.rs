@@ -47,11 +47,11 @@ mod tests {
 
     #[test]
     fn evaluation_rows_target() {
-        mutate::run(env!("CARGO_MANIFEST_DIR"), "..", "evaluation_rows", 20_000, evaluation_rows);
+        mutate::run("evaluation_rows", 20_000, evaluation_rows);
     }
 
     #[test]
     fn typed_target() {
-        mutate::run(env!("CARGO_MANIFEST_DIR"), "..", "typed", 20_000, typed);
+        mutate::run("typed", 20_000, typed);
     }
 }

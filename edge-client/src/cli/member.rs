@@ -96,11 +96,11 @@ impl Member {
         let meter = Arc::new(Metered::new(spending, sensors::of_system(), is_unknown_metered));
         let link = connect(&runtime, &identity, &place.settings, &meter)?;
         let open::Stages { model, guard, reviser } = open::Stages::open(shared, &place, &policy, &cancel)?;
-        let endpoint = shared.traces.as_ref().or(place.settings.traces.as_ref());
-        let trace = |endpoint| {
+        let endpoint = place.settings.collector(shared.traces.as_deref())?;
+        let trace = |endpoint: &_| {
             Tracer::start(endpoint, *identity.credentials.signing_key(), identity.credentials.device())
         };
-        let tracer = endpoint.map(trace).transpose()?;
+        let tracer = endpoint.as_ref().map(trace).transpose()?;
         let (trust, base) = (Trust::open(&store, &identity.credentials)?, crate::pipeline::base_of(&model));
         let device = Device {
             id: identity.credentials.device(),

@@ -105,3 +105,16 @@ pub(crate) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) ->
     let path = path.to_owned();
     move |source| StoreError::Io { action, path, source }
 }
+
+impl StoreError {
+    /// Whether there was no room: by the owner's budget, or on the disk itself.
+    pub fn is_want_of_room(&self) -> bool {
+        match self {
+            Self::OverBudget { .. } => true,
+            Self::Io { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            }
+            _ => false,
+        }
+    }
+}

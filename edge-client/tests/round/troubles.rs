@@ -93,3 +93,24 @@ fn another_base_and_the_start_of_a_round_are_told_of_too() {
     // Nothing that the device knows how to do is lost by it.
     assert!(world.opened().is_empty() && world.has("samples/000001.jsonl"));
 }
+
+#[test]
+fn a_round_from_a_release_that_was_taken_away_is_not_tried_at_every_visit() {
+    let world = World::new();
+    let whole = world.told.lock().unwrap().adapter.clone();
+    world.tell(|told| told.adapter = vec![7; 1_000]);
+    world.begin(1);
+    assert_eq!(uninstallable(&world), Version(1));
+    // All devices are given another, and the round goes on from the damaged one.
+    world.tell(|told| (told.task, told.adapter) = (None, whole.clone()));
+    publish(&world, 2, &whole, world.device.expected.base);
+    world.visit();
+    world.tell(|told| told.adapter = vec![7; 1_000]);
+    world.begin(1);
+    let fetches = world.told.lock().unwrap().fetches;
+    for _ in 0..3 {
+        assert_eq!(world.visit(), Outcome::Troubled(Version(1)));
+        assert_eq!(told(&world), (Some(Version(2)), None));
+    }
+    assert_eq!(world.told.lock().unwrap().fetches, fetches);
+}

@@ -82,8 +82,6 @@ pub fn checkpoint_config(bytes: &[u8]) {
         match config::read(folder.0.path()) {
             Ok(config) => {
                 config.model.check().expect("it was checked");
-                let attention = &config.model.attention;
-                assert!(format!("{attention:?}").len() < 1 << 20);
             }
             Err(error) => check_told(&error),
         }
@@ -176,27 +174,23 @@ pub fn calibration_texts(bytes: &[u8]) {
 mod tests {
     use super::*;
 
-    fn run(name: &str, count: u64, target: impl Fn(&[u8])) {
-        mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", name, count, target);
-    }
-
     #[test]
     fn checkpoint_config_target() {
-        run("checkpoint_config", 5_000, checkpoint_config);
+        mutate::run("checkpoint_config", 5_000, checkpoint_config);
     }
 
     #[test]
     fn checkpoint_tensors_target() {
-        run("checkpoint_tensors", 5_000, checkpoint_tensors);
+        mutate::run("checkpoint_tensors", 5_000, checkpoint_tensors);
     }
 
     #[test]
     fn checkpoint_tokenizer_target() {
-        run("checkpoint_tokenizer", 1_000, checkpoint_tokenizer);
+        mutate::run("checkpoint_tokenizer", 1_000, checkpoint_tokenizer);
     }
 
     #[test]
     fn calibration_texts_target() {
-        run("calibration_texts", 5_000, calibration_texts);
+        mutate::run("calibration_texts", 5_000, calibration_texts);
     }
 }

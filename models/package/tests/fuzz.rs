@@ -10,7 +10,7 @@ use commonweal_package::{EncoderManifest, Manifest, ManifestError};
 
 #[test]
 fn manifest() {
-    mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", "manifest", 5_000, targets::manifest);
+    mutate::run("manifest", 5_000, targets::manifest);
 }
 
 /// Seeds that are refused would test nothing. `COMMONWEAL_WRITE_SEEDS=1` puts their bases right.

@@ -195,8 +195,19 @@ fn check_count(value: &Value) -> Result<(), Error> {
 /// The widths and precisions of a format: no `*`, which takes one from elsewhere, and four digits at most.
 fn check_format(format: &Value) -> Result<(), Error> {
     let Some(format) = format.as_str() else { return Ok(()) };
-    let digits = |byte: &[u8]| byte.iter().all(u8::is_ascii_digit);
-    if format.contains('*') || format.as_bytes().windows(5).any(digits) {
+    // What stands behind a `%` and a name up to its letter, and what stands in braces; the rest is text.
+    let directive = |rest: &str| {
+        let name_end = rest.strip_prefix('(').and_then(|rest| rest.split_once(')'));
+        let rest = name_end.map_or(rest, |(_, rest)| rest);
+        rest.chars().take_while(|one| !one.is_ascii_alphabetic() && *one != '%').collect::<String>()
+    };
+    let in_braces = |rest: &str| rest.split('}').next().unwrap_or_default().to_owned();
+    let of_percent = format.split('%').skip(1).map(directive);
+    let of_braces = format.split('{').skip(1).map(in_braces);
+    let is_wide = |field: String| {
+        field.contains('*') || field.as_bytes().windows(5).any(|five| five.iter().all(u8::is_ascii_digit))
+    };
+    if of_percent.chain(of_braces).any(is_wide) {
         let text = "expected a format whose widths are numbers of at most four digits";
         return Err(Error::new(ErrorKind::InvalidOperation, text));
     }

@@ -60,7 +60,7 @@ pub enum TokenizeError {
 /// Reads the bytes of a `tokenizer.json`. The library panics on some that are damaged (0.22: JSON that ends within a
 /// decoder, a precompiled normalizer that is none); here those are refused like all others.
 pub fn parse(bytes: &[u8]) -> Result<tokenizers::Tokenizer, tokenizers::Error> {
-    serde_json::from_slice::<IgnoredAny>(bytes)?;
+    serde_json::from_str::<IgnoredAny>(std::str::from_utf8(bytes)?)?;
     panic::catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes))
         .unwrap_or_else(|_| Err("the library that reads tokenizers fails on it".into()))
 }
@@ -236,6 +236,9 @@ mod tests {
         parse(&text.as_bytes()[..decoder + 20]).unwrap_err();
         let broken = text.replacen("\"decoder\":", "\"decoder\": {\"type\": ?},", 1);
         parse(broken.as_bytes()).unwrap_err();
+        parse(&[&text.as_bytes()[..decoder + 30], b"\xff", &text.as_bytes()[decoder + 30..]].concat())
+            .unwrap_err();
+        parse(text.replacen("ByteLevel\",\"add", "\\ud800\",\"add", 2).as_bytes()).unwrap_err();
         let mut json: serde_json::Value = serde_json::from_str(text).unwrap();
         json["normalizer"] = serde_json::json!({ "type": "Precompiled", "precompiled_charsmap": "AAAA" });
         parse(json.to_string().as_bytes()).unwrap_err();

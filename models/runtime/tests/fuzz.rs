@@ -8,18 +8,14 @@ mod targets;
 
 use commonweal_runtime::{ChatTemplate, Message, SpecialTokens};
 
-fn run(name: &str, count: u64, target: impl Fn(&[u8])) {
-    mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", name, count, target);
-}
-
 #[test]
 fn template() {
-    run("template", 3_000, targets::template);
+    mutate::run("template", 3_000, targets::template);
 }
 
 #[test]
 fn devices() {
-    run("devices", 20_000, targets::devices);
+    mutate::run("devices", 20_000, targets::devices);
 }
 
 /// minijinja 2.24 panics there.
@@ -42,6 +38,9 @@ fn a_template_cannot_ask_for_any_amount_of_memory() {
         "{{ '%99999999999d' | format(1) | length }}",
         "{{ '{:>99999999999}'.format(1) | length }}",
         "{{ '%.99999999999f' | format(1.5) | length }}",
+        "{{ '%(a)99999999999d' | format(a=1) | length }}",
+        "{{ '%*d' | format(99999999999, 1) | length }}",
+        "{{ 'a%%%99999999999d' | format(1) | length }}",
     ] {
         let template = ChatTemplate::parse(source, SpecialTokens::default()).unwrap();
         let error = template.render(&[Message::user("a")], true).unwrap_err();
@@ -53,6 +52,8 @@ fn a_template_cannot_ask_for_any_amount_of_memory() {
         ("{{ 'a\\nb' | indent(2) }}", "a\n  b"),
         ("{{ '%03d' | format(7) }}", "007"),
         ("{{ '{:>3}'.format(7) }}", "  7"),
+        ("{{ '**%s** 20261129' | format('a') }}", "**a** 20261129"),
+        ("{{ '* {} 20261129'.format('a') }}", "* a 20261129"),
     ] {
         let template = ChatTemplate::parse(source, SpecialTokens::default()).unwrap();
         assert_eq!(template.render(&[], true).unwrap(), text, "{source}");

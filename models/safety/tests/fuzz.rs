@@ -8,23 +8,19 @@ mod targets;
 
 use commonweal_safety::{Constitution, GuardConfig, Words};
 
-fn run(name: &str, count: u64, target: impl Fn(&[u8])) {
-    mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", name, count, target);
-}
-
 #[test]
 fn guard() {
-    run("guard", 3_000, targets::guard);
+    mutate::run("guard", 3_000, targets::guard);
 }
 
 #[test]
 fn constitution() {
-    run("constitution", 3_000, targets::constitution);
+    mutate::run("constitution", 3_000, targets::constitution);
 }
 
 #[test]
 fn words() {
-    run("words", 5_000, targets::words);
+    mutate::run("words", 5_000, targets::words);
 }
 
 /// Seeds that are refused would test nothing.

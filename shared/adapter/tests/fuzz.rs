@@ -19,18 +19,12 @@ mod targets;
 
 #[test]
 fn packed_delta() {
-    mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", "packed_delta", 20_000, targets::packed_delta);
+    mutate::run("packed_delta", 20_000, targets::packed_delta);
 }
 
 #[test]
 fn adapter_safetensors() {
-    mutate::run(
-        env!("CARGO_MANIFEST_DIR"),
-        "../..",
-        "adapter_safetensors",
-        20_000,
-        targets::adapter_safetensors,
-    );
+    mutate::run("adapter_safetensors", 20_000, targets::adapter_safetensors);
 }
 
 /// The seeds, by file name below `fuzz/seeds`.

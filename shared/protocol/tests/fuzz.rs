@@ -13,22 +13,22 @@ use std::path::Path;
 
 #[test]
 fn frame() {
-    mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", "frame", 20_000, targets::frame);
+    mutate::run("frame", 20_000, targets::frame);
 }
 
 #[test]
 fn release() {
-    mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", "release", 5_000, targets::release);
+    mutate::run("release", 5_000, targets::release);
 }
 
 #[test]
 fn succession() {
-    mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", "succession", 5_000, targets::succession);
+    mutate::run("succession", 5_000, targets::succession);
 }
 
 #[test]
 fn invitation() {
-    mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", "invitation", 20_000, targets::invitation);
+    mutate::run("invitation", 20_000, targets::invitation);
 }
 
 /// The seeds, by file name below `fuzz/seeds`.

@@ -1,6 +1,5 @@
 //! Where a collector listens, as settings name it.
 
-use serde::{Deserialize, Serialize};
 use std::{fmt, str::FromStr};
 
 /// The port of OTLP over HTTP.
@@ -12,8 +11,7 @@ const VARIABLES: [(&str, &str); 2] =
 
 /// `http://HOST[:PORT][/PATH]`. Plain HTTP: a collector is on this machine or on a network that is trusted, and sends on
 /// from there as it is told.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "String", try_from = "String")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint {
     host: String,
     port: u16,
@@ -68,20 +66,6 @@ impl FromStr for Endpoint {
         };
         let path = uri.path().trim_end_matches('/').to_owned();
         Ok(Self { host: host.to_owned(), port, path })
-    }
-}
-
-impl From<Endpoint> for String {
-    fn from(endpoint: Endpoint) -> Self {
-        endpoint.to_string()
-    }
-}
-
-impl TryFrom<String> for Endpoint {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
     }
 }
 

@@ -11,28 +11,24 @@ use commonweal_protocol::{AggregatorKey, Enrolled, KeyNumber, SigningKey};
 use commonweal_transport::{Authority, Credentials, DeviceKey};
 use std::path::Path;
 
-fn run(name: &str, count: u64, target: impl Fn(&[u8])) {
-    mutate::run(env!("CARGO_MANIFEST_DIR"), "../..", name, count, target);
-}
-
 #[test]
 fn stream() {
-    run("stream", 3_000, targets::stream);
+    mutate::run("stream", 3_000, targets::stream);
 }
 
 #[test]
 fn csr() {
-    run("csr", 5_000, targets::csr);
+    mutate::run("csr", 5_000, targets::csr);
 }
 
 #[test]
 fn certificate() {
-    run("certificate", 3_000, targets::certificate);
+    mutate::run("certificate", 3_000, targets::certificate);
 }
 
 #[test]
 fn identity() {
-    run("identity", 1_000, targets::identity);
+    mutate::run("identity", 1_000, targets::identity);
 }
 
 /// Seeds that are refused would test nothing. `COMMONWEAL_WRITE_SEEDS=1` writes them anew.
