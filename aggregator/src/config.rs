@@ -352,7 +352,8 @@ pub struct Release {
     pub canary_hours: f64,
     /// By how much the loss on devices' own pairs may rise.
     pub canary_loss_rise: f64,
-    /// A release is rolled back if more than this share of the devices that were told of it cannot install it.
+    /// A release is rolled back if more than this share of the devices that said whether they can install it cannot, when
+    /// its time is over; at once, if that holds of all that were told of it.
     pub canary_failures: f64,
 }
 
