@@ -22,9 +22,9 @@
 //!   forget.samples * forget-all       what the owner wants forgotten, until it is (`forget.rs`)
 //!   releases/<digest>.{release,adapter}  signed releases and their adapters
 //!   installed                         which of them is in use
-//!   trouble.json                      the last one that could not be installed, and why (`trouble.rs`)
+//!   trouble.json                      the last few that could not be installed, and why (`trouble.rs`)
 //!   receipts.jsonl                    one line an accepted update
-//!   spent.json                        what the network has cost, by date (`spend.rs`)
+//!   spent.json                        what the network has cost, by date (`spend.rs`); `.damaged`, one that was no account
 //!   doing.json                        what `run` does and why it waits, for `status`
 //!   paused                            while the owner wants no rounds
 //!   lock visit.lock samples.lock      held by the process that works here, while it visits the aggregator, while
