@@ -222,6 +222,28 @@ fn what_came_of_an_adapter_counts_once_under_the_disks_budget() {
 }
 
 #[test]
+fn a_disk_without_room_is_asked_before_any_byte_is_moved() {
+    let world = World::new();
+    let content = Content { digest: Digest([1; 32]), length: 1 << 60 };
+    let link = Publisher(b"something".to_vec());
+    let error = block_on(obtain(&link, &world.store, &world.expected, content)).unwrap_err();
+    assert!(matches!(&error, InstallError::Store(error) if error.is_want_of_room()), "{error}");
+    assert!(world.store.list("releases").unwrap().is_empty());
+}
+
+#[test]
+fn what_is_whole_and_of_no_use_leaves_nothing_behind() {
+    let world = World::new();
+    let bytes = b"no adapter, but all of it".to_vec();
+    let content = Content { digest: Digest::of(&bytes), length: bytes.len() as u64 };
+    // An earlier try was broken off.
+    world.store.write(&partial_file(content.digest), &bytes[..5]).unwrap();
+    let error = block_on(obtain(&Publisher(bytes), &world.store, &world.expected, content)).unwrap_err();
+    assert!(matches!(error, InstallError::Adapter { .. }), "{error}");
+    assert!(world.store.list("releases").unwrap().is_empty());
+}
+
+#[test]
 fn what_lies_there_damaged_is_not_gone_on_with() {
     let world = World::new();
     let whole = world.adapter(1);

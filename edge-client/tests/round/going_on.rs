@@ -105,6 +105,10 @@ fn a_device_with_nothing_fit_to_learn_stays_in_the_federation() {
         assert_eq!(world.visit(), Outcome::NoSamples);
     }
     assert!(world.has("round/given-up.json"));
+    // A kill came before the rest was removed.
+    world.device.store.write("round/training.safetensors", b"of the round").unwrap();
+    assert_eq!(world.visit(), Outcome::NoSamples);
+    assert!(!world.has("round/training.safetensors"));
     // The owner changes the policy: the same round is looked at again.
     world.device.policy = Policy::default();
     assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
