@@ -11,7 +11,7 @@ use std::io::Read as _;
 use std::path::Path;
 use std::sync::Arc;
 
-use commonweal_protocol::{DeviceId, Digest, RoundId, UploadKey};
+use commonweal_protocol::{AggregatorKey, DeviceId, Digest, RoundId, UploadKey};
 
 pub use port::admin;
 pub use stored::stored;
@@ -19,6 +19,7 @@ pub use stored::stored;
 use crate::config::{Config, PREFIX, Settings};
 use crate::evaluate::sets::{self, Conversation, ROW_BYTES_MAX, ROWS_MAX, SetError};
 use crate::receive::partial::{PartialFiles, PartialMemory, Partials};
+use crate::signer::Keys;
 use crate::store::RealDisk;
 
 #[cfg(test)]
@@ -71,6 +72,21 @@ pub fn settings(bytes: &[u8]) {
     let all = settings.all();
     assert!(!all.is_empty() && all.iter().all(|setting| !setting.key.is_empty()));
     let _ = settings.formed();
+}
+
+/// A file of signing keys is refused shortly and without a word of it, or is the same when it is written and read again, and
+/// its chain leads from the first key to the one that signs.
+pub fn signing(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    match Keys::from_pem(text) {
+        Ok(keys) => {
+            let written = keys.to_pem().expect("keys have a form");
+            let again = Keys::from_pem(&written).expect("they are read again");
+            assert_eq!(again.lineage(), keys.lineage());
+            assert_eq!(AggregatorKey::of(again.signing()), keys.lineage().key());
+        }
+        Err(error) => assert!(chain_bytes(&error) < WORDS_MAX, "{error}"),
+    }
 }
 
 /// A file of prompts or conversations gives each as many messages as a file of its size can have, or is refused by its name
@@ -181,6 +197,28 @@ mod tests {
     #[test]
     fn settings_target() {
         mutate::run("settings", 1_000, settings);
+    }
+
+    #[test]
+    fn signing_target() {
+        mutate::run("signing", 4_000, signing);
+    }
+
+    /// A file that is refused would test nothing. Its keys are nobody's: nothing trusts them.
+    #[test]
+    fn signing_seeds_are_read() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/signing");
+        let keys = Keys::from(commonweal_protocol::SigningKey::from_bytes(&[3; 32]));
+        let followed = keys.rotated(1).and_then(|keys| keys.rotated(2)).unwrap();
+        if std::env::var_os("COMMONWEAL_WRITE_SEEDS").is_some() {
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::write(folder.join("first"), keys.to_pem().unwrap().as_bytes()).unwrap();
+            std::fs::write(folder.join("followed"), followed.to_pem().unwrap().as_bytes()).unwrap();
+        }
+        for (name, number) in [("first", 0), ("followed", 2)] {
+            let text = std::fs::read_to_string(folder.join(name)).unwrap();
+            assert_eq!(Keys::from_pem(&text).unwrap().lineage().number().0, number, "{name}");
+        }
     }
 
     #[test]

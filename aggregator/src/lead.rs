@@ -7,7 +7,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::receive::chain;
 use crate::store::{Lead, StoreError};
@@ -22,8 +22,27 @@ pub struct Leadership {
     lead: Arc<dyn Lead>,
     owner: String,
     lease: Duration,
-    /// Until when it has the lead, by this process's clock that never goes back.
-    until: Mutex<Option<Instant>>,
+    until: Mutex<Option<Until>>,
+}
+
+/// Until when a process has the lead.
+#[derive(Clone, Copy, Debug)]
+struct Until {
+    /// By the clock that never goes back, and may stand while the machine sleeps.
+    steady: Instant,
+    /// By the clock on the wall, which does not, and may be set.
+    wall: SystemTime,
+}
+
+impl Until {
+    fn after(lease: Duration) -> Self {
+        Self { steady: Instant::now() + lease, wall: SystemTime::now() + lease }
+    }
+
+    /// Whether neither clock has come so far, or will have in this time.
+    fn lasts(&self, time: Duration) -> bool {
+        Instant::now() + time < self.steady && SystemTime::now() + time < self.wall
+    }
 }
 
 impl std::fmt::Debug for Leadership {
@@ -47,20 +66,21 @@ impl Leadership {
     /// Whether this process has it now, and long enough to begin something.
     pub fn is_held(&self) -> bool {
         let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
-        !self.is_shared() || until.is_some_and(|until| Instant::now() + self.lease / MARGIN < until)
+        !self.is_shared() || until.is_some_and(|until| until.lasts(self.lease / MARGIN))
     }
 
     /// Until when it has it; none where there are no others.
     pub fn held_until(&self) -> Option<Instant> {
-        *self.until.lock().unwrap_or_else(PoisonError::into_inner)
+        let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
+        until.map(|until| until.steady)
     }
 
     /// Takes or prolongs it. A store that does not answer leaves it as long as it lasts.
     pub fn prolong(&self) -> Result<(), StoreError> {
         // From before the question: the store counts from when it hears it.
-        let asked = Instant::now();
+        let until = Until::after(self.lease);
         let is_held = self.lead.lead(&self.owner, self.lease)?;
-        *self.until.lock().unwrap_or_else(PoisonError::into_inner) = is_held.then(|| asked + self.lease);
+        *self.until.lock().unwrap_or_else(PoisonError::into_inner) = is_held.then_some(until);
         Ok(())
     }
 
@@ -94,6 +114,17 @@ impl Leadership {
 mod tests {
     use super::*;
     use crate::store::MemoryStorage;
+
+    /// Of a machine that slept the steady clock may know nothing; the other may have been set back.
+    #[test]
+    fn a_lease_is_over_when_either_clock_says_so() {
+        let (lease, margin) = (Duration::from_secs(3600), Duration::from_secs(1200));
+        let until = Until::after(lease);
+        assert!(until.lasts(margin) && !until.lasts(lease));
+        assert!(!Until { wall: until.wall - lease, ..until }.lasts(margin));
+        assert!(!Until { steady: until.steady - lease, ..until }.lasts(margin));
+        assert!(!Until { wall: until.wall + lease, steady: until.steady - lease }.lasts(margin));
+    }
 
     #[test]
     fn one_of_several_has_it_and_another_after_it() {

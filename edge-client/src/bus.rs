@@ -55,7 +55,7 @@ impl Bus {
 }
 
 /// NetworkManager's `NMMetered`: 1 yes, 2 no, 3 a guess of yes, 4 a guess of no.
-fn is_metered(value: &str) -> Option<bool> {
+pub(crate) fn is_metered(value: &str) -> Option<bool> {
     match value {
         "1" | "3" => Some(true),
         "2" | "4" => Some(false),
@@ -98,15 +98,14 @@ fn ask(socket: &Path, [service, path, interface]: [&str; 3], property: &str) -> 
         }
     };
     // A property is a few bytes, which the pipe holds.
-    let mut answer = String::new();
-    asking
-        .stdout
-        .take()?
-        .take(ANSWER_BYTES_MAX)
-        .read_to_string(&mut answer)
-        .ok()
-        .filter(|_| status.success())?;
-    Some(answer.trim().split_once(' ')?.1.to_owned())
+    let mut answer = Vec::new();
+    asking.stdout.take()?.take(ANSWER_BYTES_MAX).read_to_end(&mut answer).ok()?;
+    if status.success() { value_of(&answer) } else { None }
+}
+
+/// The value of an answer.
+pub(crate) fn value_of(answer: &[u8]) -> Option<String> {
+    Some(std::str::from_utf8(answer).ok()?.trim().split_once(' ')?.1.to_owned())
 }
 
 #[cfg(test)]

@@ -14,20 +14,24 @@ use commonweal_safety::GuardConfig;
 
 use crate::{
     begun::{BEGUN, Begun},
+    bus::{is_metered, value_of},
+    cli::fuzz::{ADDRESS, address},
     doing, forms,
     install::{self, Expected},
     kept,
     keys::{self, Key},
     personal,
-    pipeline::{PACKED_REPORT, PAIRS, PackedReport},
+    pipeline::{GIVEN_UP, GivenUp, PACKED_REPORT, PAIRS, PackedReport},
     policy::Policy,
+    returns::listen,
     rows::{self, Form, Parsed, ReadError},
     sample::{MESSAGE_BYTES_MAX, MESSAGES_MAX, Sample, SampleId},
     seal::{self, NONCE_BYTES},
     settings::SettingsFile,
+    spend,
     store::Store,
     trouble,
-    trust::Trust,
+    trust::{self, Trust},
     upload,
     work::Prepared,
 };
@@ -132,7 +136,7 @@ pub fn sealed(bytes: &[u8]) {
 pub(crate) const KEY: [u8; 32] = [7; 32];
 
 /// What a device finds in its directory, by the first byte of an input.
-const NAMES: [&str; 11] = [
+const NAMES: [&str; 15] = [
     "samples/000001.jsonl",
     "used.samples",
     BEGUN,
@@ -144,6 +148,10 @@ const NAMES: [&str; 11] = [
     "receipts.jsonl",
     "forget.samples",
     "trouble.json",
+    spend::FILE,
+    GIVEN_UP,
+    trust::FILE,
+    ADDRESS,
 ];
 
 /// Any bytes in a file of the state directory, sealed as they would be, are refused by the file's name or mean the same
@@ -155,6 +163,18 @@ pub fn kept_file(bytes: &[u8]) {
         let file = name.rsplit('/').next().unwrap_or(name);
         assert!(error.contains(file) && error.len() < WORDS_MAX, "{name}: {error}");
     }
+}
+
+/// What the two programs print that are asked for the system's bus: an answer is a value of one line at most, and returns are
+/// no more than the lines that may tell of one.
+pub fn bus(bytes: &[u8]) {
+    if let Some(value) = value_of(bytes) {
+        assert!(value.len() < bytes.len() && !value.is_empty());
+        let _ = is_metered(&value);
+    }
+    let mut count = 0;
+    listen(bytes, || count += 1);
+    assert!(2 * count <= bytes.split(|byte| *byte == b'\n').count());
 }
 
 thread_local! {
@@ -171,6 +191,11 @@ struct World {
     _directory: tempfile::TempDir,
 }
 
+/// Of the tests' aggregator, which has had one key.
+fn lineage() -> Lineage {
+    Lineage::new(KeyNumber(0), AggregatorKey::of(&SigningKey::from_bytes(&[5; 32])))
+}
+
 impl World {
     fn new() -> Self {
         // In memory where there is such a place: nothing here is worth a disk's time.
@@ -185,8 +210,7 @@ impl World {
         let store = Store::open(directory.path()).expect("a store");
         let module = Module { target: Target::Q, inputs: 3, outputs: 4 };
         let layout = Arc::new(AdapterLayout::new(1, 2, 4.0, vec![module]).expect("a layout"));
-        let key = AggregatorKey::of(&SigningKey::from_bytes(&[5; 32]));
-        let trust = Trust::new(DeviceId([0; 16]), Lineage::new(KeyNumber(0), key));
+        let trust = Trust::new(DeviceId([0; 16]), lineage());
         let expected = Expected { trust, base: BaseHash([0xba; 32]), layout };
         Self { store, expected, _directory: directory }
     }
@@ -235,6 +259,16 @@ impl World {
                     assert_eq!(upload::delivered(&self.store).expect("they are read again").len(), all.len());
                 })
             }
+            spend::FILE => spend::read(&self.store).map_err(|error| error.to_string()).map(|ledger| {
+                let ledger = ledger.expect("it lies there");
+                fs::write(&path, serde_json::to_vec(&ledger).expect("it has a form")).expect("a file");
+                assert_eq!(spend::read(&self.store).expect("it is read again"), Some(ledger));
+            }),
+            trust::FILE => Trust::read(&self.store, DeviceId([0; 16]), lineage())
+                .map(|trust| assert!(trust.knows(&lineage().key()), "the key of the enrolment is left out"))
+                .map_err(|error| error.to_string()),
+            ADDRESS => address(&self.store),
+            GIVEN_UP => self.round::<GivenUp>(name),
             BEGUN => self.round::<Begun>(name),
             PAIRS => self.round::<Prepared>(name),
             _ => self.round::<PackedReport>(name),
@@ -268,6 +302,7 @@ fn ids(content: &[u8], read: Result<Option<BTreeSet<SampleId>>, String>) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::budget::Ledger;
     use commonweal_adapter::{Adapter, AdapterFacts, AdapterKind, disk};
     use commonweal_protocol::{
         CompressSettings, Digest, Mode, RoundId, RoundTask, Scaffold, Start, TrainSettings, Version,
@@ -289,8 +324,24 @@ mod tests {
     }
 
     #[test]
+    fn bus_target() {
+        mutate::run("bus", 10_000, bus);
+    }
+
+    #[test]
     fn kept_file_target() {
         mutate::run("kept_file", 10_000, kept_file);
+    }
+
+    /// What a device writes down whose aggregator has a second key.
+    fn followed() -> Vec<u8> {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let mut longer = lineage();
+        let next = AggregatorKey::of(&SigningKey::from_bytes(&[6; 32]));
+        longer.succeed(&SigningKey::from_bytes(&[5; 32]), next, 1).unwrap();
+        Trust::new(DeviceId([0; 16]), lineage()).follow(&store, longer.steps()).unwrap();
+        fs::read(store.path(trust::FILE)).unwrap()
     }
 
     fn seeds() -> Vec<(&'static str, Vec<u8>)> {
@@ -324,7 +375,14 @@ mod tests {
         let begun = serde_json::json!({
             "task": task, "policy": Policy::default(), "aggregator": expected.trust.first(), "screening": Digest([1; 32]),
         });
+        let mut ledger = Ledger::default();
+        let day = |day| jiff::civil::date(2026, 11, day);
+        ledger.charge(day(28), 1_000_000, true);
+        ledger.charge(day(29), 5, false);
+        ledger.look(day(28));
         vec![
+            ("kept_file/spent", [vec![11], serde_json::to_vec(&ledger).unwrap()].concat()),
+            ("kept_file/succession", [vec![13], followed()].concat()),
             ("sealed/samples", seal(b"{}\n")),
             ("sealed/empty", seal(b"")),
             ("kept_file/personal", [vec![5], disk::write(&adapter, &facts).unwrap()].concat()),

@@ -37,7 +37,7 @@ use crate::{
 pub use crate::pipeline_error::PipelineError;
 pub use crate::task::{base_of, train_task, trainable};
 
-const GIVEN_UP: &str = "round/given-up.json";
+pub(crate) const GIVEN_UP: &str = "round/given-up.json";
 pub(crate) const PAIRS: &str = "round/pairs.json";
 pub(crate) const CHECKPOINT: &str = "round/training.safetensors";
 pub(crate) const PACKED: &str = "round/update.packed";
@@ -104,7 +104,7 @@ pub struct Visit {
 
 /// Why this round gets no update, so that the next poll does not do all the work again.
 #[derive(Clone, Copy, Serialize, Deserialize)]
-enum GivenUp {
+pub(crate) enum GivenUp {
     NothingToLearn,
     Diverged,
     Refused(Refusal),

@@ -102,7 +102,7 @@ impl Drop for Returns {
 }
 
 /// Calls at each hint that is taken back: nobody is idle any more, or a screen is unlocked.
-fn listen(lines: impl Read, mut returned: impl FnMut()) {
+pub(crate) fn listen(lines: impl Read, mut returned: impl FnMut()) {
     let mut lines = BufReader::new(lines);
     let (mut line, mut is_hint) = (Vec::new(), false);
     loop {

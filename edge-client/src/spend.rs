@@ -21,7 +21,7 @@ use crate::{
     store::{self, Store, StoreError},
 };
 
-const FILE: &str = "spent.json";
+pub(crate) const FILE: &str = "spent.json";
 /// Written down at a time, so that the questions of some dozen visits cost the disk one write.
 const SLICE_BYTES: u64 = 1 << 20;
 /// A whole account has less.

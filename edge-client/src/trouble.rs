@@ -1,7 +1,7 @@
 //! A release that this device was offered and cannot install: what stood in the way, for the aggregator to hear with the
-//! next poll, and so that its bytes are not fetched again at every visit.
+//! next poll and the owner from `status`, and so that its bytes are not fetched again at every visit.
 //!
-//! Of `pipeline.rs`; the reasons are of `install.rs`. `trouble.json` holds numbers and one of a few words, and is not
+//! Of `pipeline.rs` and `cli/status.rs`; the reasons are of `install.rs`. `trouble.json` holds numbers and one of a few words, and is not
 //! sealed. After an hour the same release is tried again, for what was wrong may have been here.
 
 use commonweal_protocol::{Digest, Fault, Refusal, Trouble, Version};
@@ -21,7 +21,7 @@ const NOTED_MAX: usize = 4;
 
 /// A release, and what was wrong with it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Noted {
+pub(crate) struct Noted {
     version: Version,
     digest: Digest,
     fault: Fault,
@@ -29,25 +29,48 @@ struct Noted {
     at_ms: u64,
 }
 
+impl Noted {
+    /// As its owner is told.
+    pub(crate) fn sentence(&self, now_ms: u64) -> String {
+        let Self { version, fault, .. } = self;
+        let again = match self.again_ms(now_ms).div_ceil(60_000) {
+            0 => "at the next visit".to_owned(),
+            1 => "in a minute at the earliest".to_owned(),
+            minutes => format!("in {minutes} minutes at the earliest"),
+        };
+        format!("release {version} cannot be installed: {fault}; tried again {again}")
+    }
+
+    /// How long it is not tried again. Whether there is room is asked before any byte is moved, and may be each time.
+    pub(crate) fn again_ms(&self, now_ms: u64) -> u64 {
+        match self.fault {
+            Fault::Room => 0,
+            _ => AGAIN_MS.saturating_sub(now_ms.abs_diff(self.at_ms)),
+        }
+    }
+}
+
 /// What is noted; the newest last.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Troubles(Vec<Noted>);
 
 impl Troubles {
-    /// As the aggregator is told: of the newest release that none as new was installed in place of.
-    pub(crate) fn told(&self, installed: Option<Version>) -> Option<Trouble> {
+    /// The newest release that none as new was installed in place of.
+    pub(crate) fn newest(&self, installed: Option<Version>) -> Option<&Noted> {
         let open = self.0.iter().filter(|noted| installed.is_none_or(|installed| installed < noted.version));
-        let newest = open.max_by_key(|noted| noted.version);
-        newest.map(|noted| Trouble { version: noted.version, fault: noted.fault })
+        open.max_by_key(|noted| noted.version)
+    }
+
+    /// The same, as the aggregator is told.
+    pub(crate) fn told(&self, installed: Option<Version>) -> Option<Trouble> {
+        self.newest(installed).map(|noted| Trouble { version: noted.version, fault: noted.fault })
     }
 
     /// Whether this release is one of them, and need not be tried again yet; also of one that an earlier or a later one took
-    /// the place of, from which a round may start. Whether there is room is asked before any byte is moved, and may be each
-    /// time.
+    /// the place of, from which a round may start.
     pub(crate) fn are_of(&self, version: Version, digest: Digest, now_ms: u64) -> bool {
         self.0.iter().any(|noted| {
-            let is_it = (noted.version, noted.digest) == (version, digest);
-            is_it && noted.fault != Fault::Room && now_ms.abs_diff(noted.at_ms) < AGAIN_MS
+            (noted.version, noted.digest) == (version, digest) && noted.again_ms(now_ms) > 0
         })
     }
 }
@@ -134,6 +157,13 @@ mod tests {
         assert_eq!(troubles.told(Some(version)), None);
         let are_of = |now_ms| troubles.are_of(version, digest, now_ms);
         assert!(are_of(0) && are_of(AGAIN_MS) && !are_of(AGAIN_MS + 10));
+        let told = |now_ms| troubles.newest(None).unwrap().sentence(now_ms);
+        assert_eq!(
+            told(10),
+            "release 3 cannot be installed: its bytes are damaged; tried again in 60 minutes at the earliest"
+        );
+        assert!(told(AGAIN_MS).ends_with("in a minute at the earliest"), "{}", told(AGAIN_MS));
+        assert!(told(AGAIN_MS + 10).ends_with("at the next visit"), "{}", told(AGAIN_MS + 10));
         assert!(!troubles.are_of(version, Digest([2; 32]), 10) && !troubles.are_of(Version(4), digest, 10));
         store.write(FILE, b"{").unwrap();
         assert_eq!(noted(&store).unwrap(), Troubles::default());

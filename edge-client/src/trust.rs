@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::store::{Store, StoreError};
 
 /// Beside the credentials, which have the key that it begins with.
-const FILE: &str = "identity/succession.json";
+pub(crate) const FILE: &str = "identity/succession.json";
 
 /// Why the aggregator's newer key is not taken.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +62,7 @@ impl Trust {
         Self::read(store, credentials.device(), credentials.lineage())
     }
 
-    fn read(store: &Store, device: DeviceId, mut lineage: Lineage) -> Result<Self, StoreError> {
+    pub(crate) fn read(store: &Store, device: DeviceId, mut lineage: Lineage) -> Result<Self, StoreError> {
         let Some(bytes) = store.read(FILE)? else { return Ok(Self::new(device, lineage)) };
         let damaged = |reason: String| StoreError::Damaged { path: store.path(FILE), reason };
         let kept: Kept = serde_json::from_slice(&bytes)

@@ -182,3 +182,17 @@ fn a_key_that_can_be_guessed_is_refused() {
         stderr(&output)
     );
 }
+
+/// For an hour nothing is tried, and `run` has nothing to say of it.
+#[test]
+fn status_tells_of_a_release_that_cannot_be_installed() {
+    let directory = tempfile::tempdir().unwrap();
+    assert_eq!(object(&run(directory.path(), &["status"]))["not_installed"], serde_json::Value::Null);
+    let now_ms = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_millis() as u64;
+    let noted = serde_json::json!([{ "version": 7, "digest": "00".repeat(32), "fault": "damaged", "at_ms": now_ms }]);
+    std::fs::write(directory.path().join("trouble.json"), noted.to_string()).unwrap();
+    let sentence = object(&run(directory.path(), &["status"]))["not_installed"].clone();
+    let sentence = sentence.as_str().unwrap();
+    assert!(sentence.starts_with("release 7 cannot be installed: its bytes are damaged;"), "{sentence}");
+    assert!(sentence.ends_with("minutes at the earliest"), "{sentence}");
+}

@@ -16,7 +16,7 @@ use crate::desk::{self, Accepted, Desk, DeskError};
 use crate::events::Events;
 use crate::observe::Counts;
 use crate::pause::PausePoint;
-use crate::publish::Publisher;
+use crate::publish::{self, Publisher};
 use crate::receive::Parts;
 use crate::receive::enroll::{Certify, Registry};
 use crate::receive::partial::PartialMemory;
@@ -36,10 +36,14 @@ pub(super) struct Aggregator {
 
 impl Aggregator {
     pub(super) fn new(is_buffered: bool) -> Self {
+        Self::over(&MemoryStorage::default(), is_buffered)
+    }
+
+    fn over(memory: &MemoryStorage, is_buffered: bool) -> Self {
         let mode = if is_buffered { RoundMode::Buffered } else { RoundMode::Synchronous };
         let round = Policy { mode, goal: 2, quorum: 1, ..Policy::default() };
         let config = Config { round, ..Config::default() };
-        Self { storage: MemoryStorage::default().storage(), config }
+        Self { storage: memory.storage(), config }
     }
 
     fn publisher(&self) -> Publisher {
@@ -84,13 +88,16 @@ pub fn stored(bytes: &[u8]) {
 /// Whether the entry was taken.
 pub(super) fn is_read(bytes: &[u8]) -> bool {
     let Some((which, value)) = bytes.split_first() else { return false };
-    match which % 7 {
-        0 | 1 => round(value, which % 7 == 1),
+    match which % 10 {
+        0 | 1 => round(value, which % 10 == 1),
         2 => trial(value),
         3 => record(value),
         4 => enrolled(value),
         5 => token(value),
-        _ => accepted(value),
+        6 => accepted(value),
+        7 => release(value),
+        8 => word(value),
+        _ => door(value),
     }
 }
 
@@ -233,6 +240,49 @@ fn accepted(value: &[u8]) -> bool {
     }
 }
 
+/// A release as the log of releases has it, behind none.
+fn release(value: &[u8]) -> bool {
+    let aggregator = Aggregator::new(false);
+    if aggregator.put("release", value).is_err() {
+        return false;
+    }
+    let publisher = aggregator.publisher();
+    let head = match publisher.head() {
+        Ok(head) => head.expect("it was stored"),
+        Err(error) => return told(&error, "release"),
+    };
+    assert!(publisher.signed_with(&head).is_some() && head.release.version == Version(0), "forged");
+    assert_eq!(publisher.history(Version(0), 10).expect("it is read"), [head]);
+    let _ = (publisher.kept(1), publisher.kept_states(1), publisher.state(Version(0)));
+    let _ = publisher.roll_back(Version(0), NOW_MS);
+    true
+}
+
+/// A device's word on a trial: what does not decode is passed over.
+fn word(value: &[u8]) -> bool {
+    let mut canary = canary::Canary::stable(Version(3));
+    canary.see_head(Version(4), true, NOW_MS);
+    let word: Option<canary::Word> = postcard::from_bytes(value).ok();
+    canary.hear(1, word);
+    let settings = config::Release::default();
+    let _ = (canary.judge(&settings, NOW_MS), canary.judge(&settings, u64::MAX));
+    word.is_some()
+}
+
+/// The door of several processes, for who has just taken the lead.
+fn door(value: &[u8]) -> bool {
+    let aggregator = Aggregator::over(&MemoryStorage::default().shared(), false);
+    if aggregator.put("door", value).is_err() {
+        return false;
+    }
+    let desk = aggregator.desk().expect("no state yet");
+    desk.take_lead(NOW_MS).expect("nobody else has it");
+    match desk.next(NOW_MS) {
+        Ok(_) => true,
+        Err(error) => told(&error, "door"),
+    }
+}
+
 fn sample_accepted(round: RoundId, device: DeviceId) -> Accepted {
     let digest = Digest([2; 32]);
     let report = DeviceReport::default();
@@ -268,6 +318,7 @@ pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     canary.see_head(Version(4), true, NOW_MS);
     canary.count(2, [(Version(4), 1.5)].into_iter());
     let device = DeviceRecord { enrolled_ms: NOW_MS, expires_ms: NOW_MS + 5, revoked_ms: None };
+    let word = canary::Word { device: DEVICE, version: Version(4), said: canary::Said::Installed };
     let token = TokenRecord { created_ms: NOW_MS, expires_ms: NOW_MS + 5, device: None };
     vec![
         ("round-collecting", entry(0, state(false, 2))),
@@ -277,6 +328,27 @@ pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         ("record", entry(3, serde_json::to_vec(&Record::of_base(&ReportCard::default(), NOW_MS)).unwrap())),
         ("device", entry(4, serde_json::to_vec(&device).unwrap())),
         ("token", entry(5, serde_json::to_vec(&token).unwrap())),
+        ("release", entry(7, first_release())),
+        ("word", entry(8, postcard::to_allocvec(&word).unwrap())),
+        ("door-open", entry(9, vec![1, 1])),
+        ("door-sweeping", entry(9, vec![2])),
         ("accepted", entry(6, postcard::to_allocvec(&sample_accepted(RoundId(1), DEVICE)).unwrap())),
     ]
+}
+
+/// What the log of releases begins with.
+#[cfg(test)]
+fn first_release() -> Vec<u8> {
+    let aggregator = Aggregator::new(false);
+    let digest = Digest::of(b"five!");
+    aggregator.storage.blob.put_if_absent(&digest, 5, &mut b"five!".as_slice()).unwrap();
+    let candidate = publish::Candidate {
+        round: None,
+        parent: None,
+        digest,
+        state: crate::optimize::OptimizerState::default(),
+        card: commonweal_protocol::ReportCard::default(),
+    };
+    aggregator.publisher().publish(candidate, NOW_MS).unwrap();
+    aggregator.storage.coord.head("release").unwrap().unwrap().value
 }

@@ -1,18 +1,26 @@
 //! What must hold for anything at all that is given to a command (`../fuzz.rs`).
 
+pub(crate) use super::identity::ADDRESS;
 use super::{
     chat::commands::{Lines, Typed, meaning},
     evaluate::labelled,
+    identity::Address,
 };
 use crate::{
     fuzz::{WORDS_MAX, check_rows, form_of},
     rows,
+    store::Store,
 };
 
 /// A file of labelled rows, for `filter --evaluate`, gives rows or says shortly which line gives none.
 pub fn evaluation_rows(bytes: &[u8]) {
     let Some((form, text)) = form_of(bytes) else { return };
     check_rows(&rows::read(text, form, labelled), text);
+}
+
+/// The aggregator's address as it lies in a device's directory.
+pub(crate) fn address(store: &Store) -> Result<(), String> {
+    Address::read(store, ADDRESS).map(drop).map_err(|error| error.to_string())
 }
 
 /// What is typed in a chat is a command that there is, a short word on what is wrong, or reaches the model as it was typed.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::store::{Store, StoreError};
 
 const CREDENTIALS: &str = "identity/credentials.pem";
-const ADDRESS: &str = "identity/aggregator.json";
+pub(super) const ADDRESS: &str = "identity/aggregator.json";
 /// The address of a device that is enrolled once its credentials are there.
 const NEXT_ADDRESS: &str = "identity/next.json";
 
@@ -26,6 +26,18 @@ impl Address {
     pub(super) fn of(invitation: &Invitation) -> Self {
         Self { host: invitation.host.to_string(), port: invitation.port }
     }
+
+    /// As it lies in a file, and for which device; none of before.
+    pub(super) fn read(store: &Store, name: &str) -> Result<Option<(Self, Option<DeviceId>)>, StoreError> {
+        let Some(bytes) = store.read(name)? else { return Ok(None) };
+        let kept: Kept =
+            serde_json::from_slice(&bytes).map_err(|_| damaged(store, name, "expected host and port"))?;
+        Ok(Some((kept.address, kept.device)))
+    }
+}
+
+fn damaged(store: &Store, name: &str, reason: &str) -> StoreError {
+    StoreError::Damaged { path: store.path(name), reason: reason.into() }
 }
 
 /// An address as it is kept: with the device that it is for, which tells whether it goes with the credentials.
@@ -48,14 +60,10 @@ impl Identity {
     /// The device's identity, if it is enrolled.
     pub(super) fn read(store: &Store) -> Result<Option<Self>> {
         let Some(pem) = store.read(CREDENTIALS)? else { return Ok(None) };
-        let damaged =
-            |reason: &str| StoreError::Damaged { path: store.path("identity"), reason: reason.into() };
-        let pem = String::from_utf8(pem).map_err(|_| damaged("expected PEM text"))?;
+        let pem = String::from_utf8(pem).map_err(|_| damaged(store, CREDENTIALS, "expected PEM text"))?;
         let credentials = Credentials::from_pem(&pem)?;
         for name in [NEXT_ADDRESS, ADDRESS] {
-            let Some(bytes) = store.read(name)? else { continue };
-            let Kept { address, device } =
-                serde_json::from_slice(&bytes).map_err(|_| damaged("expected host and port"))?;
+            let Some((address, device)) = Address::read(store, name)? else { continue };
             if device.is_none_or(|device| device == credentials.device()) {
                 return Ok(Some(Self { credentials, address }));
             }

@@ -1,6 +1,7 @@
 //! `status`, `pause`, `resume`: what the device is, has and did, and whether it takes part.
 
 use anyhow::Result;
+use commonweal_protocol::Version;
 use commonweal_transport::Clock;
 use jiff::tz::TimeZone;
 use serde_json::{Value, json};
@@ -14,6 +15,7 @@ use crate::{
     serve::Consent,
     spend,
     store::{Store, StoreError},
+    trouble,
     units::Bytes,
     upload,
     watch::Heed,
@@ -34,6 +36,9 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
     let policy = place.policy(shared)?;
     let consent = Consent { policy: policy.serve.keep_chats, all: false };
     let has_personal = personal::exists(&store);
+    let now_ms = Clock::system().unix_ms();
+    let troubles = trouble::noted(&store)?;
+    let trouble = troubles.newest(installed.map(Version)).map(|noted| noted.sentence(now_ms));
     let last_round = receipts.last().map(|delivered| delivered.round.0);
     let output = shared.output();
     let doing = doing::told(&store).filter(|_| device.is_some());
@@ -49,7 +54,7 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
             "readings": readings,
             "budget": costs.json(),
             "device": device, "enrolled": device.is_some(), "paused": paused, "samples": samples,
-            "installed": installed, "updates_accepted": receipts.len(), "last_round": last_round,
+            "installed": installed, "not_installed": trouble, "updates_accepted": receipts.len(), "last_round": last_round,
             "round_in_progress": in_progress, "chats": consent.words(), "keep_chats": consent.policy,
             "personal": has_personal,
         });
@@ -77,6 +82,7 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
         Some(version) => output.say(&format!("release {version} installed")),
         None => output.say("no release installed yet"),
     }
+    trouble.iter().for_each(|sentence| output.say(sentence));
     if has_personal {
         output.say("a personal adapter, on this device only");
     }
