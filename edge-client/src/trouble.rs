@@ -69,9 +69,9 @@ impl Troubles {
     /// Whether this release is one of them, and need not be tried again yet; also of one that an earlier or a later one took
     /// the place of, from which a round may start.
     pub(crate) fn are_of(&self, version: Version, digest: Digest, now_ms: u64) -> bool {
-        self.0.iter().any(|noted| {
-            (noted.version, noted.digest) == (version, digest) && noted.again_ms(now_ms) > 0
-        })
+        self.0
+            .iter()
+            .any(|noted| (noted.version, noted.digest) == (version, digest) && noted.again_ms(now_ms) > 0)
     }
 }
 

@@ -189,8 +189,9 @@ fn status_tells_of_a_release_that_cannot_be_installed() {
     let directory = tempfile::tempdir().unwrap();
     assert_eq!(object(&run(directory.path(), &["status"]))["not_installed"], serde_json::Value::Null);
     let now_ms = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap().as_millis() as u64;
-    let noted = serde_json::json!([{ "version": 7, "digest": "00".repeat(32), "fault": "damaged", "at_ms": now_ms }]);
-    std::fs::write(directory.path().join("trouble.json"), noted.to_string()).unwrap();
+    let noted =
+        serde_json::json!([{ "version": 7, "digest": "00".repeat(32), "fault": "damaged", "at_ms": now_ms }]);
+    fs::write(directory.path().join("trouble.json"), noted.to_string()).unwrap();
     let sentence = object(&run(directory.path(), &["status"]))["not_installed"].clone();
     let sentence = sentence.as_str().unwrap();
     assert!(sentence.starts_with("release 7 cannot be installed: its bytes are damaged;"), "{sentence}");

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::store::{Store, StoreError};
 
 const CREDENTIALS: &str = "identity/credentials.pem";
-pub(super) const ADDRESS: &str = "identity/aggregator.json";
+pub(crate) const ADDRESS: &str = "identity/aggregator.json";
 /// The address of a device that is enrolled once its credentials are there.
 const NEXT_ADDRESS: &str = "identity/next.json";
 

@@ -82,7 +82,9 @@ pub(super) fn status(shared: &Shared) -> Result<()> {
         Some(version) => output.say(&format!("release {version} installed")),
         None => output.say("no release installed yet"),
     }
-    trouble.iter().for_each(|sentence| output.say(sentence));
+    if let Some(sentence) = trouble {
+        output.say(&sentence);
+    }
     if has_personal {
         output.say("a personal adapter, on this device only");
     }
