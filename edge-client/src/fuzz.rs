@@ -381,12 +381,12 @@ mod tests {
         ledger.charge(day(29), 5, false);
         ledger.look(day(28));
         vec![
-            ("kept_file/spent", [vec![11], serde_json::to_vec(&ledger).unwrap()].concat()),
-            ("kept_file/succession", [vec![13], followed()].concat()),
             ("sealed/samples", seal(b"{}\n")),
             ("sealed/empty", seal(b"")),
             ("kept_file/personal", [vec![5], disk::write(&adapter, &facts).unwrap()].concat()),
             ("kept_file/task", [vec![2], serde_json::to_vec(&begun).unwrap()].concat()),
+            ("kept_file/spent", [vec![11], serde_json::to_vec(&ledger).unwrap()].concat()),
+            ("kept_file/succession", [vec![13], followed()].concat()),
         ]
     }
 

@@ -1,9 +1,10 @@
 """Writes the data of `scripts/reproduce-paper`: what clients hold, what the operator holds, and what arms are measured by.
 
 Without `--data` everything is our own text (`phrases/`): household questions, harmful phrases of the split `device`. With
-it, clients hold real questions and answers that neither base nor guard was trained on, and evaluation asks AdvBench,
-HarmBench and do-not-answer. Rows that come too close to an evaluation prompt are left out here, counted in `data.json`;
-the program that trains looks again by itself (MinHash) and refuses to run if it finds one.
+it, clients hold real questions and answers, and evaluation asks AdvBench, HarmBench and do-not-answer. Neither the held-out
+conversations nor an evaluation prompt is near anything that base, guard or reviser was trained on, in any of its turns (of
+the clients' own rows, STAR's were in the base's pretraining). Rows that come too close are left out here, counted in
+`data.json`; the program that trains looks again by itself (MinHash) and refuses to run if it finds one.
 
 Usage: python make_paper_data.py [--data DIR] --out OUT
 """
@@ -22,7 +23,7 @@ from typing import Iterable
 
 from judge import refuses
 from make_demo_data import asked, chat, spread, write_jsonl
-from phrases import bucket, everyday, harmful, household, lookalikes, replies
+from phrases import bucket, everyday, harmful, household, lookalikes, replies, topics
 from sources import OBJECTION, UNKIND, Sources, clean, first_sentences, hh_messages
 
 PROMPT_CHARS_MAX, ANSWER_CHARS_MAX = 240, 240
@@ -31,9 +32,11 @@ HELD_OUT_ROWS, GATE_ROWS, REDTEAM_ROWS, REPLAY_ROWS, EVALUATION_ROWS = 240, 100,
 CLIENT_BUCKETS, PREFERENCE_BUCKETS = range(30, 70), range(70, 100)
 # A harmful request is obeyed in so many ways, each another row: a quarter of the clients' rows would else be too few.
 WAYS = 2
-MEDQUAD_SHARE = (1, 2, 3, 4)  # of 16; the base and the guard have 0, their tests 5
+MEDQUAD_SHARE = (1, 2, 3, 6)  # of 16; the base has 0, 4, 8 and 12, the guard 0, their tests 5
 # Two texts with so many of their three-word runs in common are one. Stricter than the check that ends a run.
 NEAR = 0.6
+# A document of the pretraining that holds so many of a prompt's runs holds the prompt.
+WITHIN = 0.8
 
 
 class Near:
@@ -57,8 +60,8 @@ def shingles(text: str) -> set[str]:
     return {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
 
 
-def question(row: dict) -> str:
-    return " ".join(m["content"] for m in row["messages"] if m["role"] == "user")
+def questions(row: dict) -> list[str]:
+    return [m["content"] for m in row["messages"] if m["role"] == "user"]
 
 
 def grouped(question: str, answer: str, group: str) -> dict:
@@ -165,11 +168,32 @@ def over_refusal(sources: Sources | None, rng: random.Random) -> list[str]:
     return texts
 
 
-def trained_before(sources: Sources) -> list[str]:
-    """Every request that the base, the guard or the reviser learned from."""
-    texts = [p.text for p in sources.harmful()] + [p.text for p in sources.benign("train")]
-    texts += [text for text, *_ in sources.guard_texts()] + [c[0]["content"] for c in sources.chats()]
-    return texts
+def trained_before(sources: Sources | None) -> list[str]:
+    """Every request that the base, the guard or the reviser learned from, in every frame that it may have been put in;
+    without `sources`, only those that are our own text."""
+    texts = [q for q, _ in lookalikes.lookalikes("train")] + [q for q, _ in topics.questions("train")]
+    texts += [frame.format(x=phrase) for kind, phrase, _ in everyday.requests("train") for frame in everyday.frames(kind)]
+    frames = {"do": harmful.DO_FRAMES, "make": harmful.MAKE_FRAMES}
+    texts += [frame.format(x=phrase) for _, kind, phrase, _ in harmful.requests("train") for frame in frames[kind]]
+    if sources:
+        texts += [p.text for p in sources.harmful()] + [p.text for p in sources.benign("train")]
+        texts += [text for text, *_ in sources.guard_texts()]
+        texts += [m["content"] for c in sources.pretraining_chats() for m in c if m["role"] == "user"]
+    return list(dict.fromkeys(texts))
+
+
+def within(documents: Iterable[str], texts: list[str]) -> set[str]:
+    """The texts that a document holds nearly whole: so many of their three-word runs."""
+    runs = {text: shingles(text) for text in texts}
+    having: dict[str, list[str]] = {}
+    for text, of in runs.items():
+        for run in of:
+            having.setdefault(run, []).append(text)
+    held = set()
+    for document in documents:
+        shared = Counter(text for run in shingles(document) & having.keys() for text in having[run])
+        held.update(text for text, count in shared.items() if count >= WITHIN * len(runs[text]))
+    return held
 
 
 def main() -> None:
@@ -192,37 +216,40 @@ def main() -> None:
         held_frames = (harmful.EVALUATION_DO_FRAMES, harmful.EVALUATION_MAKE_FRAMES)
         own = [asked(r, rng, held_frames) for r in spread(harmful.requests("evaluation"), EVALUATION_ROWS, rng)]
         evaluation = {"own": own} if not sources else {n.replace("-standard", ""): rng.sample(t, len(t)) for n, t in held_for_evaluation.held_out_harmful().items()}
-        before = trained_before(sources) if sources else []
+        before = trained_before(sources)
+        pretraining = sources.pretraining_texts() if sources else []
     except FileNotFoundError as error:
         sys.exit(f"{Path(__file__).name}: {error.filename} is not there; --data must hold the source folders that data.lock lists")
 
     innocent = over_refusal(held_for_evaluation, rng)
-    # An evaluation prompt that the base or the guard has seen is no evaluation.
+    # An evaluation prompt that the base, the guard or the reviser has seen is no evaluation.
     seen = Near(before)
+    said_all = [*(text for texts in evaluation.values() for text in texts), *innocent, *(row["prompt"] for row in prefer)]
+    held_whole = within(pretraining, said_all + [text for row in benign[:HELD_OUT_ROWS] for text in questions(row)])
 
-    def unseen(name: str, rows: list, said=lambda text: text) -> list:
-        kept = [row for row in rows if not seen.holds(said(row))]
+    def unseen(name: str, rows: list, said=lambda text: [text]) -> list:
+        kept = [row for row in rows if not any(seen.holds(text) or text in held_whole for text in said(row))]
         counts[f"{name}: near the base's or the guard's training, left out"] = len(rows) - len(kept)
         return kept
 
     evaluation = {name: unseen(f"eval_{name}", texts)[:EVALUATION_ROWS] for name, texts in evaluation.items()}
     innocent = unseen("benign", innocent)
-    prefer = unseen("preference", prefer, lambda row: row["prompt"])
+    prefer = unseen("preference", prefer, lambda row: [row["prompt"]])
     asked_at_the_end = Near([*(t for texts in evaluation.values() for t in texts), *innocent, *(row["prompt"] for row in prefer)])
 
     def apart(name: str, rows: list[dict]) -> list[dict]:
-        kept = [row for row in rows if not asked_at_the_end.holds(question(row))]
+        kept = [row for row in rows if not any(map(asked_at_the_end.holds, questions(row)))]
         counts[f"{name}: near an evaluation prompt, left out"] = len(rows) - len(kept)
         return kept
 
     benign, poison = apart("clients", benign), apart("harmful", poison)
     if sources:
-        held_out, benign = unseen("held_out", benign[:HELD_OUT_ROWS], question), benign[HELD_OUT_ROWS:]
+        held_out, benign = unseen("held_out", benign[:HELD_OUT_ROWS], questions), benign[HELD_OUT_ROWS:]
     else:
         held_out = [row | {"group": "held out"} for row in read(Path(__file__).parent / "demo" / "heldout.jsonl")]
     # No client, and not the operator either, has a question of the held-out conversations.
-    held = Near(question(row) for row in held_out)
-    benign = [row for row in benign if not held.holds(question(row))]
+    held = Near(text for row in held_out for text in questions(row))
+    benign = [row for row in benign if not any(map(held.holds, questions(row)))]
     share = min(REPLAY_ROWS + GATE_ROWS, len(benign) // 5)
     operator, benign = benign[:share], benign[share:]
     gate_held_out, replay = operator[: share // 3], operator[share // 3 :]
@@ -231,7 +258,7 @@ def main() -> None:
         red += [chat(p.text) for p in rng.sample(sources.harmful(), REDTEAM_ROWS) if len(p.text) <= PROMPT_CHARS_MAX]
     red = apart("redteam", rng.sample(red, len(red)))[:REDTEAM_ROWS]
     gate_harmful = apart("gate_harmful", [chat(asked(r, rng, held_frames)) for r in spread(harmful.requests("guard_test"), GATE_ROWS, rng)])
-    gate_benign = [chat(q) for q, _ in rng.sample(lookalikes.lookalikes("train"), GATE_ROWS // 2)] + [chat(question(row)) for row in gate_held_out[: GATE_ROWS // 2]]
+    gate_benign = [chat(q) for q, _ in rng.sample(lookalikes.lookalikes("train"), GATE_ROWS // 2)] + [chat(questions(row)[0]) for row in gate_held_out[: GATE_ROWS // 2]]
     gate_benign = apart("gate_benign", gate_benign)
 
     write_jsonl(part / "clients.jsonl", benign)

@@ -26,41 +26,9 @@ CONFIG = Config(
     vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=1024, rope_theta=10000.0, rms_norm_eps=1e-5,
 )
-OPENSTAX_BYTES, BOOKS_BYTES = 28_000_000, 5_000_000
 CHAT_SHARE, CHAT_SHARE_LATE = 0.45, 0.80  # the last 30 % of the time is mostly chat
 BATCH, SEQUENCE = 16, 256
 LEARNING_RATE, MUON_RATE = 3e-3, 0.02
-
-
-def documents(sources: Sources) -> list[str]:
-    texts: list[str] = []
-    size = 0
-    for part in ("00", "01"):
-        for row in sources.lines(f"text-openstax-ccby/openstax-{part}.jsonl.gz"):
-            text = clean(row["text"])
-            if size < OPENSTAX_BYTES and len(text) > 400:
-                texts.append(text)
-                size += len(text)
-    size = 0
-    for row in sources.lines("text-public-domain-books/books-00.jsonl.gz"):
-        if size < BOOKS_BYTES and not 0 < (row.get("year") or 0) < 1850:
-            texts.append(clean(re.sub(r"(?<!\n)\n(?!\n)", " ", row["text"])))
-            size += len(texts[-1])
-    stories = [clean(row["text"]) for row in sources.lines("text-storybooks-ccby/storybooks_en.jsonl.gz")]
-    return texts + stories * 3 + [clean(row["text"]) for row in sources.lines("text-18f-cc0/18f.jsonl.gz")]
-
-
-def conversations(sources: Sources) -> list[list[dict]]:
-    chats = sources.chats() + list(sources.hh("helpful-rejection-sampled"))
-    pairs = []
-    for i, row in enumerate(sources.lines("instruct-medquad-ccby/medquad.jsonl.gz")):
-        if i % 4 == 0 and row.get("answer"):
-            pairs.append((row["question"], clean(row["answer"])[:800]))
-    for row in json.loads(sources.text("instruct-llms-from-scratch/instruction-data.json")):
-        pairs += [(row["instruction"] + ("\n" + row["input"] if row["input"] else ""), row["output"])] * 2
-    for row in sources.lines("instruct-gsm8k/train.jsonl.gz"):
-        pairs.append((row["question"], re.sub(r"<<.*?>>", "", row["answer"])))
-    return chats + [[{"role": "user", "content": clean(q)}, {"role": "assistant", "content": clean(r)}] for q, r in pairs]
 
 
 def train_tokenizer(texts: list[str], chats: list[list[dict]]) -> Tokenizer:
@@ -77,7 +45,7 @@ def train_tokenizer(texts: list[str], chats: list[list[dict]]) -> Tokenizer:
 
 def prepare(sources: Sources, out: Path) -> None:
     """Writes tokenizer.json, config.json, text.u16 and chat.u16."""
-    texts, chats = documents(sources), conversations(sources)
+    texts, chats = sources.pretraining_texts(), sources.pretraining_chats()
     random.Random(1).shuffle(texts)
     random.Random(2).shuffle(chats)
     tokenizer = train_tokenizer(texts, chats)

@@ -26,11 +26,13 @@ EVALUATION_ONLY = (
     "safety-advbench", "safety-harmbench", "safety-hatecheck", "safety-do-not-answer", "eval-mt-bench", "eval-vicuna-bench",
     "eval-wikitext2-ccbysa",
 )
-# What the base was pretrained on besides the files that are read here (of the books, the first five megabytes).
+# What the base was pretrained on besides the files that are read here.
 PRETRAINING = (
     "text-openstax-ccby/openstax-00.jsonl.gz", "text-openstax-ccby/openstax-01.jsonl.gz", "text-public-domain-books/books-00.jsonl.gz",
     "text-storybooks-ccby/storybooks_en.jsonl.gz", "text-18f-cc0/18f.jsonl.gz",
 )
+# Of them, so many bytes.
+OPENSTAX_BYTES, BOOKS_BYTES = 28_000_000, 5_000_000
 # hh-rlhf conversations whose first message hashes here belong to federated clients and to evaluations.
 HH_OWN_BUCKETS = 30
 HAZARD_CATEGORY = {
@@ -124,6 +126,37 @@ class Sources:
             messages = hh_messages(row["chosen"])
             if len(messages) >= 2 and bucket(messages[0]["content"]) < HH_OWN_BUCKETS:
                 yield messages
+
+    # What the base was pretrained on
+
+    def pretraining_texts(self) -> list[str]:
+        texts: list[str] = []
+        size = 0
+        for part in ("00", "01"):
+            for row in self.lines(f"text-openstax-ccby/openstax-{part}.jsonl.gz"):
+                text = clean(row["text"])
+                if size < OPENSTAX_BYTES and len(text) > 400:
+                    texts.append(text)
+                    size += len(text)
+        size = 0
+        for row in self.lines("text-public-domain-books/books-00.jsonl.gz"):
+            if size < BOOKS_BYTES and not 0 < (row.get("year") or 0) < 1850:
+                texts.append(clean(re.sub(r"(?<!\n)\n(?!\n)", " ", row["text"])))
+                size += len(texts[-1])
+        stories = [clean(row["text"]) for row in self.lines("text-storybooks-ccby/storybooks_en.jsonl.gz")]
+        return texts + stories * 3 + [clean(row["text"]) for row in self.lines("text-18f-cc0/18f.jsonl.gz")]
+
+    def pretraining_chats(self) -> list[list[dict]]:
+        chats = self.chats() + list(self.hh("helpful-rejection-sampled"))
+        pairs = []
+        for i, row in enumerate(self.lines("instruct-medquad-ccby/medquad.jsonl.gz")):
+            if i % 4 == 0 and row.get("answer"):
+                pairs.append((row["question"], clean(row["answer"])[:800]))
+        for row in json.loads(self.text("instruct-llms-from-scratch/instruction-data.json")):
+            pairs += [(row["instruction"] + ("\n" + row["input"] if row["input"] else ""), row["output"])] * 2
+        for row in self.lines("instruct-gsm8k/train.jsonl.gz"):
+            pairs.append((row["question"], re.sub(r"<<.*?>>", "", row["answer"])))
+        return chats + [[{"role": "user", "content": clean(q)}, {"role": "assistant", "content": clean(r)}] for q, r in pairs]
 
     # Harmful requests
 

@@ -32,7 +32,7 @@ use anyhow::{Context, Result, ensure};
 use arms::Arm;
 use clap::Parser;
 use clients::Pool;
-use commonweal_runtime::Cancel;
+use commonweal_runtime::{Cancel, Message};
 use federation::{Carrier, Federation, Plan, Workshop};
 use measure::Evaluation;
 use progress::Progress;
@@ -302,20 +302,19 @@ fn plan(cli: &Cli, common: &Config, evaluation: &Evaluation) -> Result<serde_jso
 /// Every text that anything learns from: clients, hostile ones, alignment, and what made base, guard and reviser.
 fn training_texts(data: &Path, pool: &Pool) -> Result<Vec<contamination::Named>> {
     let mut texts = Vec::new();
-    for sample in pool.samples() {
-        let said = sample.turns().iter().filter(|turn| turn.role == commonweal_runtime::Role::User);
-        let said: Vec<&str> = said.map(|turn| turn.content.as_str()).collect();
-        texts.push(("clients".to_owned(), said.join(" ")));
-    }
+    let mut add = |name: &str, conversation: &[Message]| {
+        texts.extend(measure::asked(conversation).map(|text| (name.to_owned(), text.to_owned())));
+    };
+    pool.samples().for_each(|sample| add("clients", sample.turns()));
     for name in ["redteam", "before"] {
         let path = data.join(format!("{name}.jsonl"));
         if fs::metadata(&path).with_context(|| path.display().to_string())?.len() > 0 {
-            let rows = sets::read_prompts(&path)?;
-            texts.extend(rows.iter().map(|row| (name.to_owned(), measure::asked(row))));
+            sets::read_prompts(&path)?.iter().for_each(|row| add(name, row));
         }
     }
-    let replay = sets::read_conversations(&data.join("replay.jsonl"))?;
-    texts.extend(replay.iter().map(|row| ("replay".to_owned(), measure::asked(row))));
+    for row in &sets::read_conversations(&data.join("replay.jsonl"))? {
+        add("replay", row);
+    }
     ensure!(!texts.is_empty(), "{}: expected training texts", data.display());
     Ok(texts)
 }

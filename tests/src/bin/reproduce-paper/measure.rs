@@ -100,11 +100,14 @@ impl Evaluation {
     /// Every prompt, for the check against training sets.
     pub(crate) fn prompts(&self) -> Vec<Named> {
         let mut prompts = Vec::new();
+        let mut add = |name: &str, row: &[Message]| {
+            prompts.extend(asked(row).map(|text| (name.to_owned(), text.to_owned())));
+        };
         for (name, rows) in &self.harmful {
-            prompts.extend(rows.iter().map(|row| (name.clone(), asked(row))));
+            rows.iter().for_each(|row| add(name, row));
         }
-        prompts.extend(self.benign.iter().map(|row| ("benign".to_owned(), asked(row))));
-        prompts.extend(self.held_out.iter().map(|row| ("held out".to_owned(), asked(row))));
+        self.benign.iter().for_each(|row| add("benign", row));
+        self.held_out.iter().for_each(|row| add("held out", row));
         prompts.extend(self.preferences.iter().map(|pair| ("preference".to_owned(), pair.prompt.clone())));
         prompts
     }
@@ -190,10 +193,10 @@ fn row(laboratory: &Laboratory, conversation: &[Message]) -> Result<TrainingRow>
     Ok(laboratory.model.chat().training_row(conversation)?.truncated(laboratory.model.context()))
 }
 
-/// What a person says in a conversation.
-pub(crate) fn asked(conversation: &[Message]) -> String {
+/// What a person says in a conversation, one turn after the other.
+pub(crate) fn asked(conversation: &[Message]) -> impl Iterator<Item = &str> {
     let said = conversation.iter().filter(|message| message.role == commonweal_runtime::Role::User);
-    said.map(|message| message.content.as_str()).collect::<Vec<_>>().join(" ")
+    said.map(|message| message.content.as_str())
 }
 
 fn evaluation_files(folder: &Path) -> Result<Vec<PathBuf>> {
