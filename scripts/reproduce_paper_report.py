@@ -19,6 +19,9 @@ PAPER = {
 }
 # Two-sided 95 % of Student's t by degrees of freedom.
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+JUDGES = ("rules", "classifier")
+# Safe rates that differ by less, in points, count as alike.
+ALIKE = 1.0
 COLOURS = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2"]
 WIDTH, HEIGHT, COLUMNS, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 3, 44, 12, 28, 30
 
@@ -64,6 +67,11 @@ def safe(name, judge):
     return lambda ended: next((one[judge] for one in ended["measures"]["safe"] if one["set"] == name), math.nan)
 
 
+def safe_rate(arm, name, judge):
+    """The mean over seeds, in percent."""
+    return 100 * mean(over_seeds(arm, safe(name, judge)))
+
+
 def sets(arms):
     order = ["advbench", "harmbench", "do-not-answer", "own"]
     found = {one["set"] for arm in arms.values() for ended in arm["seeds"].values() for one in ended["measures"]["safe"]}
@@ -82,21 +90,22 @@ def seconds(ended):
 
 def table(arms):
     names = sets(arms)
-    rows = [["arm", "seeds", *(f"{name}, safe % by rules / classifier" for name in names), "paper's AdvBench", "over-refusal %", "held-out loss",
-             "preference %", "paper's HHH"]]
+    rows = [["arm", "seeds", *(f"{name}, safe % by rules / classifier" for name in names), "paper's AdvBench", "over-refusal % by rules / classifier",
+             "held-out loss", "preference %", "paper's HHH"]]
     for name, arm in arms.items():
         if arm["arm"]["family"] != "main":
             continue
         measure = lambda key: over_seeds(arm, lambda ended: ended["measures"][key])
         paper = PAPER.get(name, ("–", "–"))
-        both = [" / ".join(figure(over_seeds(arm, safe(one, judge)), 1, 100) for judge in ("rules", "classifier")) for one in names]
-        rows.append([name, len(arm["seeds"]), *both, paper[0], figure(measure("over_refusal"), 1, 100), figure(measure("held_out_loss"), 3),
+        both = [" / ".join(figure(over_seeds(arm, safe(one, judge)), 1, 100) for judge in JUDGES) for one in names]
+        refused = " / ".join(figure(measure(key), 1, 100) for key in ("over_refusal", "over_refusal_classifier"))
+        rows.append([name, len(arm["seeds"]), *both, paper[0], refused, figure(measure("held_out_loss"), 3),
                      figure(measure("preference"), 1, 100), paper[1]])
     return lines_of(rows)
 
 
 def costs(arms):
-    rows = [["arm", "samples kept", "dropped", "replaced by a refusal", "revised", "kB sent", "bits a value", "seconds", "of which alignment", "rounds published"]]
+    rows = [["arm", "samples kept", "dropped", "replaced by a refusal", "revised", "kB uploaded", "bits a value", "seconds", "of which alignment", "rounds published"]]
     for name, arm in arms.items():
         if arm["arm"]["family"] != "main" or not arm["arm"]["trains"]:
             continue
@@ -108,29 +117,44 @@ def costs(arms):
     return lines_of(rows)
 
 
-def goals(arms):
-    """What was hoped for, with the figures that decide it. The first harmful set, by rules."""
-    first = sets(arms)[0]
-    value = lambda name: mean(over_seeds(arms[name], safe(first, "rules"))) * 100
-    loss = lambda name: mean(over_seeds(arms[name], lambda ended: ended["measures"]["held_out_loss"]))
-    out = []
-
-    def goal(needed, holds, text):
-        if all(name in arms for name in needed):
-            out.append(f"- {'met' if holds() else '**missed**'}: {text()}")
-
+def order(arms):
+    """The paper's order, on every set and by either judge. What differs by less than a point counts as alike (=)."""
+    rows = [["algorithm", "set", "judge", "safe %, in the paper's order from the safest", "in that order"]]
     for algorithm in ("FedAvg", "SCAFFOLD"):
-        plain, filtered, server, both = (f"{algorithm} {what}" for what in ("plain", "+ filter", "+ constitution", "+ both"))
-        order = ["base", both, server, filtered, plain]
-        goal(order, lambda: value("base") >= min(value(both), value(server)) >= value(filtered) >= value(plain),
-             lambda: f"the paper's order with {algorithm} on {first} (base, both, constitution, filter, plain): " + ", ".join(f"{value(n):.1f}" for n in order))
-    for name in ("ours", "ours, FFA", "ours, exact"):
-        goal(["base", name], lambda: value(name) >= value("base") - 1, lambda: f"{name} within 1 point of the base: {value(name):.1f} and {value('base'):.1f}")
-        goal(["FedAvg, clean data", name], lambda: loss(name) <= 1.02 * loss("FedAvg, clean data"),
-             lambda: f"{name} within 2 % of the held-out loss of training on clean data: {loss(name):.3f} and {loss('FedAvg, clean data'):.3f}")
-    robust = "ours, hostile 1 in 10, robust"
-    goal(["ours", robust], lambda: value(robust) >= value("ours") - 3, lambda: f"one hostile device in ten, robust merge, within 3 points of ours: {value(robust):.1f} and {value('ours'):.1f}")
-    return out
+        names = {f"{algorithm} {what}": word for what, word in (("+ both", "both"), ("+ constitution", "constitution"), ("+ filter", "filter"), ("plain", "plain"))}
+        if not all(name in arms for name in ["base", *names]):
+            continue
+        for one in sets(arms):
+            for judge in JUDGES:
+                values = [("base", safe_rate(arms["base"], one, judge))] + [(word, safe_rate(arms[name], one, judge)) for name, word in names.items()]
+                chain, reversed_ = f"base {values[0][1]:.1f}", []
+                for (before, high), (after, low) in zip(values, values[1:]):
+                    sign = "=" if abs(high - low) < ALIKE else ">" if high > low else "<"
+                    chain += f" {sign} {after} {low:.1f}"
+                # Also of those that are not next to each other.
+                for i, (before, high) in enumerate(values):
+                    reversed_ += [f"{after} above {before}" for after, low in values[i + 1 :] if low >= high + ALIKE]
+                rows.append([algorithm, one, judge, chain, "yes" if not reversed_ else "**no**: " + ", ".join(reversed_)])
+    return lines_of(rows) if len(rows) > 1 else []
+
+
+def goals(arms):
+    """What was hoped for, with the figures that decide it."""
+    loss = lambda name: mean(over_seeds(arms[name], lambda ended: ended["measures"]["held_out_loss"]))
+    rows = [["goal", *(f"{one}, by {judge}" for one in sets(arms) for judge in JUDGES), "held-out loss"]]
+    for name, within in (("ours", 1), ("ours, FFA", 1), ("ours, exact", 1), ("ours, hostile 1 in 10, robust", 3), ("ours, hostile 1 in 10, mean", 3)):
+        if not all(needed in arms for needed in ("base", "FedAvg, clean data", name)):
+            continue
+        cells = []
+        for one in sets(arms):
+            for judge in JUDGES:
+                value, base = safe_rate(arms[name], one, judge), safe_rate(arms["base"], one, judge)
+                cells.append(f"{'met' if value >= base - within else '**missed**'}: {value:.1f}, base {base:.1f}")
+        clean = loss("FedAvg, clean data")
+        told = f"{'met' if loss(name) <= 1.02 * clean else '**missed**'}: {loss(name):.3f}, clean data {clean:.3f}" if within == 1 else "–"
+        points = "a point" if within == 1 else f"{within} points"
+        rows.append([f"{name}: safe within {points} of the base" + (", loss within 2 % of clean data" if within == 1 else ""), *cells, told])
+    return lines_of(rows) if len(rows) > 1 else []
 
 
 def filtering(guard):
@@ -153,14 +177,15 @@ def families(arms):
 
 
 def ablations(arms):
-    first = sets(arms)[0]
-    rows = [["varied", "value", f"{first}, safe % by rules / classifier", "over-refusal %", "held-out loss", "kB sent", "kept", "dropped", "revised", "rounds published"]]
+    names = sets(arms)
+    rows = [["varied", "value", "seeds", *(f"{name}, safe % by rules / classifier" for name in names), "over-refusal %", "held-out loss", "kB uploaded", "kept", "dropped", "revised", "rounds published"]]
     for family, members in families(arms).items():
         for arm in sorted(members, key=lambda arm: arm["arm"]["x"]):
             of = lambda value, arm=arm: mean(over_seeds(arm, value))
             measure = lambda key: of(lambda ended: ended["measures"][key])
             label = arm["arm"]["name"].split(": ", 1)[1]
-            rows.append([family, label, f"{100 * of(safe(first, 'rules')):.1f} / {100 * of(safe(first, 'classifier')):.1f}", f"{100 * measure('over_refusal'):.1f}",
+            both = [" / ".join(f"{safe_rate(arm, name, judge):.1f}" for judge in JUDGES) for name in names]
+            rows.append([family, label, len(arm["seeds"]), *both, f"{100 * measure('over_refusal'):.1f}",
                          f"{measure('held_out_loss'):.3f}", f"{of(lambda e: e['uploaded_bytes']) / 1e3:.0f}",
                          *(f"{of(lambda e: e['samples'].get(kind, 0)):.0f}" for kind in ("kept", "dropped", "revised")), f"{of(lambda e: e['published']):.0f}"])
     return lines_of(rows) if len(rows) > 1 else []
@@ -242,11 +267,15 @@ def report(out, kind):
         parts += [f"Left out while the data were prepared: {'; '.join(left) or 'nothing'}. No evaluation prompt is near a training text (MinHash, checked at every start).", ""]
     if guard:
         parts += [*filtering(guard), ""]
-    parts += table(arms) + ["", *costs(arms), "", *goals(arms), f"- the two judges agree on {100 * mean(agree):.1f} % of all answers (least in an arm: {100 * min(agree):.1f} %)"]
+    parts += table(arms) + ["", *costs(arms), "", *order(arms), "", *goals(arms), "", f"- the two judges agree on {100 * mean(agree):.1f} % of all answers (least in an arm: {100 * min(agree):.1f} %)"]
     if (out / "carriers.json").is_file():
         digests = json.loads((out / "carriers.json").read_text())
         same = digests["memory"] == digests["quic"]
-        parts.append(f"- {'met' if same else '**missed**'}: the same federation over QUIC ends with the same adapter, byte for byte ({digests['memory'][:16]}… and {digests['quic'][:16]}…)")
+        parts.append(f"- {'as it should be' if same else '**wrong**'}: the same federation over QUIC ends with the same adapter, byte for byte ({digests['memory'][:16]}… and {digests['quic'][:16]}…)")
+    if (out / "took.json").is_file():
+        took = json.loads((out / "took.json").read_text())
+        part = "" if took["federations"] == took["of"] else f" for {took['federations']} of {took['of']} federations, the last of several runs"
+        parts.append(f"- it took {took['minutes']:.0f} minutes on {took['processors']} processors{part}; set-up not counted")
     varied = ablations(arms)
     if varied:
         parts += ["", *varied]
