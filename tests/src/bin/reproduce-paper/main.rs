@@ -32,7 +32,8 @@ use anyhow::{Context, Result, ensure};
 use arms::Arm;
 use clap::Parser;
 use clients::Pool;
-use commonweal_runtime::{Cancel, Message};
+use commonweal_runtime::{Cancel, Role};
+use edge_client::sample::Sample;
 use federation::{Carrier, Federation, Plan, Workshop};
 use measure::Evaluation;
 use progress::Progress;
@@ -302,19 +303,19 @@ fn plan(cli: &Cli, common: &Config, evaluation: &Evaluation) -> Result<serde_jso
 /// Every text that anything learns from: clients, hostile ones, alignment, and what made base, guard and reviser.
 fn training_texts(data: &Path, pool: &Pool) -> Result<Vec<contamination::Named>> {
     let mut texts = Vec::new();
-    let mut add = |name: &str, conversation: &[Message]| {
-        texts.extend(measure::asked(conversation).map(|text| (name.to_owned(), text.to_owned())));
-    };
-    pool.samples().for_each(|sample| add("clients", sample.turns()));
+    let mut add = |name: &str, text: &str| texts.push((name.to_owned(), text.to_owned()));
+    for turn in pool.samples().flat_map(Sample::turns).filter(|turn| turn.role == Role::User) {
+        add("clients", &turn.content);
+    }
     for name in ["redteam", "before"] {
         let path = data.join(format!("{name}.jsonl"));
         if fs::metadata(&path).with_context(|| path.display().to_string())?.len() > 0 {
-            sets::read_prompts(&path)?.iter().for_each(|row| add(name, row));
+            let rows = sets::read_prompts(&path)?;
+            rows.iter().flat_map(|row| measure::asked(row)).for_each(|text| add(name, text));
         }
     }
-    for row in &sets::read_conversations(&data.join("replay.jsonl"))? {
-        add("replay", row);
-    }
+    let replay = sets::read_conversations(&data.join("replay.jsonl"))?;
+    replay.iter().flat_map(|row| measure::asked(row)).for_each(|text| add("replay", text));
     ensure!(!texts.is_empty(), "{}: expected training texts", data.display());
     Ok(texts)
 }
