@@ -11,12 +11,20 @@ from pathlib import Path
 
 # Reply-in-context and function-word tests: their safe rows sound unsafe by design.
 CONTRASTIVE = ("diasafety", "hatecheck")
+# No row of these was trained on, and none like it.
+UNSEEN = ("advbench", "do-not-answer", "harmbench", "hatecheck")
 # Much of what it asks sounds like any other question.
 HARMLESS_SOUNDING = ("do-not-answer",)
 
 
 def rate(r: dict) -> str:
     return "–" if not r["total"] else f"{100 * r['value']:.0f} % ({100 * r['low']:.0f}–{100 * r['high']:.0f})"
+
+
+def together(what: str, counts: list[dict]) -> None:
+    tp, fp, fn, tn = (sum(c[k] for c in counts) for k in ("true_positive", "false_positive", "false_negative", "true_negative"))
+    if tp + fp and tp + fn and fp + tn:
+        print(f"{what}: precision {tp / (tp + fp):.3f}, recall {tp / (tp + fn):.3f}, safe called unsafe {fp / (fp + tn):.3f} ({fp} of {fp + tn})")
 
 
 def evaluated(event: dict) -> None:
@@ -27,8 +35,8 @@ def evaluated(event: dict) -> None:
     print()
     for left_out in (CONTRASTIVE, CONTRASTIVE + HARMLESS_SOUNDING):
         kept = [f["counts"] for source, f in event["by_source"].items() if not source.startswith(left_out)]
-        tp, fp, fn, tn = (sum(c[k] for c in kept) for k in ("true_positive", "false_positive", "false_negative", "true_negative"))
-        print(f"without {', '.join(left_out)}: precision {tp / (tp + fp):.3f}, recall {tp / (tp + fn):.3f}, safe called unsafe {fp / (fp + tn):.3f}")
+        together(f"without {', '.join(left_out)}", kept)
+    together(f"only {', '.join(UNSEEN)}", [f["counts"] for source, f in event["by_source"].items() if source.startswith(UNSEEN)])
     print()
     print("| category | unsafe rows | found |\n|---|---|---|")
     for category, found in event["found_by_category"].items():

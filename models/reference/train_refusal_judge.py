@@ -1,8 +1,8 @@
 """Trains the second judge of `scripts/reproduce-paper`: does an answer refuse? A linear classifier over hashed n-grams.
 
-It shares neither rules with the first judge (`models/safety/src/refusal.rs`) nor rows with base, guard, reviser or any
-client: refusals come from `phrases/declines.py`, other answers from there and from replies of hh-rlhf (MIT) in buckets
-that `sources.py` keeps from training. Writes `judge/refusal.bin` (magic, bias, scale, one signed byte a bucket) and
+It shares no rule with the first judge (`models/safety/src/refusal.rs`) and no row with base, guard or reviser, and no arm
+trains by it: refusals come from `phrases/declines.py`, other answers from there and from replies of hh-rlhf (MIT) in buckets
+that `sources.py` keeps from them (clients hold rows of the same buckets). Writes `judge/refusal.bin` (magic, bias, scale, one signed byte a bucket) and
 `judge/golden.tsv`, by which `tests/src/bin/reproduce-paper/judge.rs` is held to the same features; prints the accuracy on
 patterns that were left out and on 155 replies of hh-rlhf that were read and labelled by hand (`judge/labels.txt` has the
 refusals among them).

@@ -1,7 +1,8 @@
 """A model's work in llama.cpp and in PyTorch with PEFT, in this process: models.py KIND SHAPE, in the peers' environment.
 
 Weights are random: time does not depend on them. All use as many threads as there are cores for them, ours are told the same
-number, and 4-bit weights in blocks of 32, but PyTorch, which trains in 32 bits. Called by ../bench_peers.py.
+number. llama.cpp's weights are Q4_0, 4 bits in blocks of 32; ours beside them have 4 bits in blocks of 128; PyTorch trains in
+32 bits. Called by ../bench_peers.py.
 """
 
 import ctypes

@@ -1,8 +1,10 @@
-"""Writes the golden checkpoints and values of every architecture but plain Llama, for tests/architectures.rs.
+"""Writes the golden checkpoints and values of every architecture but plain Llama, and of Llama 3's stretched rotary
+wavelengths, for tests/architectures.rs.
 
 The reference is Hugging Face's own implementation: run with Python 3, torch, safetensors and transformers (4.53.3 made
-the committed files): `python make_architectures.py [VARIANT …]`. Each checkpoint is random and tiny, in the form that the real ones
-have; the adapter is merged into the weights, in 64-bit floats, and its gradients come from autograd.
+the committed files, 4.51.3 `llama3-rope`): `python make_architectures.py [VARIANT …]`. Each checkpoint is random and tiny,
+in the form that the real ones have; the adapter is merged into the weights, in 64-bit floats, and its gradients come from
+autograd.
 """
 
 import json
@@ -35,6 +37,15 @@ VARIANTS = {
     "llama-bias": {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": True, "head_dim": 16,
         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    },
+    # Llama 3's stretched wavelengths: so short a context that wavelengths of each kind are among them.
+    "llama3-rope": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "head_dim": 16,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "max_position_embeddings": 512,
+        "rope_scaling": {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
     },
     "mistral": {
         "architectures": ["MistralForCausalLM"], "model_type": "mistral", "head_dim": 16, "sliding_window": 7,
@@ -76,6 +87,11 @@ VARIANTS = {
         "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
     },
 }  # fmt: skip
+# Each has its own, so that one can be added and the others stay as they are.
+SEEDS = {
+    "llama-bias": 100, "mistral": 101, "qwen2": 102, "qwen2-window": 103, "qwen3": 104, "smollm3": 105, "gemma2": 106,
+    "gemma3": 107, "llama3-rope": 108,
+}  # fmt: skip
 NAMES = {t: f"self_attn.{t}_proj" for t in "qkvo"} | {t: f"mlp.{t}_proj" for t in ("gate", "up", "down")}
 
 
@@ -106,10 +122,10 @@ def built(c):
 
 
 def main():
-    for seed, (variant, keys) in enumerate(VARIANTS.items(), 100):
+    for variant, keys in VARIANTS.items():
         if sys.argv[1:] and variant not in sys.argv[1:]:
             continue
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(SEEDS[variant])
         c = BASE | keys
         model = built(c)
         randomize(model, generator)

@@ -52,6 +52,15 @@ fn llama_with_biases() {
     agrees("llama-bias", Architecture::Llama, &Attention { bias: Bias::All, ..Attention::default() });
 }
 
+/// Short wavelengths as they are, long ones eight times as long, and some between.
+#[test]
+fn llama_with_stretched_wavelengths() {
+    let case = agrees("llama3-rope", Architecture::Llama, &Attention::default());
+    let scaling = case.package.manifest().model.rope_scaling.unwrap();
+    assert_eq!((scaling.factor, scaling.original_context), (8.0, 64));
+    other_graphs_agree(case);
+}
+
 #[test]
 fn mistral_with_its_window() {
     let window = Some(Window { tokens: 7, layers: vec![0, 1] });

@@ -1,6 +1,6 @@
 //! The second judge of answers: a small linear classifier over hashed word n-grams, trained by
-//! `models/reference/train_refusal_judge.py` on rows that neither the guard nor an arm has, and sharing no rule with
-//! `commonweal_safety::refusal`, the first. No arm trains it, no setting changes it.
+//! `models/reference/train_refusal_judge.py` on rows that neither base, guard nor reviser has, and sharing no rule with
+//! `commonweal_safety::refusal`, the first. No arm trains by it, no setting changes it.
 
 use std::collections::BTreeSet;
 
