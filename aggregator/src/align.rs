@@ -6,7 +6,7 @@
 
 use commonweal_adapter::{Adapter, Trainable};
 use commonweal_protocol::RoundId;
-use commonweal_runtime::{Message, Schedule, TrainOptions, Trainer, TrainingRow};
+use commonweal_runtime::{Message, Schedule, TrainOptions, Trainer, TrainingRow, memory};
 use commonweal_safety::refusal::is_refusal;
 use commonweal_safety::{Flagged, ReviseOptions, Revision};
 use rand::SeedableRng;
@@ -15,7 +15,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::config::Align;
 use crate::events::AlignFigures;
-use crate::laboratory::{Answered, Laboratory, LaboratoryError, REDTEAM};
+use crate::laboratory::{Answered, Laboratory, LaboratoryError, REDTEAM, shape};
 
 /// Aligns a merged adapter. The same round and candidate give the same result.
 pub fn align(
@@ -121,6 +121,11 @@ fn tune(
         trainable,
         ..TrainOptions::default()
     };
+    let longest = lessons.iter().chain(&replay).map(|row| row.ids.len()).max().unwrap_or(0);
+    let values = laboratory.model.layout().parameters();
+    let needed =
+        shape(laboratory.model.package())?.train_bytes(settings.batch * longest, options.graph, values);
+    memory::check("an alignment step", needed, memory::available(), "a smaller align.batch needs less")?;
     let mut trainer = Trainer::new(&laboratory.model, candidate, options)?;
     let mut lessons = Deck::new(&lessons);
     let mut replay = Deck::new(&replay);

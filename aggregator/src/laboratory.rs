@@ -9,9 +9,10 @@ use std::sync::Arc;
 use commonweal_adapter::{Adapter, AdapterFacts, AdapterKind, AdapterLayout, ReadError, disk};
 use commonweal_package::Package;
 use commonweal_protocol::BaseHash;
+use commonweal_runtime::memory::{self, Shape};
 use commonweal_runtime::{
     AdaptError, Cancel, ConversationError, DeviceError, GenerateOptions, InferError, Library, LibraryError,
-    Message, Model, OpenError, OpenOptions, PreparedAdapter, Prompt, TrainError,
+    MemoryError, Message, Model, OpenError, OpenOptions, PreparedAdapter, Prompt, TrainError,
 };
 use commonweal_safety::{Guard, GuardError, Judgement, Pair, ReviseError, Reviser};
 
@@ -33,6 +34,9 @@ pub enum LaboratoryError {
     /// The model.
     #[error("the model cannot be opened")]
     Open(#[from] OpenError),
+    /// The machine has no room for it.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// A file of the package.
     #[error("{}: cannot be read", path.display())]
     File {
@@ -114,6 +118,7 @@ impl LaboratoryError {
             Self::Library(_)
                 | Self::Package(_)
                 | Self::Open(_)
+                | Self::Memory(_)
                 | Self::Safety(_)
                 | Self::File { .. }
                 | Self::Cancelled
@@ -141,6 +146,11 @@ pub fn open_package(directory: &Path) -> Result<(Package, Base), LaboratoryError
     let package = Package::open(directory)?;
     let base = Base { hash: BaseHash(package.base().0), layout: Arc::new(package.layout().clone()) };
     Ok((package, base))
+}
+
+/// What of a package tells the memory that work on it needs.
+pub(crate) fn shape(package: &Package) -> Result<Shape<'_>, LaboratoryError> {
+    Shape::of(package).map_err(|source| LaboratoryError::File { path: package.weights(), source })
 }
 
 /// Whether a package can judge.
@@ -208,9 +218,16 @@ impl Laboratory {
         if let Some(provider) = &config.provider {
             library.add_provider(provider)?;
         }
+        let options = shape(package)?.fit(
+            "opening the package",
+            OpenOptions::default(),
+            memory::available(),
+            "a package of fewer bits or layers needs less",
+        )?;
+        // It opens the package already, where devices are tried.
         let (library, choice) = library.choose(&config.device, package)?;
         tracing::info!("{choice}");
-        let model = Model::open(&library, package, OpenOptions::default())?;
+        let model = Model::open(&library, package, options)?;
         // As a device opens them: a guard in a package of its own is a guard here too.
         let (guard, reviser) = if has_guard(package) {
             (Some(Guard::from_package(&model, cancel)?), Some(Reviser::from_package(&model)?))

@@ -11,7 +11,10 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use commonweal_adapter::disk::AdapterKind;
 use commonweal_package::Package;
-use commonweal_runtime::{DeviceError, Devices, Library, LibraryError, Model, OpenOptions};
+use commonweal_runtime::{
+    DeviceError, Devices, Library, LibraryError, Model, OpenOptions,
+    memory::{self, Shape},
+};
 use commonweal_safety::{
     ConfigError, Constitution, ConstitutionError, GuardConfig, Reviser, WordsError, calibrate::Target,
 };
@@ -241,9 +244,16 @@ fn run(cli: Cli) -> Result<()> {
             library.add_provider(provider)?;
         }
         let package = Package::open_base(package)?;
+        let lower = "a package of fewer bits or layers needs less";
+        let options = Shape::of(&package)?.fit(
+            "opening the package",
+            OpenOptions::default(),
+            memory::available(),
+            lower,
+        )?;
         let (library, choice) = library.choose(&cli.device, &package)?;
         eprintln!("{choice}");
-        Ok(Model::open(&library, &package, OpenOptions::default())?)
+        Ok(Model::open(&library, &package, options)?)
     };
     match cli.command {
         Command::Guard { files, config, recipe } => {

@@ -100,14 +100,15 @@ impl Evaluation {
     /// Every prompt, for the check against training sets.
     pub(crate) fn prompts(&self) -> Vec<Named> {
         let mut prompts = Vec::new();
-        let mut add = |name: &str, row: &[Message]| {
-            prompts.extend(asked(row).map(|text| (name.to_owned(), text.to_owned())));
+        let mut add = |name: &str, rows: &[Vec<Message>]| {
+            let said = rows.iter().flat_map(|row| asked(row));
+            prompts.extend(said.map(|text| (name.to_owned(), text.to_owned())));
         };
         for (name, rows) in &self.harmful {
-            rows.iter().for_each(|row| add(name, row));
+            add(name, rows);
         }
-        self.benign.iter().for_each(|row| add("benign", row));
-        self.held_out.iter().for_each(|row| add("held out", row));
+        add("benign", &self.benign);
+        add("held out", &self.held_out);
         prompts.extend(self.preferences.iter().map(|pair| ("preference".to_owned(), pair.prompt.clone())));
         prompts
     }
