@@ -119,11 +119,11 @@ mod tests {
     #[test]
     fn a_lease_is_over_when_either_clock_says_so() {
         let (lease, margin) = (Duration::from_secs(3600), Duration::from_secs(1200));
-        let until = Until::after(lease);
+        let (until, over) = (Until::after(lease), Until::after(Duration::ZERO));
         assert!(until.lasts(margin) && !until.lasts(lease));
-        assert!(!Until { wall: until.wall - lease, ..until }.lasts(margin));
-        assert!(!Until { steady: until.steady - lease, ..until }.lasts(margin));
-        assert!(!Until { wall: until.wall + lease, steady: until.steady - lease }.lasts(margin));
+        assert!(!Until { wall: over.wall, ..until }.lasts(margin));
+        assert!(!Until { steady: over.steady, ..until }.lasts(margin));
+        assert!(!Until { wall: until.wall + lease, ..over }.lasts(margin));
     }
 
     #[test]
