@@ -5,6 +5,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+#[global_allocator]
+static ALLOCATOR: aggregator::Allocator = aggregator::Allocator;
+
 fn main() -> ExitCode {
     commonweal_runtime::library::forbid_telemetry();
     let cli = aggregator::cli::Cli::parse();

@@ -95,6 +95,10 @@ struct Report {
     visiting: Vec<(Level, Used)>,
 }
 
+/// As the aggregator's program has it.
+#[global_allocator]
+static ALLOCATOR: aggregator::Allocator = aggregator::Allocator;
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     child::program("error", || match &arguments.part {

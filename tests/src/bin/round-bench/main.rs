@@ -95,6 +95,10 @@ struct Report {
     aggregator_peak_mb: Option<f64>,
 }
 
+/// As the aggregator's program has it.
+#[global_allocator]
+static ALLOCATOR: aggregator::Allocator = aggregator::Allocator;
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     child::program("warn", || match &arguments.serve {

@@ -76,6 +76,10 @@ struct Report {
     disks: Vec<disks::Spoiled>,
 }
 
+/// As the aggregator's program has it.
+#[global_allocator]
+static ALLOCATOR: aggregator::Allocator = aggregator::Allocator;
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     child::program("error", || match &arguments.part {
