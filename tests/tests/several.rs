@@ -1,13 +1,19 @@
-//! An aggregator of several processes over PostgreSQL: the real programs, models included, and `kill -9`.
+//! An aggregator of several processes over PostgreSQL and a folder or a bucket: the real programs, models included, and
+//! `kill -9`.
 #![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
 
 use std::{fs, path::Path};
 
-use aggregator::config;
+use aggregator::{
+    config,
+    store::{Access, Storage},
+};
+use commonweal_protocol::{Digest, bounds};
 use commonweal_tests::{
+    bucket::Bucket,
     federation::{Device, Federation},
     postgres::{self, Postgres},
-    program::{Finished, command},
+    program::{Finished, Running, command},
 };
 use serde_json::Value;
 
@@ -23,6 +29,22 @@ fn is_release(event: &Value) -> bool {
 
 fn is_later(event: &Value, release: &Value) -> bool {
     is_release(event) && event["version"].as_u64() > release["version"].as_u64()
+}
+
+/// A process in each of the directories, of which the first drives and the other stands by.
+fn drivers(directories: &[Federation; 2]) -> [Running; 2] {
+    let mut first = directories[0].serve_as("drive");
+    first.event("drives");
+    [first, directories[1].serve_as("drive")]
+}
+
+/// Each round is on record once, and every one but the first, which is the base's, became a release.
+fn check_rounds(federation: &Federation) {
+    let rounds = Finished::of(federation.verb("rounds").arg("--json")).with_code(0).objects();
+    for (record, round) in rounds.iter().zip(0..) {
+        assert_eq!(record["round"], round, "each round is on record once");
+        assert_eq!(record["outcome"], if round == 0 { "base" } else { "published" }, "{record}");
+    }
 }
 
 #[test]
@@ -117,38 +139,61 @@ fn who_drives_is_killed_and_another_goes_on_and_so_with_who_answers() {
     // The second front answers where the first did, as behind a balancer: it is started when that one is dead.
     let others = [first.elsewhere(), first.elsewhere()];
     let mut front = first.serve_as("front");
-    let mut drivers = Vec::new();
-    for directory in &others {
-        let mut driver = directory.serve_as("drive");
-        if drivers.is_empty() {
-            driver.event("drives");
-        }
-        drivers.push(driver);
-    }
+    let [mut driver, mut other] = drivers(&others);
     let devices = first.enrolled(2);
     for device in &devices {
         fs::write(device.state().join("device.toml"), "stall_seconds = 3\n").unwrap();
     }
     let running: Vec<_> = devices.iter().map(Device::run).collect();
-    let released = drivers[0].wait_for("a release", is_release);
+    let released = driver.wait_for("a release", is_release);
     // In the midst of a round.
     front.event("received");
-    drivers.remove(0).kill();
-    let mut driver = drivers.remove(0);
-    driver.event("drives");
-    // It may have to tell of the same release once more, where the other died between that and the record.
-    let next = driver.wait_for("a later release", |event| is_later(event, &released));
+    driver.kill();
+    other.event("drives");
+    // It may have to tell of the same release once more, where the one before died between that and the record.
+    let next = other.wait_for("a later release", |event| is_later(event, &released));
     front.event("received");
     front.kill();
     let front = first.serve_as("front");
-    driver.wait_for("a later release", |event| is_later(event, &next));
+    other.wait_for("a later release", |event| is_later(event, &next));
     drop(running);
-    assert_eq!((front.stop(), driver.stop()), (0, 0));
-    let rounds = Finished::of(first.verb("rounds").arg("--json")).with_code(0).objects();
-    for (record, round) in rounds.iter().zip(0..) {
-        assert_eq!(record["round"], round, "each round is on record once");
-        assert_eq!(record["outcome"], if round == 0 { "base" } else { "published" }, "{record}");
+    assert_eq!((front.stop(), other.stop()), (0, 0));
+    check_rounds(&first);
+}
+
+#[test]
+fn over_a_bucket_who_drives_is_killed_and_another_goes_on() {
+    let (Some(postgres), Some(bucket)) = (Postgres::start(), Bucket::start()) else { return };
+    let shared = tempfile::tempdir().unwrap();
+    let storage = bucket.settings(shared.path(), settings(&postgres, shared.path()));
+    let first = Federation::over(&storage, 1, |_| ());
+    let others = [first.elsewhere(), first.elsewhere()];
+    let mut front = first.serve_as("front");
+    let [mut driver, mut other] = drivers(&others);
+    let device = first.enrolled(1)[0].run();
+    let released = driver.wait_for("a release", is_release);
+    // The update is in the bucket and its row in the database; that is all that the other one has of it.
+    front.wait_for("an update of a later round", |event| {
+        event["event"] == "received" && event["round"].as_u64() > released["round"].as_u64()
+    });
+    driver.kill();
+    other.event("drives");
+    let next = other.wait_for("a later release", |event| is_later(event, &released));
+    device.stop();
+    assert_eq!((front.stop(), other.stop()), (0, 0));
+    check_rounds(&first);
+
+    let kept = Storage::of(shared.path(), &storage, Access::Shared).unwrap();
+    for event in [released, next] {
+        let digest: Digest = event["digest"].as_str().unwrap().parse().unwrap();
+        kept.blob.read_all(&digest, bounds::CONTENT_BYTES_MAX).unwrap();
     }
+    for directory in [&first, &others[0], &others[1]] {
+        for name in ["aggregator.db", "blobs"] {
+            assert!(!directory.state().join(name).exists(), "{name} beside the stores that are shared");
+        }
+    }
+    assert!(!shared.path().join("objects").exists(), "objects in a folder");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The stores that several machines share: PostgreSQL and a bucket that speaks S3, each a real server on the loopback.
 #![allow(clippy::unwrap_used, reason = "a test that cannot get its value has failed")]
 
+use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +27,41 @@ fn a_bucket_keeps_the_contract() {
     let Some(bucket) = Bucket::start() else { return };
     let dir = tempfile::tempdir().unwrap();
     contract::suite(&open(&bucket.settings(dir.path(), config::Storage::default()), &dir));
+}
+
+#[test]
+fn a_database_and_a_bucket_together_keep_the_contract() {
+    let (Some(postgres), Some(bucket)) = (Postgres::start(), Bucket::start()) else { return };
+    let dir = tempfile::tempdir().unwrap();
+    contract::suite(&open(&bucket.settings(dir.path(), postgres.settings(dir.path())), &dir));
+    assert_eq!(
+        fs::read_dir(dir.path()).unwrap().count(),
+        2,
+        "two files of secrets, and nothing of the stores'"
+    );
+}
+
+#[test]
+fn a_bucket_is_its_databases_alone_and_both_are_there_for_the_next_process() {
+    let (Some(mut postgres), Some(bucket)) = (Postgres::start(), Bucket::start()) else { return };
+    let [one, next] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let settings = bucket.settings(one.path(), postgres.settings(one.path()));
+    let name = Digest::of(b"update");
+    let storage = open(&settings, &one);
+    storage.blob.put_if_absent(&name, 6, &mut b"update".as_slice()).unwrap();
+    storage.inbox.append_once("round", "a", name.to_string().as_bytes()).unwrap();
+    drop(storage);
+    postgres.crash();
+    let storage = open(&settings, &next);
+    let found = storage.inbox.find("round", "a").unwrap().unwrap();
+    assert_eq!(found, name.to_string().as_bytes());
+    assert_eq!(storage.blob.read_all(&name, 6).unwrap(), b"update");
+
+    // Another federation's database, which would delete what it does not name.
+    let other = config::Storage { coordination: Some(postgres.database("other")), ..settings };
+    let refused = Storage::of(next.path(), &other, Access::Shared).unwrap_err();
+    assert!(matches!(refused, StoreError::Foreign { .. }), "{refused}");
+    assert_eq!(storage.blob.list(None, 9).unwrap(), [name]);
 }
 
 #[test]
@@ -168,7 +204,7 @@ fn nobody_comes_in_without_the_password() {
     let Some(postgres) = Postgres::start() else { return };
     let dir = tempfile::tempdir().unwrap();
     let mut settings = postgres.settings(dir.path());
-    std::fs::write(settings.password_file.as_ref().unwrap(), "another").unwrap();
+    fs::write(settings.password_file.as_ref().unwrap(), "another").unwrap();
     let error = Storage::of(dir.path(), &settings, Access::Shared).unwrap_err();
     assert!(error.is_determinate());
     settings.password_file = None;
@@ -196,7 +232,7 @@ fn between_machines_the_server_has_to_show_who_it_is() {
     postgres.secure(&shown.cert.pem(), &shown.signing_key.serialize_pem());
     let trusting = |pem: &str, host: &str| {
         let authority = dir.path().join("authority.pem");
-        std::fs::write(&authority, pem).unwrap();
+        fs::write(&authority, pem).unwrap();
         let settings = postgres.settings(dir.path());
         let url = settings.coordination.as_ref().unwrap().replace("127.0.0.1", host);
         let coordination = Some(format!("{url}?sslmode=require"));
