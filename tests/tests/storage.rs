@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use aggregator::config;
-use aggregator::store::{Access, Append, Storage, StoreError, contract};
+use aggregator::store::{Access, Append, PostgresStore, Storage, StoreError, contract};
 use commonweal_protocol::Digest;
 use commonweal_tests::{bucket::Bucket, postgres::Postgres};
 
@@ -169,6 +169,23 @@ fn a_newer_schema_is_refused_by_name_and_many_may_start_at_once() {
     let error = Storage::of(dir.path(), &settings, Access::Shared).unwrap_err();
     assert!(error.to_string().contains("expected schema version 1, got 99"), "{error}");
     assert!(matches!(error, StoreError::Schema { .. }));
+}
+
+#[test]
+fn a_later_versions_schema_keeps_what_is_stored_or_is_not_there() {
+    let Some(postgres) = Postgres::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let settings = postgres.settings(dir.path());
+    contract::migration(
+        |further| PostgresStore::open_later(&settings, further),
+        "ALTER TABLE commonweal_item ADD COLUMN note TEXT NOT NULL DEFAULT 'later'; \
+         UPDATE commonweal_item SET note = 'before'",
+        "CREATE TABLE commonweal_half (whole INTEGER NOT NULL); INSERT INTO commonweal_half VALUES (NULL)",
+    );
+    assert_eq!(postgres.sql("SELECT version FROM commonweal_schema_version ORDER BY 1"), "1\n2");
+    let notes = postgres.sql("SELECT note, count(*) FROM commonweal_item GROUP BY 1 ORDER BY 1");
+    assert_eq!(notes, "before|30\nlater|2", "the change was made of what was there");
+    assert_eq!(postgres.sql("SELECT to_regclass('commonweal_half') IS NULL"), "t");
 }
 
 #[test]

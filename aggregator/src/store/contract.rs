@@ -1,9 +1,12 @@
-//! The contract of the stores: one suite per trait, run on every backend. Behind the cargo feature `contract`, for the
-//! tests of backends that need a server.
+//! The contract of the stores: one suite per trait, run on every backend, and that of a schema's change
+//! (`contract/migration.rs`), run on every database. Behind the cargo feature `contract`, for the tests of backends that
+//! need a server.
 //!
 //! A case panics where the contract is broken. Each begins with empty stores.
 
 #![expect(clippy::unwrap_used, reason = "a case of the suite fails by panicking")]
+
+mod migration;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -16,6 +19,8 @@ use super::{
     Append, Blob, Coord, Entry, Inbox, Item, Lead, NAME_BYTES_MAX, Put, Storage, StoreError, VALUE_BYTES_MAX,
     Watch, While,
 };
+
+pub use migration::migration;
 
 /// All five traits, alone and from many threads.
 pub fn suite(storage: &Storage) {

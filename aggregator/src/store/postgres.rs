@@ -59,6 +59,23 @@ impl PostgresStore {
         settings: &config::Storage,
         bridge: Arc<Bridge>,
     ) -> Result<Self, StoreError> {
+        Self::open_with(url, settings, bridge, schema::MIGRATIONS.to_vec())
+    }
+
+    /// As a program of a later version does, which has further migrations behind this one's.
+    #[cfg(any(test, feature = "contract"))]
+    pub fn open_later(settings: &config::Storage, further: &[&'static str]) -> Result<Self, StoreError> {
+        let bridge = Bridge::start().map_err(|error| StoreError::not_done("open", "a runtime", error))?;
+        let url = settings.coordination.as_deref().unwrap_or_default();
+        Self::open_with(url, settings, bridge, [schema::MIGRATIONS, further].concat())
+    }
+
+    fn open_with(
+        url: &str,
+        settings: &config::Storage,
+        bridge: Arc<Bridge>,
+        migrations: Vec<&'static str>,
+    ) -> Result<Self, StoreError> {
         let way = Way::find(url, settings)?;
         let manager = Manager::from_config(
             way.config.clone(),
@@ -74,17 +91,17 @@ impl PostgresStore {
             .build()
             .map_err(|error| StoreError::not_done("open", &way.subject, error))?;
         let store = Self { bridge, pool, way };
-        store.prepare()?;
+        store.prepare(migrations)?;
         Ok(store)
     }
 
-    fn prepare(&self) -> Result<(), StoreError> {
+    fn prepare(&self, migrations: Vec<&'static str>) -> Result<(), StoreError> {
         let (pool, subject) = (self.pool.clone(), self.way.subject.clone());
         let prepared = self.bridge.wait(PATIENCE, async move {
             let mut client =
                 pool.get().await.map_err(|error| StoreError::not_done("reach", &subject, error))?;
             connect::check(&client, &subject).await?;
-            schema::migrate(&mut client, &subject).await
+            schema::migrate(&mut client, &subject, &migrations).await
         });
         prepared.unwrap_or_else(|late| Err(StoreError::not_done("reach", &self.way.subject, late)))
     }

@@ -9,8 +9,8 @@ use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, 
 
 use super::{Append, Coord, Entry, Inbox, Item, PAGE_MAX, StoreError, While, check_bounds};
 
-const SCHEMA_VERSION: i64 = 1;
-const SCHEMA: &str = "
+/// Each brings the schema from its index to the next number, `user_version`. What was released is never changed.
+const MIGRATIONS: &[&str] = &["
 CREATE TABLE coord (
     log TEXT NOT NULL, sequence INTEGER NOT NULL, value BLOB NOT NULL,
     PRIMARY KEY (log, sequence)
@@ -21,8 +21,7 @@ CREATE TABLE inbox (
     acknowledged INTEGER NOT NULL DEFAULT 0,
     PRIMARY KEY (queue, key)
 ) WITHOUT ROWID;
-PRAGMA user_version = 1;
-";
+"];
 
 /// One database file; calls are serialized, each a transaction of its own.
 #[derive(Debug)]
@@ -33,6 +32,16 @@ pub struct SqliteStore {
 impl SqliteStore {
     /// Opens or creates the database at `path`.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
+        Self::open_with(path, MIGRATIONS)
+    }
+
+    /// As a program of a later version does, which has further migrations behind this one's.
+    #[cfg(any(test, feature = "contract"))]
+    pub fn open_later(path: &Path, further: &[&str]) -> Result<Self, StoreError> {
+        Self::open_with(path, &[MIGRATIONS, further].concat())
+    }
+
+    fn open_with(path: &Path, migrations: &[&str]) -> Result<Self, StoreError> {
         let subject = path.display().to_string();
         let failed = |error: rusqlite::Error| StoreError::not_done("open", &subject, error);
         let connection = Connection::open(path).map_err(failed)?;
@@ -40,27 +49,24 @@ impl SqliteStore {
         connection.pragma_update(None, "journal_mode", "WAL").map_err(failed)?;
         connection.pragma_update(None, "synchronous", "FULL").map_err(failed)?;
         let mut store = Self { connection: Mutex::new(connection) };
-        store.migrate(&subject)?;
+        store.migrate(&subject, migrations)?;
         Ok(store)
     }
 
-    fn migrate(&mut self, subject: &str) -> Result<(), StoreError> {
+    /// Brings the schema up to date: to the version behind the last of `migrations`, or, where one fails, nowhere.
+    fn migrate(&mut self, subject: &str, migrations: &[&str]) -> Result<(), StoreError> {
         let failed = |error: rusqlite::Error| StoreError::not_done("open", subject, error);
         let connection = self.connection.get_mut().unwrap_or_else(PoisonError::into_inner);
         let transaction =
             connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(failed)?;
-        let version: i64 =
-            transaction.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(failed)?;
-        match version {
-            0 => transaction.execute_batch(SCHEMA).map_err(failed)?,
-            SCHEMA_VERSION => {}
-            found => {
-                return Err(StoreError::Schema {
-                    subject: subject.to_owned(),
-                    expected: SCHEMA_VERSION,
-                    got: found,
-                });
-            }
+        let got: i64 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(failed)?;
+        let expected = migrations.len() as i64;
+        if !(0..=expected).contains(&got) {
+            return Err(StoreError::Schema { subject: subject.to_owned(), expected, got });
+        }
+        for (version, change) in (1_i64..).zip(migrations).skip(got as usize) {
+            transaction.execute_batch(change).map_err(failed)?;
+            transaction.pragma_update(None, "user_version", version).map_err(failed)?;
         }
         transaction.commit().map_err(failed)
     }

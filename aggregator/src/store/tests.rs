@@ -9,7 +9,7 @@ use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 
 use super::bridge::Bridge;
-use super::contract::suite;
+use super::contract::{migration, suite};
 use super::*;
 
 fn digest(bytes: &[u8]) -> Digest {
@@ -91,6 +91,27 @@ fn a_newer_schema_is_refused() {
     rusqlite::Connection::open(&path).unwrap().pragma_update(None, "user_version", 99).unwrap();
     let error = SqliteStore::open(&path).unwrap_err();
     assert!(error.to_string().contains("expected schema version 1, got 99"), "{error}");
+}
+
+#[test]
+fn a_later_versions_schema_keeps_what_is_stored_or_is_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("aggregator.db");
+    migration(
+        |further| SqliteStore::open_later(&path, further),
+        "ALTER TABLE inbox ADD COLUMN note TEXT NOT NULL DEFAULT 'later'; UPDATE inbox SET note = 'before'",
+        "CREATE TABLE half (whole INTEGER NOT NULL); INSERT INTO half VALUES (NULL)",
+    );
+    let connection = rusqlite::Connection::open(&path).unwrap();
+    let count = |sql: &str| connection.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap();
+    assert_eq!(count("PRAGMA user_version"), 2);
+    assert_eq!(
+        count("SELECT count(*) FROM inbox WHERE note = 'before'"),
+        30,
+        "the change was made of what was there"
+    );
+    assert_eq!(count("SELECT count(*) FROM inbox WHERE note = 'later'"), 2);
+    assert_eq!(count("SELECT count(*) FROM sqlite_schema WHERE name = 'half'"), 0);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use super::Cause;
 use crate::store::StoreError;
 
 /// Each brings the schema from its index to the next number. A file that was released is never changed.
-const MIGRATIONS: [&str; 1] = [include_str!("0001_logs_and_queues.sql")];
+pub(super) const MIGRATIONS: &[&str] = &[include_str!("0001_logs_and_queues.sql")];
 
 /// Programs that start at once migrate one after the other. The number is this project's own.
 const LOCK: i64 = 0x636f_6d6d_6f6e_7765;
@@ -15,15 +15,16 @@ const VERSIONS: &str = "CREATE TABLE IF NOT EXISTS commonweal_schema_version (
     version INTEGER PRIMARY KEY, applied_at TIMESTAMPTZ NOT NULL DEFAULT now()
 )";
 
-/// The version that this program works with.
-pub(super) const fn newest() -> i32 {
-    MIGRATIONS.len() as i32
-}
-
-/// Brings the schema up to date. With an up-to-date one, nothing is written and no right to make tables is needed.
-pub(super) async fn migrate(client: &mut Client, subject: &str) -> Result<(), StoreError> {
+/// Brings the schema up to date: to the version behind the last of `migrations`, or, where one fails, nowhere. With an
+/// up-to-date one, nothing is written and no right to make tables is needed.
+pub(super) async fn migrate(
+    client: &mut Client,
+    subject: &str,
+    migrations: &[&str],
+) -> Result<(), StoreError> {
     let failed = |error: tokio_postgres::Error| StoreError::not_done("open", subject, Cause::from(error));
-    if check(found(client).await.map_err(failed)?, subject)? == newest() {
+    let newest = migrations.len() as i32;
+    if check(found(client).await.map_err(failed)?, newest, subject)? == newest {
         return Ok(());
     }
     let transaction = client.transaction().await.map_err(failed)?;
@@ -35,8 +36,8 @@ pub(super) async fn migrate(client: &mut Client, subject: &str) -> Result<(), St
         .and_then(|row| row.try_get(0))
         .map_err(failed)?;
     // Somebody else may have been here first.
-    let found = check(found, subject)?;
-    for (version, change) in (1_i32..).zip(MIGRATIONS).skip(found as usize) {
+    let found = check(found, newest, subject)?;
+    for (version, change) in (1_i32..).zip(migrations).skip(found as usize) {
         transaction.batch_execute(change).await.map_err(failed)?;
         transaction
             .execute("INSERT INTO commonweal_schema_version (version) VALUES ($1)", &[&version])
@@ -60,9 +61,9 @@ async fn found(client: &Client) -> Result<i32, tokio_postgres::Error> {
     row.try_get(0)
 }
 
-fn check(found: i32, subject: &str) -> Result<i32, StoreError> {
-    if (0..=newest()).contains(&found) {
+fn check(found: i32, newest: i32, subject: &str) -> Result<i32, StoreError> {
+    if (0..=newest).contains(&found) {
         return Ok(found);
     }
-    Err(StoreError::Schema { subject: subject.to_owned(), expected: newest().into(), got: found.into() })
+    Err(StoreError::Schema { subject: subject.to_owned(), expected: newest.into(), got: found.into() })
 }
