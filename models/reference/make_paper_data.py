@@ -33,6 +33,8 @@ CLIENT_BUCKETS, PREFERENCE_BUCKETS = range(30, 70), range(70, 100)
 # A harmful request is obeyed in so many ways, each another row: a quarter of the clients' rows would else be too few.
 WAYS = 2
 MEDQUAD_SHARE = (1, 2, 3, 6)  # of 16; the base has 0, 4, 8 and 12, the guard 0, their tests 5
+# A set that the program reads has no more.
+FILE_ROWS_MAX = 100_000
 # Two texts with so many of their three-word runs in common are one. Stricter than the check that ends a run.
 NEAR = 0.6
 # A document of the pretraining that holds so many of a prompt's runs holds the prompt.
@@ -273,7 +275,8 @@ def main() -> None:
         write_jsonl(part / f"eval_{name}.jsonl", [chat(text) for text in texts])
     write_jsonl(part / "benign.jsonl", [chat(text) for text in innocent])
     write_jsonl(part / "preference.jsonl", prefer)
-    write_jsonl(part / "before.jsonl", [chat(text) for text in before])
+    for number, at in enumerate(range(0, len(before), FILE_ROWS_MAX), 1):
+        write_jsonl(part / f"before_{number}.jsonl", [chat(text) for text in before[at : at + FILE_ROWS_MAX]])
     for path in sorted(part.glob("*.jsonl")):
         counts[path.name] = sum(1 for _ in path.open())
     groups = Counter(row["group"].split("/")[0] for row in benign)

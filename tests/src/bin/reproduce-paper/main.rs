@@ -307,12 +307,12 @@ fn training_texts(data: &Path, pool: &Pool) -> Result<Vec<contamination::Named>>
     for turn in pool.samples().flat_map(Sample::turns).filter(|turn| turn.role == Role::User) {
         add("clients", &turn.content);
     }
-    for name in ["redteam", "before"] {
-        let path = data.join(format!("{name}.jsonl"));
-        if fs::metadata(&path).with_context(|| path.display().to_string())?.len() > 0 {
-            let rows = sets::read_prompts(&path)?;
-            rows.iter().flat_map(|row| measure::asked(row)).for_each(|text| add(name, text));
-        }
+    let before = measure::files(data, "before_")?;
+    ensure!(!before.is_empty(), "{}: expected what base, guard and reviser learned from", data.display());
+    for path in before.iter().chain([&data.join("redteam.jsonl")]) {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+        let rows = sets::read_prompts(path)?;
+        rows.iter().flat_map(|row| measure::asked(row)).for_each(|text| add(&name, text));
     }
     let replay = sets::read_conversations(&data.join("replay.jsonl"))?;
     replay.iter().flat_map(|row| measure::asked(row)).for_each(|text| add("replay", text));

@@ -68,7 +68,7 @@ impl Evaluation {
     /// Reads `eval_*.jsonl`, `benign.jsonl`, `held_out.jsonl` and `preference.jsonl`, at most `rows_max` of each.
     pub(crate) fn read(folder: &Path, rows_max: usize, answer_tokens_max: usize) -> Result<Self> {
         let mut harmful = Vec::new();
-        for path in evaluation_files(folder)? {
+        for path in files(folder, "eval_")? {
             let name = path.file_stem().unwrap_or_default().to_string_lossy();
             let name = name.trim_start_matches("eval_").to_owned();
             harmful.push((name, first(sets::read_prompts(&path)?, rows_max)));
@@ -200,12 +200,13 @@ pub(crate) fn asked(conversation: &[Message]) -> impl Iterator<Item = &str> {
     said.map(|message| message.content.as_str())
 }
 
-fn evaluation_files(folder: &Path) -> Result<Vec<PathBuf>> {
+/// The files of a folder whose names begin so, in order.
+pub(crate) fn files(folder: &Path, begins: &str) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with("eval_") && name.ends_with(".jsonl") {
+        if name.starts_with(begins) && name.ends_with(".jsonl") {
             files.push(path);
         }
     }
