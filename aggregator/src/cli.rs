@@ -50,7 +50,7 @@ pub struct Cli {
     /// The state directory.
     #[arg(long, global = true, default_value = "aggregator-state", env = "COMMONWEAL_DIR")]
     dir: PathBuf,
-    /// JSON lines on stdout in place of sentences.
+    /// JSON lines in place of sentences: results on stdout, diagnostics on stderr.
     #[arg(long, global = true, env = "COMMONWEAL_JSON")]
     json: bool,
     /// Change a setting, such as round.goal=8; may be repeated, overrules all else.
@@ -58,6 +58,13 @@ pub struct Cli {
     set: Vec<String>,
     #[command(subcommand)]
     verb: Verb,
+}
+
+impl Cli {
+    /// Whether what is told is JSON and not sentences.
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
 }
 
 #[derive(Debug, Subcommand)]

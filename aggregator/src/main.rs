@@ -13,7 +13,12 @@ fn main() -> ExitCode {
     let cli = aggregator::cli::Cli::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_env("COMMONWEAL_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let diagnostics = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    if cli.is_json() {
+        diagnostics.json().init();
+    } else {
+        diagnostics.init();
+    }
     match aggregator::cli::run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

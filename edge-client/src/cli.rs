@@ -95,7 +95,7 @@ pub struct Shared {
     /// can be followed to the release [default: none]
     #[arg(long, global = true, env = "COMMONWEAL_TRACES", value_name = "http://HOST:PORT")]
     pub traces: Option<String>,
-    /// One JSON object a line on stdout
+    /// One JSON object a line: results on stdout, diagnostics on stderr
     #[arg(long, global = true)]
     pub json: bool,
 }

@@ -10,11 +10,16 @@ use edge_client::cli::{self, Cli};
 
 fn main() -> ExitCode {
     commonweal_runtime::library::forbid_telemetry();
+    let cli = Cli::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,ort=warn"));
     let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(io::stderr).init();
-    let cli = Cli::parse();
+    let diagnostics = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    if cli.shared.json {
+        diagnostics.json().init();
+    } else {
+        diagnostics.with_ansi(colours).init();
+    }
     match cli::run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

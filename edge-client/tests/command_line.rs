@@ -106,6 +106,30 @@ fn a_wrong_file_is_not_told_line_by_line_for_ever() {
 }
 
 #[test]
+fn diagnostics_are_json_lines_where_results_are() {
+    let directory = tempfile::tempdir().unwrap();
+    let rows = directory.path().join("rows.jsonl");
+    fs::write(&rows, format!("nonsense\n{GOOD}\n")).unwrap();
+    let add = |flags: &[&str]| {
+        let mut command = edge(&["add", rows.to_str().unwrap()]);
+        let output =
+            command.args(flags).arg("--dir").arg(directory.path()).env("RUST_LOG", "warn").output().unwrap();
+        assert!(output.status.success(), "{}", stderr(&output));
+        stderr(&output)
+    };
+    let told = add(&["--json"]);
+    let objects: Vec<serde_json::Value> =
+        told.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(objects.len(), 1, "{told}");
+    assert_eq!((&objects[0]["level"], &objects[0]["target"]), (&"WARN".into(), &"edge_client::cli::open".into()));
+    let message = objects[0]["fields"]["message"].as_str().unwrap();
+    assert!(message.contains("rows.jsonl: line 1:"), "{message}");
+    // A person gets the same as a sentence.
+    let told = add(&[]);
+    assert!(told.contains("rows.jsonl: line 1:") && !told.trim_start().starts_with('{'), "{told}");
+}
+
+#[test]
 fn a_reader_who_has_gone_is_no_panic() {
     let directory = tempfile::tempdir().unwrap();
     let (reader, writer) = std::io::pipe().unwrap();

@@ -178,11 +178,19 @@ fn a_port_that_is_taken_is_named_and_off_is_off() {
         config.admin.listen = Listen::Off;
     });
     let mut serve = federation.verb("serve");
-    serve.arg("--json").env_remove("COMMONWEAL_ADMIN");
-    let mut running =
-        commonweal_tests::program::Running::start("aggregator", &mut serve, &federation.path("off.log"));
+    serve.arg("--json").env_remove("COMMONWEAL_ADMIN").env("COMMONWEAL_LOG", "info");
+    let log = federation.path("off.log");
+    let mut running = commonweal_tests::program::Running::start("aggregator", &mut serve, &log);
     assert!(running.event("listening")["admin"].is_null());
     assert_eq!(running.stop(), 0);
+    // Where events are JSON, diagnostics are too.
+    let log = std::fs::read_to_string(log).unwrap();
+    let line = log.lines().find(|line| line.contains("aggregator::laboratory"));
+    let line = line.unwrap_or_else(|| panic!("no word on what the model runs on in\n{log}"));
+    let told: serde_json::Value =
+        serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+    assert_eq!((&told["level"], &told["target"]), (&"INFO".into(), &"aggregator::laboratory".into()));
+    assert!(told["fields"]["message"].as_str().unwrap().starts_with("device "), "{told}");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The devices of the load: identities that visit over connections of their own. Links, checks of signatures and digests
-//! are the device's own; nothing is kept on a disk, so that the aggregator's is measured alone.
+//! are the device's own; nothing is kept on a disk, so that the aggregator's is measured alone. A visit makes its connection,
+//! or finds the one of before (`kept.rs`).
 
 use std::{
     collections::VecDeque,
@@ -22,7 +23,10 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 use tokio::{runtime::Runtime, task::JoinSet};
 
-use crate::Arguments;
+use crate::{
+    Arguments,
+    kept::{Kept, Room},
+};
 
 /// Enrolments at once: those that an aggregator allows one address.
 const ENROLLING_AT_ONCE: u32 = 8;
@@ -44,6 +48,9 @@ struct Shared {
     /// Every device's update: what it holds is the same, what it is counted by is not.
     update: Packed,
     waiting: Mutex<VecDeque<Device>>,
+    /// Whether devices keep their connections.
+    reuse: bool,
+    room: Arc<Room>,
     counts: Counts,
 }
 
@@ -52,6 +59,7 @@ struct Device {
     credentials: Credentials,
     installed: Option<Version>,
     delivered: Option<RoundId>,
+    kept: Option<Kept>,
 }
 
 #[derive(Default)]
@@ -77,7 +85,11 @@ pub(super) struct Level {
     pub(super) seconds: f64,
     /// Visits that came to their end.
     pub(super) visits: u64,
-    /// From the first packet to the answer about work: the connection is made in it.
+    /// Over a connection that was kept from the visit before.
+    pub(super) reused: u64,
+    /// Devices that are connected between two visits, at its end.
+    pub(super) connected: usize,
+    /// From the first packet to the answer about work: the connection is made in it, unless it was kept.
     pub(super) poll: Quantiles,
     pub(super) visit: Quantiles,
     pub(super) updates: u64,
@@ -100,6 +112,8 @@ impl Level {
 struct Took {
     poll: Duration,
     visit: Duration,
+    /// Over a connection that was there.
+    reused: bool,
 }
 
 impl Fleet {
@@ -119,6 +133,8 @@ impl Fleet {
             visits: AtomicUsize::new(0),
             update,
             waiting: Mutex::default(),
+            reuse: arguments.reuse,
+            room: Arc::default(),
             counts: Counts::default(),
         });
         let invitations: VecDeque<Invitation> =
@@ -134,19 +150,23 @@ impl Fleet {
                     invitation.port = shared.port()?;
                     let begun = Instant::now();
                     let credentials = enroll(&invitation).await?;
-                    times.push(Took { poll: begun.elapsed(), visit: begun.elapsed() });
-                    shared.put_back(Device { credentials, installed: None, delivered: None });
+                    times.push(Took { poll: begun.elapsed(), visit: begun.elapsed(), reused: false });
+                    shared.put_back(Device { credentials, installed: None, delivered: None, kept: None });
                 }
             }
         };
         let begun = Instant::now();
         let times = runtime.block_on(together(ENROLLING_AT_ONCE, enrol))?;
-        let level = shared.counts.level(ENROLLING_AT_ONCE, begun.elapsed(), &times);
+        let level = shared.level(ENROLLING_AT_ONCE, begun.elapsed(), &times);
         Ok((Self { runtime, shared }, level))
     }
 
     /// Lets `at_once` devices visit at any time, whoever waited longest next.
     pub(super) fn visit(&mut self, at_once: u32, seconds: u64) -> Result<Level> {
+        {
+            let _inside = self.runtime.enter();
+            self.shared.make_room(at_once);
+        }
         let begun = Instant::now();
         let end = begun + Duration::from_secs(seconds);
         let visits = || {
@@ -166,7 +186,7 @@ impl Fleet {
             }
         };
         let times = self.runtime.block_on(together(at_once, visits))?;
-        let level = self.shared.counts.level(at_once, begun.elapsed(), &times);
+        let level = self.shared.level(at_once, begun.elapsed(), &times);
         ensure!(level.visits > 0, "no visit of {at_once} at once came to its end");
         Ok(level)
     }
@@ -223,12 +243,30 @@ impl Shared {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push_back(device);
     }
 
+    /// Gives up the connections that have no room beside so many visits at once.
+    fn make_room(&self, at_once: u32) {
+        if self.reuse {
+            self.room.resize(self.ports.len(), at_once);
+        }
+        for device in self.waiting.lock().unwrap_or_else(PoisonError::into_inner).iter_mut() {
+            if !self.room.is_over() {
+                break;
+            }
+            device.kept = None;
+        }
+    }
+
     async fn visit(&self, device: &mut Device) -> Result<Took, LinkError> {
         let begun = Instant::now();
-        let credentials = device.credentials.clone();
-        let key = *credentials.signing_key();
-        let port = self.port().unwrap_or_default();
-        let link = QuicLink::new(&self.host, port, credentials, limits(), Clock::system())?;
+        let key = *device.credentials.signing_key();
+        // Of a visit that fails it is given up.
+        let (link, place) = match device.kept.take().filter(Kept::is_fresh) {
+            Some(Kept { link, place, .. }) => (link, Some(place)),
+            None => {
+                let (port, credentials) = (self.port().unwrap_or_default(), device.credentials.clone());
+                (QuicLink::new(&self.host, port, credentials, limits(), Clock::system())?, None)
+            }
+        };
         let reply = link
             .poll(Poll { base: BASE, installed: device.installed, key: KeyNumber(0), trouble: None })
             .await?;
@@ -243,7 +281,9 @@ impl Shared {
             self.deliver(&link, &key, task.round).await?;
             device.delivered = Some(task.round);
         }
-        Ok(Took { poll, visit: begun.elapsed() })
+        let reused = place.is_some();
+        device.kept = place.or_else(|| self.room.take()).map(|place| Kept::new(link, place));
+        Ok(Took { poll, visit: begun.elapsed(), reused })
     }
 
     async fn deliver(&self, link: &QuicLink, key: &AggregatorKey, round: RoundId) -> Result<(), LinkError> {
@@ -253,6 +293,25 @@ impl Shared {
         let counter = if uploaded.receipt.verify(key).is_ok() { &counts.updates } else { &counts.failed };
         counter.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// The counts since the last call, with the times.
+    fn level(&self, at_once: u32, passed: Duration, times: &[Took]) -> Level {
+        let counts = &self.counts;
+        let take = |counter: &AtomicU64| counter.swap(0, Ordering::Relaxed);
+        Level {
+            at_once,
+            seconds: passed.as_secs_f64(),
+            visits: times.len() as u64,
+            reused: times.iter().filter(|took| took.reused).count() as u64,
+            connected: self.room.held(),
+            poll: quantiles(times.iter().map(|took| took.poll)),
+            visit: quantiles(times.iter().map(|took| took.visit)),
+            updates: take(&counts.updates),
+            fetched: take(&counts.fetched),
+            busy: take(&counts.busy),
+            failed: take(&counts.failed),
+        }
     }
 }
 
@@ -267,22 +326,6 @@ impl Counts {
                 self.failed.fetch_add(1, Ordering::Relaxed)
             }
         };
-    }
-
-    /// The counts since the last call, with the times.
-    fn level(&self, at_once: u32, passed: Duration, times: &[Took]) -> Level {
-        let take = |counter: &AtomicU64| counter.swap(0, Ordering::Relaxed);
-        Level {
-            at_once,
-            seconds: passed.as_secs_f64(),
-            visits: times.len() as u64,
-            poll: quantiles(times.iter().map(|took| took.poll)),
-            visit: quantiles(times.iter().map(|took| took.visit)),
-            updates: take(&self.updates),
-            fetched: take(&self.fetched),
-            busy: take(&self.busy),
-            failed: take(&self.failed),
-        }
     }
 }
 

@@ -2,11 +2,13 @@
 //! disks. How much it answers, how fast, and what gives way first.
 //!
 //! The aggregator is a process of its own (`serving.rs`), or several over a PostgreSQL (`site.rs`); the devices are here (`devices.rs`). All enrol over the network
-//! first. Then, for each number of them that visit at once, devices come for a while, each visit with one connection: it
+//! first. Then, for each number of them that visit at once, devices come for a while, each visit with a connection of its
+//! own, or with `--reuse` over the one of the visit before, if there was room to keep it (`kept.rs`): it
 //! asks for work, fetches the release if it has another, delivers an update if it got a task. There is no model. Devices
 //! and aggregator share the processors, so the aggregator's own share of the time is told beside the rate.
 
 mod devices;
+mod kept;
 mod process;
 mod serving;
 mod share;
@@ -28,7 +30,11 @@ use site::Site;
 ///
 /// Prints a line for each number of devices that visit at once. Exit codes: 0 done, 1 failed, 2 usage.
 #[derive(Clone, Debug, Parser)]
-#[command(version, after_help = "Examples:\n  load\n  load --devices 500 --at-once 16,64 --seconds 5 --json")]
+#[command(
+    version,
+    after_help = "Examples:\n  load\n  load --devices 500 --at-once 16,64 --seconds 5 --json\n  \
+        load --devices 400 --at-once 8,32 --reuse"
+)]
 struct Arguments {
     /// Devices, all with an identity of their own
     #[arg(long, default_value_t = 10_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=20_000))]
@@ -42,6 +48,10 @@ struct Arguments {
     /// Updates that a round wants [default: a tenth of the devices]
     #[arg(long, value_name = "N")]
     goal: Option<u32>,
+    /// Devices keep their connection between visits: as many of them as the aggregator has connections for, two of each visit
+    /// under way not counted. Those that find no room make a new one for each visit, as all do without this
+    #[arg(long)]
+    reuse: bool,
     /// Size of the adapter, in MB (10⁶ bytes) of 32-bit values; an update is a quarter of it
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=400))]
     adapter_mb: u32,
@@ -89,6 +99,8 @@ struct Report {
     adapter_mb: u32,
     fronts: u32,
     front_cores: Option<f64>,
+    /// Whether devices keep their connections between visits.
+    reuse: bool,
     cores: usize,
     enrolling: Level,
     enrolling_used: Used,
@@ -123,10 +135,20 @@ fn measure(arguments: &Arguments) -> Result<()> {
         eprintln!("{at_once} at once: measured");
     }
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let &Arguments { devices, adapter_mb, fronts, front_cores, .. } = arguments;
+    let &Arguments { devices, adapter_mb, fronts, front_cores, reuse, .. } = arguments;
     let goal = arguments.goal();
-    let report =
-        Report { devices, goal, adapter_mb, fronts, front_cores, cores, enrolling, enrolling_used, visiting };
+    let report = Report {
+        devices,
+        goal,
+        adapter_mb,
+        fronts,
+        front_cores,
+        reuse,
+        cores,
+        enrolling,
+        enrolling_used,
+        visiting,
+    };
     if arguments.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
@@ -143,6 +165,7 @@ impl std::fmt::Display for Report {
             adapter_mb,
             fronts,
             front_cores,
+            reuse,
             cores,
             enrolling,
             enrolling_used,
@@ -159,6 +182,8 @@ impl std::fmt::Display for Report {
                 "PostgreSQL, {fronts} processes that answer devices{each} and one that drives"
             )?;
         }
+        let how = if *reuse { "over the connection of the one before, where it is kept" } else { "over a new connection" };
+        writeln!(formatter, "each visit {how}")?;
         writeln!(
             formatter,
             "enrolling: {:.0} a second, p50 {:.0} ms, p99 {:.0} ms; the aggregator took {:.2} cores",
@@ -170,12 +195,14 @@ impl std::fmt::Display for Report {
         writeln!(formatter)?;
         writeln!(
             formatter,
-            "| at once | visits/s | asking, ms p50 / p95 / p99 | whole visit, ms p50 / p99 | updates | releases fetched | refused, busy | failed | aggregator, cores | database, cores | peak MB |"
+            "| at once | visits/s | asking, ms p50 / p95 / p99 | whole visit, ms p50 / p99 | updates | releases fetched | refused, busy | failed | aggregator, cores | database, cores | peak MB |{}",
+            if *reuse { " stay connected | visits over a kept connection |" } else { "" }
         )?;
-        writeln!(formatter, "|---|---|---|---|---|---|---|---|---|---|---|")?;
+        let columns = if *reuse { 13 } else { 11 };
+        writeln!(formatter, "|{}", "---|".repeat(columns))?;
         for (level, used) in visiting {
             let Level { at_once, poll, visit, updates, fetched, busy, failed, seconds, .. } = level;
-            writeln!(
+            write!(
                 formatter,
                 "| {at_once} | {:.0} | {:.0} / {:.0} / {:.0} | {:.0} / {:.0} | {updates} | {fetched} | {busy} | {failed} | {:.2} | {:.2} | {:.0} |",
                 level.rate(),
@@ -188,6 +215,10 @@ impl std::fmt::Display for Report {
                 used.database_seconds / seconds,
                 used.peak_mb
             )?;
+            if *reuse {
+                write!(formatter, " {} | {} |", level.connected, level.reused)?;
+            }
+            writeln!(formatter)?;
         }
         Ok(())
     }
