@@ -3,9 +3,10 @@
 //!
 //! The aggregator and each device are processes of their own (`serving.rs`, `device.rs`); this one kills them at moments
 //! that a seed draws (`kills.rs`), is the hostile peers meanwhile (`peers.rs`), spoils the aggregator's disk and a device's
-//! (`disks.rs`), and looks at what both sides have on disk afterwards (`verdict.rs` of the tests). With `--fronts` the aggregator is several processes over one PostgreSQL: so many that
-//! answer devices, and two of which one drives. There is no model: nothing is trained, aligned or evaluated, so that thousands of rounds
-//! fit into minutes; `tests/kill.rs` kills the real programs at chosen places.
+//! (`disks.rs`), and looks at what both sides have on disk afterwards (`verdict.rs` of the tests). With `--fronts` the
+//! aggregator is several processes over one PostgreSQL: so many that answer devices, and two of which one drives. There is
+//! no model: nothing is trained, aligned or evaluated, so that thousands of rounds fit into minutes; `tests/kill.rs` kills
+//! the real programs at chosen places.
 
 mod device;
 mod disks;
