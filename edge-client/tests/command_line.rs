@@ -121,7 +121,10 @@ fn diagnostics_are_json_lines_where_results_are() {
     let objects: Vec<serde_json::Value> =
         told.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(objects.len(), 1, "{told}");
-    assert_eq!((&objects[0]["level"], &objects[0]["target"]), (&"WARN".into(), &"edge_client::cli::open".into()));
+    assert_eq!(
+        (&objects[0]["level"], &objects[0]["target"]),
+        (&"WARN".into(), &"edge_client::cli::open".into())
+    );
     let message = objects[0]["fields"]["message"].as_str().unwrap();
     assert!(message.contains("rows.jsonl: line 1:"), "{message}");
     // A person gets the same as a sentence.

@@ -25,6 +25,15 @@ pub struct Held {
     pub receipts: Vec<SignedReceipt>,
 }
 
+/// A device that misbehaves, and all that it may have merged.
+#[derive(Debug)]
+pub struct Peer {
+    /// Its name.
+    pub id: DeviceId,
+    /// Of each round the one update that it made.
+    pub made: BTreeMap<RoundId, Digest>,
+}
+
 /// Longest blob that is read again: an adapter's file.
 const BLOB_BYTES_MAX: u64 = 64 << 20;
 
@@ -86,6 +95,42 @@ pub fn judge(parts: &Parts, held: &[Held]) -> Result<Found> {
     }
     check_blobs(&parts.publisher, parts.storage.blob.as_ref())?;
     Ok(found)
+}
+
+/// Judges what became of devices that misbehave beside honest ones: a round has merged at most one update of each, the one
+/// that it made for this round, and nothing of anybody else's. Gives how many of theirs were merged.
+///
+/// # Errors
+/// What does not hold.
+pub fn judge_peers(parts: &Parts, honest: &[Held], peers: &[Peer]) -> Result<u64> {
+    let current = parts.desk.round();
+    let rounds = records(parts.storage.coord.as_ref(), RoundId(0), current.0 as usize + 2)?;
+    let honest: BTreeSet<DeviceId> = honest.iter().map(|held| held.id).collect();
+    rounds.iter().try_fold(0, |merged, record| Ok(merged + check_peers(record, &honest, peers)?))
+}
+
+fn check_peers(record: &Record, honest: &BTreeSet<DeviceId>, peers: &[Peer]) -> Result<u64> {
+    let round = record.round;
+    let mut merged = BTreeSet::new();
+    for origin in &record.lineage {
+        let device = origin.device;
+        ensure!(
+            origin.round == round,
+            "round {round}: {device} is merged with an update of round {}",
+            origin.round
+        );
+        if honest.contains(&device) {
+            continue;
+        }
+        let peer = peers.iter().find(|peer| peer.id == device);
+        let peer = peer.with_context(|| format!("round {round}: {device} is merged, and nobody knows it"))?;
+        ensure!(
+            peer.made.get(&round) == Some(&origin.digest),
+            "round {round}: {device} is merged with what it did not make for it"
+        );
+        ensure!(merged.insert(device), "round {round}: {device} is merged twice");
+    }
+    Ok(merged.len() as u64)
 }
 
 /// The devices' receipts by round: a device has one of each at most.
@@ -221,6 +266,30 @@ mod tests {
         assert_eq!(refused(&Record { updates: 1, ..round("abandoned", &[]) }, &[A]), "");
         let enough = refused(&Record { updates: 2, ..round("abandoned", &[]) }, &[A, B]);
         assert!(enough.contains("given up with 2 updates, and the quorum is 2"), "{enough}");
+    }
+
+    #[test]
+    fn what_peers_got_beyond_their_own_is_found() {
+        let honest = BTreeSet::from([A]);
+        let made = |round, digest| BTreeMap::from([(RoundId(round), Digest([digest; 32]))]);
+        let judged = |record: &Record, made: BTreeMap<RoundId, Digest>| {
+            check_peers(record, &honest, &[Peer { id: B, made }]).map_err(|error| error.to_string())
+        };
+        let record = round("published", &[A, B]);
+        assert_eq!(judged(&record, made(1, 7)), Ok(1));
+        assert_eq!(judged(&round("published", &[A]), made(1, 7)), Ok(0));
+        for (record, made, part) in [
+            (&record, made(1, 8), "what it did not make"),
+            (&record, made(2, 7), "what it did not make"),
+            (&round("published", &[B, B]), made(1, 7), "merged twice"),
+            (&round("published", &[DeviceId([3; 16])]), made(1, 7), "nobody knows it"),
+        ] {
+            let found = judged(record, made).unwrap_err();
+            assert!(found.contains(part), "expected {part}, got {found}");
+        }
+        let mut again = round("published", &[A]);
+        again.lineage[0].round = RoundId(0);
+        assert!(judged(&again, made(1, 7)).unwrap_err().contains("an update of round 0"));
     }
 
     #[test]

@@ -207,6 +207,9 @@ fn nothing_acknowledged_is_lost_whoever_is_killed() {
             .objects();
     let killed = &told[0]["killed"];
     assert!(killed["published"].as_u64() >= Some(2) && killed["receipts"].as_u64() > Some(0), "{told:?}");
+    for peers in ["slow_strangers", "slow_device", "replays", "corrupted"] {
+        assert!(told[0]["peers"][peers]["tries"].as_u64() > Some(0), "{peers}: {told:?}");
+    }
 }
 
 #[test]

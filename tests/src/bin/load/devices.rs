@@ -260,12 +260,12 @@ impl Shared {
         let begun = Instant::now();
         let key = *device.credentials.signing_key();
         // Of a visit that fails it is given up.
-        let (link, place) = match device.kept.take().filter(Kept::is_fresh) {
-            Some(Kept { link, place, .. }) => (link, Some(place)),
-            None => {
-                let (port, credentials) = (self.port().unwrap_or_default(), device.credentials.clone());
-                (QuicLink::new(&self.host, port, credentials, limits(), Clock::system())?, None)
-            }
+        let kept = device.kept.take().filter(Kept::is_fresh);
+        let (link, place) = if let Some(Kept { link, place, .. }) = kept {
+            (link, Some(place))
+        } else {
+            let (port, credentials) = (self.port().unwrap_or_default(), device.credentials.clone());
+            (QuicLink::new(&self.host, port, credentials, limits(), Clock::system())?, None)
         };
         let reply = link
             .poll(Poll { base: BASE, installed: device.installed, key: KeyNumber(0), trouble: None })

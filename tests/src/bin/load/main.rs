@@ -182,7 +182,11 @@ impl std::fmt::Display for Report {
                 "PostgreSQL, {fronts} processes that answer devices{each} and one that drives"
             )?;
         }
-        let how = if *reuse { "over the connection of the one before, where it is kept" } else { "over a new connection" };
+        let how = if *reuse {
+            "over the connection of the one before, where it is kept"
+        } else {
+            "over a new connection"
+        };
         writeln!(formatter, "each visit {how}")?;
         writeln!(
             formatter,

@@ -4,6 +4,7 @@
 use std::{fs, io::Read as _, path::Path, thread, time::Duration};
 
 use anyhow::{Context, Result};
+use commonweal_protocol::DeviceId;
 use commonweal_tests::{
     verdict::Held,
     visitor::{self, BASE, Visit, Visitor},
@@ -45,6 +46,11 @@ fn identity(directory: &Path) -> Result<(Identity, Credentials)> {
     let identity: Identity = serde_json::from_slice(&fs::read(directory.join(IDENTITY))?)?;
     let credentials = Credentials::from_pem(&identity.pem)?;
     Ok((identity, credentials))
+}
+
+/// The name of an enrolled device.
+pub(super) fn id(directory: &Path) -> Result<DeviceId> {
+    Ok(identity(directory)?.1.device())
 }
 
 /// Takes part in rounds until the standard input ends.

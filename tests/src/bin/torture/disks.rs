@@ -1,5 +1,5 @@
-//! The aggregator's disk fills up, or turns read-only, while rounds go on; then it has room again. On a small file system
-//! in memory of its own, which takes the rights of an administrator.
+//! The aggregator's disk, or a device's, fills up or turns read-only while rounds go on; then it has room again. On a small
+//! file system in memory of its own, which takes the rights of an administrator.
 
 use std::{
     fmt, fs,
@@ -15,19 +15,34 @@ use serde::Serialize;
 
 use commonweal_tests::verdict::{self, Found};
 
-use crate::{fleet::Fleet, serving};
+use crate::{
+    fleet::{Fleet, device_dir},
+    serving,
+};
 
 /// How long the disk stays as it was made.
 const SPOILED: Duration = Duration::from_secs(5);
 /// How often each harm is done.
 const TIMES: u32 = 3;
 
+/// The device whose disk is spoiled.
+const DEVICE: usize = 0;
+
 /// What was done to a disk, and what was found afterwards.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Spoiled {
+    whose: Whose,
     harm: Harm,
     /// Nothing when the machine does not allow it; why, then.
     found: Result<Found, String>,
+}
+
+/// To whose disk.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Whose {
+    Aggregator,
+    Device,
 }
 
 /// What is done.
@@ -42,9 +57,11 @@ enum Harm {
 
 impl fmt::Display for Spoiled {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = match self.harm {
-            Harm::Full => "a full disk",
-            Harm::ReadOnly => "a read-only disk",
+        let name = match (self.whose, self.harm) {
+            (Whose::Aggregator, Harm::Full) => "a full disk",
+            (Whose::Aggregator, Harm::ReadOnly) => "a read-only disk",
+            (Whose::Device, Harm::Full) => "a device's full disk",
+            (Whose::Device, Harm::ReadOnly) => "a device's read-only disk",
         };
         match &self.found {
             Ok(found) => write!(formatter, "{name}, {TIMES} times: {found}"),
@@ -53,25 +70,38 @@ impl fmt::Display for Spoiled {
     }
 }
 
-/// Both harms, each to a federation of its own.
+/// Both harms to both, each to a federation of its own.
 pub(super) fn spoil(place: &Path, devices: u32) -> Result<Vec<Spoiled>> {
-    [Harm::Full, Harm::ReadOnly]
+    [Whose::Aggregator, Whose::Device]
         .into_iter()
-        .map(|harm| {
-            let place = place.join(if harm == Harm::Full { "full" } else { "read-only" });
-            let disk = match Disk::mount(&place.join("disk")) {
+        .flat_map(|whose| [Harm::Full, Harm::ReadOnly].map(|harm| (whose, harm)))
+        .map(|(whose, harm)| {
+            let place = place.join(match (whose, harm) {
+                (Whose::Aggregator, Harm::Full) => "full",
+                (Whose::Aggregator, Harm::ReadOnly) => "read-only",
+                (Whose::Device, Harm::Full) => "device-full",
+                (Whose::Device, Harm::ReadOnly) => "device-read-only",
+            });
+            let disk = match Disk::mount(&match whose {
+                Whose::Aggregator => place.join("disk"),
+                Whose::Device => device_dir(&place, DEVICE),
+            }) {
                 Ok(disk) => disk,
-                Err(error) => return Ok(Spoiled { harm, found: Err(format!("{error:#}")) }),
+                Err(error) => return Ok(Spoiled { whose, harm, found: Err(format!("{error:#}")) }),
             };
-            eprintln!("harming a disk: {harm:?}");
-            let found = federation(&disk, harm, &place, devices).with_context(|| format!("{harm:?}"))?;
-            Ok(Spoiled { harm, found: Ok(found) })
+            eprintln!("harming a disk: {whose:?}, {harm:?}");
+            let found = federation(&disk, (whose, harm), &place, devices)
+                .with_context(|| format!("{whose:?}, {harm:?}"))?;
+            Ok(Spoiled { whose, harm, found: Ok(found) })
         })
         .collect()
 }
 
-fn federation(disk: &Disk, harm: Harm, place: &Path, devices: u32) -> Result<Found> {
-    let directory = disk.0.join("aggregator");
+fn federation(disk: &Disk, (whose, harm): (Whose, Harm), place: &Path, devices: u32) -> Result<Found> {
+    let directory = match whose {
+        Whose::Aggregator => disk.0.join("aggregator"),
+        Whose::Device => place.join("aggregator"),
+    };
     let mut fleet = Fleet::start(&directory, place, devices, 0)?;
     for _ in 0..TIMES {
         fleet.goes_on()?;
@@ -80,9 +110,16 @@ fn federation(disk: &Disk, harm: Harm, place: &Path, devices: u32) -> Result<Fou
             Harm::ReadOnly => disk.forbid()?,
         }
         thread::sleep(SPOILED);
+        if whose == Whose::Device {
+            // The others do not wait for it.
+            fleet.goes_on()?;
+        }
         match harm {
             Harm::Full => disk.empty()?,
             Harm::ReadOnly => disk.allow()?,
+        }
+        if whose == Whose::Device {
+            fleet.takes_part(DEVICE)?;
         }
     }
     fleet.goes_on()?;
@@ -100,7 +137,7 @@ impl Disk {
         Ok(Self(place.to_owned()))
     }
 
-    /// Makes it read-only for whatever is opened from now on. What the aggregator has open for writing, its database,
+    /// Makes it read-only for whatever is opened from now on. What is open for writing, such as the aggregator's database,
     /// keeps the system from taking that away too.
     fn forbid(&self) -> Result<()> {
         run(Command::new("mount").arg("--bind").args([&self.0, &self.0]))?;

@@ -1,9 +1,14 @@
 //! The processes of one federation: started, killed and started again by `kills.rs` and `disks.rs`.
 
 use std::{
+    collections::BTreeSet,
     ffi::OsString,
     fs,
     path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -15,7 +20,7 @@ use aggregator::{
 };
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum as _;
-use commonweal_protocol::RoundId;
+use commonweal_protocol::{DeviceId, RoundId};
 use commonweal_tests::{
     child::Child,
     modelless::{self, Modelless},
@@ -40,9 +45,25 @@ pub(super) struct Fleet {
     /// Its processes; more than one over the database.
     servers: Vec<Server>,
     running: Vec<Child>,
+    /// The devices, by number.
+    ids: Vec<DeviceId>,
+    /// Invitations that none of them used.
+    spare: Vec<String>,
+    /// How often a process of the aggregator's was killed.
+    deaths: Arc<AtomicU64>,
     /// Where their state is, if not in the directory of the only one.
     storage: Option<Storage>,
     postgres: Option<Postgres>,
+}
+
+/// How others than its devices come to it.
+pub(super) struct Door {
+    /// Invitations that nobody has used.
+    pub(super) invitations: Vec<String>,
+    /// Those of each of the aggregator's processes that answers devices.
+    pub(super) ports: Vec<u16>,
+    /// How often one of them was killed, counted on.
+    pub(super) deaths: Arc<AtomicU64>,
 }
 
 /// A process of the aggregator's.
@@ -88,13 +109,22 @@ impl Fleet {
             }
             servers.push(Server { directory, port: told.port, role, child });
         }
-        let ports: Vec<u16> =
-            servers.iter().filter(|server| server.role.receives()).map(|server| server.port).collect();
+        let ports = ports(&servers);
+        let spare = invitations.split_off(invitations.len().min(devices as usize));
+        let mut ids = Vec::new();
         for (number, invitation) in invitations.iter().enumerate() {
-            device::enroll(&device_dir(place, number), invitation, &ports)?;
+            let directory = device_dir(place, number);
+            device::enroll(&directory, invitation, &ports)?;
+            ids.push(device::id(&directory)?);
         }
         let running = (0..devices).map(|number| run(place, number as usize)).collect::<Result<_>>()?;
-        Ok(Self { place: place.to_owned(), devices, servers, running, storage, postgres })
+        let (place, deaths) = (place.to_owned(), Arc::default());
+        Ok(Self { place, devices, servers, running, ids, spare, deaths, storage, postgres })
+    }
+
+    /// The way in for others.
+    pub(super) fn door(&self) -> Door {
+        Door { invitations: self.spare.clone(), ports: ports(&self.servers), deaths: self.deaths.clone() }
     }
 
     /// Kills a process of the aggregator's, drawn by any number, and starts it again.
@@ -102,6 +132,8 @@ impl Fleet {
         self.check()?;
         let index = drawn as usize % self.servers.len();
         let server = &mut self.servers[index];
+        // Before: what ends by it must not seem to have been ended.
+        self.deaths.fetch_add(1, Ordering::SeqCst);
         // A child dropped is waited for, and this one would wait for its standard input: kill first.
         server.child.kill()?;
         server.child = serve(&server.directory, server.port, self.devices, server.role)?.0;
@@ -142,16 +174,30 @@ impl Fleet {
         Ok(records(coord, RoundId(0), current as usize + 2)?)
     }
 
-    /// Waits until a round has come to a release that began after now: everybody who was killed is back at work.
+    /// Waits until a round that began after now has come to a release with an update of any of its devices in it: everybody
+    /// who was killed is back at work.
     pub(super) fn goes_on(&mut self) -> Result<()> {
-        let published = |rounds: Vec<Record>| rounds.iter().filter(|record| record.published).count();
+        let all = self.ids.iter().copied().collect();
+        self.wait_for(&all)
+    }
+
+    /// The same, with an update of this device in it.
+    pub(super) fn takes_part(&mut self, number: usize) -> Result<()> {
+        let one = self.ids.get(number).copied().into_iter().collect();
+        self.wait_for(&one).with_context(|| format!("device {number}"))
+    }
+
+    fn wait_for(&mut self, devices: &BTreeSet<DeviceId>) -> Result<()> {
+        let has_one = |record: &&Record| record.lineage.iter().any(|origin| devices.contains(&origin.device));
+        let published =
+            |rounds: Vec<Record>| rounds.iter().filter(|record| record.published).filter(has_one).count();
         // The round under way began before.
         let wanted = published(self.rounds()?) + 2;
         let end = Instant::now() + PATIENCE;
         while published(self.rounds()?) < wanted {
             self.check()?;
             if Instant::now() > end {
-                bail!("no release in {} s after the last harm", PATIENCE.as_secs());
+                bail!("no release with an update of theirs in {} s after the last harm", PATIENCE.as_secs());
             }
             thread::sleep(Duration::from_millis(100));
         }
@@ -174,7 +220,12 @@ impl Fleet {
     }
 }
 
-fn device_dir(place: &Path, number: usize) -> PathBuf {
+fn ports(servers: &[Server]) -> Vec<u16> {
+    servers.iter().filter(|server| server.role.receives()).map(|server| server.port).collect()
+}
+
+/// Where a device's files are.
+pub(super) fn device_dir(place: &Path, number: usize) -> PathBuf {
     place.join(format!("device-{number}"))
 }
 

@@ -1,4 +1,4 @@
-//! `kill -9` at moments that a seed draws, of whom it draws.
+//! `kill -9` at moments that a seed draws, of whom it draws, beside hostile peers (`peers.rs`).
 
 use std::{
     path::Path,
@@ -13,7 +13,11 @@ use serde::Serialize;
 
 use commonweal_tests::verdict::{self, Found};
 
-use crate::{fleet::Fleet, serving};
+use crate::{
+    fleet::Fleet,
+    peers::{self, Peers},
+    serving,
+};
 
 /// One kill in so many is the aggregator's.
 const AGGREGATOR_SHARE: u32 = 3;
@@ -31,19 +35,20 @@ pub(super) struct Kills {
     pub(super) seconds: f64,
 }
 
-/// Kills `cycles` times, lets the federation come to itself, and judges what it then holds.
+/// Kills `cycles` times, lets the federation come to itself beside its hostile peers, and judges what everybody then holds.
 pub(super) fn kill(
     place: &Path,
     (devices, fronts): (u32, u32),
     cycles: u64,
     pause_ms: u64,
     seed: u64,
-) -> Result<(Kills, Found)> {
+) -> Result<(Kills, Found, peers::Report)> {
     let mut random = ChaCha8Rng::seed_from_u64(seed);
     let begun = Instant::now();
     let mut kills = Kills::default();
     let directory = place.join("aggregator");
     let mut fleet = Fleet::start(&directory, place, devices, fronts)?;
+    let peers = Peers::start(fleet.door(), seed)?;
     for cycle in 1..=cycles {
         let longest = pause_ms * if random.random_ratio(1, LONG_SHARE) { LONG_FACTOR } else { 1 };
         thread::sleep(Duration::from_millis(random.random_range(0..=longest)));
@@ -62,6 +67,10 @@ pub(super) fn kill(
     }
     kills.seconds = begun.elapsed().as_secs_f64();
     fleet.goes_on()?;
-    let (held, _postgres) = fleet.stop()?;
-    Ok((kills, verdict::judge(serving::open(&directory, devices)?.parts(), &held)?))
+    let peers::Ended { mut report, held: theirs, peers } = peers.stop()?;
+    let (mut held, _postgres) = fleet.stop()?;
+    let aggregator = serving::open(&directory, devices)?;
+    report.merged = verdict::judge_peers(aggregator.parts(), &held, &peers)?;
+    held.extend(theirs);
+    Ok((kills, verdict::judge(aggregator.parts(), &held)?, report))
 }

@@ -1,16 +1,18 @@
-//! The program `torture`: `kill -9`, again and again, of an aggregator and its devices while they hold rounds, and disks
-//! that fill up and turn read-only under them. What was acknowledged must be there in the end, once.
+//! The program `torture`: `kill -9`, again and again, of an aggregator and its devices while they hold rounds and hostile peers
+//! are at it, and disks that fill up and turn read-only under them. What was acknowledged must be there in the end, once.
 //!
 //! The aggregator and each device are processes of their own (`serving.rs`, `device.rs`); this one kills them at moments
-//! that a seed draws (`kills.rs`), spoils the aggregator's disk (`disks.rs`), and looks at what both sides have on disk
-//! afterwards (`verdict.rs` of the tests). With `--fronts` the aggregator is several processes over one PostgreSQL: so many that
-//! answer devices, and two of which one drives. There is no model: nothing is trained, aligned or evaluated, so that thousands of rounds
-//! fit into minutes; `tests/kill.rs` kills the real programs at chosen places.
+//! that a seed draws (`kills.rs`), is the hostile peers meanwhile (`peers.rs`), spoils the aggregator's disk and a device's
+//! (`disks.rs`), and looks at what both sides have on disk afterwards (`verdict.rs` of the tests). With `--fronts` the
+//! aggregator is several processes over one PostgreSQL: so many that answer devices, and two of which one drives. There is
+//! no model: nothing is trained, aligned or evaluated, so that thousands of rounds fit into minutes; `tests/kill.rs` kills
+//! the real programs at chosen places.
 
 mod device;
 mod disks;
 mod fleet;
 mod kills;
+mod peers;
 mod serving;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -23,7 +25,9 @@ use serde::Serialize;
 
 /// Kills an aggregator and its devices at random moments, and counts what was lost.
 ///
-/// Ends with the counts of each part. Exit codes: 0 nothing was lost, 1 something was or a process ended by itself, 2
+/// All the while, hostile peers are at the aggregator: strangers and a device that dribble and hold streams, a device that
+/// says its frames again, one that sends damaged frames and garbage. Then the aggregator's disk is filled and made read-only,
+/// and a device's. Ends with the counts of each part. Exit codes: 0 nothing was lost, 1 something was or a process ended by itself, 2
 /// usage. What a part needs and this machine does not allow is skipped, and the last lines say so.
 #[derive(Clone, Debug, Parser)]
 #[command(version, after_help = "Examples:\n  torture\n  torture --cycles 50 --seed 7 --json")]
@@ -73,6 +77,7 @@ struct Report {
     fronts: u32,
     kills: kills::Kills,
     killed: verdict::Found,
+    peers: peers::Report,
     disks: Vec<disks::Spoiled>,
 }
 
@@ -93,15 +98,16 @@ fn torture(arguments: &Arguments) -> Result<()> {
     let &Arguments { cycles, devices, fronts, pause_ms, seed, .. } = arguments;
     let temporary = tempfile::tempdir()?;
     let place = arguments.dir.as_deref().unwrap_or(temporary.path());
-    let (kills, killed) = kills::kill(&place.join("kills"), (devices, fronts), cycles, pause_ms, seed)?;
+    let (kills, killed, peers) =
+        kills::kill(&place.join("kills"), (devices, fronts), cycles, pause_ms, seed)?;
     // A database has a disk of its own, which others have to see to.
     let disks = if fronts == 0 { disks::spoil(&place.join("disks"), devices)? } else { Vec::new() };
-    let report = Report { seed, devices, fronts, kills, killed, disks };
+    let report = Report { seed, devices, fronts, kills, killed, peers, disks };
     if arguments.json {
         println!("{}", serde_json::to_string(&report)?);
         return Ok(());
     }
-    let Report { kills, killed, disks, .. } = &report;
+    let Report { kills, killed, peers, disks, .. } = &report;
     println!(
         "{} kills in {:.0} s: {} of the aggregator, {} of devices; {killed}",
         kills.aggregator + kills.devices,
@@ -109,6 +115,7 @@ fn torture(arguments: &Arguments) -> Result<()> {
         kills.aggregator,
         kills.devices
     );
+    println!("{peers}");
     for spoiled in disks {
         println!("{spoiled}");
     }

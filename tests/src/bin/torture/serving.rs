@@ -12,15 +12,20 @@ use commonweal_tests::{
 use commonweal_transport::ServeLimits;
 use serde::{Deserialize, Serialize};
 
+use crate::peers;
+
 /// MB of the adapter, so that an update is of two chunks: a kill may fall between them.
 pub(super) const ADAPTER_MB: u32 = 5;
+
+/// How long a stream may stand still: so short that those which dribble are given up between two kills.
+const STALL_MS: u64 = 1_000;
 
 /// What the process tells, once.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Listening {
     /// At this port.
     pub(super) port: u16,
-    /// One for each device, if none has enrolled yet.
+    /// One for each device and then one for each hostile peer, if none has enrolled yet.
     pub(super) invitations: Vec<String>,
 }
 
@@ -33,8 +38,10 @@ pub(super) fn open(path: &Path, devices: u32) -> Result<Modelless> {
 /// Serves at a port, 0 for any, until the standard input ends.
 pub(super) fn serve(path: &Path, port: u16, devices: u32, role: Role) -> Result<()> {
     let aggregator = open(path, devices)?;
-    aggregator.serve_as(role, port, ServeLimits::default(), |aggregator, address| {
-        let invitations = if port == 0 { aggregator.invite(devices, address)? } else { Vec::new() };
+    let limits = ServeLimits { stall_ms: STALL_MS, ..ServeLimits::default() };
+    aggregator.serve_as(role, port, limits, |aggregator, address| {
+        let invited = if port == 0 { devices + peers::ENROLLED } else { 0 };
+        let invitations = aggregator.invite(invited, address)?;
         tell(&Listening { port: address.port(), invitations });
         Ok(())
     })
