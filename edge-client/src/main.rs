@@ -15,7 +15,9 @@ fn main() -> ExitCode {
     let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(io::stderr).init();
     let cli = Cli::parse();
-    match cli::run(&cli) {
+    let done = cli::run(&cli);
+    commonweal_runtime::settle();
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(io::stderr(), "error: {error:#}");
