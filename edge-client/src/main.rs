@@ -20,7 +20,9 @@ fn main() -> ExitCode {
     } else {
         diagnostics.with_ansi(colours).init();
     }
-    match cli::run(&cli) {
+    let done = cli::run(&cli);
+    commonweal_runtime::settle();
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let _ = writeln!(io::stderr(), "error: {error:#}");

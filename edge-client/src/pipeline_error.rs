@@ -1,6 +1,9 @@
 //! Why a round stopped: one cause a stage, for `pipeline.rs` and the exit codes of the command line.
 
+use std::error::Error;
+
 use commonweal_protocol::{BaseHash, ReconnectWindow, Refusal, Version};
+use commonweal_runtime::MemoryError;
 use commonweal_safety::{GuardError, ReviseError};
 use commonweal_transport::{LinkError, PutOff};
 
@@ -77,9 +80,10 @@ impl PipelineError {
         self.link().is_some_and(LinkError::is_transient)
     }
 
-    /// Whether memory was short, of which there may be more another time.
+    /// Whether memory was short, of which there may be more another time: for a training step, or to open what rested.
     pub fn is_want_of_memory(&self) -> bool {
-        matches!(self, Self::Train(TrainingError::Memory(_)))
+        let mut causes = std::iter::successors(self.source(), |&cause| cause.source());
+        matches!(self, Self::Train(TrainingError::Memory(_))) || causes.any(<dyn Error>::is::<MemoryError>)
     }
 
     /// What the disk, or its budget, had no room for, if that is what it was.

@@ -316,6 +316,10 @@ impl Lessons {
             task.row_tokens_max.min(policy.sample_tokens_max.unwrap_or(usize::MAX)).min(model.context());
         let (mut rows, mut preferences, mut too_long) = (Vec::new(), Vec::new(), 0);
         for pair in pairs {
+            // Thousands of them take their time.
+            if cancel.is_cancelled() {
+                return Err(TrainError::Cancelled.into());
+            }
             let chosen = encode(model, pair.messages(), row_tokens_max)?;
             let rejected = match (policy.method, pair.rejected()) {
                 (Method::Dpo, Some(messages)) => encode(model, messages, row_tokens_max)?,

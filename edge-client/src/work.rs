@@ -59,6 +59,10 @@ impl<L: Link> Device<L> {
         // Before hours are spent on what cannot be kept, and with all that came for the round.
         require_disk(&self.store, layout.parameters() as u64, task.scaffold.is_on())?;
         let trained = self.train(task, &start, &prepared, controls.as_ref())?;
+        // Packing takes no handle; what was trained is kept, and a visit that has ended begins nothing more.
+        if self.cancel.is_cancelled() {
+            return Err(PipelineError::Cancelled);
+        }
         let begun = Instant::now();
         let (packed, residual, summary) = self.pack(task, &trained, controls.as_ref())?;
         let report = report(&prepared, trained.summary(), summary.norm);

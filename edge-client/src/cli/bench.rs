@@ -1,9 +1,11 @@
 //! `bench`: what this device does a second, and how near that is to what the machine can do at all.
 //!
 //! The machine's limits are measured first (`bench/limits.rs`). Then each kind of work (`bench/work.rs`) runs in a process
-//! of its own, so that its peak memory is its own; it is repeated, and the median counts.
+//! of its own, so that its peak memory is its own; it is repeated, and the median counts. How soon a visit's work ends when
+//! it is cancelled has no rate and no limit: `bench/stop.rs`.
 
 mod limits;
+mod stop;
 mod work;
 
 use std::process::{Command, Stdio};
@@ -16,6 +18,7 @@ use serde_json::json;
 use super::{Shared, open};
 use crate::events::Output;
 use limits::Limits;
+use stop::Stopped;
 pub use work::Work;
 
 /// What is measured and how often.
@@ -73,13 +76,24 @@ pub(super) fn bench(shared: &Shared, request: &Request) -> Result<()> {
     }
     let bar = open::bar("bench", kinds.len());
     for kind in kinds {
-        let figure = measure_apart(shared, request, kind)?;
-        let line = row(&figure, limits.share(&figure), output)?;
-        bar.suspend(|| output.say(&line));
+        let told = measure_apart(shared, request, kind)?;
+        let lines =
+            read(&told, kind, &limits, output).with_context(|| format!("figures of {}", kind.name()))?;
+        bar.suspend(|| lines.iter().for_each(|line| output.say(line)));
         bar.inc(1);
     }
     bar.finish_and_clear();
     Ok(())
+}
+
+/// What a process told of a kind of work, as lines.
+fn read(told: &[u8], kind: Work, limits: &Limits, output: Output) -> Result<Vec<String>> {
+    if kind == Work::Stop {
+        let each = serde_json::Deserializer::from_slice(told).into_iter::<Stopped>();
+        return each.map(|stopped| stopped?.row(output)).collect();
+    }
+    let figure: Figure = serde_json::from_slice(told)?;
+    Ok(vec![row(&figure, limits.share(&figure), output)?])
 }
 
 /// A figure as a line, with its share of a limit and of which.
@@ -96,8 +110,8 @@ fn row(figure: &Figure, share: Option<(f64, &str)>, output: Output) -> Result<St
     Ok(format!("{work:14} {rate:>10.1} {unit:14} {peak:>9} {share:>16}"))
 }
 
-/// In a process of its own, with the same options.
-fn measure_apart(shared: &Shared, request: &Request, kind: Work) -> Result<Figure> {
+/// In a process of its own, with the same options; what it told.
+fn measure_apart(shared: &Shared, request: &Request, kind: Work) -> Result<Vec<u8>> {
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["bench", "--here", "--json", "--only", kind.name()]);
     command.args(["--repeats", &request.repeats.to_string()]);
@@ -106,6 +120,8 @@ fn measure_apart(shared: &Shared, request: &Request, kind: Work) -> Result<Figur
         ("--package", &shared.package),
         ("--library", &shared.library),
         ("--provider", &shared.provider),
+        ("--policy", &shared.policy),
+        ("--constitution", &shared.constitution),
     ] {
         if let Some(path) = path {
             command.arg(flag).arg(path);
@@ -124,12 +140,18 @@ fn measure_apart(shared: &Shared, request: &Request, kind: Work) -> Result<Figur
     if !done.status.success() {
         bail!("bench of {} ended with {}", kind.name(), done.status);
     }
-    serde_json::from_slice(&done.stdout).with_context(|| format!("figures of {}", kind.name()))
+    Ok(done.stdout)
 }
 
 fn measure_here(shared: &Shared, request: &Request, kinds: &[Work]) -> Result<()> {
     let place = open::Place::find(shared)?;
     for &kind in kinds {
+        if kind == Work::Stop {
+            for stopped in stop::measure(shared, &place, request.repeats)? {
+                shared.output().say(&stopped.row(Output::Json)?);
+            }
+            continue;
+        }
         let mut figure = kind.measure(request.repeats, &|| open::open_model(shared, &place))?;
         figure.peak_mb = memory().map(|memory| memory.resident_bytes_max as f64 / 1e6);
         shared.output().say(&serde_json::to_string(&figure)?);

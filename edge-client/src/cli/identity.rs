@@ -92,7 +92,7 @@ impl Identity {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use std::{
         net::Ipv4Addr,
@@ -157,7 +157,7 @@ mod tests {
         }
     }
 
-    fn credentials(authority: &Authority, device: DeviceId, begun_ms: u64) -> Credentials {
+    pub(in crate::cli) fn credentials(authority: &Authority, device: DeviceId, begun_ms: u64) -> Credentials {
         let key = DeviceKey::generate().unwrap();
         let chain = authority.issue_device(&key.csr().unwrap(), device, begun_ms, 30 * DAY_MS).unwrap();
         let signing_key = AggregatorKey::of(&SigningKey::from_bytes(&[5; 32]));

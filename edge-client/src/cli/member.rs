@@ -1,12 +1,17 @@
 //! A device that takes part, as `run` and `once` hold it: its identity, its link, its owner's wishes, and a visit at a time.
 //!
-//! `rounds.rs` asks for turns and says when to come back; `pipeline.rs` is what a visit does.
+//! `rounds.rs` asks for turns and says when to come back; `pipeline.rs` is what a visit does. The package is at rest, its
+//! files checked and no session open, until a visit has work for it, and again when the device has waited for a while.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
 use commonweal_protocol::Refusal;
 use commonweal_runtime::Cancel;
+use commonweal_safety::Constitution;
 use commonweal_transport::{Clock, LinkLimits, QuicLink};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -41,6 +46,11 @@ const EXPIRE: Duration = Duration::from_secs(24 * 3600);
 const RULES_WAIT: Duration = Duration::from_secs(10);
 /// After this process held more memory than its budget.
 const MEMORY_WAIT: Duration = Duration::from_secs(60);
+/// What a visit opened is kept for so long while the device waits. A wish, heat or a network that ended the visit are often
+/// over by then, and so is the wait for a busy federation's next round; to open all again takes up to some seconds, with
+/// the guard's policy and the gradients. A person's return is followed by a longer wait (`idle`, five minutes by default):
+/// the memory is theirs after the first of these, and opening again costs little beside them.
+const KEPT: Duration = Duration::from_secs(60);
 
 /// What a turn of `run` came to.
 pub(super) enum Turn {
@@ -71,6 +81,11 @@ pub(super) struct Member {
     meter: Arc<Metered>,
     /// The owner's rules of when to work; none if this process is asked to work at any time.
     heed: Option<Heed>,
+    /// What the package is opened with, as long as the device for it has not been chosen.
+    untried: Option<open::Opener>,
+    constitution: Option<Constitution>,
+    /// When the last visit ended, until what it opened was given back.
+    rested: Option<Instant>,
 }
 
 impl Member {
@@ -95,7 +110,14 @@ impl Member {
         let is_unknown_metered = policy.when.unknown == Unknown::Wait;
         let meter = Arc::new(Metered::new(spending, sensors::of_system(), is_unknown_metered));
         let link = connect(&runtime, &identity, &place.settings, &meter)?;
-        let open::Stages { model, guard, reviser } = open::Stages::open(shared, &place, &policy, &cancel)?;
+        let mut opener = open::Opener::find(shared, &place)?;
+        // Trying a device opens the package, for which it may be too early. Until then the processor stands for it.
+        let is_untried = heeds && opener.would_try()?;
+        if !is_untried {
+            opener.choose(&cancel)?;
+        }
+        let constitution = open::constitution(shared)?;
+        let open::Stages { model, guard, reviser } = opener.at_rest(&policy, constitution.clone())?;
         let endpoint = place.settings.collector(shared.traces.as_deref())?;
         let trace = |endpoint: &_| {
             Tracer::start(endpoint, *identity.credentials.signing_key(), identity.credentials.device())
@@ -125,6 +147,9 @@ impl Member {
             expired_ms: 0,
             meter,
             heed,
+            untried: is_untried.then_some(opener),
+            constitution,
+            rested: None,
         };
         let visiting = member.device.store.hold_visit()?;
         member.forget()?;
@@ -167,13 +192,14 @@ impl Member {
             heed: heed.as_mut(),
             memory_max: self.device.policy.budget.memory,
         };
-        let (visited, broken) = watched(watch, || self.visit());
+        let (visited, broken) = watched(watch, || self.try_devices_and_visit());
         self.heed = heed;
         self.meter.spending.rest();
+        self.rested = Some(Instant::now());
         if broken.as_ref().is_some_and(Why::is_of_memory) {
             self.give_memory_back();
         }
-        match visited {
+        match visited? {
             Ok(visit) => Ok(Turn::Visited(Ok(visit))),
             Err(error) => {
                 let put_off = self.wished().or(broken.as_ref().map(Turn::by_rules));
@@ -182,11 +208,38 @@ impl Member {
         }
     }
 
-    fn give_memory_back(&self) {
+    /// To be called now and then while the device waits.
+    pub(super) fn waits(&mut self, now: Instant) {
+        if self.rested.is_some_and(|rested| now.duration_since(rested) >= KEPT) {
+            self.give_memory_back();
+        }
+    }
+
+    fn give_memory_back(&mut self) {
         let Device { model, guard, .. } = &self.device;
-        model.close_training();
-        model.close_inference();
-        guard.close_inference();
+        model.close();
+        guard.close();
+        self.rested = None;
+    }
+
+    /// The first visit that the rules allow begins with choosing what the network runs on.
+    fn try_devices_and_visit(&mut self) -> Result<Result<Visit, PipelineError>> {
+        match self.try_devices() {
+            Err(_) if self.device.cancel.is_cancelled() => Ok(Err(PipelineError::Cancelled)),
+            tried => tried.map(|()| self.visit()),
+        }
+    }
+
+    fn try_devices(&mut self) -> Result<()> {
+        let Some(opener) = &mut self.untried else { return Ok(()) };
+        opener.choose(&self.device.cancel)?;
+        let open::Stages { model, guard, reviser } =
+            opener.at_rest(&self.device.policy, self.constitution.clone())?;
+        self.device.model = model;
+        self.device.guard = guard;
+        self.device.reviser = reviser;
+        self.untried = None;
+        Ok(())
     }
 
     /// What the owner wants first.
@@ -254,3 +307,6 @@ fn connect(
     let (host, credentials, meter) = (address.host.as_str(), credentials.clone(), Arc::clone(meter));
     Ok(QuicLink::metered(host, address.port, credentials, limits, Clock::system(), meter)?)
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,7 +13,7 @@ use commonweal_adapter::AdapterLayout;
 use commonweal_package::Package;
 use commonweal_protocol::BaseHash;
 use commonweal_runtime::{
-    Cancel, Devices, Library, Model, OpenOptions,
+    Asking, Cancel, DeviceError, Devices, Library, Model, OpenOptions,
     memory::{self, Available, Shape},
 };
 use commonweal_safety::{Constitution, Guard, Reviser};
@@ -75,6 +75,12 @@ impl Place {
     }
 }
 
+/// How the memory that the package needs is asked for.
+const ASKING: Asking = Asking {
+    what: "opening the package",
+    lower: "--context N with fewer tokens needs less, and so does a package of fewer bits",
+};
+
 /// The base, opened once, with guard and reviser over it.
 pub(super) struct Stages {
     pub(super) model: Model,
@@ -85,15 +91,24 @@ pub(super) struct Stages {
 impl Stages {
     pub(super) fn open(shared: &Shared, place: &Place, policy: &Policy, cancel: &Cancel) -> Result<Self> {
         let model = open_model(shared, place)?;
-        let guard = open_guard(&model, policy, cancel).context("guard")?;
-        let reviser = match &shared.constitution {
-            None => Reviser::from_package(&model).context("reviser")?,
-            Some(path) => {
-                let text = settings::read_named(path)?;
-                let constitution =
-                    Constitution::from_toml(&text).with_context(|| path.display().to_string())?;
-                Reviser::from_package(&model).context("reviser")?.with_constitution(constitution)
-            }
+        let guard = Guard::from_package(&model, cancel).context("guard")?;
+        Self::over(model, guard, policy, constitution(shared)?)
+    }
+
+    /// The guard under the thresholds of the device's owner, the reviser under their constitution.
+    pub(super) fn over(
+        model: Model,
+        guard: Guard,
+        policy: &Policy,
+        constitution: Option<Constitution>,
+    ) -> Result<Self> {
+        let mut config = guard.config().clone();
+        policy.set_thresholds(&mut config).context("guard")?;
+        let guard = guard.with_thresholds(config).context("guard")?;
+        let reviser = Reviser::from_package(&model).context("reviser")?;
+        let reviser = match constitution {
+            Some(constitution) => reviser.with_constitution(constitution),
+            None => reviser,
         };
         Ok(Self { model, guard, reviser })
     }
@@ -107,6 +122,51 @@ impl Stages {
     }
 }
 
+/// What a package is opened with: its hashes are verified, the memory that it needs was compared with what there is, and
+/// no session is open.
+pub(super) struct Opener {
+    package: Package,
+    options: OpenOptions,
+    library: Library,
+    devices: Devices,
+}
+
+impl Opener {
+    pub(super) fn find(shared: &Shared, place: &Place) -> Result<Self> {
+        let package = open_package(shared, place)?;
+        memory::set_budget(place.policy(shared)?.budget.memory.count());
+        let context_max = shared.context.or(place.settings.context.map(NonZeroUsize::get));
+        // Before a device is tried, since that opens the package already.
+        let options = fitting(&package, context_max, memory::available())?;
+        let library = load_library(shared, place)?;
+        Ok(Self { package, options, library, devices: devices(shared, place) })
+    }
+
+    /// Whether a device is to be tried with the package before its sessions go there.
+    pub(super) fn would_try(&self) -> Result<bool, DeviceError> {
+        self.library.would_try(&self.devices)
+    }
+
+    /// Chooses the device that sessions are opened on.
+    pub(super) fn choose(&mut self, cancel: &Cancel) -> Result<(), DeviceError> {
+        let (library, choice) = self.library.choose_with(&self.devices, &self.package, cancel)?;
+        tracing::info!("{choice}");
+        self.library = library;
+        Ok(())
+    }
+
+    fn open(&self) -> Result<Model> {
+        Ok(Model::open(&self.library, &self.package, self.options)?)
+    }
+
+    /// The stages with no session open: the first call that needs one opens it.
+    pub(super) fn at_rest(&self, policy: &Policy, constitution: Option<Constitution>) -> Result<Stages> {
+        let model = Model::at_rest(&self.library, &self.package, self.options, ASKING)?;
+        let guard = Guard::at_rest(&model).context("guard")?;
+        Stages::over(model, guard, policy, constitution)
+    }
+}
+
 /// The package, verified.
 pub(super) fn open_package(shared: &Shared, place: &Place) -> Result<Package> {
     let named = shared.package.clone().or_else(|| place.settings.package.clone());
@@ -115,15 +175,16 @@ pub(super) fn open_package(shared: &Shared, place: &Place) -> Result<Package> {
 
 /// The base alone.
 pub(super) fn open_model(shared: &Shared, place: &Place) -> Result<Model> {
-    let package = open_package(shared, place)?;
-    memory::set_budget(place.policy(shared)?.budget.memory.count());
-    let context_max = shared.context.or(place.settings.context.map(NonZeroUsize::get));
-    // Before a device is tried, since that opens the package already.
-    let options = fitting(&package, context_max, memory::available())?;
-    let library = load_library(shared, place)?;
-    let (library, choice) = library.choose(&devices(shared, place), &package)?;
-    tracing::info!("{choice}");
-    Ok(Model::open(&library, &package, options)?)
+    let mut opener = Opener::find(shared, place)?;
+    opener.choose(&Cancel::new())?;
+    opener.open()
+}
+
+/// The owner's own constitution, if one is named.
+pub(super) fn constitution(shared: &Shared) -> Result<Option<Constitution>> {
+    let Some(path) = &shared.constitution else { return Ok(None) };
+    let text = settings::read_named(path)?;
+    Ok(Some(Constitution::from_toml(&text).with_context(|| path.display().to_string())?))
 }
 
 /// Options with which the package fits in the memory that is available.
@@ -133,8 +194,7 @@ fn fitting(
     available: Option<Available>,
 ) -> Result<OpenOptions> {
     let options = OpenOptions { context_max, ..OpenOptions::default() };
-    let lower = "--context N with fewer tokens needs less, and so does a package of fewer bits";
-    Ok(Shape::of(package)?.fit("opening the package", options, available, lower)?)
+    Ok(Shape::of(package)?.fit(ASKING.what, options, available, ASKING.lower)?)
 }
 
 /// The runtime library, with the provider that was named.
@@ -157,14 +217,6 @@ pub(super) fn devices(shared: &Shared, place: &Place) -> Devices {
 pub(super) fn threads(shared: &Shared, place: &Place) -> usize {
     let chosen = shared.threads.and_then(NonZeroUsize::new).or(place.settings.threads);
     chosen.or_else(|| std::thread::available_parallelism().ok()).map_or(1, NonZeroUsize::get)
-}
-
-/// The package's guard, under the thresholds of the device's owner.
-fn open_guard(model: &Model, policy: &Policy, cancel: &Cancel) -> Result<Guard> {
-    let guard = Guard::from_package(model, cancel)?;
-    let mut config = guard.config().clone();
-    policy.set_thresholds(&mut config)?;
-    Ok(guard.with_thresholds(config)?)
 }
 
 /// Reads a file of samples; bad lines are named on stderr and left out.

@@ -1,10 +1,13 @@
 //! `run` and `once`: the device visits the aggregator, as often as it is asked to come back. `member.rs` is the device.
 
-use std::{num::NonZeroU64, thread, time::Duration};
+use std::{
+    num::NonZeroU64,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
 use commonweal_protocol::ReconnectWindow;
-use commonweal_runtime::Cancel;
 use commonweal_transport::{Clock, PutOff};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -32,7 +35,7 @@ const RETRY: ReconnectWindow = ReconnectWindow { after_ms: 2_500, spread_ms: 5_0
 const DISK_RETRY: ReconnectWindow = ReconnectWindow { after_ms: 600_000, spread_ms: 600_000 };
 /// Devices whose budgets begin anew at one midnight do not come at one moment.
 const PUT_OFF_SPREAD_MS: u32 = 3_600_000;
-/// After a step that memory was too short for: what else takes it is a person's, and ends in minutes.
+/// After work that memory was too short for: what else takes it is a person's, and ends in minutes.
 const MEMORY_RETRY: ReconnectWindow = ReconnectWindow { after_ms: 60_000, spread_ms: 60_000 };
 
 /// One visit; exit code 4 when the update was refused.
@@ -117,7 +120,7 @@ pub(super) fn run(shared: &Shared, rounds: Option<u64>, heeds: bool) -> Result<(
         } else {
             shared.output().show(&Event::Waiting { seconds: wait.as_secs_f64(), why });
         }
-        sleep(wait, &stop);
+        sleep(wait, &mut member);
     }
     notify::stopping();
     member.tell("has stopped".to_owned());
@@ -152,7 +155,7 @@ fn why_again(error: &PipelineError) -> String {
     } else if let Some(full) = error.over_disk() {
         full.to_string()
     } else if error.is_want_of_memory() {
-        "too little memory for a training step".to_owned()
+        "too little memory for the work".to_owned()
     } else {
         "the aggregator is away".to_owned()
     }
@@ -184,12 +187,13 @@ fn describe(outcome: Outcome) -> &'static str {
     }
 }
 
-/// Sleeps in short pieces, so that a signal ends it.
-fn sleep(total: Duration, cancel: &Cancel) {
+/// Sleeps in short pieces, so that a signal ends it. When it is long, the device gives its memory back meanwhile.
+fn sleep(total: Duration, member: &mut Member) {
     let piece = Duration::from_millis(50);
     let mut left = total;
-    while !left.is_zero() && !cancel.is_cancelled() {
+    while !left.is_zero() && !member.stop.is_cancelled() {
         doing::goes_on();
+        member.waits(Instant::now());
         thread::sleep(left.min(piece));
         left = left.saturating_sub(piece);
     }

@@ -2,14 +2,15 @@
 
 use std::{
     collections::BTreeSet,
+    error::Error,
     fs::{self, File},
     io::Write,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use commonweal_protocol::{Digest, Refusal, RoundId};
-use commonweal_runtime::Cancel;
+use commonweal_runtime::{Cancel, settle};
 use commonweal_safety::Reviser;
 use edge_client::{
     forget, kept,
@@ -54,7 +55,6 @@ fn a_touch_ends_the_round_where_it_is_and_the_rest_follows_to_the_same_bits() {
             thread::sleep(Duration::from_millis(2));
         }
         File::options().append(true).open(keyboard).unwrap().write_all(&[1; 24]).unwrap();
-        Instant::now()
     });
     let watch = Watched {
         visit,
@@ -63,9 +63,8 @@ fn a_touch_ends_the_round_where_it_is_and_the_rest_follows_to_the_same_bits() {
         heed: Some(&mut heed),
         memory_max: Limit::OFF,
     };
-    let ((ended, at), broken) = watched(watch, || (world.device.visit(), Instant::now()));
-    let after = at.duration_since(touched.join().unwrap());
-    eprintln!("the round's work ended {} ms after the touch, its checkpoint written", after.as_millis());
+    let (ended, broken) = watched(watch, || world.device.visit());
+    touched.join().unwrap();
     ended.unwrap_err();
     assert!(matches!(broken.unwrap().0[..], [Broken::Idle { .. }]));
     assert!(world.has("round/training.safetensors"), "what was trained is kept at whatever step it was");
@@ -74,6 +73,42 @@ fn a_touch_ends_the_round_where_it_is_and_the_rest_follows_to_the_same_bits() {
     assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
     let [with, without] = [&world, &undisturbed].map(|world| Digest::of(&world.told.lock().unwrap().offered));
     assert_eq!(with, without);
+}
+
+/// A visit holds a session from before it is opened. Whoever comes just then may be late for once, and comes again.
+#[test]
+fn who_comes_while_a_session_is_opened_ends_the_visit_and_the_next_one_opens_it() {
+    let undisturbed = World::new();
+    assert_eq!(undisturbed.visit(), Outcome::Delivered(RoundId(1)));
+
+    let mut world = World::new();
+    let mut is_left = || {
+        world.device.model.close();
+        world.device.cancel = Cancel::new();
+        let (model, visit) = (world.device.model.clone(), world.device.cancel.clone());
+        let came = thread::spawn(move || {
+            while !model.is_open() {
+                thread::yield_now();
+            }
+            visit.cancel();
+        });
+        let ended = world.device.visit().unwrap_err();
+        came.join().unwrap();
+        assert!(causes(&ended).contains("cancelled"), "{}", causes(&ended));
+        settle();
+        !world.device.model.is_open()
+    };
+    assert!((0..20).any(|_| is_left()), "every opening was waited for");
+
+    world.device.cancel = Cancel::new();
+    assert_eq!(world.visit(), Outcome::Delivered(RoundId(1)));
+    let [with, without] = [&world, &undisturbed].map(|world| Digest::of(&world.told.lock().unwrap().offered));
+    assert_eq!(with, without);
+}
+
+fn causes(error: &(dyn Error + 'static)) -> String {
+    let all = std::iter::successors(Some(error), |&error| error.source());
+    all.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// Ends the visit once a file is there.

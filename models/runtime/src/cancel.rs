@@ -1,5 +1,5 @@
 //! Stops a long call from another thread. Every call of this crate that runs the network takes a [`Cancel`];
-//! `infer.rs` and `gradient.rs` run under it.
+//! `infer.rs` and `gradient.rs` run under it, `opening.rs` opens sessions under it.
 
 use std::{
     fmt,
@@ -11,7 +11,8 @@ use std::{
 
 use ort::session::RunOptions;
 
-/// A handle that stops the calls it was given to, within about one operator of the network (50 ms on a phone).
+/// A handle that stops the calls it was given to, within about one operator of the network (50 ms on a phone). A call that
+/// waits for a session to open stops at once.
 /// Clones are the same handle. Once cancelled it stays cancelled: make a new one for new work.
 #[derive(Clone, Default)]
 pub struct Cancel {
@@ -107,6 +108,11 @@ impl Run {
 
     pub(crate) fn options(&self) -> &RunOptions {
         &self.options
+    }
+
+    /// The handle that ends it.
+    pub(crate) fn cancel(&self) -> &Cancel {
+        &self.cancel
     }
 
     /// A run that fails after its handle was cancelled failed for that reason.

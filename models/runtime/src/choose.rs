@@ -121,6 +121,9 @@ pub enum DeviceError {
     /// The library does not say what it has.
     #[error("the onnx runtime library does not say what it offers")]
     Offers(#[source] ort::Error),
+    /// The handle was used before one was chosen.
+    #[error("choosing a device was cancelled")]
+    Cancelled,
     /// The processor itself fails on the package: nothing to compare with.
     #[error("the package does not run on the cpu, with which a device is compared")]
     Reference(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -174,32 +177,59 @@ impl Library {
     /// Chooses where sessions run, trying devices other than the processor with the package: the library that opens its
     /// sessions there, and why. A trial opens the package once there and once on the processor.
     pub fn choose(&self, devices: &Devices, package: &Package) -> Result<(Self, Choice), DeviceError> {
+        self.choose_with(devices, package, &Cancel::new())
+    }
+
+    /// The same under a handle that ends it.
+    pub fn choose_with(
+        &self,
+        devices: &Devices,
+        package: &Package,
+        cancel: &Cancel,
+    ) -> Result<(Self, Choice), DeviceError> {
         let offers = self.offers()?;
         match devices {
-            Devices::Auto => Ok(self.choose_automatically(&offers, package)),
+            Devices::Auto => self.choose_automatically(&offers, package, cancel),
             Devices::InOrder(list) => {
-                let (device, why) = self.choose_in_order(list, &offers, package)?;
+                let (device, why) = self.choose_in_order(list, &offers, package, cancel)?;
                 let may_leave_nodes = list.contains(&Device::Cpu);
                 Ok((self.at(Placement { device, may_leave_nodes }), Choice { device, why }))
             }
         }
     }
 
-    fn choose_automatically(&self, offers: &[Offer], package: &Package) -> (Self, Choice) {
+    /// Whether choosing tries a device, and so opens the package.
+    pub fn would_try(&self, devices: &Devices) -> Result<bool, DeviceError> {
+        let offers = self.offers()?;
+        let is_offered = |device: &Device| offers.iter().any(|offer| offer.provider == device.provider());
+        let is_tried = |device: &Device| *device != Device::Cpu && is_offered(device);
+        Ok(match devices {
+            Devices::Auto => Device::AUTOMATIC.iter().any(is_tried),
+            Devices::InOrder(list) => list.iter().take_while(|device| **device != Device::Cpu).any(is_tried),
+        })
+    }
+
+    fn choose_automatically(
+        &self,
+        offers: &[Offer],
+        package: &Package,
+        cancel: &Cancel,
+    ) -> Result<(Self, Choice), DeviceError> {
         let mut reasons = Vec::new();
         let is_offered = |device: &Device| offers.iter().any(|offer| offer.provider == device.provider());
         for device in Device::AUTOMATIC.into_iter().filter(is_offered) {
             // All of the inference graph must run there; of the gradient graph, the processor may take a part.
             let whole = Placement { device, may_leave_nodes: false };
             let placement = Placement { device, may_leave_nodes: true };
-            let tried =
-                self.try_answering(whole, package).and_then(|()| self.try_training(placement, package));
-            match tried {
+            let answers = self.try_answering(whole, package, cancel);
+            match answers.and_then(|()| self.try_training(placement, package, cancel)) {
                 Ok(()) => {
                     let why = reasons.is_empty().then(|| "the first that the library offers".to_owned());
                     let why = why.unwrap_or_else(|| reasons.join("; "));
-                    return (self.at(placement), Choice { device, why });
+                    return Ok((self.at(placement), Choice { device, why }));
                 }
+                // Whatever it failed with says nothing of the device.
+                Err(_) if cancel.is_cancelled() => return Err(DeviceError::Cancelled),
                 Err(error) => reasons.push(described(&error)),
             }
         }
@@ -209,7 +239,7 @@ impl Library {
             }
             reasons => reasons.join("; "),
         };
-        (self.at(Placement::CPU), Choice { device: Device::Cpu, why })
+        Ok((self.at(Placement::CPU), Choice { device: Device::Cpu, why }))
     }
 
     fn choose_in_order(
@@ -217,6 +247,7 @@ impl Library {
         list: &[Device],
         offers: &[Offer],
         package: &Package,
+        cancel: &Cancel,
     ) -> Result<(Device, String), DeviceError> {
         let may_leave_nodes = list.contains(&Device::Cpu);
         let mut errors = Vec::new();
@@ -226,11 +257,12 @@ impl Library {
                 device if !offers.iter().any(|offer| offer.provider == device.provider()) => {
                     Err(self.missing(device, offers))
                 }
-                device => self.try_answering(Placement { device, may_leave_nodes }, package),
+                device => self.try_answering(Placement { device, may_leave_nodes }, package, cancel),
             };
             match tried {
                 Ok(()) if errors.is_empty() => return Ok((device, "asked for".into())),
                 Ok(()) => return Ok((device, format!("asked for after {}", reasons(&errors)))),
+                Err(_) if cancel.is_cancelled() => return Err(DeviceError::Cancelled),
                 Err(error) => errors.push(error),
             }
         }
@@ -254,29 +286,40 @@ impl Library {
     }
 
     /// Compares log-probabilities with the processor's.
-    fn try_answering(&self, placement: Placement, package: &Package) -> Result<(), DeviceError> {
+    fn try_answering(
+        &self,
+        placement: Placement,
+        package: &Package,
+        cancel: &Cancel,
+    ) -> Result<(), DeviceError> {
         let device = placement.device;
-        let there = Model::open(&self.at(placement), package, tried_options())
+        let there = Model::open_with(&self.at(placement), package, tried_options(), cancel)
             .map_err(|source| DeviceError::Open { placement, source: Box::new(source) })?;
-        let got = scored(&there).map_err(|source| DeviceError::Run { device, source: Box::new(source) })?;
+        let got =
+            scored(&there, cancel).map_err(|source| DeviceError::Run { device, source: Box::new(source) })?;
         drop(there);
-        let here = Model::open(&self.at(Placement::CPU), package, tried_options())
+        let here = Model::open_with(&self.at(Placement::CPU), package, tried_options(), cancel)
             .map_err(|error| DeviceError::Reference(Box::new(error)))?;
-        let expected = scored(&here).map_err(|error| DeviceError::Reference(Box::new(error)))?;
+        let expected = scored(&here, cancel).map_err(|error| DeviceError::Reference(Box::new(error)))?;
         agree(device, &expected, &got)
     }
 
     /// Compares the loss of a step with the processor's.
-    fn try_training(&self, placement: Placement, package: &Package) -> Result<(), DeviceError> {
+    fn try_training(
+        &self,
+        placement: Placement,
+        package: &Package,
+        cancel: &Cancel,
+    ) -> Result<(), DeviceError> {
         let device = placement.device;
-        let opened = Model::open(&self.at(placement), package, tried_options());
+        let opened = Model::open_with(&self.at(placement), package, tried_options(), cancel);
         let there = opened.map_err(|source| DeviceError::Open { placement, source: Box::new(source) })?;
-        let got =
-            trained(&there).map_err(|source| DeviceError::Train { device, source: Box::new(source) })?;
+        let failed = |source| DeviceError::Train { device, source: Box::new(source) };
+        let got = trained(&there, cancel).map_err(failed)?;
         drop(there);
-        let here = Model::open(&self.at(Placement::CPU), package, tried_options())
+        let here = Model::open_with(&self.at(Placement::CPU), package, tried_options(), cancel)
             .map_err(|error| DeviceError::Reference(Box::new(error)))?;
-        let expected = trained(&here).map_err(|error| DeviceError::Reference(Box::new(error)))?;
+        let expected = trained(&here, cancel).map_err(|error| DeviceError::Reference(Box::new(error)))?;
         agree(device, &[expected as f32], &[got as f32])
     }
 }
@@ -293,16 +336,16 @@ fn tried_row(model: &Model) -> TrainingRow {
     TrainingRow { ids, weights: vec![1.0; tokens] }
 }
 
-fn scored(model: &Model) -> Result<Vec<f32>, InferError> {
+fn scored(model: &Model, cancel: &Cancel) -> Result<Vec<f32>, InferError> {
     let base = model.prepare(None).map_err(|_| InferError::Foreign { what: "adapter", owner: "model" })?;
-    let scores = model.score_rows(&base, &[tried_row(model)], &Cancel::new())?;
+    let scores = model.score_rows(&base, &[tried_row(model)], cancel)?;
     Ok(scores.into_iter().flat_map(|score| score.token_logprobs).collect())
 }
 
-fn trained(model: &Model) -> Result<f64, TrainError> {
+fn trained(model: &Model, cancel: &Cancel) -> Result<f64, TrainError> {
     let start = Adapter::init(model.layout().clone(), 0);
     let mut trainer = Trainer::new(model, start, TrainOptions::default())?;
-    Ok(trainer.step(&[tried_row(model)], &Cancel::new())?.loss)
+    Ok(trainer.step(&[tried_row(model)], cancel)?.loss)
 }
 
 /// Mean difference of two lists of log-probabilities; one that is not a number never agrees.

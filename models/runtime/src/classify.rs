@@ -19,7 +19,9 @@ use tokenizers::Encoding;
 use crate::{
     cancel::{Cancel, Run, RunError},
     library::Library,
-    model::{OpenError, Use, open_session, require},
+    memory::{self, encoder_bytes},
+    model::{Asking, OpenError},
+    opening::{Graph, OpenSession, Use},
     tokenize::{TokenizeError, Tokenizer},
     windows::{CROSSED_MAX, READINGS_MAX, cut, reading_count, readings, share, window_count},
 };
@@ -107,9 +109,22 @@ pub enum ClassifyError {
     /// The text could not be encoded.
     #[error(transparent)]
     Tokenize(#[from] TokenizeError),
+    /// The graph does not open.
+    #[error(transparent)]
+    Open(OpenError),
     /// The runtime library failed.
     #[error("classifier does not run")]
     Engine(#[from] ort::Error),
+}
+
+impl From<OpenError> for ClassifyError {
+    /// A cancelled call is the same whatever it waited for.
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::Cancelled => Self::Cancelled,
+            error => Self::Open(error),
+        }
+    }
 }
 
 impl From<RunError> for ClassifyError {
@@ -128,11 +143,14 @@ pub struct Classifier {
 }
 
 struct Inner {
+    library: Library,
     package: EncoderPackage,
     tokenizer: Tokenizer,
     options: ClassifyOptions,
     context: usize,
-    session: Mutex<Session>,
+    /// Of one that rests now and then.
+    asking: Option<Asking>,
+    session: Mutex<Option<OpenSession>>,
 }
 
 /// One row of a batch.
@@ -149,6 +167,28 @@ impl Classifier {
         library: &Library,
         package: &EncoderPackage,
         options: ClassifyOptions,
+    ) -> Result<Self, OpenError> {
+        let classifier = Self::closed(library, package, options, None)?;
+        classifier.with_session(&Cancel::new(), |_| Ok::<_, OpenError>(()))?;
+        Ok(classifier)
+    }
+
+    /// The same with no session open yet: the first call opens it, after memory was asked for. What is wrong with the
+    /// package is told here all the same, but for its graph. [`Classifier::close`] puts it to rest again.
+    pub fn at_rest(
+        library: &Library,
+        package: &EncoderPackage,
+        options: ClassifyOptions,
+        asking: Asking,
+    ) -> Result<Self, OpenError> {
+        Self::closed(library, package, options, Some(asking))
+    }
+
+    fn closed(
+        library: &Library,
+        package: &EncoderPackage,
+        options: ClassifyOptions,
+        asking: Option<Asking>,
     ) -> Result<Self, OpenError> {
         for (name, value) in [
             ("context_max", options.context_max.unwrap_or(1)),
@@ -173,14 +213,47 @@ impl Classifier {
         if tokenizer.frame_tokens(false) == 0 || frame + 2 > context {
             return Err(OpenError::Frame { context, got: frame });
         }
-        let path = package.graph();
-        let session = open_session(library, None, &path, Use::Training)?;
+        let (library, package, session) = (library.clone(), package.clone(), Mutex::new(None));
+        Ok(Self { inner: Arc::new(Inner { library, package, tokenizer, options, context, asking, session }) })
+    }
+
+    /// Gives back the memory of the session; the next call opens it again.
+    pub fn close(&self) {
+        drop(self.inner.session.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// Runs with the session, which is opened first if it is not.
+    fn with_session<T, E: From<OpenError>>(
+        &self,
+        cancel: &Cancel,
+        run: impl FnOnce(&mut Session) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let mut slot = self.inner.session.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = match &mut *slot {
+            Some(open) => open,
+            empty => {
+                self.make_room()?;
+                empty.insert(self.graph().open(cancel)?)
+            }
+        };
+        run(&mut open.session)
+    }
+
+    fn graph(&self) -> Graph {
+        let Inner { library, package, .. } = &*self.inner;
         let mut inputs = vec!["input_ids".to_owned(), "lengths".to_owned()];
-        inputs.extend((encoder.token_types > 1).then(|| "token_type_ids".to_owned()));
-        require(&session, &path, inputs, &["logits"])?;
-        let session = Mutex::new(session);
-        let package = package.clone();
-        Ok(Self { inner: Arc::new(Inner { package, tokenizer, options, context, session }) })
+        inputs.extend((package.manifest().encoder.token_types > 1).then(|| "token_type_ids".to_owned()));
+        let (library, path) = (library.clone(), package.graph());
+        Graph { library, frozen: None, path, purpose: Use::Training, inputs, outputs: &["logits"] }
+    }
+
+    fn make_room(&self) -> Result<(), OpenError> {
+        let Inner { package, options, asking, .. } = &*self.inner;
+        let Some(Asking { what, lower }) = *asking else { return Ok(()) };
+        // A package that was opened has its weights; if they went away since, the graph says so.
+        let weights_bytes = std::fs::metadata(package.weights()).map_or(0, |file| file.len());
+        let needed = encoder_bytes(&package.manifest().encoder, weights_bytes, options);
+        memory::check(what, needed, memory::available(), lower).map_err(OpenError::Memory)
     }
 
     /// What the package says about itself.
@@ -338,20 +411,22 @@ impl Classifier {
         if encoder.token_types > 1 {
             inputs.push(("token_type_ids", Tensor::from_array((shape, padded(|row| &row.kinds, 0)))?.into()));
         }
-        let mut session = self.inner.session.lock().unwrap_or_else(PoisonError::into_inner);
-        let outputs = run.explain(session.run_with_options(inputs, run.options()))?;
         let labels = encoder.labels.len();
-        let wrong = |row: usize| ClassifyError::Output { row, labels };
-        let logits = outputs.get("logits").ok_or_else(|| wrong(rows[0].text))?.try_extract_tensor::<f32>()?.1;
-        if logits.len() != rows.len() * labels {
-            return Err(wrong(rows[0].text));
-        }
-        let each = rows.iter().zip(logits.chunks_exact(labels));
-        each.map(|(row, logits)| {
-            let is_sound = logits.iter().all(|logit| logit.is_finite());
-            if is_sound { Ok(logits.to_vec()) } else { Err(wrong(row.text)) }
+        self.with_session(run.cancel(), |session| {
+            let outputs = run.explain(session.run_with_options(inputs, run.options()))?;
+            let wrong = |row: usize| ClassifyError::Output { row, labels };
+            let logits = outputs.get("logits").ok_or_else(|| wrong(rows[0].text))?;
+            let logits = logits.try_extract_tensor::<f32>()?.1;
+            if logits.len() != rows.len() * labels {
+                return Err(wrong(rows[0].text));
+            }
+            let each = rows.iter().zip(logits.chunks_exact(labels));
+            each.map(|(row, logits)| {
+                let is_sound = logits.iter().all(|logit| logit.is_finite());
+                if is_sound { Ok(logits.to_vec()) } else { Err(wrong(row.text)) }
+            })
+            .collect()
         })
-        .collect()
     }
 }
 

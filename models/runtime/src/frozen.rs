@@ -61,7 +61,7 @@ pub enum FrozenError {
 pub(crate) struct Frozen {
     /// Tensors over the map, by name. They are dropped before it.
     tensors: Mutex<BTreeMap<String, Arc<DynValue>>>,
-    prepacked: PrepackedWeights,
+    prepacked: Mutex<PrepackedWeights>,
     map: Mmap,
 }
 
@@ -72,12 +72,14 @@ impl Frozen {
         #[expect(unsafe_code, reason = "a file can only be mapped so")]
         // SAFETY: the file is a package's, which nothing writes to: packages are made beside their place and renamed.
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
-        Ok(Self { tensors: Mutex::default(), prepacked: PrepackedWeights::new(), map })
+        let prepacked = Mutex::new(PrepackedWeights::new());
+        Ok(Self { tensors: Mutex::default(), prepacked, map })
     }
 
     /// Gives a session of the graph at `path` the weights that it names.
     pub(crate) fn lend(&self, path: &Path, builder: SessionBuilder) -> Result<SessionBuilder, LendError> {
-        let mut builder = builder.with_prepacked_weights(&self.prepacked).map_err(ort::Error::from)?;
+        let prepacked = self.prepacked.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut builder = builder.with_prepacked_weights(&prepacked).map_err(ort::Error::from)?;
         let mut tensors = self.tensors.lock().unwrap_or_else(PoisonError::into_inner);
         for tensor in external_tensors(path)? {
             let place = tensor.place()?;
@@ -91,6 +93,13 @@ impl Frozen {
             builder = builder.with_initializer(&tensor.name, value).map_err(ort::Error::from)?;
         }
         Ok(builder)
+    }
+
+    /// Gives back the prepared form of the weights, as soon as no session reads it any more; the next one prepares them
+    /// anew.
+    pub(crate) fn forget(&self) {
+        *self.prepacked.lock().unwrap_or_else(PoisonError::into_inner) = PrepackedWeights::new();
+        self.rest();
     }
 
     /// The pages that opening a session read are not needed again soon: its kernels have their own form of most.

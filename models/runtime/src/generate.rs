@@ -127,7 +127,7 @@ impl Model {
                 _ => {
                     let bytes = Cache::row_bytes(self.manifest(), capacity(self, &prompts[row].ids, options));
                     let most = if options.copying { 1 } else { self.options().batch_max };
-                    group_max = (self.options().cache_bytes_max / bytes.max(1)).clamp(1, most);
+                    group_max = (self.cache_bytes_max() / bytes.max(1)).clamp(1, most);
                     groups.push(vec![row]);
                 }
             }

@@ -60,7 +60,7 @@ pub(crate) fn gradient(
         inputs.push((spec.name().into(), TensorRef::from_array_view((spec.shape(), values))?.into()));
     }
     let layers = adapter.layout().layers();
-    model.with_train_session(options.graph, |session| {
+    model.with_train_session(options.graph, run.cancel(), |session| {
         let outputs = run.explain(session.run_with_options(inputs, run.options()))?;
         let mut values = vec![0.0; adapter.values().len()];
         // What is not trained has no gradient in some graphs, and needs none.

@@ -92,10 +92,20 @@ pub enum InferError {
     Tokenize(#[from] TokenizeError),
     /// The inference graph does not open.
     #[error(transparent)]
-    Open(#[from] OpenError),
+    Open(OpenError),
     /// The runtime library failed.
     #[error("inference graph does not run")]
     Engine(#[from] ort::Error),
+}
+
+impl From<OpenError> for InferError {
+    /// A cancelled call is the same whatever it waited for.
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::Cancelled => Self::Cancelled,
+            error => Self::Open(error),
+        }
+    }
 }
 
 impl From<RunError> for InferError {
@@ -296,7 +306,7 @@ impl Lane {
         let ids = ids.iter().map(|&id| i64::from(id)).collect::<Vec<_>>();
         let lasts = lasts.iter().map(|&last| last as i32).collect::<Vec<_>>();
         let Self { bound, cache, logits, adapter, model } = self;
-        model.with_infer_session(adapter.is_adapted(), |session, opening| {
+        model.with_infer_session(adapter.is_adapted(), run.cancel(), |session, opening| {
             // A session that was closed since has another successor, which knows nothing of the old one's tensors.
             bound.take_if(|bound| bound.opening != opening);
             let Bound { binding, .. } = match bound {

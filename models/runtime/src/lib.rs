@@ -2,14 +2,15 @@
 //!
 //! In the order of the flow: a [`library`] is loaded and a [`device`] chosen ([`choose`]), a package is opened as a [`model`], an adapter is prepared for it
 //! ([`adapt`]), text becomes tokens ([`template`], [`conversation`], [`texts`], [`tokenize`]), which are run ([`generate`],
-//! [`together`], [`score`], with a shared [`prefix`]) or learned from ([`train`], [`preference`], [`train_state`]). Every long call takes a [`cancel`] handle.
-//! [`network`] runs a graph that belongs to no package. An encoder's package is opened and run by [`classify`] alone. What does not fit is read in [`windows`].
+//! [`together`], [`score`], with a shared [`prefix`]) or learned from ([`train`], [`preference`], [`train_state`]). Every long call takes a [`cancel`] handle,
+//! and so does the wait for a session to open; a program ends with [`settle`]. [`network`] runs a graph that belongs to no package. An encoder's package is opened and run by [`classify`] alone. What does not fit is read in [`windows`].
 //!
 //! It opens no socket and writes no file. It never logs a person's text.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp, reason = "a failed test may panic"))]
 
 mod copy;
 mod frozen;
+mod opening;
 pub mod library;
 pub mod device;
 pub mod choose;
@@ -51,8 +52,9 @@ pub use infer::InferError;
 pub use library::{Library, LibraryError};
 pub use measure::{Memory, memory};
 pub use memory::MemoryError;
-pub use model::{Model, OpenError, OpenOptions};
+pub use model::{Asking, Model, OpenError, OpenOptions};
 pub use network::{Network, NetworkError};
+pub use opening::settle;
 pub use optimizer::AdamW;
 pub use preference::{Preference, PreferenceReport, ReferredPreference};
 pub use prefix::{SharedPrefix, common_prefix};

@@ -1,33 +1,33 @@
 //! Opens a package: the session for the base alone at once, those with an adapter and with gradients when they are first
-//! needed. All read the frozen base from the same mapped file (`frozen.rs`). `generate.rs`, `score.rs` and `train.rs` run what is opened here.
+//! needed. A model at rest has none of them until a call needs it. All read the frozen base from the same mapped file
+//! (`frozen.rs`). `opening.rs` opens them; `generate.rs`, `score.rs` and `train.rs` run what is opened here.
 
 use std::{
-    fmt,
-    path::Path,
+    fmt, io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
 };
 
 use commonweal_adapter::{Adapter, AdapterLayout};
 use commonweal_package::{Manifest, Package, Tokens, TrainGraph};
-use ort::session::{Session, builder::GraphOptimizationLevel};
+use ort::session::Session;
 
 use crate::{
     adapt::{AdaptError, PreparedAdapter},
     cache,
+    cancel::Cancel,
     conversation::Chat,
     device::Device,
-    frozen::{Frozen, FrozenError, LendError},
+    frozen::{Frozen, FrozenError},
     library::Library,
+    memory::{self, MemoryError, Shape},
+    opening::{Graph, OpenSession, Use},
     prefix::Row,
     template::{ChatTemplate, SpecialTokens, TemplateError},
     tokenize::{TokenizeError, Tokenizer},
 };
-
-/// ONNX Runtime's key for optimizers that a session goes without.
-const DISABLED_OPTIMIZERS: &str = "optimization.disable_specified_optimizers";
 
 /// How a model is opened.
 #[derive(Clone, Copy, Debug)]
@@ -48,6 +48,15 @@ impl Default for OpenOptions {
     }
 }
 
+/// How memory is asked for before something at rest is opened: the words of the error, should there be too little.
+#[derive(Clone, Copy, Debug)]
+pub struct Asking {
+    /// The work.
+    pub what: &'static str,
+    /// The setting that lowers what it needs.
+    pub lower: &'static str,
+}
+
 /// An open package. Cheap to clone; all clones share its sessions, whose runs take turns.
 #[derive(Clone)]
 pub struct Model {
@@ -61,25 +70,39 @@ struct Inner {
     layout: Arc<AdapterLayout>,
     chat: Chat,
     options: OpenOptions,
+    /// The options' own, or less if memory was short when a model at rest was opened.
+    cache_bytes_max: AtomicUsize,
     context: usize,
-    // Sessions are dropped before the weights that they read.
+    /// Of a model that rests now and then.
+    asking: Option<Asking>,
+    /// Whether it was asked for since it rested.
+    has_room: AtomicBool,
     base: Mutex<Option<Opened>>,
     adapted: Mutex<Option<Opened>>,
-    train: Mutex<Option<(TrainGraph, Session)>>,
+    train: Mutex<Option<(TrainGraph, OpenSession)>>,
     /// What prefixes hold, as long as somebody has them.
     prefixes: Mutex<Vec<Weak<Mutex<Row>>>>,
-    frozen: Frozen,
+    frozen: Arc<Frozen>,
 }
 
 /// An inference session, and which opening it is: closed and opened again, it is another one.
 struct Opened {
     opening: u64,
-    session: Session,
+    open: OpenSession,
 }
 
 /// Why a package could not be opened for running.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
+    /// The call's [`Cancel`] handle was used while it waited for a session.
+    #[error("opening was cancelled")]
+    Cancelled,
+    /// There is no thread to open a session on.
+    #[error("no thread can be had to open a session on")]
+    Thread(#[source] io::Error),
+    /// What rested does not fit in memory now.
+    #[error("package is not opened")]
+    Memory(#[source] MemoryError),
     /// An option cannot be obeyed.
     #[error("option {name} must be at least 1, got 0")]
     Option {
@@ -152,7 +175,39 @@ pub enum OpenError {
 
 impl Model {
     /// Opens the inference graph of a package whose hashes were verified (`Package::open`).
-    pub fn open(library: &Library, package: &Package, mut options: OpenOptions) -> Result<Self, OpenError> {
+    pub fn open(library: &Library, package: &Package, options: OpenOptions) -> Result<Self, OpenError> {
+        Self::open_with(library, package, options, &Cancel::new())
+    }
+
+    /// The same under a handle that ends it.
+    pub fn open_with(
+        library: &Library,
+        package: &Package,
+        options: OpenOptions,
+        cancel: &Cancel,
+    ) -> Result<Self, OpenError> {
+        let model = Self::closed(library, package, options, None)?;
+        model.with_infer_session(false, cancel, |_, _| Ok::<_, OpenError>(()))?;
+        Ok(model)
+    }
+
+    /// The same with no session open yet: the call that first needs one opens it, after memory was asked for. What is
+    /// wrong with the package is told here all the same, but for its graphs. [`Model::close`] puts it to rest again.
+    pub fn at_rest(
+        library: &Library,
+        package: &Package,
+        options: OpenOptions,
+        asking: Asking,
+    ) -> Result<Self, OpenError> {
+        Self::closed(library, package, options, Some(asking))
+    }
+
+    fn closed(
+        library: &Library,
+        package: &Package,
+        mut options: OpenOptions,
+        asking: Option<Asking>,
+    ) -> Result<Self, OpenError> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         for (name, value) in [
             ("context_max", options.context_max.unwrap_or(1)),
@@ -178,9 +233,8 @@ impl Model {
             ChatTemplate::open(&package.chat_template(), special_tokens(&manifest.tokens, &tokenizer))?;
         let context = manifest.model.context.min(options.context_max.unwrap_or(usize::MAX));
         let layout = Arc::new(package.layout().clone());
-        let frozen = Frozen::map(&package.weights())
-            .map_err(|source| OpenError::Frozen { graph: "weights.bin".into(), source })?;
-        let model = Self {
+        let frozen = Frozen::map(&package.weights()).map_err(of_weights)?;
+        Ok(Self {
             inner: Arc::new(Inner {
                 identity: NEXT.fetch_add(1, Ordering::Relaxed),
                 library: library.clone(),
@@ -188,16 +242,17 @@ impl Model {
                 layout,
                 chat: Chat::new(tokenizer, template),
                 options,
+                cache_bytes_max: AtomicUsize::new(options.cache_bytes_max),
                 context,
+                asking,
+                has_room: AtomicBool::new(false),
                 base: Mutex::new(None),
                 adapted: Mutex::new(None),
                 train: Mutex::new(None),
                 prefixes: Mutex::default(),
-                frozen,
+                frozen: Arc::new(frozen),
             }),
-        };
-        model.with_infer_session(false, |_, _| Ok::<_, OpenError>(()))?;
-        Ok(model)
+        })
     }
 
     /// An adapter in the form that the graph takes; `None` is the base alone. Preparing copies the adapter once,
@@ -268,6 +323,21 @@ impl Model {
         drop(lock(&self.inner.train).take());
     }
 
+    /// Gives back all that was opened, the weights' prepared form included. The tokenizer stays, and the next call opens
+    /// again what it needs.
+    pub fn close(&self) {
+        self.close_training();
+        self.close_inference();
+        self.inner.frozen.forget();
+        self.inner.has_room.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether a session is open, or being opened.
+    pub fn is_open(&self) -> bool {
+        let Inner { base, adapted, train, .. } = &*self.inner;
+        is_filled(base) || is_filled(adapted) || is_filled(train)
+    }
+
     pub(crate) fn identity(&self) -> u64 {
         self.inner.identity
     }
@@ -276,27 +346,58 @@ impl Model {
         &self.inner.options
     }
 
+    /// Memory for the cache of one call.
+    pub(crate) fn cache_bytes_max(&self) -> usize {
+        self.inner.cache_bytes_max.load(Ordering::Relaxed)
+    }
+
+    /// Asks for the memory that a package at rest needs, once until it rests again.
+    fn make_room(&self) -> Result<(), OpenError> {
+        let Inner { package, options, asking, has_room, cache_bytes_max, .. } = &*self.inner;
+        let Some(Asking { what, lower }) = *asking else { return Ok(()) };
+        if has_room.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let file = || package.weights().display().to_string();
+        let shape =
+            Shape::of(package).map_err(|source| of_weights(FrozenError::Read { file: file(), source }))?;
+        let fitting = shape.fit(what, *options, memory::available(), lower).map_err(OpenError::Memory)?;
+        cache_bytes_max.store(fitting.cache_bytes_max, Ordering::Relaxed);
+        has_room.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Runs with the inference session with or without an adapter's inputs, which is opened first if it is not. A
     /// package without a graph for the base alone runs it with an adapter of zeros.
     pub(crate) fn with_infer_session<T, E: From<OpenError>>(
         &self,
         adapted: bool,
+        cancel: &Cancel,
         run: impl FnOnce(&mut Session, u64) -> Result<T, E>,
     ) -> Result<T, E> {
         static OPENINGS: AtomicU64 = AtomicU64::new(0);
-        let Inner { library, package, frozen, .. } = &*self.inner;
-        let base_graph = package.infer_base_graph().filter(|_| !adapted);
-        let mut slot = lock(if base_graph.is_some() { &self.inner.base } else { &self.inner.adapted });
+        let is_base = !adapted && self.has_base_graph();
+        let mut slot = lock(if is_base { &self.inner.base } else { &self.inner.adapted });
         let opened = match &mut *slot {
             Some(opened) => opened,
             empty => {
-                let adapted = base_graph.is_none();
-                let path = base_graph.unwrap_or_else(|| package.infer_graph());
-                let session = open_infer(library, package, frozen, &path, adapted)?;
-                empty.insert(Opened { opening: OPENINGS.fetch_add(1, Ordering::Relaxed), session })
+                self.make_room()?;
+                let open = self.infer_graph(is_base).open(cancel)?;
+                empty.insert(Opened { opening: OPENINGS.fetch_add(1, Ordering::Relaxed), open })
             }
         };
-        run(&mut opened.session, opened.opening)
+        run(&mut opened.open.session, opened.opening)
+    }
+
+    fn infer_graph(&self, is_base: bool) -> Graph {
+        let package = &self.inner.package;
+        let path = package.infer_base_graph().filter(|_| is_base).unwrap_or_else(|| package.infer_graph());
+        let layers = 0..package.manifest().model.layers;
+        let mut inputs = ["input_ids", "seqlens_k", "total_seq", "logit_rows"].map(String::from).to_vec();
+        inputs.extend(layers.clone().map(|layer| format!("past.{layer}.key")));
+        inputs.extend(layers.filter(|_| !is_base).map(|layer| format!("lora.{layer}.qkv.a")));
+        let (library, frozen) = (self.inner.library.clone(), Some(Arc::clone(&self.inner.frozen)));
+        Graph { library, frozen, path, purpose: Use::Inference, inputs, outputs: &["logits"] }
     }
 
     /// Whether the base alone has a graph of its own.
@@ -308,16 +409,26 @@ impl Model {
     pub(crate) fn with_train_session<T, E: From<OpenError>>(
         &self,
         graph: TrainGraph,
+        cancel: &Cancel,
         run: impl FnOnce(&mut Session) -> Result<T, E>,
     ) -> Result<T, E> {
-        let Inner { library, package, frozen, .. } = &*self.inner;
         let mut slot = lock(&self.inner.train);
         slot.take_if(|(open, _)| *open != graph);
-        let (_, session) = match &mut *slot {
+        let (_, open) = match &mut *slot {
             Some(open) => open,
-            empty => empty.insert((graph, open_train(library, package, frozen, graph)?)),
+            empty => empty.insert((graph, self.train_graph(graph)?.open(cancel)?)),
         };
-        run(session)
+        run(&mut open.session)
+    }
+
+    fn train_graph(&self, graph: TrainGraph) -> Result<Graph, OpenError> {
+        let package = &self.inner.package;
+        let path = package.train_graph(graph).ok_or(OpenError::Absent { file: graph.file() })?;
+        let mut inputs = ["input_ids", "targets", "weights", "lora_scale"].map(String::from).to_vec();
+        inputs.extend(package.layout().tensors().into_iter().map(|spec| spec.name()));
+        let (library, frozen) = (self.inner.library.clone(), Some(Arc::clone(&self.inner.frozen)));
+        let outputs = &["loss", "token_logprob"];
+        Ok(Graph { library, frozen, path, purpose: Use::Training, inputs, outputs })
     }
 }
 
@@ -333,6 +444,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Whether there is something; whoever uses it now holds it.
+fn is_filled<T>(slot: &Mutex<Option<T>>) -> bool {
+    match slot.try_lock() {
+        Ok(slot) => slot.is_some(),
+        Err(TryLockError::Poisoned(slot)) => slot.into_inner().is_some(),
+        Err(TryLockError::WouldBlock) => true,
+    }
+}
+
+fn of_weights(source: FrozenError) -> OpenError {
+    OpenError::Frozen { graph: "weights.bin".into(), source }
+}
+
 pub(crate) fn special_tokens(tokens: &Tokens, tokenizer: &Tokenizer) -> SpecialTokens {
     let spell = |token: Option<u32>| token.and_then(|token| tokenizer.spelling(token)).unwrap_or_default();
     SpecialTokens {
@@ -340,99 +464,4 @@ pub(crate) fn special_tokens(tokens: &Tokens, tokenizer: &Tokenizer) -> SpecialT
         eos_token: spell(tokens.eos.first().copied()),
         pad_token: spell(Some(tokens.pad)),
     }
-}
-
-fn open_infer(
-    library: &Library,
-    package: &Package,
-    frozen: &Frozen,
-    path: &Path,
-    adapted: bool,
-) -> Result<Session, OpenError> {
-    let session = open_session(library, Some(frozen), path, Use::Inference)?;
-    let wanted = ["input_ids", "seqlens_k", "total_seq", "logit_rows"].map(String::from);
-    let layers = 0..package.manifest().model.layers;
-    let cached = layers.clone().map(|layer| format!("past.{layer}.key"));
-    let adapters = layers.filter(|_| adapted).map(|layer| format!("lora.{layer}.qkv.a"));
-    require(&session, path, wanted.into_iter().chain(cached).chain(adapters), &["logits"])?;
-    Ok(session)
-}
-
-fn open_train(
-    library: &Library,
-    package: &Package,
-    frozen: &Frozen,
-    graph: TrainGraph,
-) -> Result<Session, OpenError> {
-    let path = package.train_graph(graph).ok_or(OpenError::Absent { file: graph.file() })?;
-    let session = open_session(library, Some(frozen), &path, Use::Training)?;
-    let wanted = ["input_ids", "targets", "weights", "lora_scale"].map(String::from);
-    let adapter = package.layout().tensors().into_iter().map(|spec| spec.name());
-    require(&session, &path, wanted.into_iter().chain(adapter), &["loss", "token_logprob"])?;
-    Ok(session)
-}
-
-/// What a session is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Use {
-    /// Shapes that repeat: memory is planned once.
-    Inference,
-    /// Shapes that do not, for which a plan would take twice the memory. Equal computations stay apart: those of the
-    /// backward are there so that the forward's results need not be kept.
-    Training,
-}
-
-/// Devices with memory of their own load the weights themselves.
-pub(crate) fn open_session(
-    library: &Library,
-    frozen: Option<&Frozen>,
-    path: &Path,
-    purpose: Use,
-) -> Result<Session, OpenError> {
-    let graph = || path.display().to_string();
-    let failed = |source| OpenError::Graph { graph: graph(), source };
-    let builder = || {
-        let builder = library
-            .session()?
-            .with_optimization_level(GraphOptimizationLevel::All)?
-            .with_memory_pattern(purpose == Use::Inference)?;
-        Ok::<_, ort::Error>(match purpose {
-            Use::Inference => builder,
-            Use::Training => {
-                builder.with_config_entry(DISABLED_OPTIMIZERS, "CommonSubexpressionElimination")?
-            }
-        })
-    };
-    let mut builder = builder().map_err(failed)?;
-    if let (Some(frozen), Device::Cpu) = (frozen, library.device()) {
-        builder = frozen.lend(path, builder).map_err(|error| match error {
-            LendError::Frozen(source) => OpenError::Frozen { graph: graph(), source },
-            LendError::Engine(source) => failed(source),
-        })?;
-    }
-    let session = builder.commit_from_file(path).map_err(failed)?;
-    if let Some(frozen) = frozen {
-        frozen.rest();
-    }
-    Ok(session)
-}
-
-pub(crate) fn require(
-    session: &Session,
-    path: &Path,
-    inputs: impl IntoIterator<Item = String>,
-    outputs: &[&str],
-) -> Result<(), OpenError> {
-    let missing = |name| OpenError::Interface { graph: path.display().to_string(), name };
-    for name in inputs {
-        if !session.inputs().iter().any(|input| input.name() == name) {
-            return Err(missing(name));
-        }
-    }
-    for &name in outputs {
-        if !session.outputs().iter().any(|output| output.name() == name) {
-            return Err(missing(name.to_owned()));
-        }
-    }
-    Ok(())
 }

@@ -62,14 +62,18 @@ impl Model {
         ids: &[u32],
         cancel: &Cancel,
     ) -> Result<SharedPrefix, InferError> {
+        let prefix = self.prefix_at_rest(adapter, ids)?;
+        drop(prefix.read(&Run::new(cancel)?, ids.len() + 1)?);
+        Ok(prefix)
+    }
+
+    /// The same without reading it: the first call that goes on behind it does.
+    pub fn prefix_at_rest(&self, adapter: &PreparedAdapter, ids: &[u32]) -> Result<SharedPrefix, InferError> {
         check_prompt(self, 0, ids, self.context() - 1)?;
-        let run = Run::new(cancel)?;
         let lane = Lane::new(self, adapter, 1, 1)?;
         let row = Arc::new(Mutex::new(Row { lane, is_read: false }));
         self.know_row(&row);
-        let prefix = SharedPrefix { ids: ids.to_vec(), adapter: adapter.identity(), row };
-        drop(prefix.read(&run, ids.len() + 1)?);
-        Ok(prefix)
+        Ok(SharedPrefix { ids: ids.to_vec(), adapter: adapter.identity(), row })
     }
 }
 

@@ -220,7 +220,7 @@ impl<'m> Together<'m> {
         let (answering, options) = (self.answering(), self.model.options());
         let capacity = self.capacity().max(wanted);
         let bytes = Cache::row_bytes(self.model.manifest(), capacity).max(1);
-        let rows_max = (options.cache_bytes_max / bytes).clamp(1, options.batch_max);
+        let rows_max = (self.model.cache_bytes_max() / bytes).clamp(1, options.batch_max);
         if answering >= rows_max {
             return Ok(None);
         }

@@ -136,7 +136,7 @@ pub enum TrainError {
     },
     /// The gradient graph does not open.
     #[error(transparent)]
-    Open(#[from] OpenError),
+    Open(OpenError),
     /// The graph lacks an output or gives it another size.
     #[error("gradient graph must have output {name} of the adapter's size")]
     Output {
@@ -157,6 +157,16 @@ pub enum TrainError {
     /// The runtime library failed.
     #[error("gradient graph does not run")]
     Engine(#[from] ort::Error),
+}
+
+impl From<OpenError> for TrainError {
+    /// A cancelled step is the same whatever it waited for.
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::Cancelled => Self::Cancelled,
+            error => Self::Open(error),
+        }
+    }
 }
 
 impl From<RunError> for TrainError {

@@ -40,4 +40,12 @@ impl Form for WithWords {
         }
         Ok(found)
     }
+
+    fn close_inference(&self) {
+        self.form.close_inference();
+    }
+
+    fn close(&self) {
+        self.form.close();
+    }
 }

@@ -9,7 +9,7 @@ use commonweal_runtime::{Cancel, InferError, Model, PreparedAdapter, Prompt, Sha
 use crate::{
     category::CategoryId,
     config::GuardConfig,
-    form::{Finding, Form, Near},
+    form::{Finding, Form, Near, Start},
     guard::{GuardError, Pair},
     question::Questions,
 };
@@ -38,18 +38,23 @@ struct Worst {
 }
 
 impl Asked {
+    /// Reads the policy, unless it is to rest until the first pair comes.
     pub(crate) fn open(
         model: &Model,
         config: &GuardConfig,
         adapter: Option<&Adapter>,
-        cancel: &Cancel,
+        start: Start<'_>,
     ) -> Result<Self, GuardError> {
         let questions = Questions::new(model.tokenizer(), config, model.context())?;
         let adapter = model.prepare(adapter)?;
         let share = |with_response| -> Result<Option<SharedPrefix>, InferError> {
             let prefix = questions.prefix(with_response);
             let is_long = prefix.len() >= SHARED_TOKENS_MIN;
-            is_long.then(|| model.share_prefix(&adapter, &prefix, cancel)).transpose()
+            let share = || match start {
+                Start::Now(cancel) => model.share_prefix(&adapter, &prefix, cancel),
+                Start::AtRest => model.prefix_at_rest(&adapter, &prefix),
+            };
+            is_long.then(share).transpose()
         };
         let (prompt_prefix, pair_prefix) = (share(false)?, share(true)?);
         Ok(Self { model: model.clone(), adapter, questions, prompt_prefix, pair_prefix })
@@ -186,6 +191,10 @@ impl Form for Asked {
 
     fn close_inference(&self) {
         self.model.close_inference();
+    }
+
+    fn close(&self) {
+        self.model.close();
     }
 }
 

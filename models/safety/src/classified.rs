@@ -93,6 +93,13 @@ impl Form for Classified {
         }
         Ok(found)
     }
+
+    /// Beside a training step there is room for it: an encoder is small.
+    fn close_inference(&self) {}
+
+    fn close(&self) {
+        self.classifier.close();
+    }
 }
 
 /// What each label means; every label of either side must be one of the other.

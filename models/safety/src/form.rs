@@ -23,6 +23,15 @@ pub(crate) struct Finding {
     pub(crate) category: Option<CategoryId>,
 }
 
+/// When a form opens what it runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Start<'c> {
+    /// At once, unless the handle ends it.
+    Now(&'c Cancel),
+    /// With the first pair.
+    AtRest,
+}
+
 /// Whether the pair of this index can reach a threshold with this log-odds, so that its category matters.
 pub(crate) type Near<'n> = &'n dyn Fn(usize, f64) -> bool;
 
@@ -37,6 +46,9 @@ pub(crate) trait Form: fmt::Debug + Send + Sync {
         cancel: &Cancel,
     ) -> Result<Vec<Vec<Finding>>, GuardError>;
 
-    /// Gives back what memory it can until the next call.
-    fn close_inference(&self) {}
+    /// Gives back the memory of inference until the next call.
+    fn close_inference(&self);
+
+    /// Gives back all that was opened until the next call.
+    fn close(&self);
 }

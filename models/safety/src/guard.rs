@@ -14,7 +14,7 @@ use crate::{
     category::CategoryId,
     classified::{Classified, LabelError},
     config::{ConfigError, GuardConfig, Kind},
-    form::{Finding, Form},
+    form::{Finding, Form, Start},
     question::QuestionError,
     words::{Words, WordsFileError},
 };
@@ -135,7 +135,9 @@ impl GuardError {
             Self::Question(error) => {
                 matches!(error, QuestionError::Windows { .. } | QuestionError::Tokenize(_))
             }
-            Self::Classify(error) => !matches!(error, ClassifyError::Cancelled | ClassifyError::Engine(_)),
+            Self::Classify(error) => {
+                !matches!(error, ClassifyError::Cancelled | ClassifyError::Open(_) | ClassifyError::Engine(_))
+            }
             Self::Infer(error) => matches!(
                 error,
                 InferError::Empty { .. }
@@ -163,7 +165,7 @@ impl Guard {
             return Err(GuardError::OtherPackage { package });
         }
         let words = config.open_words(model.package())?;
-        Self::over(model, config, adapter, words, cancel)
+        Self::over(model, config, adapter, words, Start::Now(cancel))
     }
 
     /// Like [`Guard::open`], with words from elsewhere.
@@ -177,7 +179,7 @@ impl Guard {
         if let Some(package) = config.package {
             return Err(GuardError::OtherPackage { package });
         }
-        Self::over(model, config, adapter, words, cancel)
+        Self::over(model, config, adapter, words, Start::Now(cancel))
     }
 
     /// Like [`Guard::open`], over the model that the configuration names.
@@ -186,12 +188,12 @@ impl Guard {
         config: GuardConfig,
         adapter: Option<&Adapter>,
         words: Option<Words>,
-        cancel: &Cancel,
+        start: Start<'_>,
     ) -> Result<Self, GuardError> {
         config.validate().map_err(ConfigError::Invalid)?;
         match config.kind {
             Kind::Question => {
-                let form = Box::new(Asked::open(model, &config, adapter, cancel)?);
+                let form = Box::new(Asked::open(model, &config, adapter, start)?);
                 Self::of_form(form, config, words)
             }
             Kind::Classifier => Err(GuardError::OtherKind { name: config.name, expected: "an encoder" }),
@@ -287,6 +289,11 @@ impl Guard {
     /// call opens them again. A classifier keeps its one session.
     pub fn close_inference(&self) {
         self.form.close_inference();
+    }
+
+    /// Gives back all that was opened, of the base too where the guard is over it; the next call opens it again.
+    pub fn close(&self) {
+        self.form.close();
     }
 
     fn probability(&self, pair: Pair<'_>, log_odds: f64) -> f64 {

@@ -9,13 +9,14 @@ use commonweal_adapter::{
 };
 use commonweal_package::{EncoderPackage, Hash, Package};
 use commonweal_runtime::{
-    Cancel, Classifier, ClassifyOptions, MemoryError, Model, OpenOptions,
+    Asking, Cancel, Classifier, ClassifyOptions, MemoryError, Model, OpenOptions,
     memory::{self, Shape, encoder_bytes},
 };
 
 use crate::{
     config::{ConfigError, GuardConfig, Kind},
     constitution::{Constitution, ConstitutionError},
+    form::Start,
     guard::{Guard, GuardError},
     revise::{ReviseError, Reviser},
     words::{Words, WordsFileError},
@@ -114,16 +115,26 @@ impl Guard {
     /// The guard that the model's package brings: `guard.toml`, and what it names: a package of the guard's own, an
     /// adapter, or both, and words from this package.
     pub fn from_package(model: &Model, cancel: &Cancel) -> Result<Self, OpenError> {
+        Self::of_package(model, Start::Now(cancel))
+    }
+
+    /// The same with no session opened and nothing run: the first judgement does that, after memory was asked for. What
+    /// is wrong with the files is told here all the same. [`Guard::close`] puts it to rest again.
+    pub fn at_rest(model: &Model) -> Result<Self, OpenError> {
+        Self::of_package(model, Start::AtRest)
+    }
+
+    fn of_package(model: &Model, start: Start<'_>) -> Result<Self, OpenError> {
         let config = GuardConfig::from_toml(&text(model, GUARD)?)?;
         let words = config.open_words(model.package()).map_err(GuardError::Words)?;
         if let (Kind::Classifier, Some(path)) = (config.kind, &config.package) {
-            return Ok(Self::of_classifier(open_classifier(model, path)?, config, words)?);
+            return Ok(Self::of_classifier(open_classifier(model, path, start)?, config, words)?);
         }
-        let own = config.package.as_deref().map(|path| open_own(model, path)).transpose()?;
+        let own = config.package.as_deref().map(|path| open_own(model, path, start)).transpose()?;
         let model = own.as_ref().unwrap_or(model);
         let adapter =
             config.adapter.as_deref().map(|name| adapter(model, name, AdapterKind::Guard)).transpose()?;
-        Ok(Self::over(model, config, adapter.as_ref(), words, cancel)?)
+        Ok(Self::over(model, config, adapter.as_ref(), words, start)?)
     }
 }
 
@@ -150,34 +161,47 @@ impl Reviser {
     }
 }
 
-/// What the memory that the guard's own package needs is asked for, and how it becomes less.
-const OPENING: &str = "opening the guard's own package, beside the base,";
-const LOWER: &str =
-    "a guard of fewer bits or layers needs less, and a guard that is an adapter over the base next to none";
+/// How the memory that the guard's own package needs is asked for.
+const ASKING: Asking = Asking {
+    what: "opening the guard's own package, beside the base,",
+    lower: "a guard of fewer bits or layers needs less, and a guard that is an adapter over the base next to none",
+};
 
 /// The guard's own model, on what the base runs on.
-fn open_own(base: &Model, path: &str) -> Result<Model, OpenError> {
+fn open_own(base: &Model, path: &str, start: Start<'_>) -> Result<Model, OpenError> {
     let path = base.package().directory().join(path);
     let open = Package::open(&path).map_err(Box::new);
     let package = open.map_err(|source| OpenError::Package { path: path.clone(), source })?;
-    let shape = Shape::of(&package).map_err(|source| OpenError::Read { path: package.weights(), source })?;
-    let options = shape.fit(OPENING, OpenOptions::default(), memory::available(), LOWER)?;
-    let model = Model::open(base.library(), &package, options).map_err(Box::new);
-    model.map_err(|source| OpenError::Run { path, source })
+    let options = OpenOptions::default();
+    let model = match start {
+        Start::AtRest => Model::at_rest(base.library(), &package, options, ASKING),
+        Start::Now(cancel) => {
+            let read = |source| OpenError::Read { path: package.weights(), source };
+            let shape = Shape::of(&package).map_err(read)?;
+            let options = shape.fit(ASKING.what, options, memory::available(), ASKING.lower)?;
+            Model::open_with(base.library(), &package, options, cancel)
+        }
+    };
+    model.map_err(|source| OpenError::Run { path, source: Box::new(source) })
 }
 
 /// The guard's own classifier, likewise.
-fn open_classifier(base: &Model, path: &str) -> Result<Classifier, OpenError> {
+fn open_classifier(base: &Model, path: &str, start: Start<'_>) -> Result<Classifier, OpenError> {
     let path = base.package().directory().join(path);
     let open = EncoderPackage::open(&path).map_err(Box::new);
     let package = open.map_err(|source| OpenError::Package { path: path.clone(), source })?;
     let options = ClassifyOptions::default();
-    let weights = std::fs::metadata(package.weights());
-    let weights = weights.map_err(|source| OpenError::Read { path: package.weights(), source })?;
-    let needed = encoder_bytes(&package.manifest().encoder, weights.len(), &options);
-    memory::check(OPENING, needed, memory::available(), LOWER)?;
-    let classifier = Classifier::open(base.library(), &package, options).map_err(Box::new);
-    classifier.map_err(|source| OpenError::Run { path, source })
+    let classifier = match start {
+        Start::AtRest => Classifier::at_rest(base.library(), &package, options, ASKING),
+        Start::Now(_) => {
+            let weights = std::fs::metadata(package.weights());
+            let weights = weights.map_err(|source| OpenError::Read { path: package.weights(), source })?;
+            let needed = encoder_bytes(&package.manifest().encoder, weights.len(), &options);
+            memory::check(ASKING.what, needed, memory::available(), ASKING.lower)?;
+            Classifier::open(base.library(), &package, options)
+        }
+    };
+    classifier.map_err(|source| OpenError::Run { path, source: Box::new(source) })
 }
 
 fn bytes(model: &Model, name: &str, bytes_max: u64) -> Result<Vec<u8>, OpenError> {

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::ValueEnum;
 use commonweal_adapter::{Adapter, AdapterDelta, CompressOptions, Residual, Trainable, compress};
 use commonweal_package::TrainGraph;
@@ -59,6 +59,8 @@ pub enum Work {
     Compress,
     /// Judge, rewrite and train in one process: the memory of a whole device
     Device,
+    /// Cancel each kind of a visit's work at random moments, eight for each run: milliseconds until it returns
+    Stop,
 }
 
 impl Work {
@@ -82,10 +84,11 @@ impl Work {
             Self::TrainUpper => "train-upper",
             Self::Compress => "compress",
             Self::Device => "device",
+            Self::Stop => "stop",
         }
     }
 
-    /// The median of some runs, after one that is not counted.
+    /// The median of some runs, after one that is not counted. What `stop.rs` measures has no rate.
     pub(super) fn measure(self, repeats: usize, open: &dyn Fn() -> Result<Model>) -> Result<Figure> {
         let bench = || -> Result<Bench> {
             let model = open()?;
@@ -109,6 +112,7 @@ impl Work {
             Self::TrainUpper => bench()?.train(self, TrainGraph::Upper),
             Self::Compress => bench()?.compress(),
             Self::Device => bench()?.device(),
+            Self::Stop => bail!("{} is measured elsewhere", self.name()),
         }
     }
 
@@ -310,7 +314,7 @@ fn median(repeats: usize, mut run: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(middle(seconds))
 }
 
-fn middle(mut seconds: Vec<f64>) -> f64 {
+pub(super) fn middle(mut seconds: Vec<f64>) -> f64 {
     seconds.sort_by(f64::total_cmp);
     seconds[seconds.len() / 2]
 }
