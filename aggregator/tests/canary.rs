@@ -330,7 +330,9 @@ fn who_was_heard_in_one_trial_is_heard_in_the_next_of_the_same_release() {
     finish(&world);
     let canary = state(&world);
     assert_eq!((canary.stable, canary.trial.map(|trial| trial.version)), (Version(1), Some(Version(2))));
+    let said = words(&world);
     both[..2].iter().for_each(cannot);
+    assert_eq!(words(&world), said + 2, "what was said of the trial before counts in that one alone");
     finish(&world);
     assert_eq!(state(&world).trial.unwrap().words.count().failed(), 2);
 }

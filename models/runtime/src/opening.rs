@@ -257,7 +257,7 @@ mod tests {
                 thread::yield_now();
             }
             // As long as a pass of an optimizer takes.
-            drop(end.recv());
+            let _ = end.recv();
             Ok(Told(tell))
         });
         assert!(matches!(left.map(drop), Err(OpenError::Cancelled)));

@@ -80,7 +80,10 @@ impl AsyncUdpSocket for Counted {
 mod tests {
     use super::*;
     use crate::PutOff;
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::{
+        sync::atomic::{AtomicU64, Ordering},
+        task::Waker,
+    };
 
     #[derive(Debug, Default)]
     struct Sum(AtomicU64);
@@ -128,6 +131,57 @@ mod tests {
         fn local_addr(&self) -> io::Result<SocketAddr> {
             Err(io::ErrorKind::Unsupported.into())
         }
+    }
+
+    /// What was received is counted when it is handed on, each buffer by its own length.
+    #[derive(Debug)]
+    struct Received;
+
+    impl AsyncUdpSocket for Received {
+        fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
+            unreachable!("nothing is sent")
+        }
+
+        fn try_send(&self, _: &Transmit<'_>) -> io::Result<()> {
+            Err(io::ErrorKind::WouldBlock.into())
+        }
+
+        fn poll_recv(
+            &self,
+            _: &mut Context<'_>,
+            _: &mut [IoSliceMut<'_>],
+            meta: &mut [RecvMeta],
+        ) -> Poll<io::Result<usize>> {
+            let addr = SocketAddr::from(([192, 0, 2, 1], 1));
+            for (one, (len, stride)) in meta.iter_mut().zip([(3_000, 1_200), (40, 40), (9_999, 9_999)]) {
+                *one = RecvMeta { addr, len, stride, ..RecvMeta::default() };
+            }
+            Poll::Ready(Ok(2))
+        }
+
+        fn local_addr(&self) -> io::Result<SocketAddr> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    #[test]
+    fn what_is_received_counts_and_what_could_not_be_sent_does_not() {
+        let meter = Arc::new(Sum::default());
+        let counted = Counted { socket: Arc::new(Received), meter: meter.clone() };
+        let mut meta = [RecvMeta::default(); 3];
+        let received = counted.poll_recv(&mut Context::from_waker(Waker::noop()), &mut [], &mut meta);
+        assert!(matches!(received, Poll::Ready(Ok(2))));
+        // Three datagrams and one.
+        assert_eq!(meter.count(), 3_000 + 40 + 4 * HEADER_BYTES_V4);
+        let transmit = Transmit {
+            destination: SocketAddr::from(([192, 0, 2, 1], 1)),
+            ecn: None,
+            contents: &[0; 100],
+            segment_size: None,
+            src_ip: None,
+        };
+        counted.try_send(&transmit).unwrap_err();
+        assert_eq!(meter.count(), 3_000 + 40 + 4 * HEADER_BYTES_V4);
     }
 
     #[test]
