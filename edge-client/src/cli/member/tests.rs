@@ -194,7 +194,7 @@ fn the_package_is_opened_for_work_that_may_be_done_and_given_back_when_the_devic
     assert!(why.contains("touched 0 s ago"), "{why}");
     // A short break costs no opening, a lasting one gives everything back.
     let rested = member.rested.unwrap();
-    member.waits(rested + KEPT - Duration::from_millis(1));
+    member.waits(rested + KEPT / 2);
     assert!(member.device.model.is_open());
     member.waits(rested + KEPT);
     assert!(!member.device.model.is_open());
