@@ -19,7 +19,9 @@ fn main() -> ExitCode {
     } else {
         diagnostics.init();
     }
-    match aggregator::cli::run(cli) {
+    let done = aggregator::cli::run(cli);
+    commonweal_runtime::settle();
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let code = error.code();

@@ -71,6 +71,8 @@ impl Shell {
     ) -> Result<(), ServeError> {
         let server = if self.role.receives() { Some(self.bind(service)?) } else { None };
         let (admin, port) = self.open_port(server.as_ref()).await?;
+        // Before anybody is told that it listens: whoever waited for that may say stop at once.
+        let mut signals = Signals::new().map_err(|source| ServeError::System { what: "signals", source })?;
         let listening = Event::Listening {
             address: server.as_ref().map(|server| server.local_addr().to_string()),
             admin: admin.map(|address| address.to_string()),
@@ -89,7 +91,6 @@ impl Shell {
         if self.parts.desk.is_shared() {
             threads.follow(&self.parts, &self.receiver)?;
         }
-        let mut signals = Signals::new().map_err(|source| ServeError::System { what: "signals", source })?;
         let mut reload = tokio::time::interval(RELOAD);
         reload.tick().await;
         loop {
