@@ -36,6 +36,6 @@ pub mod store;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 
-/// What the program allocates with. The system's allocator keeps what each thread gave back, so that the peak grew with the
-/// devices of a round (docs/performance.md).
+/// What the program allocates with. The system's allocator keeps more of what each thread gave back, so that the peak grew
+/// faster with the devices of a round (docs/performance.md).
 pub use mimalloc::MiMalloc as Allocator;
