@@ -115,6 +115,10 @@ fn measure_apart(shared: &Shared, request: &Request, kind: Work) -> Result<Vec<u
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["bench", "--here", "--json", "--only", kind.name()]);
     command.args(["--repeats", &request.repeats.to_string()]);
+    // It tells figures as JSON, and would so tell each time what it runs on.
+    if std::env::var_os("RUST_LOG").is_none() {
+        command.env("RUST_LOG", "warn");
+    }
     for (flag, path) in [
         ("--dir", &shared.dir),
         ("--package", &shared.package),
