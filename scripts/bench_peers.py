@@ -46,6 +46,7 @@ WORK = [
     ("screening", "screen", "llama.cpp", "llama.cpp screen-cached", "llama.cpp, prompt cache", "samples/s", 1.5),
     ("revision", "revise", "llama.cpp", "llama.cpp decode", "llama.cpp decode", "tokens/s", 2.5),
     ("LoRA step, 256 tokens", "train", "pytorch", "PyTorch train", "PyTorch eager + PEFT", "tokens/s", 1.6),
+    ("LoRA step in little memory, 256 tokens", "train-frugal", "pytorch", "PyTorch train", "PyTorch eager + PEFT", "tokens/s", 1.6),
     (
         "LoRA step, upper half of the layers", "train-upper", "pytorch", "PyTorch train",
         "PyTorch eager + PEFT, all layers", "tokens/s", 3.0,

@@ -3,8 +3,8 @@
 //!
 //! Beside `pipeline.rs`, on a thread of its own; `when.rs` has the rules and `sensors.rs` the readings. A look every 25 ms
 //! and an operator of the network, which is what a cancelled handle waits for at most (50 ms on a phone), stay within the
-//! 100 ms in which the device is the person's again. `bench --only stop` measures the second of them, and the few stages that
-//! wait for something else.
+//! 100 ms in which the cores are the person's again. One thread may go on: a training's checkpoint is written, and a pass of
+//! the optimizer over a session that was being opened ends. `bench --only stop` measures all of them.
 
 use std::{
     fmt,

@@ -8,10 +8,17 @@ mod limits;
 mod stop;
 mod work;
 
-use std::process::{Command, Stdio};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context, Result, bail};
-use commonweal_runtime::memory;
+use commonweal_runtime::{
+    Cancel, memory,
+    profile::{self, Profile, Spent},
+};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -30,6 +37,10 @@ pub struct Request {
     /// Runs of each, the median of which counts
     #[arg(long, default_value_t = 5, value_name = "N", value_parser = super::at_least_one())]
     repeats: usize,
+    /// Write ONNX Runtime's profile of each kind of work into this directory, and tell the operators that took most; runs
+    /// are some percent slower. Stop has none
+    #[arg(long, value_name = "DIR")]
+    profile: Option<PathBuf>,
     /// Measure in this process and print the bare figures: how `bench` calls itself
     #[arg(long, hide = true)]
     here: bool,
@@ -48,7 +59,24 @@ struct Figure {
     flops: f64,
     /// The most memory that the process held, its runtime and model included.
     peak_mb: Option<f64>,
+    /// Where the time of the network's runs went, if that was asked for: the largest first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    profile: Vec<Operator>,
 }
+
+/// An operator's part of the runs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Operator {
+    name: String,
+    share: f64,
+    calls: u64,
+    ms: f64,
+}
+
+/// The time that is in no operator.
+const BETWEEN: &str = "between";
+/// Operators with less are told together.
+const SHARE_TOLD: f64 = 0.01;
 
 pub(super) fn bench(shared: &Shared, request: &Request) -> Result<()> {
     let kinds = if request.only.is_empty() { Work::all() } else { request.only.clone() };
@@ -58,6 +86,9 @@ pub(super) fn bench(shared: &Shared, request: &Request) -> Result<()> {
     let place = open::Place::find(shared)?;
     // Whatever is wrong with the package is said before anything is measured.
     open::open_package(shared, &place)?;
+    if let Some(directory) = &request.profile {
+        fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+    }
     let threads = open::threads(shared, &place);
     let limits = Limits::measure(threads);
     let output = shared.output();
@@ -104,10 +135,41 @@ fn row(figure: &Figure, share: Option<(f64, &str)>, output: Output) -> Result<St
         object["bound"] = json!(share.map(|(_, bound)| bound));
         return Ok(object.to_string());
     }
-    let Figure { work, rate, unit, .. } = figure;
+    let Figure { work, rate, unit, profile, .. } = figure;
     let peak = figure.peak_mb.map_or("–".into(), |peak| format!("{peak:.0}"));
     let share = share.map_or("–".into(), |(share, bound)| format!("{:.0} % of {bound}", 100.0 * share));
-    Ok(format!("{work:14} {rate:>10.1} {unit:14} {peak:>9} {share:>16}"))
+    let line = format!("{work:14} {rate:>10.1} {unit:14} {peak:>9} {share:>16}");
+    if profile.is_empty() {
+        return Ok(line);
+    }
+    let told = profile.iter().filter(|operator| operator.share >= SHARE_TOLD);
+    let mut parts: Vec<String> = told
+        .map(|Operator { name, share, calls, ms }| {
+            format!("{name} {:.1} % ({ms:.0} ms, {calls} calls)", 100.0 * share)
+        })
+        .collect();
+    let rest: f64 = profile.iter().map(|operator| operator.share).filter(|share| *share < SHARE_TOLD).sum();
+    parts.push(format!("the others {:.1} %", 100.0 * rest));
+    Ok(format!("{line}\n  {}", parts.join(", ")))
+}
+
+/// The parts of all runs whose profiles are in a directory.
+fn parts(directory: &Path) -> Result<Vec<Operator>> {
+    let Profile { runs, operators } = profile::read(directory)?;
+    if runs.is_zero() {
+        return Ok(Vec::new());
+    }
+    let between = runs.saturating_sub(operators.values().map(|spent| spent.time).sum());
+    let all = operators.into_iter().map(|(name, Spent { calls, time })| (name, calls, time));
+    let mut parts: Vec<Operator> = all
+        .chain([(BETWEEN.to_owned(), 0, between)])
+        .map(|(name, calls, time)| {
+            let share = time.as_secs_f64() / runs.as_secs_f64();
+            Operator { name, share, calls, ms: time.as_secs_f64() * 1e3 }
+        })
+        .collect();
+    parts.sort_by(|one, other| other.share.total_cmp(&one.share));
+    Ok(parts)
 }
 
 /// In a process of its own, with the same options; what it told.
@@ -130,6 +192,9 @@ fn measure_apart(shared: &Shared, request: &Request, kind: Work) -> Result<Vec<u
         if let Some(path) = path {
             command.arg(flag).arg(path);
         }
+    }
+    if let Some(directory) = &request.profile {
+        command.arg("--profile").arg(directory);
     }
     if let Some(context) = shared.context {
         command.args(["--context", &context.to_string()]);
@@ -156,8 +221,26 @@ fn measure_here(shared: &Shared, request: &Request, kinds: &[Work]) -> Result<()
             }
             continue;
         }
-        let mut figure = kind.measure(request.repeats, &|| open::open_model(shared, &place))?;
+        let directory = request.profile.as_ref().map(|directory| directory.join(kind.name()));
+        if let Some(directory) = &directory {
+            // One that is there has another run's files.
+            fs::create_dir(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+        }
+        // Whatever is tried to choose a device is no part of the work.
+        let open = || {
+            profile::write_to(None);
+            let mut opener = open::Opener::find(shared, &place)?;
+            opener.choose(&Cancel::new())?;
+            profile::write_to(directory.clone());
+            opener.open()
+        };
+        let mut figure = kind.measure(request.repeats, &open)?;
         figure.peak_mb = memory().map(|memory| memory.resident_bytes_max as f64 / 1e6);
+        if let Some(directory) = &directory {
+            // The sessions have ended with the work.
+            profile::write_to(None);
+            figure.profile = parts(directory)?;
+        }
         shared.output().say(&serde_json::to_string(&figure)?);
     }
     Ok(())

@@ -5,7 +5,7 @@
 //! [`together`], [`score`], with a shared [`prefix`]) or learned from ([`train`], [`preference`], [`train_state`]). Every long call takes a [`cancel`] handle,
 //! and so does the wait for a session to open; a program ends with [`settle`]. [`network`] runs a graph that belongs to no package. An encoder's package is opened and run by [`classify`] alone. What does not fit is read in [`windows`].
 //!
-//! It opens no socket and writes no file. It never logs a person's text.
+//! It opens no socket, and writes no file but the [`profile`] that somebody asked for. It never logs a person's text.
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp, reason = "a failed test may panic"))]
 
 mod copy;
@@ -38,6 +38,7 @@ pub mod train_state;
 pub mod memory;
 pub mod network;
 pub mod measure;
+pub mod profile;
 pub mod windows;
 pub mod classify;
 

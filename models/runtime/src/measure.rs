@@ -1,4 +1,17 @@
-//! How much memory this process holds, for reports and for policies that bound it.
+//! How much memory this process holds, for reports and for policies that bound it, and whether it worked meanwhile.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+static CALLS: AtomicU64 = AtomicU64::new(0);
+
+/// How often this process has used a session of any model so far. As long as it does not change, nothing was opened.
+pub fn calls() -> u64 {
+    CALLS.load(Ordering::Relaxed)
+}
+
+pub(crate) fn count_call() {
+    CALLS.fetch_add(1, Ordering::Relaxed);
+}
 
 /// Resident memory of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

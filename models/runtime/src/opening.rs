@@ -27,6 +27,7 @@ use crate::{
     frozen::{Frozen, LendError},
     library::Library,
     model::OpenError,
+    profile,
 };
 
 /// ONNX Runtime's key for optimizers that a session goes without.
@@ -83,6 +84,10 @@ impl Graph {
                 .session()?
                 .with_optimization_level(GraphOptimizationLevel::All)?
                 .with_memory_pattern(purpose == Use::Inference)?;
+            let builder = match profile::prefix(&path) {
+                Some(file) => builder.with_profiling(file)?,
+                None => builder,
+            };
             Ok::<_, ort::Error>(match purpose {
                 Use::Inference => builder,
                 Use::Training => {

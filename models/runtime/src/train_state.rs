@@ -28,7 +28,6 @@ impl Trainer {
             ("options".to_owned(), json(serde_json::to_string(&self.options))?),
             ("updates".to_owned(), self.moments.updates.to_string()),
         ]);
-        let bytes = |values: &[f32]| values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>();
         let mut tensors = vec![
             ("adapter", bytes(self.adapter.values())),
             ("start", bytes(self.start.values())),
@@ -101,4 +100,13 @@ impl Trainer {
             .map_err(|error| state("a correction", error.to_string()))?;
         trainer.corrected(correction)
     }
+}
+
+/// Little-endian bytes of values, in one allocation and one pass: a checkpoint is written while a person waits.
+fn bytes(values: &[f32]) -> Vec<u8> {
+    let mut bytes = vec![0; size_of_val(values)];
+    for (to, value) in bytes.as_chunks_mut().0.iter_mut().zip(values) {
+        *to = value.to_le_bytes();
+    }
+    bytes
 }

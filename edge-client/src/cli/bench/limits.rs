@@ -79,6 +79,7 @@ mod tests {
             bytes,
             flops,
             peak_mb: None,
+            profile: Vec::new(),
         };
         assert_eq!(limits.share(&figure(25.0, 100.0)), Some((0.5, "reading")));
         assert_eq!(limits.share(&figure(5.0, 100.0)), Some((0.2, "arithmetic")));

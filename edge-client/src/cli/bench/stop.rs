@@ -2,8 +2,9 @@
 //!
 //! Each kind of work of a visit is begun on the package by the calls that `work.rs` makes, and its handle is cancelled from
 //! another thread, as `watch.rs` does it, at a moment drawn from all of the time that the work takes. Measured is from there
-//! to the work's return, with what training and packing write then, into the system's folder of temporary files. What
-//! `watch.rs` needs to see the person comes on top. Called by `bench.rs`.
+//! to the work's return, with what training and packing write then, into the system's folder of temporary files; and until
+//! the network is quiet, which is before a checkpoint is written, and after the return of whoever waits for an opening.
+//! What `watch.rs` needs to see the person comes on top. Called by `bench.rs`.
 
 use std::{
     panic,
@@ -46,6 +47,8 @@ use crate::{
 const CANCELS: usize = 8;
 /// Runs to the end, the median of which is what moments are drawn from.
 const WHOLES: usize = 3;
+/// Between two looks whether the network is quiet.
+const LOOK: Duration = Duration::from_micros(100);
 /// From this probability on a text is unsafe, so that there is something to rewrite whatever the guard makes of it.
 const FLAGS_ALL: f64 = 1e-9;
 const SCREENED: usize = 8;
@@ -88,6 +91,10 @@ pub(super) struct Stopped {
     median_ms: f64,
     p95_ms: f64,
     max_ms: f64,
+    /// From the cancel until the network neither runs nor is opened, at most.
+    quiet_ms: f64,
+    /// How many of them said that they were cancelled; the others found their end just then.
+    refused: usize,
     /// The work to its end.
     whole_ms: f64,
 }
@@ -97,11 +104,29 @@ impl Stopped {
         if output == Output::Json {
             return Ok(serde_json::to_string(self)?);
         }
-        let Self { work, of, cancels, median_ms, p95_ms, max_ms, whole_ms } = self;
+        let Self { work, of, cancels, median_ms, p95_ms, max_ms, quiet_ms, whole_ms, .. } = self;
         let name = format!("{work} {of}");
-        let rest = format!("{p95_ms:.1} ms at 95 %, {max_ms:.1} at most; {cancels} within {whole_ms:.0} ms");
+        let rest = format!(
+            "{p95_ms:.1} ms at 95 %, {max_ms:.1} at most, the network quiet after {quiet_ms:.1}; {cancels} within {whole_ms:.0} ms"
+        );
         Ok(format!("{name:16} {median_ms:>8.1} ms median, {rest}"))
     }
+}
+
+/// From a cancel on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Late {
+    /// To the work's return.
+    returned: Duration,
+    /// Until the network neither runs nor is opened.
+    quiet: Duration,
+    /// Whether it said that it was cancelled.
+    is_refused: bool,
+}
+
+/// Every error of a cancel says so, whatever it is wrapped in.
+fn is_of_cancel(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| cause.to_string().ends_with("cancelled"))
 }
 
 /// The kinds of a visit's work.
@@ -214,12 +239,16 @@ impl Visit {
         // The first one opens what the others find open.
         let whole = middle(wholes.split_off(1));
         let mut random = ChaCha8Rng::seed_from_u64(0);
-        let mut late = Vec::with_capacity(cancels);
+        let (mut late, mut quiet_ms, mut refused) = (Vec::with_capacity(cancels), 0.0_f64, 0);
         // Work that had returned by its moment says nothing. There is another moment for it, but not for ever.
         for _ in 0..2 * cancels {
             self.begin(part);
             let after = Duration::from_secs_f64(whole * random.random::<f64>());
-            late.extend(self.cancelled(part, after)?.map(|late| late.as_secs_f64() * 1e3));
+            if let Some(Late { returned, quiet, is_refused }) = self.cancelled(part, after)? {
+                late.push(returned.as_secs_f64() * 1e3);
+                quiet_ms = quiet_ms.max(quiet.as_secs_f64() * 1e3);
+                refused += usize::from(is_refused);
+            }
             if late.len() == cancels {
                 break;
             }
@@ -231,11 +260,12 @@ impl Visit {
         let p95_ms = late[(late.len() * 95).div_ceil(100) - 1];
         let (work, of) = ("stop".to_owned(), part.name().to_owned());
         let (cancels, whole_ms) = (late.len(), whole * 1e3);
-        Ok(Stopped { work, of, cancels, median_ms: middle(late), p95_ms, max_ms, whole_ms })
+        let median_ms = middle(late);
+        Ok(Stopped { work, of, cancels, median_ms, p95_ms, max_ms, quiet_ms, refused, whole_ms })
     }
 
-    /// From a cancel, so long after the work began, to its return; none if it returned before.
-    fn cancelled(&self, part: Part, after: Duration) -> Result<Option<Duration>> {
+    /// What a cancel came to, so long after the work began; none if that had returned before.
+    fn cancelled(&self, part: Part, after: Duration) -> Result<Option<Late>> {
         let cancel = Cancel::new();
         let (ends, end) = mpsc::sync_channel::<()>(1);
         thread::scope(|scope| {
@@ -244,17 +274,27 @@ impl Visit {
                 matches!(end.recv_timeout(after), Err(RecvTimeoutError::Timeout)).then(|| {
                     let at = Instant::now();
                     handle.cancel();
-                    at
+                    while handle.is_running() {
+                        thread::sleep(LOOK);
+                    }
+                    settle();
+                    (at, at.elapsed())
                 })
             });
             let done = self.work(part, &cancel);
             let returned = Instant::now();
             drop(ends);
-            match canceller.join().unwrap_or_else(|panic| panic::resume_unwind(panic)) {
-                // Whether it ended as cancelled or found its end just then.
-                Some(at) => Ok(returned.checked_duration_since(at)),
-                None => done.map(|()| None),
-            }
+            let cancelled = canceller.join().unwrap_or_else(|panic| panic::resume_unwind(panic));
+            // It may have found its end just then; an error that is not the cancel's is one.
+            let is_refused = match done {
+                Ok(()) => false,
+                Err(error) if cancelled.is_some() && is_of_cancel(&error) => true,
+                Err(error) => return Err(error),
+            };
+            Ok(cancelled.and_then(|(at, quiet)| {
+                let returned = returned.checked_duration_since(at)?;
+                Some(Late { returned, quiet, is_refused })
+            }))
         })
     }
 
@@ -267,7 +307,7 @@ impl Visit {
                 self.model.close();
                 self.guard.close();
             }
-            Part::OpenTrain => self.model.close_training(),
+            Part::OpenTrain => self.model.close(),
             Part::Train if self.policy.train.graph == TrainGraph::Frugal => {
                 self.model.close_inference();
                 self.guard.close_inference();
@@ -367,9 +407,12 @@ mod tests {
         let place = open::Place::find(&shared).unwrap();
         let visit = Visit::open(&shared, &place).unwrap();
         for part in Part::ALL {
-            let stopped = visit.stop(part, 3).unwrap();
+            let stopped = visit.stop(part, 8).unwrap();
             assert!(stopped.cancels > 0 && stopped.median_ms <= stopped.p95_ms, "{stopped:?}");
-            assert!(stopped.p95_ms <= stopped.max_ms && stopped.whole_ms > 0.0, "{stopped:?}");
+            assert!(stopped.p95_ms <= stopped.max_ms && stopped.quiet_ms > 0.0, "{stopped:?}");
+            assert!(stopped.whole_ms > 0.0, "{stopped:?}");
+            // Packing takes no handle.
+            assert_eq!(stopped.refused > 0, !matches!(part, Part::Compress), "{stopped:?}");
         }
         // One whose moment never comes is none.
         assert_eq!(visit.cancelled(Part::Open, Duration::from_secs(3600)).unwrap(), None);

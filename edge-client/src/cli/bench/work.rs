@@ -117,7 +117,15 @@ impl Work {
     }
 
     fn figure(self, rate: f64, unit: &str, bytes: f64, flops: f64) -> Figure {
-        Figure { work: self.name().into(), rate, unit: unit.into(), bytes, flops, peak_mb: None }
+        Figure {
+            work: self.name().into(),
+            rate,
+            unit: unit.into(),
+            bytes,
+            flops,
+            peak_mb: None,
+            profile: Vec::new(),
+        }
     }
 }
 
