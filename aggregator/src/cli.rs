@@ -253,6 +253,8 @@ fn directory_code(error: &DirectoryError) -> u8 {
 
 fn laboratory_code(error: &LaboratoryError) -> u8 {
     match error {
+        // A guard in a package of its own.
+        LaboratoryError::Safety(error) if matches!(**error, commonweal_safety::OpenError::Memory(_)) => 5,
         LaboratoryError::Package(_)
         | LaboratoryError::Set(_)
         | LaboratoryError::Adapter { .. }
@@ -260,7 +262,7 @@ fn laboratory_code(error: &LaboratoryError) -> u8 {
         | LaboratoryError::Safety(_)
         | LaboratoryError::PromptTooLong { .. }
         | LaboratoryError::NoGuard => 3,
-        LaboratoryError::Library(_) | LaboratoryError::Device(_) => 5,
+        LaboratoryError::Library(_) | LaboratoryError::Device(_) | LaboratoryError::Memory(_) => 5,
         _ => 1,
     }
 }

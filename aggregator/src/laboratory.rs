@@ -19,6 +19,9 @@ use commonweal_safety::{Guard, GuardError, Judgement, Pair, ReviseError, Reviser
 use crate::config::Config;
 use crate::evaluate::sets::{Conversation, SetError, Sets};
 
+/// Tokens that stand beside a conversation and its answer: the chat template's, a critique and what it is asked with.
+const AROUND_TOKENS: usize = 512;
+
 /// Why model work cannot be done.
 #[derive(Debug, thiserror::Error)]
 pub enum LaboratoryError {
@@ -218,10 +221,14 @@ impl Laboratory {
         if let Some(provider) = &config.provider {
             library.add_provider(provider)?;
         }
-        let options = shape(package)?.fit(
+        // A token has a byte at least. A base's whole context may be a hundred times what is in any set.
+        let answer = config.evaluate.answer_tokens_max.max(config.align.answer_tokens_max);
+        let tokens = sets.bytes_longest().saturating_add(answer).saturating_add(AROUND_TOKENS);
+        let options = shape(package)?.fit_for(
+            tokens,
             "opening the package",
             OpenOptions::default(),
-            memory::available(),
+            memory::available_for_process(),
             "a package of fewer bits or layers needs less",
         )?;
         // It opens the package already, where devices are tried.

@@ -48,6 +48,9 @@ pub enum PipelineError {
         #[source]
         source: Box<InstallError>,
     },
+    /// The package that rests does not fit in memory now.
+    #[error("package is not opened")]
+    Memory(#[from] MemoryError),
     /// The guard failed; no sample passed unseen.
     #[error("filter failed")]
     Filter(#[from] GuardError),

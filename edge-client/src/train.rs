@@ -8,7 +8,7 @@ use commonweal_package::TrainGraph;
 use commonweal_runtime::{
     AdamW, Cancel, ConversationError, MemoryError, Message, Model, Preference, ReferredPreference, Schedule,
     TrainError, TrainOptions, Trainer, TrainingRow,
-    memory::{self, Available, Shape},
+    memory::{self, Shape},
 };
 use rand::{Rng, SeedableRng, seq::SliceRandom};
 use rand_chacha::ChaCha8Rng;
@@ -256,23 +256,20 @@ fn options(task: &TrainTask, policy: &TrainPolicy) -> TrainOptions {
 }
 
 /// Refuses to begin a step that runs so many tokens at once and has no room for them.
-fn check_memory(
-    model: &Model,
-    graph: TrainGraph,
-    tokens: usize,
-    available: Option<Available>,
-) -> Result<(), MemoryError> {
+fn check_memory(model: &Model, graph: TrainGraph, tokens: usize) -> Result<(), MemoryError> {
     // A package that was opened has its weights; if they went away since, the gradient graph says so.
     let weights_bytes = std::fs::metadata(model.package().weights()).map_or(0, |file| file.len());
     let manifest = model.manifest();
     let shape = Shape { model: &manifest.model, cache: manifest.cache, weights_bytes };
+    let step = shape.train_bytes(tokens, graph, model.layout().parameters());
+    // A package at rest, whose rows were all judged before, is opened for the step.
+    let (needed, available) = if model.is_at_rest() {
+        (shape.settled_bytes() + step, memory::available_for_process())
+    } else {
+        (step, memory::available())
+    };
     let lower = "graph = \"frugal\", a smaller batch_rows or sample_tokens_max in the policy's [train], or --context N, needs less";
-    memory::check(
-        "a training step",
-        shape.train_bytes(tokens, graph, model.layout().parameters()),
-        available,
-        lower,
-    )
+    memory::check("a training step", needed, available, lower)
 }
 
 /// Says on the log how many pairs taught nothing.
@@ -338,7 +335,7 @@ impl Lessons {
         let longest = longest.map(|row| row.ids.len()).max().unwrap_or(0);
         // A run has the rows of a batch, or the two replies of one preference.
         let run_rows = policy.batch_rows.min(task.step_rows).max(if preferences.is_empty() { 1 } else { 2 });
-        check_memory(model, policy.graph, run_rows * longest, memory::available())?;
+        check_memory(model, policy.graph, run_rows * longest)?;
         let tokens = |pair: &Preference| pair.chosen.targets() + pair.rejected.targets();
         let tokens: Vec<usize> = preferences.iter().map(tokens).collect();
         let preferences = trainer.refer(preferences, cancel)?.into_iter().zip(tokens).collect();

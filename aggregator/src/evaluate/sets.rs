@@ -96,6 +96,18 @@ impl Sets {
     }
 }
 
+impl Sets {
+    /// Bytes of the longest conversation of all sets.
+    pub fn bytes_longest(&self) -> usize {
+        let Self { harmful, benign, held_out, redteam, replay } = self;
+        let all = [harmful, benign, held_out, redteam, replay].into_iter().flatten();
+        let bytes = |conversation: &Conversation| -> usize {
+            conversation.iter().map(|message| message.content.len()).sum()
+        };
+        all.map(bytes).max().unwrap_or(0)
+    }
+}
+
 const HARMFUL: &str = include_str!("../../../models/reference/demo/eval_harmful.csv");
 const BENIGN: &str = include_str!("../../../models/reference/demo/eval_benign.jsonl");
 const HELD_OUT: &str = include_str!("../../../models/reference/demo/heldout.jsonl");

@@ -6,7 +6,7 @@ use commonweal_transport::LinkError;
 
 use crate::{
     pipeline_error::PipelineError, policy::PolicyError, rows::ReadError, settings::SettingsError,
-    store::StoreError,
+    store::StoreError, train::TrainingError,
 };
 
 /// What a person gave cannot be used; the text says why.
@@ -24,6 +24,12 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return Some(if link.is_unavailable() { 5 } else { 4 });
     }
     if cause.is::<LibraryError>() || cause.is::<DeviceError>() || cause.is::<MemoryError>() {
+        return Some(5);
+    }
+    // Where an error says of itself what its cause is, that is none of the chain.
+    let is_want_of_memory = matches!(cause.downcast_ref(), Some(TrainingError::Memory(_)))
+        || matches!(cause.downcast_ref(), Some(commonweal_safety::OpenError::Memory(_)));
+    if is_want_of_memory {
         return Some(5);
     }
     let wrong_base = matches!(cause.downcast_ref(), Some(PipelineError::Base { .. }));
@@ -55,6 +61,7 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
 mod tests {
     use super::*;
     use anyhow::Context;
+    use commonweal_runtime::memory::{Available, Bound};
 
     #[test]
     fn the_cause_decides_the_code() {
@@ -65,6 +72,15 @@ mod tests {
         assert_eq!(code(&bad.context("y").unwrap_err()), 3);
         let cut = LinkError::Stalled { during: "x", stall_ms: 1 };
         assert_eq!(code(&anyhow::Error::new(cut)), 5);
+        let memory = MemoryError {
+            what: "x",
+            needed: 2,
+            available: Available { bytes: 1, bound: Bound::Machine },
+            lower: "y",
+        };
+        assert_eq!(code(&anyhow::Error::new(TrainingError::Memory(memory.clone()))), 5);
+        assert_eq!(code(&anyhow::Error::new(PipelineError::Memory(memory.clone()))), 5);
+        assert_eq!(code(&anyhow::Error::new(commonweal_safety::OpenError::Memory(memory))), 5);
         let untrusted = LinkError::Untrusted { reason: "x".into() };
         assert_eq!(code(&anyhow::Error::new(untrusted)), 4);
     }

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use commonweal_protocol::Refusal;
-use commonweal_runtime::Cancel;
+use commonweal_runtime::{Cancel, measure};
 use commonweal_safety::Constitution;
 use commonweal_transport::{Clock, LinkLimits, QuicLink};
 use rand::{RngCore, SeedableRng};
@@ -84,7 +84,7 @@ pub(super) struct Member {
     /// What the package is opened with, as long as the device for it has not been chosen.
     untried: Option<open::Opener>,
     constitution: Option<Constitution>,
-    /// When the last visit ended, until what it opened was given back.
+    /// When the last visit that used the network ended, until what it opened was given back.
     rested: Option<Instant>,
 }
 
@@ -192,10 +192,14 @@ impl Member {
             heed: heed.as_mut(),
             memory_max: self.device.policy.budget.memory,
         };
+        let calls = measure::calls();
         let (visited, broken) = watched(watch, || self.try_devices_and_visit());
         self.heed = heed;
         self.meter.spending.rest();
-        self.rested = Some(Instant::now());
+        // A visit that found nothing to do, or nobody to ask, used nothing: the wait goes on that began with the last work.
+        if measure::calls() != calls {
+            self.rested = Some(Instant::now());
+        }
         if broken.as_ref().is_some_and(Why::is_of_memory) {
             self.give_memory_back();
         }
@@ -224,6 +228,11 @@ impl Member {
 
     /// The first visit that the rules allow begins with choosing what the network runs on.
     fn try_devices_and_visit(&mut self) -> Result<Result<Visit, PipelineError>> {
+        if let Some(opener) = &self.untried
+            && let Err(error) = opener.ask_for_memory()
+        {
+            return Ok(Err(error.into()));
+        }
         match self.try_devices() {
             Err(_) if self.device.cancel.is_cancelled() => Ok(Err(PipelineError::Cancelled)),
             tried => tried.map(|()| self.visit()),

@@ -13,7 +13,7 @@ use commonweal_adapter::AdapterLayout;
 use commonweal_package::Package;
 use commonweal_protocol::BaseHash;
 use commonweal_runtime::{
-    Asking, Cancel, DeviceError, Devices, Library, Model, OpenOptions,
+    Asking, Cancel, DeviceError, Devices, Library, MemoryError, Model, OpenOptions,
     memory::{self, Available, Shape},
 };
 use commonweal_safety::{Constitution, Guard, Reviser};
@@ -126,6 +126,7 @@ impl Stages {
 /// no session is open.
 pub(super) struct Opener {
     package: Package,
+    context_max: Option<usize>,
     options: OpenOptions,
     library: Library,
     devices: Devices,
@@ -137,9 +138,16 @@ impl Opener {
         memory::set_budget(place.policy(shared)?.budget.memory.count());
         let context_max = shared.context.or(place.settings.context.map(NonZeroUsize::get));
         // Before a device is tried, since that opens the package already.
-        let options = fitting(&package, context_max, memory::available())?;
+        let options = fitting(&package, context_max, memory::available_for_process())?;
         let library = load_library(shared, place)?;
-        Ok(Self { package, options, library, devices: devices(shared, place) })
+        Ok(Self { package, context_max, options, library, devices: devices(shared, place) })
+    }
+
+    /// Asks again for the memory that trying a device needs: what there was at the start may be in use now.
+    pub(super) fn ask_for_memory(&self) -> Result<(), MemoryError> {
+        let fit = |shape: Shape<'_>| fit(&shape, self.context_max, memory::available_for_process());
+        // A package that was verified has its weights; if they went away since, whoever opens them says so.
+        Shape::of(&self.package).map_or(Ok(()), |shape| fit(shape).map(drop))
     }
 
     /// Whether a device is to be tried with the package before its sessions go there.
@@ -155,7 +163,7 @@ impl Opener {
         Ok(())
     }
 
-    fn open(&self) -> Result<Model> {
+    pub(super) fn open(&self) -> Result<Model> {
         Ok(Model::open(&self.library, &self.package, self.options)?)
     }
 
@@ -193,8 +201,16 @@ fn fitting(
     context_max: Option<usize>,
     available: Option<Available>,
 ) -> Result<OpenOptions> {
+    Ok(fit(&Shape::of(package)?, context_max, available)?)
+}
+
+fn fit(
+    shape: &Shape<'_>,
+    context_max: Option<usize>,
+    available: Option<Available>,
+) -> Result<OpenOptions, MemoryError> {
     let options = OpenOptions { context_max, ..OpenOptions::default() };
-    Ok(Shape::of(package)?.fit(ASKING.what, options, available, ASKING.lower)?)
+    shape.fit(ASKING.what, options, available, ASKING.lower)
 }
 
 /// The runtime library, with the provider that was named.

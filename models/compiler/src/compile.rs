@@ -9,20 +9,27 @@ use commonweal_package::{
     Accuracy, AdapterDefaults, Bits, CacheForm, Facts, Manifest, ModelConfig, ModelError, PackageWriter,
     Quantization, Rounding, StagingError, WriteError, layout,
 };
+use commonweal_runtime::memory::{self, Available};
 
 use crate::cache_scales::CacheScales;
-use crate::calibrate::Calibrator;
+use crate::calibrate::{Calibrator, tokens_min};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::config::read_bounded;
 use crate::graph::GraphError;
 use crate::graphs::graphs;
-use crate::layers::{CalibrateError, Calibration};
+use crate::layers::{CalibrateError, Calibration, needed_bytes};
 use crate::quantize::{BlockFormat, Scale};
 use crate::tensors::Tensors;
 use crate::weights::{self, Codes, WeightTable, WeightsError};
 
 /// Longest licence or notice copied.
 const NOTICE_BYTES_MAX: u64 = 16 << 20;
+
+/// What lowers what a calibration needs, with Hessians and without.
+const LESS_MEMORY: [&str; 2] = [
+    "fewer --calibration-tokens need less, and so does another --method than gptq",
+    "fewer --calibration-tokens need less",
+];
 
 /// How the codes of quantized weights are chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -180,13 +187,21 @@ pub enum CompileError {
 }
 
 impl CompileError {
+    /// Whether the machine lacks what is needed, memory in this case.
+    pub fn is_unavailable(&self) -> bool {
+        matches!(self, Self::Calibrate(CalibrateError::Memory(_)))
+    }
+
     /// Whether what was given is to blame, rather than the disk or this program.
     pub fn is_bad_input(&self) -> bool {
         match self {
             Self::Weights(WeightsError::Write(_)) | Self::Graph(_) => false,
             Self::Weights(WeightsError::Calibrate(error)) | Self::Calibrate(error) => !matches!(
                 error,
-                CalibrateError::Engine { .. } | CalibrateError::Output { .. } | CalibrateError::Graph(_)
+                CalibrateError::Engine { .. }
+                    | CalibrateError::Output { .. }
+                    | CalibrateError::Graph(_)
+                    | CalibrateError::Memory(_)
             ),
             Self::Write(error) => matches!(error, WriteError::Staging(StagingError::Occupied { .. })),
             Self::Staging(error) => matches!(error, StagingError::Occupied { .. }),
@@ -217,6 +232,9 @@ pub fn compile_with(
     let layout = layout(&model, &adapter)?;
     let table = WeightTable::plan(&model, &quantization);
     check_calibration(options, calibration.is_some())?;
+    if let Some(Calibration { tokens, .. }) = &calibration {
+        check_memory(&model, options.method, tokens.len(), memory::available_for_process())?;
+    }
     // Ties the engine to this function, where what it runs over lives.
     let mut calibration = calibration.map(|Calibration { tokens, engine }| Calibration { tokens, engine });
     let (cache, scales) = cache(options, &model, &tensors, calibration.as_mut())?;
@@ -273,6 +291,23 @@ pub(crate) fn copy_notices(checkpoint: &Path, package: &mut PackageWriter) -> Re
     Ok(())
 }
 
+/// Refuses a calibration that does not fit in memory. A text that is too short, which is refused anyhow, needs none.
+fn check_memory(
+    model: &ModelConfig,
+    method: Method,
+    tokens: usize,
+    available: Option<Available>,
+) -> Result<(), CalibrateError> {
+    let with_hessians = method == Method::Gptq;
+    if with_hessians && tokens < tokens_min(model) {
+        return Ok(());
+    }
+    let [with, without] = LESS_MEMORY;
+    let lower = if with_hessians { with } else { without };
+    let needed = needed_bytes(model, tokens, with_hessians);
+    Ok(memory::check("calibration", needed, available, lower)?)
+}
+
 /// Refuses a calibration that nothing takes, its absence where something does, and a method with nothing to choose.
 fn check_calibration(options: &CompileOptions, given: bool) -> Result<(), CompileError> {
     let &CompileOptions { method, bits, cache, .. } = options;
@@ -324,5 +359,48 @@ fn codes<'a>(
         (Method::Wmse, Some(_), _) => Ok((Rounding::Wmse, Codes::Nearest(Scale::Weighted))),
         // Floats have no codes. GPTQ without a text, or of floats, was refused before.
         _ => Ok((Rounding::default(), Codes::Nearest(Scale::Search))),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a failed test may panic")]
+mod tests {
+    use commonweal_runtime::memory::Bound;
+
+    use super::*;
+
+    #[test]
+    fn a_calibration_that_does_not_fit_is_refused_with_both_figures_and_the_remedy() {
+        let model: ModelConfig = serde_json::from_value(serde_json::json!({
+            "architecture": "llama", "name": "x", "hidden_size": 576, "intermediate_size": 1536,
+            "layers": 30, "heads": 9, "kv_heads": 3, "head_dim": 64, "vocab_size": 49_152,
+            "context": 2048, "rope_theta": 10_000.0, "rms_norm_eps": 1e-5, "tied": true,
+        }))
+        .unwrap();
+        let with = |method, tokens, bytes| {
+            check_memory(&model, method, tokens, Some(Available { bytes, bound: Bound::Machine }))
+        };
+        let refused = with(Method::Gptq, 16_384, 100_000_000).unwrap_err();
+        let told = refused.to_string();
+        assert!(told.contains("calibration needs about") && told.contains("100 MB left"), "{told}");
+        assert!(told.contains("--calibration-tokens") && told.contains("--method"), "{told}");
+        let refused = CompileError::from(refused);
+        assert!(refused.is_unavailable() && !refused.is_bad_input());
+        with(Method::Gptq, 16_384, 1 << 30).unwrap();
+        // Without Hessians it is less, and no other method makes it so.
+        let told = with(Method::Mse, 16_384, 100_000_000).unwrap_err().to_string();
+        assert!(!told.contains("--method"), "{told}");
+        assert!(
+            needed_bytes(&model, 16_384, true) > needed_bytes(&model, 16_384, false)
+                && needed_bytes(&model, 16_384, false) > needed_bytes(&model, 2048, false)
+        );
+        // Peaks of `compile --calibrate --calibration-tokens 4096` on this shape in MB: `--method gptq`, and `--method mse
+        // --cache 8`.
+        for (with_hessians, measured) in [(true, 224.0), (false, 117.0)] {
+            let factor = needed_bytes(&model, 4096, with_hessians) as f64 / 1e6 / measured;
+            assert!((1.0 / 1.3..1.3).contains(&factor), "{measured} MB, {factor} times that was estimated");
+        }
+        // What is too short is refused for that.
+        with(Method::Gptq, 10, 1).unwrap();
     }
 }

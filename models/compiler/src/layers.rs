@@ -1,13 +1,15 @@
 //! A calibration text's way through a model, one layer at a time. `calibrate.rs` watches what goes into each layer's
 //! linears, `cache_scales.rs` what its attention keeps; each decides with which weights the text goes on.
 //!
-//! In memory at one time are the text's hidden states (tokens · hidden · 4 bytes) and one layer's floats.
+//! In memory at one time are the text's hidden states (tokens · hidden · 4 bytes) and one layer's floats; [`needed_bytes`]
+//! tells how much that is before anything is allocated.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::fmt;
 
 use commonweal_package::{Hash, ModelConfig};
+use commonweal_runtime::MemoryError;
 
 use crate::architecture::{RotaryTable, Source, rotary_tables};
 use crate::engine::{Engine, EngineError, Input, Network};
@@ -57,6 +59,31 @@ pub(crate) fn sequence_tokens(model: &ModelConfig) -> usize {
     SEQUENCE_TOKENS.min(model.context).max(1)
 }
 
+/// The program, the runtime library and its threads.
+const PROCESS_BYTES: f64 = 50e6;
+/// Of a layer's values of a token, how many are alive at once while it runs.
+const RUN_WIDTHS: f64 = 2.0;
+
+/// Bytes of the whole process at most, while a text of so many tokens goes through a model's layers; with their Hessians, if
+/// codes are chosen by those (`calibrate.rs`). Within a factor of 1.3 of the peaks that were measured, as `compile.rs` tests.
+pub fn needed_bytes(model: &ModelConfig, tokens: usize, with_hessians: bool) -> u64 {
+    let (hidden, query) = (model.hidden_size as f64, model.query_size() as f64);
+    let (qkv, inner) = (model.qkv_size() as f64, model.intermediate_size as f64);
+    let (time, float, double) =
+        (sequence_tokens(model) as f64, size_of::<f32>() as f64, size_of::<f64>() as f64);
+    let states = tokens as f64 * hidden * float;
+    // As they were read, and as the library packs them.
+    let layer = 2.0 * (hidden * qkv + query * hidden + 3.0 * hidden * inner) * float;
+    let scores = model.heads as f64 * time;
+    let run = RUN_WIDTHS * time * (3.0 * inner + qkv + 3.0 * hidden + scores) * float;
+    // Of the inputs of each linear: what a run gives, as the library has it and as it is copied out, and the sum of it.
+    let squares = (2.0 * hidden.powi(2) + query.powi(2) + inner.powi(2)) * (2.0 * float + double);
+    // The widest matrix while its codes are chosen, and what they leave of it.
+    let rounding = 2.0 * (2.0 * inner * hidden) * double;
+    let hessians = if with_hessians { squares + rounding } else { 0.0 };
+    (PROCESS_BYTES + states + layer + run + hessians) as u64
+}
+
 /// Why a text did not calibrate a model.
 #[derive(Debug, thiserror::Error)]
 pub enum CalibrateError {
@@ -71,6 +98,9 @@ pub enum CalibrateError {
         /// The text's.
         got: usize,
     },
+    /// The machine has no room for it.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// A token is none of the model's.
     #[error("calibration tokens must be below {vocab_size}, got {got}")]
     Token {

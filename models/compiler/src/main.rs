@@ -34,7 +34,7 @@ const EXAMPLES: &str = "Examples:
   model-compiler inspect smol.package --json
   model-compiler attach smol.package --file guard.toml=guard.toml --file NOTICE=NOTICE.txt
 
-Exit codes: 0 done, 2 usage, 3 bad input, 5 runtime library missing, 1 anything else.";
+Exit codes: 0 done, 2 usage, 3 bad input, 5 runtime library or memory missing, 1 anything else.";
 
 /// Tokens of a calibration text, where none are asked for.
 const CALIBRATION_TOKENS: usize = 16_384;
@@ -223,7 +223,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::from(if error.is::<LibraryError>() {
+            let is_unavailable =
+                error.is::<LibraryError>() || error.downcast_ref().is_some_and(CompileError::is_unavailable);
+            ExitCode::from(if is_unavailable {
                 5
             } else if is_bad_input(&error) {
                 3

@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use commonweal_adapter::disk::AdapterKind;
 use commonweal_package::Package;
 use commonweal_runtime::{
-    DeviceError, Devices, Library, LibraryError, Model, OpenOptions,
+    DeviceError, Devices, Library, LibraryError, MemoryError, Model, OpenOptions,
     memory::{self, Shape},
 };
 use commonweal_safety::{
@@ -45,6 +45,9 @@ use crate::{
     open_guard::{GuardFiles, read_adapter},
     show::Progress,
 };
+
+/// Room for a row of so many tokens must be there. A base's whole context may be a hundred times that.
+const TOKENS_AT_LEAST: usize = 1024;
 
 const EXAMPLES: &str = "Examples:
   train-reference guard --package P --config guard.toml --rows guard.train.jsonl --out guard.safetensors
@@ -224,8 +227,12 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             || cause.is::<ConstitutionError>()
             || cause.is::<commonweal_package::OpenError>()
     };
-    let unavailable =
-        |cause: &(dyn std::error::Error + 'static)| cause.is::<LibraryError>() || cause.is::<DeviceError>();
+    let unavailable = |cause: &(dyn std::error::Error + 'static)| {
+        cause.is::<LibraryError>()
+            || cause.is::<DeviceError>()
+            || cause.is::<MemoryError>()
+            || matches!(cause.downcast_ref(), Some(commonweal_safety::OpenError::Memory(_)))
+    };
     if error.chain().any(unavailable) {
         5
     } else if error.chain().any(bad_input) {
@@ -245,10 +252,11 @@ fn run(cli: Cli) -> Result<()> {
         }
         let package = Package::open_base(package)?;
         let lower = "a package of fewer bits or layers needs less";
-        let options = Shape::of(&package)?.fit(
+        let options = Shape::of(&package)?.fit_for(
+            TOKENS_AT_LEAST,
             "opening the package",
             OpenOptions::default(),
-            memory::available(),
+            memory::available_for_process(),
             lower,
         )?;
         let (library, choice) = library.choose(&cli.device, &package)?;

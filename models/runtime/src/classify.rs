@@ -19,6 +19,7 @@ use tokenizers::Encoding;
 use crate::{
     cancel::{Cancel, Run, RunError},
     library::Library,
+    measure,
     memory::{self, encoder_bytes},
     model::{Asking, OpenError},
     opening::{Graph, OpenSession, Use},
@@ -228,6 +229,7 @@ impl Classifier {
         cancel: &Cancel,
         run: impl FnOnce(&mut Session) -> Result<T, E>,
     ) -> Result<T, E> {
+        measure::count_call();
         let mut slot = self.inner.session.lock().unwrap_or_else(PoisonError::into_inner);
         let open = match &mut *slot {
             Some(open) => open,
@@ -253,7 +255,7 @@ impl Classifier {
         // A package that was opened has its weights; if they went away since, the graph says so.
         let weights_bytes = std::fs::metadata(package.weights()).map_or(0, |file| file.len());
         let needed = encoder_bytes(&package.manifest().encoder, weights_bytes, options);
-        memory::check(what, needed, memory::available(), lower).map_err(OpenError::Memory)
+        memory::check(what, needed, memory::available_for_process(), lower).map_err(OpenError::Memory)
     }
 
     /// What the package says about itself.

@@ -8,7 +8,10 @@ use std::{
     io,
     path::Path,
     ptr::NonNull,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use memmap2::Mmap;
@@ -62,6 +65,8 @@ pub(crate) struct Frozen {
     /// Tensors over the map, by name. They are dropped before it.
     tensors: Mutex<BTreeMap<String, Arc<DynValue>>>,
     prepacked: Mutex<PrepackedWeights>,
+    /// Whether a session was given the weights since their prepared form was given back.
+    lent: AtomicBool,
     map: Mmap,
 }
 
@@ -73,12 +78,13 @@ impl Frozen {
         // SAFETY: the file is a package's, which nothing writes to: packages are made beside their place and renamed.
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
         let prepacked = Mutex::new(PrepackedWeights::new());
-        Ok(Self { tensors: Mutex::default(), prepacked, map })
+        Ok(Self { tensors: Mutex::default(), prepacked, lent: AtomicBool::new(false), map })
     }
 
     /// Gives a session of the graph at `path` the weights that it names.
     pub(crate) fn lend(&self, path: &Path, builder: SessionBuilder) -> Result<SessionBuilder, LendError> {
         let prepacked = self.prepacked.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        self.lent.store(true, Ordering::Relaxed);
         let mut builder = builder.with_prepacked_weights(&prepacked).map_err(ort::Error::from)?;
         let mut tensors = self.tensors.lock().unwrap_or_else(PoisonError::into_inner);
         for tensor in external_tensors(path)? {
@@ -99,7 +105,13 @@ impl Frozen {
     /// anew.
     pub(crate) fn forget(&self) {
         *self.prepacked.lock().unwrap_or_else(PoisonError::into_inner) = PrepackedWeights::new();
+        self.lent.store(false, Ordering::Relaxed);
         self.rest();
+    }
+
+    /// Whether their prepared form may be held.
+    pub(crate) fn is_lent(&self) -> bool {
+        self.lent.load(Ordering::Relaxed)
     }
 
     /// The pages that opening a session read are not needed again soon: its kernels have their own form of most.

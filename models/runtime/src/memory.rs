@@ -62,8 +62,20 @@ impl<'m> Shape<'m> {
         available: Option<Available>,
         lower: &'static str,
     ) -> Result<OpenOptions, MemoryError> {
-        let context = self.model.context.min(options.context_max.unwrap_or(usize::MAX));
-        let needed = self.device_bytes(1, context, options.prefill_tokens_max.min(context));
+        self.fit_for(usize::MAX, what, options, available, lower)
+    }
+
+    /// The same for conversations of so many tokens at most: what longer ones need is not asked for.
+    pub fn fit_for(
+        &self,
+        tokens: usize,
+        what: &'static str,
+        options: OpenOptions,
+        available: Option<Available>,
+        lower: &'static str,
+    ) -> Result<OpenOptions, MemoryError> {
+        let tokens = tokens.min(self.model.context).min(options.context_max.unwrap_or(usize::MAX));
+        let needed = self.device_bytes(1, tokens, options.prefill_tokens_max.min(tokens));
         check(what, needed, available, lower)?;
         let left = available.map_or(u64::MAX, |available| available.bytes - needed) / 2;
         let cache_bytes_max = options.cache_bytes_max.min(usize::try_from(left).unwrap_or(usize::MAX));
@@ -207,13 +219,31 @@ pub fn available() -> Option<Available> {
     available_below(Path::new("/"), BUDGET.load(Ordering::Relaxed))
 }
 
+/// The same for a figure of a whole process, such as [`Shape::device_bytes`]: what the program and its libraries hold
+/// already is a part of the figure, and no second time needed.
+pub fn available_for_process() -> Option<Available> {
+    available().map(|available| for_process_below(Path::new("/"), available))
+}
+
+/// Sessions and caches that are held are another package's: of what is held, the program's own part counts at most. Pages of
+/// files are available as far as the kernel goes, though the process holds them.
+fn for_process_below(root: &Path, available: Available) -> Available {
+    let name = if available.bound == Bound::Budget { "VmRSS:" } else { "RssAnon:" };
+    let own = status(root, name).unwrap_or(0).min(PROCESS_BYTES as u64);
+    Available { bytes: available.bytes.saturating_add(own), ..available }
+}
+
 /// What this process holds now, mapped files included; unknown on systems other than Linux.
 pub fn held() -> Option<u64> {
     held_below(Path::new("/"))
 }
 
 fn held_below(root: &Path) -> Option<u64> {
-    kilobytes(&fs::read_to_string(root.join("proc/self/status")).ok()?, "VmRSS:")
+    status(root, "VmRSS:")
+}
+
+fn status(root: &Path, name: &str) -> Option<u64> {
+    kilobytes(&fs::read_to_string(root.join("proc/self/status")).ok()?, name)
 }
 
 fn available_below(root: &Path, budget: u64) -> Option<Available> {
@@ -413,6 +443,22 @@ mod tests {
             ("sys/fs/cgroup/memory/memory.usage_in_bytes", "96\n"),
         ]);
         assert_eq!(available_below(first.path(), u64::MAX), group(4000));
+    }
+
+    #[test]
+    fn what_the_program_holds_is_not_asked_for_twice() {
+        let with = |held_kb: u64, bound| {
+            let text = format!("VmRSS:  {held_kb} kB\nRssAnon:  {} kB\n", held_kb / 2);
+            for_process_below(root(&[("proc/self/status", &text)]).path(), Available { bytes: 100, bound })
+                .bytes
+        };
+        assert_eq!(with(20, Bound::Budget), 100 + (20 << 10));
+        // Pages of its files are available as they are.
+        assert_eq!([with(20, Bound::Machine), with(20, Bound::ControlGroup)], [100 + (10 << 10); 2]);
+        // What is held beyond the program itself is another package, and is needed as well.
+        assert_eq!(with(1 << 30, Bound::Machine), 100 + PROCESS_BYTES as u64);
+        let unknown = Available { bytes: 100, bound: Bound::Machine };
+        assert_eq!(for_process_below(root(&[]).path(), unknown), unknown);
     }
 
     #[test]

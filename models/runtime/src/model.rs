@@ -22,6 +22,7 @@ use crate::{
     device::Device,
     frozen::{Frozen, FrozenError},
     library::Library,
+    measure,
     memory::{self, MemoryError, Shape},
     opening::{Graph, OpenSession, Use},
     prefix::Row,
@@ -338,6 +339,11 @@ impl Model {
         is_filled(base) || is_filled(adapted) || is_filled(train)
     }
 
+    /// Whether it holds none of its weights: no session is open, and what the kernels prepared was given back.
+    pub fn is_at_rest(&self) -> bool {
+        !self.is_open() && !self.inner.frozen.is_lent()
+    }
+
     pub(crate) fn identity(&self) -> u64 {
         self.inner.identity
     }
@@ -361,7 +367,8 @@ impl Model {
         let file = || package.weights().display().to_string();
         let shape =
             Shape::of(package).map_err(|source| of_weights(FrozenError::Read { file: file(), source }))?;
-        let fitting = shape.fit(what, *options, memory::available(), lower).map_err(OpenError::Memory)?;
+        let fitting =
+            shape.fit(what, *options, memory::available_for_process(), lower).map_err(OpenError::Memory)?;
         cache_bytes_max.store(fitting.cache_bytes_max, Ordering::Relaxed);
         has_room.store(true, Ordering::Relaxed);
         Ok(())
@@ -376,6 +383,7 @@ impl Model {
         run: impl FnOnce(&mut Session, u64) -> Result<T, E>,
     ) -> Result<T, E> {
         static OPENINGS: AtomicU64 = AtomicU64::new(0);
+        measure::count_call();
         let is_base = !adapted && self.has_base_graph();
         let mut slot = lock(if is_base { &self.inner.base } else { &self.inner.adapted });
         let opened = match &mut *slot {
@@ -412,6 +420,7 @@ impl Model {
         cancel: &Cancel,
         run: impl FnOnce(&mut Session) -> Result<T, E>,
     ) -> Result<T, E> {
+        measure::count_call();
         let mut slot = lock(&self.inner.train);
         slot.take_if(|(open, _)| *open != graph);
         let (_, open) = match &mut *slot {

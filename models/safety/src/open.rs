@@ -178,7 +178,7 @@ fn open_own(base: &Model, path: &str, start: Start<'_>) -> Result<Model, OpenErr
         Start::Now(cancel) => {
             let read = |source| OpenError::Read { path: package.weights(), source };
             let shape = Shape::of(&package).map_err(read)?;
-            let options = shape.fit(ASKING.what, options, memory::available(), ASKING.lower)?;
+            let options = shape.fit(ASKING.what, options, memory::available_for_process(), ASKING.lower)?;
             Model::open_with(base.library(), &package, options, cancel)
         }
     };
@@ -197,7 +197,7 @@ fn open_classifier(base: &Model, path: &str, start: Start<'_>) -> Result<Classif
             let weights = std::fs::metadata(package.weights());
             let weights = weights.map_err(|source| OpenError::Read { path: package.weights(), source })?;
             let needed = encoder_bytes(&package.manifest().encoder, weights.len(), &options);
-            memory::check(ASKING.what, needed, memory::available(), ASKING.lower)?;
+            memory::check(ASKING.what, needed, memory::available_for_process(), ASKING.lower)?;
             Classifier::open(base.library(), &package, options)
         }
     };

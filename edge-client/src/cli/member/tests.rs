@@ -196,11 +196,23 @@ fn the_package_is_opened_for_work_that_may_be_done_and_given_back_when_the_devic
     let rested = member.rested.unwrap();
     member.waits(rested + KEPT / 2);
     assert!(member.device.model.is_open());
+    // A visit that finds nothing to do makes the break no longer. Another test of this process may use a model just then.
+    person.comes.store(false, Ordering::SeqCst);
+    let working = desk.task.lock().unwrap().take();
+    let mut is_break_as_long = || {
+        let rested = member.rested;
+        let Turn::Visited(Ok(Visit { outcome: Outcome::Idle, .. })) = member.turn().unwrap() else {
+            panic!("there is no round")
+        };
+        member.rested == rested
+    };
+    assert!((0..100).any(|_| is_break_as_long()), "every visit counted as work");
+    *desk.task.lock().unwrap() = working;
+    let rested = member.rested.unwrap();
     member.waits(rested + KEPT);
     assert!(!member.device.model.is_open());
 
     // What was begun goes on, with what is opened again.
-    person.comes.store(false, Ordering::SeqCst);
     assert!(matches!(member.turn().unwrap(), Turn::Visited(Err(_))), "its update is not taken");
     assert!(desk.is_offered.load(Ordering::SeqCst));
 }
