@@ -18,7 +18,7 @@ use aggregator::drive::{Driver, Stages, Step};
 use aggregator::events::{AlignFigures, EvaluateFigures, Event};
 use aggregator::laboratory::LaboratoryError;
 use aggregator::receive::enroll::Certify;
-use aggregator::store::RealDisk;
+use aggregator::store::{MemoryStorage, RealDisk};
 use commonweal_adapter::Adapter;
 use commonweal_protocol::{
     CertificateChain, Csr, DeviceId, DeviceReport, Fault, Fetch, KeyNumber, Poll, Release, ReportCard,
@@ -433,6 +433,48 @@ fn a_kill_behind_a_roll_back_loses_neither_it_nor_why() {
     assert_eq!((canary.stable, &canary.trial, &canary.verdict), (Version(2), &None, &None));
     let ended = canary.ended.last().unwrap();
     assert_eq!((ended.version, ended.reason.as_str()), (Version(1), "worse by far"));
+}
+
+/// A verdict, its roll-back and its end are writes of their own: a kill after any of them, and after any before.
+#[test]
+fn a_kill_after_any_write_ends_a_trial_as_none_does() {
+    let ended_after = |writes: u64| {
+        let memory = MemoryStorage::default();
+        let world = World::in_memory(&memory, trials);
+        finish(&world);
+        deliver(&world, 1, 2.0);
+        finish(&world);
+        deliver(&world, 2, 5.0);
+        memory.crash_after(writes);
+        let mut driver = Driver::new(world.parts.clone(), world.base.clone(), Passing);
+        for _ in 0..20 {
+            if driver.step() != Step::Worked || memory.has_crashed() {
+                break;
+            }
+        }
+        let is_killed = memory.has_crashed();
+        drop((driver, world));
+        memory.heal();
+        let world = World::in_memory(&memory, trials);
+        finish(&world);
+        let release = head(&world);
+        assert_eq!((release.version, release.round), (Version(2), None), "after {writes} writes");
+        let canary = state(&world);
+        assert_eq!((canary.stable, canary.trial), (Version(2), None), "after {writes} writes");
+        (canary.ended, is_killed)
+    };
+    let (undisturbed, _) = ended_after(u64::MAX);
+    assert!(undisturbed.last().unwrap().rolled_back, "{undisturbed:?}");
+    let mut writes = 0;
+    loop {
+        let (ended, is_killed) = ended_after(writes);
+        assert_eq!(ended, undisturbed, "after {writes} writes");
+        if !is_killed {
+            break;
+        }
+        writes += 1;
+    }
+    assert!(writes > 3, "{writes} writes");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use std::{
 /// One that has ended, or could not be started, is started again so late.
 const AGAIN: Duration = Duration::from_secs(60);
 /// What is read of a line at a time.
-const LINE_BYTES_MAX: u64 = 4096;
+pub(crate) const LINE_BYTES_MAX: u64 = 4096;
 /// Whose word it is, and no other program's on the bus.
 const LOGIND: &str = "org.freedesktop.login1";
 

@@ -210,6 +210,10 @@ fn nothing_acknowledged_is_lost_whoever_is_killed() {
     for peers in ["slow_strangers", "slow_device", "replays", "corrupted"] {
         assert!(told[0]["peers"][peers]["tries"].as_u64() > Some(0), "{peers}: {told:?}");
     }
+    // They reach what they are aimed at: a receipt that is said again, and what is sent being refused for what it is.
+    assert!(told[0]["peers"]["replays"]["receipts"].as_u64() > Some(0), "{told:?}");
+    let refused = told[0]["peers"]["corrupted"]["refused"].as_object().unwrap();
+    assert!(refused.values().filter_map(Value::as_u64).sum::<u64>() > 0, "{told:?}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //!
 //! `partial` keeps the bytes that are not yet whole; `desk` takes the update into the round.
 
+use std::io;
 use std::panic::resume_unwind;
 use std::sync::PoisonError;
 use std::thread;
@@ -138,7 +139,7 @@ impl Receiver {
         }
         let end = self.parts.partials.append(&device, &key, chunk.offset, &chunk.bytes).map_err(|error| {
             let reason = match error.kind() {
-                std::io::ErrorKind::StorageFull => Refusal::Busy,
+                io::ErrorKind::StorageFull => Refusal::Busy,
                 _ => Refusal::Internal,
             };
             self.refuse_update(Some(device), REQUEST, Some(key.digest), reason, error)
@@ -217,8 +218,13 @@ impl Receiver {
                 Err(DeskError::Shut) => continue,
                 pass => pass.map_err(|error| self.failed(device, REQUEST, &error))?,
             };
-            let read = self.parts.partials.read(&device, &open.key());
-            let mut source = read.map_err(|error| self.failed(device, REQUEST, &error))?;
+            let mut source = match self.parts.partials.read(&device, &open.key()) {
+                // Its round closed while this waited, and what was held for it is gone.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    return Err(Refused { reason: Refusal::UploadUnknown, reconnect: self.reconnect() });
+                }
+                read => read.map_err(|error| self.failed(device, REQUEST, &error))?,
+            };
             let blob = &self.parts.storage.blob;
             blob.put_if_absent(&open.digest, open.length, source.as_mut())
                 .map_err(|error| self.failed(device, REQUEST, &error))?;
@@ -284,7 +290,7 @@ impl Receiver {
         }
         let mut bytes = Vec::with_capacity(open.length as usize);
         let read = self.parts.partials.read(&device, &key).and_then(|mut source| {
-            std::io::Read::read_to_end(&mut std::io::Read::take(&mut source, open.length), &mut bytes)
+            io::Read::read_to_end(&mut io::Read::take(&mut source, open.length), &mut bytes)
         });
         if let Err(error) = read {
             return Err(self.failed(device, REQUEST, &error));

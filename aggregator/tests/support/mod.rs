@@ -17,7 +17,9 @@ use aggregator::receive::enroll::Registry;
 use aggregator::receive::partial::PartialFiles;
 use aggregator::receive::{Parts, Receiver};
 use aggregator::round::Policy;
-use aggregator::store::{Access, Disk, FileBlob, LocalWatch, RealDisk, SoleLead, SqliteStore, Storage};
+use aggregator::store::{
+    Access, Blob, Disk, FileBlob, LocalWatch, MemoryStorage, RealDisk, SoleLead, SqliteStore, Storage,
+};
 use commonweal_adapter::{
     Adapter, AdapterDelta, AdapterLayout, Bits, CompressOptions, Module, Residual, Target, Trainable,
     compress,
@@ -68,6 +70,14 @@ pub fn chunk(offset: u64, bytes: &[u8]) -> Chunk {
     Chunk::new(offset, bytes.to_vec()).unwrap()
 }
 
+/// The first release's adapter.
+fn put_first(blob: &dyn Blob) -> Digest {
+    let bytes = Base { hash: BASE, layout: layout() }.write(&Adapter::init(layout(), 0)).unwrap();
+    let digest = Digest::of(&bytes);
+    blob.put_if_absent(&digest, bytes.len() as u64, &mut bytes.as_slice()).unwrap();
+    digest
+}
+
 pub struct World {
     pub dir: tempfile::TempDir,
     pub parts: Parts,
@@ -108,12 +118,27 @@ impl World {
             watch: Arc::new(LocalWatch::default()),
             lead: Arc::new(SoleLead),
         };
+        let first = put_first(&roomy);
+        Self::on(dir, disk, storage, first, clock, change)
+    }
+
+    /// On a store in memory, which a test can break.
+    pub fn in_memory(memory: &MemoryStorage, change: impl FnOnce(&mut Config)) -> Self {
+        let (dir, storage) = (tempfile::tempdir().unwrap(), memory.storage());
+        let first = put_first(storage.blob.as_ref());
+        Self::on(dir, Arc::new(RealDisk), storage, first, Clock::manual(NOW_MS), change)
+    }
+
+    fn on(
+        dir: tempfile::TempDir,
+        disk: Arc<dyn Disk>,
+        storage: Storage,
+        digest: Digest,
+        clock: Clock,
+        change: impl FnOnce(&mut Config),
+    ) -> Self {
         let key = SigningKey::from_bytes(&[3; 32]);
         let base = Base { hash: BASE, layout: layout() };
-        let bytes = base.write(&Adapter::init(layout(), 0)).unwrap();
-        let digest = Digest::of(&bytes);
-        aggregator::store::Blob::put_if_absent(&roomy, &digest, bytes.len() as u64, &mut bytes.as_slice())
-            .unwrap();
         let publisher = Publisher::new(storage.coord.clone(), storage.blob.clone(), key.clone(), BASE);
         if publisher.head().unwrap().is_none() {
             let card = ReportCard::default();

@@ -126,8 +126,32 @@ fn revisions_pass_the_owners_own_filter() {
     assert!(again.lines().all(|line| line.contains("\"keep\"") || line.contains("\"filtered\"")), "{again}");
 }
 
-/// A runtime library that fails in the middle of a round: real ones, a run that is stopped in the filter and a gradient
-/// graph that does not open any more when training begins.
+/// A part of an ONNX file: what is appended to one is merged with it, as of any protocol buffer.
+fn field(number: u8, content: &[u8]) -> Vec<u8> {
+    let length = u8::try_from(content.len()).unwrap();
+    assert!(length < 0x80, "a longer one's length takes two bytes");
+    [&[number << 3 | 2, length], content].concat()
+}
+
+/// A graph's second token as one more output, which a run of one token alone does not have.
+fn fails_for_one_token() -> Vec<u8> {
+    // The attribute: its name, its value, that it is an integer.
+    let axis = [&field(1, b"axis")[..], &[3 << 3, 1, 0xa0, 1, 2]].concat();
+    let node = [
+        field(1, b"input_ids"),
+        field(1, b"second"),
+        field(2, b"fails"),
+        field(4, b"Gather"),
+        field(5, &axis),
+    ];
+    // A constant 1 of 64 bits.
+    let second = [&[2 << 3, 7][..], &field(7, &[1]), &field(8, b"second")].concat();
+    let output = [field(1, b"fails"), field(2, &field(1, &[1 << 3, 7]))].concat();
+    field(7, &[field(1, &node.concat()), field(5, &second), field(12, &output)].concat())
+}
+
+/// A runtime library that fails in the middle of a round: real ones, a run that is stopped in the filter, an operator that
+/// fails while an answer is written anew and a gradient graph that does not open any more when training begins.
 #[test]
 fn a_runtime_that_fails_in_the_middle_costs_no_sample() {
     let copied = tempfile::tempdir().unwrap();
@@ -148,7 +172,25 @@ fn a_runtime_that_fails_in_the_middle_costs_no_sample() {
     assert_eq!(samples(&world), before);
     assert!(!world.has("round/pairs.json"), "a sample passed unseen");
 
+    // Reading goes well, and writing, which is a token at a time, does not.
     world.device.cancel = Cancel::new();
+    let graphs = ["infer.onnx", "infer-base.onnx"].map(|name| copied.path().join(name));
+    let sound = graphs.clone().map(|graph| fs::read(graph).unwrap());
+    for (graph, sound) in graphs.iter().zip(&sound) {
+        fs::write(graph, [&sound[..], &fails_for_one_token()].concat()).unwrap();
+    }
+    world.device.model.close();
+    let error = world.device.visit().unwrap_err();
+    assert!(matches!(error, PipelineError::Revise(_)) && !error.is_transient(), "{error:?}");
+    let told = format!("{:#}", anyhow::Error::new(error));
+    assert!(told.contains("revise failed") && told.contains("Gather"), "{told}");
+    assert_eq!(samples(&world), before);
+    assert!(!world.has("round/pairs.json") && world.opened().is_empty());
+    for (graph, sound) in graphs.iter().zip(&sound) {
+        fs::write(graph, sound).unwrap();
+    }
+    world.device.model.close();
+
     let graph = copied.path().join("train.onnx");
     let whole = fs::read(&graph).unwrap();
     fs::write(&graph, &whole[..whole.len() / 2]).unwrap();

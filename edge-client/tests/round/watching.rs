@@ -6,7 +6,7 @@ use std::{
     fs::{self, File},
     io::Write,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use commonweal_protocol::{Digest, Refusal, RoundId};
@@ -24,6 +24,9 @@ use edge_client::{
 };
 
 use crate::world::*;
+
+/// What has not come so long after a visit began never comes: the visit is ended, and the test says what is missing.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 fn long_round(world: &mut World) {
     world.device.policy.train.checkpoint_steps = 1_000;
@@ -51,7 +54,8 @@ fn a_touch_ends_the_round_where_it_is_and_the_rest_follows_to_the_same_bits() {
     let (doing, visit) = (world.directory.path().join("doing.json"), world.device.cancel.clone());
     let touched = thread::spawn(move || {
         let is_training = || fs::read_to_string(&doing).is_ok_and(|doing| doing.contains("trains, step"));
-        while !is_training() {
+        let begun = Instant::now();
+        while !is_training() && begun.elapsed() < PATIENCE {
             thread::sleep(Duration::from_millis(2));
         }
         File::options().append(true).open(keyboard).unwrap().write_all(&[1; 24]).unwrap();
@@ -87,7 +91,8 @@ fn who_comes_while_a_session_is_opened_ends_the_visit_and_the_next_one_opens_it(
         world.device.cancel = Cancel::new();
         let (model, visit) = (world.device.model.clone(), world.device.cancel.clone());
         let came = thread::spawn(move || {
-            while !model.is_open() {
+            let begun = Instant::now();
+            while !model.is_open() && begun.elapsed() < PATIENCE {
                 thread::yield_now();
             }
             visit.cancel();
@@ -115,7 +120,8 @@ fn causes(error: &(dyn Error + 'static)) -> String {
 fn until_there(world: &World, name: &str) {
     let (path, visit) = (world.directory.path().join(name), world.device.cancel.clone());
     let ended = thread::spawn(move || {
-        while !path.exists() {
+        let begun = Instant::now();
+        while !path.exists() && begun.elapsed() < PATIENCE {
             thread::sleep(Duration::from_micros(200));
         }
         visit.cancel();

@@ -6,6 +6,7 @@ mod support;
 use std::{
     sync::{Arc, Mutex},
     thread,
+    time::{Duration, Instant},
 };
 
 use commonweal_adapter::Adapter;
@@ -20,6 +21,9 @@ static BUDGET: Mutex<()> = Mutex::new(());
 
 const ASKING: Asking = Asking { what: "opening the package", lower: "a smaller one needs less" };
 
+/// A call that takes so long to begin an opening never begins one.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Begins a call on a closed model and cancels it when it holds a session, which it does from before that is opened. A
 /// thread that cancels may be late for once: tried again, until a call was cancelled before it had its session.
 fn leave_an_opening(model: &Model, call: impl Fn(&Cancel) -> bool) {
@@ -28,7 +32,9 @@ fn leave_an_opening(model: &Model, call: impl Fn(&Cancel) -> bool) {
         let cancel = Cancel::new();
         thread::scope(|scope| {
             scope.spawn(|| {
-                while !model.is_open() {
+                // A call that fails before it opens anything is told below, and not waited for.
+                let begun = Instant::now();
+                while !model.is_open() && begun.elapsed() < PATIENCE {
                     thread::yield_now();
                 }
                 cancel.cancel();

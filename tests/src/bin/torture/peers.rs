@@ -2,7 +2,8 @@
 //! (`peers/slow.rs`), one says again what it said before (`peers/replay.rs`), one sends damaged frames and garbage
 //! (`peers/corrupt.rs`). They are tasks of this process; what they say is drawn by the seed, when it arrives is not.
 //!
-//! What became of each try is counted here; a receipt that may not be, or a stranger who is let in, ends the program.
+//! What became of each try is counted here; a receipt that may not be, a stranger who is let in, a stream that dribbles and is
+//! borne, or an aggregator that fails at what was said ends the program.
 
 mod raw;
 mod member;
@@ -20,8 +21,8 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
-use commonweal_protocol::{Digest, Invitation};
+use anyhow::{Context, Result, bail, ensure};
+use commonweal_protocol::{Digest, Invitation, Refusal};
 use commonweal_tests::verdict::{Held, Peer};
 use commonweal_transport::{Clock, LinkLimits, QuicWire};
 use rand::{Rng as _, SeedableRng};
@@ -212,6 +213,11 @@ impl Site {
     async fn count(&self, kind: Kind, attempt: impl Future<Output = Result<End>>) -> Result<End> {
         let deaths = self.deaths();
         let end = attempt.await?;
+        // Whatever a peer says is either fine or its own fault.
+        ensure!(
+            !matches!(end, End::Refused(Refusal::Internal)),
+            "what a hostile peer said made the aggregator fail"
+        );
         let was_killed = self.deaths() != deaths;
         if !self.is_over() {
             self.tally(kind, |tally| tally.add(&end, was_killed));
@@ -280,8 +286,6 @@ impl fmt::Display for Report {
 
 #[cfg(test)]
 mod tests {
-    use commonweal_protocol::Refusal;
-
     use super::*;
 
     #[test]

@@ -18,7 +18,7 @@ use crate::peers;
 pub(super) const ADAPTER_MB: u32 = 5;
 
 /// How long a stream may stand still: so short that those which dribble are given up between two kills.
-const STALL_MS: u64 = 1_000;
+pub(super) const STALL_MS: u64 = 1_000;
 
 /// What the process tells, once.
 #[derive(Debug, Serialize, Deserialize)]

@@ -22,13 +22,15 @@ use super::{
     member::{Member, POLL},
     raw::{End, Raw, Word},
 };
+use crate::serving::STALL_MS;
 
 /// Between two bytes.
 const BYTE_MS: std::ops::RangeInclusive<u64> = 50..=300;
 /// Between two tries.
 const PAUSE_MS: std::ops::RangeInclusive<u64> = 50..=250;
-/// Longest that a stream which dribbles may be held: far more than the aggregator's time for a stall.
-const HELD_MAX: Duration = Duration::from_secs(30);
+/// Longest that a stream which dribbles may be held. A frame that takes longer than a stall to come is given up; the rest is
+/// for a machine that is busy.
+const HELD_MAX: Duration = Duration::from_millis(10 * STALL_MS);
 /// What an upload that never ends announces.
 const UPLOAD_BYTES: usize = 1 << 20;
 /// About what a signing request has.
@@ -67,13 +69,16 @@ pub(super) async fn question(site: Arc<Site>, member: Arc<Member>, mut random: C
     let frame = encode(&Request::Poll(POLL))?;
     while !site.is_over() {
         let link = member.link(&mut random)?;
-        site.count(Kind::SlowDevice, async {
+        let said = site.count(Kind::SlowDevice, async {
             match Raw::open(link.wire(), Purpose::Question).await {
                 Ok(raw) => dribble::<Reply>(&site, raw, &frame, &mut random).await,
                 Err(end) => Ok(end),
             }
-        })
-        .await?;
+        });
+        // To say all of it takes longer than a stall, however the pauses fall.
+        if let End::Answered = said.await? {
+            bail!("a question that dribbles was borne to its end");
+        }
         site.pause(&mut random, PAUSE_MS).await;
     }
     Ok(())
