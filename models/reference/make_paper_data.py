@@ -245,6 +245,8 @@ def main() -> None:
         return kept
 
     benign, poison = apart("clients", benign), apart("harmful", poison)
+    # A device's harmful text may be like what the guard has seen, as it may be anywhere. It is told all the same.
+    counts["harmful: near the base's or the guard's training, kept"] = sum(any(map(seen.holds, questions(row))) for row in poison)
     if sources:
         held_out, benign = unseen("held_out", benign[:HELD_OUT_ROWS], questions), benign[HELD_OUT_ROWS:]
     else:
