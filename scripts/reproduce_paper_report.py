@@ -282,6 +282,15 @@ def report(out, kind):
     return "\n".join(parts) + "\n"
 
 
+def begin(kind):
+    """The line of docs/results.md after which a run's part is."""
+    return f"<!-- scripts/reproduce-paper writes from here: {kind} -->\n"
+
+
+def has_part(kind):
+    return begin(kind) in PAGE.read_text(encoding="utf8")
+
+
 def write(out, kind, docs=False):
     """Writes OUT/results.md and OUT/results.svg, and with `docs` the page's part of this kind; gives the text."""
     text = report(out, kind)
@@ -293,9 +302,8 @@ def write(out, kind, docs=False):
     (out / "results.svg").write_text(drawing, encoding="utf8")
     if docs:
         (ROOT / "docs" / f"results-{kind}.svg").write_text(drawing, encoding="utf8")
-        begin, end = f"<!-- scripts/reproduce-paper writes from here: {kind} -->\n", "<!-- to here -->"
-        page = PAGE.read_text(encoding="utf8")
-        before, rest = page.split(begin)
-        page = before + begin + text + f"\n![safe answers by arm, and one setting varied at a time](results-{kind}.svg)\n" + rest[rest.index(end):]
+        end, page = "<!-- to here -->", PAGE.read_text(encoding="utf8")
+        before, rest = page.split(begin(kind))
+        page = before + begin(kind) + text + f"\n![safe answers by arm, and one setting varied at a time](results-{kind}.svg)\n" + rest[rest.index(end):]
         PAGE.write_text(page, encoding="utf8")
     return text

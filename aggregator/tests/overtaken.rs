@@ -23,7 +23,7 @@ use aggregator::round::RoundMode;
 use aggregator::store::{Blob, MemoryStorage, Put, StoreError};
 use commonweal_adapter::Adapter;
 use commonweal_protocol::{
-    DeviceId, Digest, KeyNumber, Poll, Receipt, RoundId, SignedReceipt, SigningKey, Version,
+    DeviceId, Digest, KeyNumber, Poll, Receipt, Refusal, RoundId, SignedReceipt, SigningKey, Version,
 };
 use commonweal_transport::{Clock, Opened};
 use support::shared::{Problems, config, first_release, process};
@@ -316,6 +316,36 @@ fn no_update_comes_in_through_a_door_that_has_moved() {
     let merged: Vec<_> = record.lineage.iter().map(|origin| origin.device).collect();
     assert_eq!((record.outcome.as_str(), merged), ("published", vec![device(1)]));
     assert!(!world.is_stored(&Digest::of(&second)), "swept after the round");
+}
+
+#[test]
+fn an_update_whose_bytes_went_with_its_round_is_unknown_and_no_failure() {
+    let world = World::new();
+    let [mut one, other] = [(); 2].map(|()| world.driver(Scripted::default()));
+    let stored = Hook::default();
+    let mut parts = world.front.clone();
+    let blob = Hooked { blob: parts.storage.blob.clone(), stored: stored.clone(), deleting: Hook::default() };
+    parts.storage.blob = Arc::new(blob);
+    let receiver = Receiver::new(parts);
+    world.begin(&mut one);
+    let (id, bytes) = (device(1), update(0.1));
+    let open = open(1, &bytes);
+    let bring = || {
+        assert!(matches!(receiver.open(id, open), Ok(Opened::Resume(0))));
+        receiver.chunk(id, open.key(), &chunk(0, &bytes)).unwrap();
+        receiver.finish(id, open.key())
+    };
+    // The door moves once the bytes are stored, and what was held of them is gone before they are stored again.
+    *stored.lock().unwrap() = Some({
+        let (memory, partials, mut other) = (world.memory.clone(), world.front.partials.clone(), other);
+        Box::new(move || {
+            take_over(&memory, &mut other);
+            partials.discard_before(2).unwrap();
+        })
+    });
+    assert_eq!(bring().unwrap_err().reason, Refusal::UploadUnknown);
+    assert_eq!(*world.told.lock().unwrap(), [""; 0], "the aggregator did not fail");
+    assert_eq!(bring().unwrap().receipt.receipt.digest, open.digest, "it is brought again");
 }
 
 #[test]

@@ -22,7 +22,7 @@ use commonweal_runtime::{
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Shared, open};
+use super::{Shared, exit::BadInput, open};
 use crate::events::Output;
 use limits::Limits;
 use stop::Stopped;
@@ -88,6 +88,11 @@ pub(super) fn bench(shared: &Shared, request: &Request) -> Result<()> {
     open::open_package(shared, &place)?;
     if let Some(directory) = &request.profile {
         fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
+        let taken = kinds.iter().map(|kind| directory.join(kind.name())).find(|place| place.exists());
+        if let Some(place) = taken {
+            let text = format!("{}: expected no profiles yet, they are of another run", place.display());
+            return Err(BadInput(text).into());
+        }
     }
     let threads = open::threads(shared, &place);
     let limits = Limits::measure(threads);
@@ -223,7 +228,6 @@ fn measure_here(shared: &Shared, request: &Request, kinds: &[Work]) -> Result<()
         }
         let directory = request.profile.as_ref().map(|directory| directory.join(kind.name()));
         if let Some(directory) = &directory {
-            // One that is there has another run's files.
             fs::create_dir(directory).with_context(|| format!("cannot make {}", directory.display()))?;
         }
         // Whatever is tried to choose a device is no part of the work.

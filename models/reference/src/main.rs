@@ -57,7 +57,7 @@ const EXAMPLES: &str = "Examples:
   train-reference loss --package P --rows heldout.jsonl
   train-reference reviser --package P --rows reviser.train.jsonl --out reviser.safetensors
 
-Exit codes: 0 done, 2 usage, 3 bad input, 5 runtime library or device missing, 1 anything else.";
+Exit codes: 0 done, 2 usage, 3 bad input, 5 runtime library, device or memory missing, 1 anything else.";
 
 /// Trains, calibrates and evaluates the adapters of the bundled guard and reviser.
 #[derive(Parser)]

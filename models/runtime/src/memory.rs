@@ -222,12 +222,17 @@ pub fn available() -> Option<Available> {
 /// The same for a figure of a whole process, such as [`Shape::device_bytes`]: what the program and its libraries hold
 /// already is a part of the figure, and no second time needed.
 pub fn available_for_process() -> Option<Available> {
-    available().map(|available| for_process_below(Path::new("/"), available))
+    for_process_below(Path::new("/"), BUDGET.load(Ordering::Relaxed))
+}
+
+/// Each bound counts another part of what is held, so the tightest of them can be another one than of what is left.
+fn for_process_below(root: &Path, budget: u64) -> Option<Available> {
+    least(bounds_below(root, budget).map(|available| with_own(root, available)))
 }
 
 /// Sessions and caches that are held are another package's: of what is held, the program's own part counts at most. Pages of
 /// files are available as far as the kernel goes, though the process holds them.
-fn for_process_below(root: &Path, available: Available) -> Available {
+fn with_own(root: &Path, available: Available) -> Available {
     let name = if available.bound == Bound::Budget { "VmRSS:" } else { "RssAnon:" };
     let own = status(root, name).unwrap_or(0).min(PROCESS_BYTES as u64);
     Available { bytes: available.bytes.saturating_add(own), ..available }
@@ -247,6 +252,15 @@ fn status(root: &Path, name: &str) -> Option<u64> {
 }
 
 fn available_below(root: &Path, budget: u64) -> Option<Available> {
+    least(bounds_below(root, budget))
+}
+
+fn least(bounds: impl Iterator<Item = Available>) -> Option<Available> {
+    bounds.min_by_key(|available| available.bytes)
+}
+
+/// What each bound that there is leaves.
+fn bounds_below(root: &Path, budget: u64) -> impl Iterator<Item = Available> {
     let machine =
         fs::read_to_string(root.join("proc/meminfo")).ok().and_then(|text| kilobytes(&text, "MemAvailable:"));
     let machine = machine.map(|bytes| Available { bytes, bound: Bound::Machine });
@@ -254,7 +268,7 @@ fn available_below(root: &Path, budget: u64) -> Option<Available> {
     let group = group_left(root, &groups).map(|bytes| Available { bytes, bound: Bound::ControlGroup });
     let own = if budget == u64::MAX { None } else { held_below(root) };
     let own = own.map(|held| Available { bytes: budget.saturating_sub(held), bound: Bound::Budget });
-    machine.into_iter().chain(group).chain(own).min_by_key(|available| available.bytes)
+    machine.into_iter().chain(group).chain(own)
 }
 
 /// A number of one of the kernel's tables, in bytes.
@@ -449,8 +463,7 @@ mod tests {
     fn what_the_program_holds_is_not_asked_for_twice() {
         let with = |held_kb: u64, bound| {
             let text = format!("VmRSS:  {held_kb} kB\nRssAnon:  {} kB\n", held_kb / 2);
-            for_process_below(root(&[("proc/self/status", &text)]).path(), Available { bytes: 100, bound })
-                .bytes
+            with_own(root(&[("proc/self/status", &text)]).path(), Available { bytes: 100, bound }).bytes
         };
         assert_eq!(with(20, Bound::Budget), 100 + (20 << 10));
         // Pages of its files are available as they are.
@@ -458,7 +471,15 @@ mod tests {
         // What is held beyond the program itself is another package, and is needed as well.
         assert_eq!(with(1 << 30, Bound::Machine), 100 + PROCESS_BYTES as u64);
         let unknown = Available { bytes: 100, bound: Bound::Machine };
-        assert_eq!(for_process_below(root(&[]).path(), unknown), unknown);
+        assert_eq!(with_own(root(&[]).path(), unknown), unknown);
+        // The budget has least left, and counts the pages of files, which the machine does not.
+        let system = root(&[
+            ("proc/meminfo", "MemAvailable: 1000 kB\n"),
+            ("proc/self/status", "VmRSS: 600 kB\nRssAnon: 100 kB\n"),
+        ]);
+        let own = |kilobytes: u64, bound| Some(Available { bytes: kilobytes << 10, bound });
+        assert_eq!(available_below(system.path(), 1500 << 10), own(900, Bound::Budget));
+        assert_eq!(for_process_below(system.path(), 1500 << 10), own(1100, Bound::Machine));
     }
 
     #[test]

@@ -85,13 +85,13 @@ impl Pool {
         Ok(screening)
     }
 
-    /// Deals `rows` samples to each of `count` clients.
-    pub(crate) fn deal(&self, arm: &Arm, count: usize, rows: usize, seed: u64) -> Result<Vec<Client>> {
+    /// Deals `rows` samples to each client; of each is told in how many rounds it takes part.
+    pub(crate) fn deal(&self, arm: &Arm, turns: &[u32], rows: usize, seed: u64) -> Result<Vec<Client>> {
+        let count = turns.len();
         let mut random = ChaCha8Rng::seed_from_u64(seed);
-        let hostile = (count as f64 * arm.hostile_share).round() as usize;
         let mut numbers: Vec<usize> = (0..count).collect();
         numbers.shuffle(&mut random);
-        let hostile = &numbers[..hostile.min(count)];
+        let hostile = hostile(&numbers, turns, arm.hostile_share);
         let mut harmful: Vec<&Sample> = self.harmful.iter().collect();
         harmful.shuffle(&mut random);
         let benign = self.benign(&arm.split, &mut random);
@@ -109,7 +109,7 @@ impl Pool {
             clients.push(Client { samples, is_hostile: false });
         }
         // What is left over is theirs; their own places are dealt above, so that the others' are the same.
-        for &number in hostile {
+        for number in hostile {
             let own: Vec<Sample> = harmful.by_ref().take(rows).cloned().collect();
             let left = clients[number].samples.len();
             clients[number] = Client { samples: own, is_hostile: true };
@@ -147,6 +147,25 @@ impl Pool {
     }
 }
 
+/// Which clients are hostile: a share of them, with as near as can be the same share of all turns. Drawn without regard to
+/// turns, they would be in no round of some seeds and in every one of others.
+fn hostile(drawn: &[usize], turns: &[u32], share: f64) -> Vec<usize> {
+    let count = (turns.len() as f64 * share).round() as usize;
+    let mut left = f64::from(turns.iter().sum::<u32>()) * share;
+    let mut others = drawn.to_vec();
+    let mut hostile = Vec::with_capacity(count);
+    for remaining in (1..=count).rev() {
+        let each = left / remaining as f64;
+        let far = |number: usize| (f64::from(turns[number]) - each).abs();
+        let nearest = (0..others.len()).min_by(|&one, &other| far(others[one]).total_cmp(&far(others[other])));
+        let Some(place) = nearest else { break };
+        let number = others.remove(place);
+        left -= f64::from(turns[number]);
+        hostile.push(number);
+    }
+    hostile
+}
+
 fn read(path: &Path) -> Result<Vec<(String, Sample)>> {
     let of = |row: serde_json::Value| -> Result<(String, Sample), RowError> {
         let source = row["group"].as_str().unwrap_or_default().to_owned();
@@ -160,4 +179,27 @@ fn read(path: &Path) -> Result<Vec<(String, Sample)>> {
         bail!("{}: {bad}", path.display());
     }
     Ok(parsed.good.into_iter().map(|(_, row)| row).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::federation::turns;
+
+    #[test]
+    fn hostile_clients_have_their_share_of_the_turns_too() {
+        for seed in 1..=100 {
+            let turns = turns(20, 5, seed, 4);
+            let mut numbers: Vec<usize> = (0..20).collect();
+            numbers.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+            for tenths in 0..=4_u32 {
+                let mut hostile = hostile(&numbers, &turns, f64::from(tenths) / 10.0);
+                let theirs: u32 = hostile.iter().map(|&number| turns[number]).sum();
+                assert_eq!(theirs, 2 * tenths, "seed {seed}: of 20 turns, {turns:?}");
+                hostile.sort_unstable();
+                hostile.dedup();
+                assert_eq!(hostile.len() as u32, 2 * tenths, "seed {seed}");
+            }
+        }
+    }
 }

@@ -305,10 +305,7 @@ impl<'p> Federation<'p> {
     /// The round's clients, drawn by the seed, visit until each has delivered or has given up.
     fn devices(&mut self, round: RoundId) -> Result<()> {
         let goal = self.plan.common.round.goal as usize;
-        let mut chosen: Vec<usize> = (0..self.members.len()).collect();
-        let mut random = ChaCha8Rng::seed_from_u64(self.plan.seed << 32 | round.0);
-        chosen.shuffle(&mut random);
-        chosen.truncate(goal);
+        let mut chosen = choose(self.members.len(), goal, self.plan.seed, round);
         for _ in 0..VISITS_MAX {
             let mut waiting = Vec::new();
             for &number in &chosen {
@@ -359,6 +356,26 @@ impl<'p> Federation<'p> {
             }
         }
     }
+}
+
+/// The clients of a round.
+fn choose(count: usize, goal: usize, seed: u64, round: RoundId) -> Vec<usize> {
+    let mut chosen: Vec<usize> = (0..count).collect();
+    let mut random = ChaCha8Rng::seed_from_u64(seed << 32 | round.0);
+    chosen.shuffle(&mut random);
+    chosen.truncate(goal);
+    chosen
+}
+
+/// In how many of the rounds each client takes part.
+pub(crate) fn turns(count: usize, goal: usize, seed: u64, rounds: u64) -> Vec<u32> {
+    let mut turns = vec![0; count];
+    for round in 1..=rounds {
+        for number in choose(count, goal, seed, RoundId(round)) {
+            turns[number] += 1;
+        }
+    }
+    turns
 }
 
 fn ends_ms(round: RoundId) -> u64 {

@@ -158,7 +158,8 @@ fn run(cli: &Cli) -> Result<()> {
             boost: cli.boost,
             carrier: cli.carrier,
         };
-        let clients = pool.deal(arm, cli.clients as usize, cli.rows, seed)?;
+        let turns = federation::turns(cli.clients as usize, cli.chosen as usize, seed, cli.rounds);
+        let clients = pool.deal(arm, &turns, cli.rows, seed)?;
         let folder = federation::folder(&cli.out, arm, seed);
         let begun = state.begun(&arm.name, seed);
         if begun.is_none() && folder.exists() {
