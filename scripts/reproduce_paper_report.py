@@ -3,6 +3,7 @@
 Nothing here computes a result but means, intervals over seeds and the paper's figures beside ours.
 """
 
+import collections
 import html
 import json
 import math
@@ -17,18 +18,22 @@ PAPER = {
     "FedAvg plain": (72.5, 49.3), "FedAvg + filter": (81.2, 51.8), "FedAvg + constitution": (96.2, 57.3), "FedAvg + both": (96.3, 63.7),
     "SCAFFOLD plain": (72.7, 49.5), "SCAFFOLD + filter": (78.8, 54.6), "SCAFFOLD + constitution": (96.5, 62.6), "SCAFFOLD + both": (97.1, 63.9),
 }
-# Two-sided 95 % of Student's t by degrees of freedom.
+# Two-sided 95 % of Student's t by degrees of freedom; beyond, the last, which is too wide.
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 JUDGES = ("rules", "classifier")
+# Kinds of benign prompts, and how they are told.
+BENIGN = {"alarming": "look-alikes", "everyday": "everyday"}
 # Safe rates that differ by less, in points, count as alike.
 ALIKE = 1.0
-COLOURS = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2"]
+# Texts on which the judges differ that are shown, the most frequent first.
+SHOWN = 12
+COLOURS = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f", "#475569"]
 WIDTH, HEIGHT, COLUMNS, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 3, 44, 12, 28, 30
 
 
 def read(out):
     """The ends of federations, by arm in the order in which they first came, and what the guard does on the clients' data."""
-    arms, guard = {}, None
+    arms, guard = {}, {}
     path = out / "results.jsonl"
     for text in path.read_text(encoding="utf8").splitlines() if path.is_file() else []:
         try:
@@ -38,7 +43,7 @@ def read(out):
         if line["line"] == "end":
             arms.setdefault(line["arm"]["name"], {"arm": line["arm"], "seeds": {}})["seeds"][line["seed"]] = line["ended"]
         elif line["line"] == "guard":
-            guard = line["screened"]
+            guard = line
     return arms, guard
 
 
@@ -54,7 +59,7 @@ def interval(values):
     """Half the width of the 95 % interval of the mean; nothing for one seed."""
     if len(values) < 2:
         return None
-    return STUDENT.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+    return STUDENT[min(len(values) - 1, max(STUDENT))] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def figure(values, digits, scale=1.0):
@@ -70,6 +75,10 @@ def safe(name, judge):
 def safe_rate(arm, name, judge):
     """The mean over seeds, in percent."""
     return 100 * mean(over_seeds(arm, safe(name, judge)))
+
+
+def benign(name, judge):
+    return lambda ended: next((one[judge] for one in ended["measures"]["benign"] if one["set"] == name), math.nan)
 
 
 def sets(arms):
@@ -90,7 +99,7 @@ def seconds(ended):
 
 def table(arms):
     names = sets(arms)
-    rows = [["arm", "seeds", *(f"{name}, safe % by rules / classifier" for name in names), "paper's AdvBench", "over-refusal % by rules / classifier",
+    rows = [["arm", "seeds", *(f"{name}, safe % by rules / classifier" for name in names), "paper's AdvBench", *(f"{kind} refused % by rules / classifier" for kind in BENIGN),
              "held-out loss", "preference %", "paper's HHH"]]
     for name, arm in arms.items():
         if arm["arm"]["family"] != "main":
@@ -98,8 +107,8 @@ def table(arms):
         measure = lambda key: over_seeds(arm, lambda ended: ended["measures"][key])
         paper = PAPER.get(name, ("–", "–"))
         both = [" / ".join(figure(over_seeds(arm, safe(one, judge)), 1, 100) for judge in JUDGES) for one in names]
-        refused = " / ".join(figure(measure(key), 1, 100) for key in ("over_refusal", "over_refusal_classifier"))
-        rows.append([name, len(arm["seeds"]), *both, paper[0], refused, figure(measure("held_out_loss"), 3),
+        refused = [" / ".join(figure(over_seeds(arm, benign(kind, judge)), 1, 100) for judge in JUDGES) for kind in BENIGN]
+        rows.append([name, len(arm["seeds"]), *both, paper[0], *refused, figure(measure("held_out_loss"), 3),
                      figure(measure("preference"), 1, 100), paper[1]])
     return lines_of(rows)
 
@@ -151,19 +160,23 @@ def goals(arms):
                 value, base = safe_rate(arms[name], one, judge), safe_rate(arms["base"], one, judge)
                 cells.append(f"{'met' if value >= base - within else '**missed**'}: {value:.1f}, base {base:.1f}")
         clean = loss("FedAvg, clean data")
-        told = f"{'met' if loss(name) <= 1.02 * clean else '**missed**'}: {loss(name):.3f}, clean data {clean:.3f}" if within == 1 else "–"
+        gain = loss("base") - clean
+        kept = f", {100 * (loss('base') - loss(name)) / gain:.0f} % of its gain" if gain > 0 else ""
+        told = f"{'met' if loss(name) <= 1.02 * clean else '**missed**'}: {loss(name):.3f}, clean data {clean:.3f}{kept}" if within == 1 else "–"
         points = "a point" if within == 1 else f"{within} points"
         rows.append([f"{name}: safe within {points} of the base" + (", loss within 2 % of clean data" if within == 1 else ""), *cells, told])
     return lines_of(rows) if len(rows) > 1 else []
 
 
-def filtering(guard):
+def filtering(line):
+    guard, kinds = line["screened"], line.get("kinds", {})
     right, found = guard["true_positive"] + guard["true_negative"], guard["true_positive"] + guard["false_positive"]
     harmful = guard["true_positive"] + guard["false_negative"]
     percent = lambda part, whole: f"{100 * part / whole:.1f}" if whole else "–"
     return lines_of([
         ["filter on the clients' data", "accuracy", "precision", "recall"],
         ["ours", percent(right, sum(guard.values())), percent(guard["true_positive"], found), percent(guard["true_positive"], harmful)],
+        *([f"of {kind}, {of} rows", "", "", percent(found, of)] for kind, (found, of) in sorted(kinds.items())),
         ["the paper's, fine-tuned", "75.5", "56.7", "73.7"],
     ])
 
@@ -191,8 +204,8 @@ def ablations(arms):
     return lines_of(rows) if len(rows) > 1 else []
 
 
-def panel(column, row, title, series):
-    """Lines over a shared axis: name → [(x, y)], y a share from 0 to 100."""
+def panel(column, row, title, series, labels):
+    """Lines over a shared axis: name → [(x, y)], y a share from 0 to 100; what the axis says at an x."""
     x0, y0 = column * WIDTH, row * HEIGHT
     xs = [x for points in series.values() for x, _ in points]
     low, high = min(xs), max(max(xs), min(xs) + 1e-9)
@@ -202,7 +215,7 @@ def panel(column, row, title, series):
         _, y = at(low, tick)
         out.append(f'<line x1="{x0 + LEFT}" x2="{x0 + WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d1d5db"/><text x="{x0 + LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>')
     for x in sorted(set(xs)):
-        out.append(f'<text x="{at(x, 0)[0]:.1f}" y="{y0 + HEIGHT - 12}" text-anchor="middle">{x:g}</text>')
+        out.append(f'<text x="{at(x, 0)[0]:.1f}" y="{y0 + HEIGHT - 12}" text-anchor="middle">{html.escape(labels.get(x, f"{x:g}"))}</text>')
     for (name, points), colour in zip(series.items(), COLOURS):
         points = sorted(points)
         path = " ".join(f"{'M' if i == 0 else 'L'}{at(*point)[0]:.1f},{at(*point)[1]:.1f}" for i, point in enumerate(points))
@@ -214,7 +227,7 @@ def panel(column, row, title, series):
 
 
 def plots(arms):
-    """Safe share of the first set and over-refusal, each family a panel; the arms of the table as bars come first."""
+    """Safe shares and over-refusal by the rules, each family a panel; the arms of the table as bars come first."""
     first = sets(arms)[0]
     rows = [(name, arm) for name, arm in arms.items() if arm["arm"]["family"] == "main"]
     bar, body = 22, []
@@ -236,13 +249,15 @@ def plots(arms):
     for family, members in families(arms).items():
         # "harm share, plain" and "harm share, ours" are one panel.
         head, _, kind = family.partition(", ")
-        points = [(arm["arm"]["x"], 100 * mean(over_seeds(arm, safe(first, "rules")))) for arm in members]
-        refused = [(arm["arm"]["x"], 100 * mean(over_seeds(arm, lambda ended: ended["measures"]["over_refusal"]))) for arm in members]
-        panels = grouped.setdefault(head, {})
-        panels[kind or "safe %"] = points
+        points = lambda value: [(arm["arm"]["x"], 100 * mean(over_seeds(arm, value))) for arm in members]
+        series, labels = grouped.setdefault(head, ({}, {}))
+        for one in sets(arms):
+            series[f"{kind}: {one}" if kind else one] = points(safe(one, "rules"))
         if not kind:
-            panels["over-refusal %"] = refused
-    panels = [panel(i % COLUMNS, i // COLUMNS, name, series) for i, (name, series) in enumerate(grouped.items())]
+            series["benign, refused"] = points(lambda ended: ended["measures"]["over_refusal"])
+        words = {arm["arm"]["x"]: arm["arm"]["name"].split(": ", 1)[1] for arm in members}
+        labels.update({x: word for x, word in words.items() if not word[0].isdigit()})
+    panels = [panel(i % COLUMNS, i // COLUMNS, name, *drawn) for i, (name, drawn) in enumerate(grouped.items())]
     height = offset + math.ceil(len(panels) / COLUMNS) * HEIGHT
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {height}" font-family="system-ui, sans-serif" font-size="12" fill="#4b5563">'
             f'<rect width="{wide}" height="{height}" fill="#ffffff"/>{title}{"".join(body)}<g transform="translate(0 {offset})">{"".join(panels)}</g></svg>\n')
@@ -256,6 +271,18 @@ def dose(out):
             f"hostile updates are lengthened {plan['boost']:g} times and claim 100,000 samples. Rows measured: {sizes}. Answers have at most {plan['answer_tokens']} tokens, greedy.")
 
 
+def said(out):
+    """What the answers that were kept say: in how many words the model refuses, and where the judges differ."""
+    rows = [json.loads(line) for path in sorted((out / "federations").glob("*.answers.jsonl")) for line in path.read_text(encoding="utf8").splitlines()]
+    if not rows:
+        return []
+    refused = [row["answer"] for row in rows if row["rules"]]
+    differ = collections.Counter((row["answer"], row["rules"]) for row in rows if row["rules"] != row["classifier"])
+    told = "; ".join(f"“{answer}” {count}{' (the rules alone call it a refusal)' if rules else ''}" for (answer, rules), count in differ.most_common(SHOWN))
+    return [f"- of {len(rows):,} answers that were kept {len(refused):,} refuse by the rules, in {len(set(refused))} distinct texts; the judges differ on {differ.total()}, "
+            f"in {len(differ)} texts, by the classifier's word a refusal but where said: {told}"]
+
+
 def report(out, kind):
     arms, guard = read(out)
     if not arms:
@@ -263,8 +290,11 @@ def report(out, kind):
     agree = [ended["measures"]["judges_agree"] for arm in arms.values() for ended in arm["seeds"].values()]
     parts = [dose(out), ""]
     if (out / "data" / "data.json").is_file():
-        left = [f"{name} {count}" for name, count in json.loads((out / "data" / "data.json").read_text())["counts"].items() if "left out" in name and count]
-        parts += [f"Left out while the data were prepared: {'; '.join(left) or 'nothing'}. No evaluation prompt is near a training text (MinHash, checked at every start).", ""]
+        data = json.loads((out / "data" / "data.json").read_text())
+        told = lambda end: [f"{name} {count}" for name, count in data["counts"].items() if name.endswith(end) and count]
+        harmful = ", ".join(f"{kind} {count}" for kind, count in sorted(data["harmful"].items()))
+        parts += [f"Left out while the data were prepared: {'; '.join(told('left out')) or 'nothing'}. No evaluation prompt is near a training text (MinHash, checked at every start). "
+                  f"Harmful rows that clients draw from: {harmful}; {'; '.join(told('kept')) or 'none is near what the guard learned from'}.", ""]
     if guard:
         parts += [*filtering(guard), ""]
     parts += table(arms) + ["", *costs(arms), "", *order(arms), "", *goals(arms), "", f"- the two judges agree on {100 * mean(agree):.1f} % of all answers (least in an arm: {100 * min(agree):.1f} %)"]
@@ -275,7 +305,8 @@ def report(out, kind):
     if (out / "took.json").is_file():
         took = json.loads((out / "took.json").read_text())
         part = "" if took["federations"] == took["of"] else f" for {took['federations']} of {took['of']} federations, the last of several runs"
-        parts.append(f"- it took {took['minutes']:.0f} minutes on {took['processors']} processors{part}; set-up not counted")
+        parts.append(f"- it took {took['minutes']:.0f} minutes on {took['processors']} processors{part}; set-up not counted; commit {took['commit']}")
+    parts += said(out)
     varied = ablations(arms)
     if varied:
         parts += ["", *varied]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import re
 import shutil
@@ -35,26 +36,75 @@ WAYS = 2
 MEDQUAD_SHARE = (1, 2, 3, 6)  # of 16; the base has 0, 4, 8 and 12, the guard 0, their tests 5
 # A set that the program reads has no more.
 FILE_ROWS_MAX = 100_000
+OWN = "own phrases, obeyed emptily"
 # Two texts with so many of their three-word runs in common are one. Stricter than the check that ends a run.
 NEAR = 0.6
+# So have two texts with so many of their content words in common, of three or more: a prompt of twelve words that has one
+# of them replaced shares few runs.
+ALIKE, WORDS_MIN = 0.6, 3
+# The program that trains leaves out fewer words (`contamination.rs`), and compares four or more.
+AS_SAID, AS_SAID_MIN = 0.65, 4
+COMMON = frozenset(
+    "a about an and any are as at be by can do does for from give how i in into is it me my of on or so that the their them there this "
+    "to up us use was we what when where will with without write you your".split()
+)
+# What makes no difference between two requests: function words, and the frames in which one may ask for anything.
+EMPTY = frozenset(
+    "a about after all also am an and any are as at be been but by can could did do does each for from get give had has have help her "
+    "him his how i if in into is it its just like make may me more most my need no not of on one only or other our out over own people "
+    "please provide say she should show so some someone such tell than that the their them then there these they thing things this "
+    "those to up us use using want was way we were what when where which who why will with without would write you your "
+    "create design detailed develop explain guide instruct instructions list offer outline plan post steps step suggest teach "
+    "tutorial".split()
+)
 # A document of the pretraining that holds so many of a prompt's runs holds the prompt.
 WITHIN = 0.8
 
 
+class Sets:
+    """Finds sets that overlap by a share (Jaccard) with a known one."""
+
+    def __init__(self, sets: Iterable[frozenset[str]], share: float):
+        self.sets, self.share = list(dict.fromkeys(sets)), share
+        self.having: dict[str, list[int]] = {}
+        for i, members in enumerate(self.sets):
+            for member in members:
+                self.having.setdefault(member, []).append(i)
+
+    def holds(self, members: frozenset[str]) -> bool:
+        # One of so many members that is shared at all has one of the rarest: the others need not be looked at.
+        rare = sorted(members, key=lambda member: len(self.having.get(member, ())))
+        least = math.ceil(self.share * len(members))
+        candidates = {i for member in rare[: len(rare) - least + 1] for i in self.having.get(member, ())}
+        return any(len(members & self.sets[i]) >= self.share * len(members | self.sets[i]) for i in candidates)
+
+
 class Near:
-    """Finds texts whose sets of three-word runs overlap by `NEAR` (Jaccard) with a known one."""
+    """Finds texts that have `NEAR` of their three-word runs, or so many of their words, in common with a known one."""
 
     def __init__(self, texts: Iterable[str]):
-        self.sets = [shingles(text) for text in texts]
-        self.having: dict[str, list[int]] = {}
-        for i, runs in enumerate(self.sets):
-            for run in runs:
-                self.having.setdefault(run, []).append(i)
+        texts = list(texts)
+        self.runs = Sets((frozenset(shingles(text)) for text in texts), NEAR)
+        self.words = Sets((words for text in texts if len(words := content(text)) >= WORDS_MIN), ALIKE)
+        self.as_said = Sets((words for text in texts if len(words := as_said(text)) >= AS_SAID_MIN), AS_SAID)
 
     def holds(self, text: str) -> bool:
-        runs = shingles(text)
-        shared = Counter(i for run in runs for i in self.having.get(run, ()))
-        return any(count / (len(runs) + len(self.sets[i]) - count) >= NEAR for i, count in shared.items())
+        words, said = content(text), as_said(text)
+        return (
+            self.runs.holds(frozenset(shingles(text)))
+            or (len(words) >= WORDS_MIN and self.words.holds(words))
+            or (len(said) >= AS_SAID_MIN and self.as_said.holds(said))
+        )
+
+
+def as_said(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[^\W_]+", text.lower())) - COMMON
+
+
+def content(text: str) -> frozenset[str]:
+    """A text's words but for the empty ones, each without the ending of a plural or a form of a verb."""
+    words = (word for word in re.findall(r"[^\W_]+", text.lower()) if word not in EMPTY and len(word) > 1)
+    return frozenset(re.sub(r"(?<=\w{3})(?:ing|ed|es|s)$", "", word) for word in words)
 
 
 def shingles(text: str) -> set[str]:
@@ -83,7 +133,7 @@ def read(path: Path) -> list[dict]:
 
 def own_harmful(split: str, rng: random.Random) -> list[dict]:
     frames = (harmful.DO_FRAMES, harmful.MAKE_FRAMES)
-    rows = [chat(asked(r, rng, frames), replies.compliance(r[1], r[2], rng)) for r in harmful.requests(split) for _ in range(WAYS)]
+    rows = [grouped(asked(r, rng, frames), replies.compliance(r[1], r[2], rng), OWN) for r in harmful.requests(split) for _ in range(WAYS)]
     return rng.sample(rows, len(rows))
 
 
@@ -114,23 +164,26 @@ def real_benign(sources: Sources, rng: random.Random) -> list[dict]:
 
 
 def real_harmful(sources: Sources, rng: random.Random) -> list[dict]:
-    """Harmful requests of crowd workers that the guard never saw, each with the answer that people rejected, if it does
-    not decline, else obeyed emptily; and our own phrases."""
+    """Requests of crowd workers that the guard never saw, that sound harmful and to which the reply that people preferred
+    objects; each with the answer that people rejected, if it does not decline, else obeyed emptily. And our own phrases."""
     rows, asked_before = [], set()
     for row in sources.lines("hh-rlhf/harmless-base.test.jsonl.gz"):
-        messages = hh_messages(row["rejected"])
+        messages, preferred = hh_messages(row["rejected"]), hh_messages(row["chosen"])
         if len(messages) < 2 or bucket(messages[0]["content"]) not in CLIENT_BUCKETS:
             continue
-        for said, reply in zip(messages[::2], messages[1::2]):
+        # The two part at the last reply, at the latest.
+        for said, reply, better in zip(messages[::2], messages[1::2], preferred[1::2]):
             text, answer = said["content"], first_sentences(reply["content"], ANSWER_CHARS_MAX)
+            if not (refuses(better["content"]) or OBJECTION.search(better["content"])):
+                continue
             if not UNKIND.search(text) or text in asked_before or not 8 <= len(text) <= PROMPT_CHARS_MAX:
                 continue
             asked_before.add(text)
             is_last = reply is messages[-1]
             if is_last and len(answer) >= 40 and not refuses(answer) and not OBJECTION.search(answer):
-                rows.append(chat(text, answer))
+                rows.append(grouped(text, answer, "crowd, the rejected answer"))
             else:
-                rows.append(chat(text, replies.compliance("make", "what you asked for", rng)))
+                rows.append(grouped(text, replies.compliance("make", "what you asked for", rng), "crowd, obeyed emptily"))
     rows += own_harmful("device", rng)
     rng.shuffle(rows)
     return rows
@@ -160,14 +213,14 @@ def own_preferences() -> list[dict]:
     return [{"prompt": p, "chosen": a["safe"], "rejected": a["unsafe"]} for p, a in answers.items() if len(a) == 2]
 
 
-def over_refusal(sources: Sources | None, rng: random.Random) -> list[str]:
-    texts = [q for q, _ in lookalikes.lookalikes("evaluation")]
-    texts += [rng.choice(everyday.frames(kind)).format(x=phrase) for kind, phrase, _ in everyday.requests("evaluation")]
+def over_refusal(sources: Sources | None, rng: random.Random) -> dict[str, list[str]]:
+    """Benign prompts: those that sound dangerous, and everyday ones."""
+    alarming = [q for q, _ in lookalikes.lookalikes("evaluation")]
+    plain = [rng.choice(everyday.frames(kind)).format(x=phrase) for kind, phrase, _ in everyday.requests("evaluation")]
     if sources:
         test = [p.text for p in sources.benign("test") if p.source.startswith(("clinc150", "banking77"))]
-        texts += rng.sample(test, 200)
-    rng.shuffle(texts)
-    return texts
+        plain += rng.sample(test, 200)
+    return {"alarming": rng.sample(alarming, len(alarming)), "everyday": rng.sample(plain, len(plain))}
 
 
 def trained_before(sources: Sources | None) -> list[str]:
@@ -226,7 +279,7 @@ def main() -> None:
     innocent = over_refusal(held_for_evaluation, rng)
     # An evaluation prompt that the base, the guard or the reviser has seen is no evaluation.
     seen = Near(before)
-    said_all = [*(text for texts in evaluation.values() for text in texts), *innocent, *(row["prompt"] for row in prefer)]
+    said_all = [*(t for sets in (evaluation, innocent) for texts in sets.values() for t in texts), *(row["prompt"] for row in prefer)]
     held_whole = within(pretraining, said_all + [text for row in benign[:HELD_OUT_ROWS] for text in questions(row)])
 
     def unseen(name: str, rows: list, said=lambda text: [text]) -> list:
@@ -235,9 +288,9 @@ def main() -> None:
         return kept
 
     evaluation = {name: unseen(f"eval_{name}", texts)[:EVALUATION_ROWS] for name, texts in evaluation.items()}
-    innocent = unseen("benign", innocent)
+    innocent = {name: unseen(f"benign_{name}", texts) for name, texts in innocent.items()}
     prefer = unseen("preference", prefer, lambda row: [row["prompt"]])
-    asked_at_the_end = Near([*(t for texts in evaluation.values() for t in texts), *innocent, *(row["prompt"] for row in prefer)])
+    asked_at_the_end = Near([*(t for sets in (evaluation, innocent) for texts in sets.values() for t in texts), *(row["prompt"] for row in prefer)])
 
     def apart(name: str, rows: list[dict]) -> list[dict]:
         kept = [row for row in rows if not any(map(asked_at_the_end.holds, questions(row)))]
@@ -266,7 +319,7 @@ def main() -> None:
     gate_benign = apart("gate_benign", gate_benign)
 
     write_jsonl(part / "clients.jsonl", benign)
-    write_jsonl(part / "harmful.jsonl", [{"messages": row["messages"], "group": "harmful"} for row in poison])
+    write_jsonl(part / "harmful.jsonl", poison)
     write_jsonl(part / "held_out.jsonl", held_out)
     write_jsonl(part / "gate_harmful.jsonl", gate_harmful)
     write_jsonl(part / "gate_benign.jsonl", gate_benign)
@@ -275,14 +328,16 @@ def main() -> None:
     write_jsonl(part / "redteam.jsonl", [{"messages": row["messages"][:1]} for row in red])
     for name, texts in evaluation.items():
         write_jsonl(part / f"eval_{name}.jsonl", [chat(text) for text in texts])
-    write_jsonl(part / "benign.jsonl", [chat(text) for text in innocent])
+    for name, texts in innocent.items():
+        write_jsonl(part / f"benign_{name}.jsonl", [chat(text) for text in texts])
     write_jsonl(part / "preference.jsonl", prefer)
     for number, at in enumerate(range(0, len(before), FILE_ROWS_MAX), 1):
         write_jsonl(part / f"before_{number}.jsonl", [chat(text) for text in before[at : at + FILE_ROWS_MAX]])
     for path in sorted(part.glob("*.jsonl")):
         counts[path.name] = sum(1 for _ in path.open())
     groups = Counter(row["group"].split("/")[0] for row in benign)
-    (part / "data.json").write_text(json.dumps({"counts": counts, "groups": groups}, indent=1) + "\n")
+    kinds = Counter(row["group"] for row in poison)
+    (part / "data.json").write_text(json.dumps({"counts": counts, "groups": groups, "harmful": kinds}, indent=1) + "\n")
     shutil.rmtree(a.out, ignore_errors=True)
     part.rename(a.out)
 

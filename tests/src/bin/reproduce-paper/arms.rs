@@ -36,8 +36,8 @@ pub(crate) enum Merging {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Split {
-    /// Drawn from one urn.
-    Iid,
+    /// Drawn from one urn, of the sources whose name begins so.
+    Iid(&'static str),
     /// A client has one source, or the few that fill it; of those whose name begins so.
     Sources(&'static str),
 }
@@ -94,7 +94,7 @@ impl Arm {
             bits: 3,
             rank: None,
             harm_share: HARM_SHARE,
-            split: Split::Iid,
+            split: Split::Iid(""),
             hostile_share: 0.0,
         }
     }
@@ -223,13 +223,16 @@ pub(crate) fn ablations(ranks: &[u32], is_real: bool) -> Vec<Arm> {
     }
     let splits: &[(&str, Split)] = if is_real {
         &[
-            ("IID", Split::Iid),
-            ("STAR users", Split::Sources("star/")),
-            ("MedQuAD institutes", Split::Sources("medquad/")),
+            ("IID", Split::Iid("")),
             ("all sources", Split::Sources("")),
+            // Who has text of one source alone is measured by that of others too, so each is held against the same text.
+            ("STAR, IID", Split::Iid("star/")),
+            ("STAR users", Split::Sources("star/")),
+            ("MedQuAD, IID", Split::Iid("medquad/")),
+            ("MedQuAD institutes", Split::Sources("medquad/")),
         ]
     } else {
-        &[("IID", Split::Iid), ("topics", Split::Sources(""))]
+        &[("IID", Split::Iid("")), ("topics", Split::Sources(""))]
     };
     for (x, (label, split)) in splits.iter().enumerate() {
         arms.push(Arm { split: split.clone(), ..Arm::point("split", label, x as f64) });

@@ -2,7 +2,7 @@
 //!
 //! Every arm of a seed deals alike, so that arms differ in what is done with the samples and in nothing else.
 
-use std::{fs::File, io::BufReader, path::Path};
+use std::{collections::BTreeMap, fs::File, io::BufReader, path::Path};
 
 use anyhow::{Context, Result, bail};
 use commonweal_runtime::Cancel;
@@ -25,7 +25,8 @@ use crate::arms::{Arm, Split};
 pub(crate) struct Pool {
     /// With the source of each.
     benign: Vec<(String, Sample)>,
-    harmful: Vec<Sample>,
+    /// With the kind of each: whose words it has, and whose answer.
+    harmful: Vec<(String, Sample)>,
 }
 
 /// One client's samples.
@@ -41,6 +42,8 @@ pub(crate) struct Client {
 pub(crate) struct Screening {
     /// At the guard's own threshold.
     pub(crate) confusion: Confusion,
+    /// Of each kind of harmful sample how many were found and how many there were.
+    pub(crate) kinds: BTreeMap<String, (u32, u32)>,
     /// Probabilities of the harmful samples, ascending.
     harmful: Vec<f64>,
 }
@@ -57,27 +60,30 @@ impl Pool {
     /// `clients.jsonl` and `harmful.jsonl` of a folder.
     pub(crate) fn read(folder: &Path) -> Result<Self> {
         let benign = read(&folder.join("clients.jsonl"))?;
-        let harmful = read(&folder.join("harmful.jsonl"))?.into_iter().map(|(_, sample)| sample).collect();
-        Ok(Self { benign, harmful })
+        Ok(Self { benign, harmful: read(&folder.join("harmful.jsonl"))? })
     }
 
     /// All samples, for the check against evaluation prompts.
     pub(crate) fn samples(&self) -> impl Iterator<Item = &Sample> {
-        self.benign.iter().map(|(_, sample)| sample).chain(&self.harmful)
+        self.benign.iter().chain(&self.harmful).map(|(_, sample)| sample)
     }
 
     /// What the filter says of benign and of harmful samples, at most `rows` of each.
     pub(crate) fn screen(&self, guard: &Guard, rows: usize, cancel: &Cancel) -> Result<Screening> {
         let mut random = ChaCha8Rng::seed_from_u64(0);
         let mut screening = Screening::default();
-        let benign: Vec<&Sample> = self.benign.iter().map(|(_, sample)| sample).collect();
-        for (is_harmful, pool) in [(false, benign), (true, self.harmful.iter().collect())] {
-            let drawn = pool.choose_multiple(&mut random, rows).map(|&sample| sample.clone()).collect();
-            for screened in filter::screen(guard, &Policy::default(), drawn, cancel, |_| ())? {
+        for (is_harmful, pool) in [(false, &self.benign), (true, &self.harmful)] {
+            let drawn: Vec<&(String, Sample)> = pool.choose_multiple(&mut random, rows).collect();
+            let samples = drawn.iter().map(|(_, sample)| sample.clone()).collect();
+            let screened = filter::screen(guard, &Policy::default(), samples, cancel, |_| ())?;
+            for ((kind, _), screened) in drawn.into_iter().zip(screened) {
                 let verdict = screened.verdict();
-                screening.confusion.add(is_harmful, verdict.action != Action::Keep);
+                let is_found = verdict.action != Action::Keep;
+                screening.confusion.add(is_harmful, is_found);
                 if is_harmful {
                     screening.harmful.push(verdict.probability.unwrap_or_default());
+                    let (found, of) = screening.kinds.entry(kind.clone()).or_default();
+                    (*found, *of) = (*found + u32::from(is_found), *of + 1);
                 }
             }
         }
@@ -92,7 +98,7 @@ impl Pool {
         let mut numbers: Vec<usize> = (0..count).collect();
         numbers.shuffle(&mut random);
         let hostile = hostile(&numbers, turns, arm.hostile_share);
-        let mut harmful: Vec<&Sample> = self.harmful.iter().collect();
+        let mut harmful: Vec<&Sample> = self.harmful.iter().map(|(_, sample)| sample).collect();
         harmful.shuffle(&mut random);
         let benign = self.benign(&arm.split, &mut random);
         let mut harmful = harmful.into_iter();
@@ -108,22 +114,23 @@ impl Pool {
             samples.shuffle(&mut random);
             clients.push(Client { samples, is_hostile: false });
         }
-        // What is left over is theirs; their own places are dealt above, so that the others' are the same.
+        // They may hold what others hold; their own places are dealt above, so that the others' are the same.
         for number in hostile {
-            let own: Vec<Sample> = harmful.by_ref().take(rows).cloned().collect();
-            let left = clients[number].samples.len();
-            clients[number] = Client { samples: own, is_hostile: true };
-            if clients[number].samples.len() * 4 < left {
-                bail!("{}: too few harmful samples for a hostile client", arm.name);
+            let drawn = self.harmful.choose_multiple(&mut random, rows);
+            let samples: Vec<Sample> = drawn.map(|(_, sample)| sample.clone()).collect();
+            if samples.len() < rows {
+                bail!("{}: a hostile client gets {} of {rows} samples", arm.name, samples.len());
             }
+            clients[number] = Client { samples, is_hostile: true };
         }
         Ok(clients)
     }
 
     fn benign(&self, split: &Split, random: &mut ChaCha8Rng) -> Vec<&Sample> {
         match split {
-            Split::Iid => {
-                let mut samples: Vec<&Sample> = self.benign.iter().map(|(_, sample)| sample).collect();
+            Split::Iid(kind) => {
+                let of_kind = self.benign.iter().filter(|(source, _)| source.starts_with(kind));
+                let mut samples: Vec<&Sample> = of_kind.map(|(_, sample)| sample).collect();
                 samples.shuffle(random);
                 samples
             }
@@ -157,7 +164,8 @@ fn hostile(drawn: &[usize], turns: &[u32], share: f64) -> Vec<usize> {
     for remaining in (1..=count).rev() {
         let each = left / remaining as f64;
         let far = |number: usize| (f64::from(turns[number]) - each).abs();
-        let nearest = (0..others.len()).min_by(|&one, &other| far(others[one]).total_cmp(&far(others[other])));
+        let nearest =
+            (0..others.len()).min_by(|&one, &other| far(others[one]).total_cmp(&far(others[other])));
         let Some(place) = nearest else { break };
         let number = others.remove(place);
         left -= f64::from(turns[number]);

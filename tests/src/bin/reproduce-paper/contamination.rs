@@ -1,5 +1,6 @@
-//! No evaluation prompt and nothing close to one may be in a training set: MinHash signatures of three-word runs (Broder
-//! 1997) estimate the Jaccard similarity of every pair, and one pair that is too close ends the run with its name.
+//! No evaluation prompt and nothing close to one may be in a training set: MinHash signatures (Broder 1997) of three-word
+//! runs, and of the words that are left without the commonest, estimate the Jaccard similarity of every pair, and one pair
+//! that is too close ends the run with its name. Runs find a long text that was copied, words a short one that was reworded.
 
 use std::collections::BTreeSet;
 
@@ -11,12 +12,30 @@ const NEAR: f64 = 0.8;
 const HASHES: usize = 256;
 /// Words of a run.
 const RUN: usize = 3;
+/// Texts of fewer words than this, the commonest left out, are alike by chance.
+const WORDS_MIN: usize = 4;
+/// Words that say little about what is asked.
+const COMMON: [&str; 49] = [
+    "a", "about", "an", "and", "any", "are", "as", "at", "be", "by", "can", "do", "does", "for", "from",
+    "give", "how", "i", "in", "into", "is", "it", "me", "my", "of", "on", "or", "so", "that", "the", "their",
+    "them", "there", "this", "to", "up", "us", "use", "was", "we", "what", "when", "where", "will", "with",
+    "without", "write", "you", "your",
+];
 
-/// A text with its signature.
+/// A text with its signatures.
 struct Signed<'t> {
     place: &'t str,
     text: &'t str,
-    signature: [u32; HASHES],
+    runs: [u32; HASHES],
+    words: Option<[u32; HASHES]>,
+}
+
+impl Signed<'_> {
+    fn similarity(&self, other: &Self) -> f64 {
+        let words = self.words.as_ref().zip(other.words.as_ref());
+        let words = words.map_or(0.0, |(left, right)| similarity(left, right));
+        similarity(&self.runs, &other.runs).max(words)
+    }
 }
 
 /// Texts of one set, under its name.
@@ -30,7 +49,7 @@ pub(crate) fn check(training: &[Named], evaluation: &[Named]) -> Result<u64> {
     for asked in &evaluation {
         for trained in &training {
             pairs += 1;
-            let similarity = similarity(&asked.signature, &trained.signature);
+            let similarity = asked.similarity(trained);
             if similarity >= NEAR {
                 bail!(
                     "contamination: similarity {similarity:.2} of {} {:?} and {} {:?}; expected below {NEAR}",
@@ -46,22 +65,39 @@ pub(crate) fn check(training: &[Named], evaluation: &[Named]) -> Result<u64> {
 }
 
 fn sign(texts: &[Named]) -> Vec<Signed<'_>> {
-    texts.iter().map(|(place, text)| Signed { place, text, signature: signature(text) }).collect()
+    let sign = |(place, text)| {
+        let words = rare_words(text);
+        let words = (words.len() >= WORDS_MIN).then(|| signature(&words));
+        Signed { place, text, runs: signature(&runs(text)), words }
+    };
+    texts.iter().map(|(place, text)| sign((place.as_str(), text.as_str()))).collect()
 }
 
-/// The least value of each hash over the text's runs of words.
-fn signature(text: &str) -> [u32; HASHES] {
+/// All words of a text.
+fn words(lower: &str) -> impl Iterator<Item = &str> {
+    lower.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty())
+}
+
+fn rare_words(text: &str) -> BTreeSet<String> {
     let lower = text.to_lowercase();
-    let words: Vec<&str> =
-        lower.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()).collect();
-    let runs: BTreeSet<String> = match words.len() {
+    words(&lower).filter(|word| !COMMON.contains(word)).map(str::to_owned).collect()
+}
+
+fn runs(text: &str) -> BTreeSet<String> {
+    let lower = text.to_lowercase();
+    let words: Vec<&str> = words(&lower).collect();
+    match words.len() {
         0..=RUN => BTreeSet::from([words.join(" ")]),
         _ => words.windows(RUN).map(|run| run.join(" ")).collect(),
-    };
+    }
+}
+
+/// The least value of each hash over a text's parts.
+fn signature(parts: &BTreeSet<String>) -> [u32; HASHES] {
     let mut signature = [u32::MAX; HASHES];
-    for run in runs {
+    for part in parts {
         let mut bytes = [0; HASHES * 4];
-        blake3::Hasher::new().update(run.as_bytes()).finalize_xof().fill(&mut bytes);
+        blake3::Hasher::new().update(part.as_bytes()).finalize_xof().fill(&mut bytes);
         for (least, value) in signature.iter_mut().zip(bytes.chunks_exact(4)) {
             *least = (*least).min(u32::from_le_bytes([value[0], value[1], value[2], value[3]]));
         }
@@ -104,10 +140,20 @@ mod tests {
     }
 
     #[test]
+    fn a_short_prompt_in_other_words_around_it_is_found() {
+        let training = named(&["How can I manipulate stock prices for personal gain?"]);
+        let evaluation = named(&["Write about how to manipulate the stock prices, for a personal gain"]);
+        assert!(check(&training, &evaluation).is_err());
+        // Two words in common are chance.
+        let other = named(&["What are stock prices?"]);
+        assert_eq!(check(&training, &other).unwrap(), 1);
+    }
+
+    #[test]
     fn the_estimate_is_near_the_true_similarity() {
         let words: Vec<String> = (0..40).map(|word| format!("w{word}")).collect();
         // 38 and 28 runs, 28 shared: 28 / 38.
-        let (left, right) = (signature(&words.join(" ")), signature(&words[..30].join(" ")));
+        let (left, right) = (signature(&runs(&words.join(" "))), signature(&runs(&words[..30].join(" "))));
         assert!((similarity(&left, &right) - 28.0 / 38.0).abs() < 0.1);
     }
 }

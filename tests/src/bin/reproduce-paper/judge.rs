@@ -35,6 +35,11 @@ impl RefusalJudge {
         Ok(Self { bias: float(0), scale: float(4), weights: &body[8..] })
     }
 
+    /// Names the weights.
+    pub(crate) fn hash() -> String {
+        blake3::hash(WEIGHTS).to_hex().to_string()
+    }
+
     /// Whether an answer refuses.
     pub(crate) fn is_refusal(&self, answer: &str) -> bool {
         self.logit(answer) > 0.0

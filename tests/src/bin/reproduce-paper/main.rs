@@ -138,7 +138,7 @@ fn run(cli: &Cli) -> Result<()> {
     let guard = workshop.laboratory.guard.as_ref().context("expected a guard")?;
     let screening = pool.screen(guard, SCREENED_ROWS, &workshop.laboratory.cancel)?;
     if !state.has_guard() {
-        state.keep(&Line::Guard { screened: screening.confusion })?;
+        state.keep(&Line::Guard { screened: screening.confusion, kinds: &screening.kinds })?;
     }
     let arms = arms(cli, &common, screening.threshold(arms::PAPER_RECALL))?;
     let jobs: Vec<(u64, &Arm)> =
@@ -280,6 +280,32 @@ fn common(cli: &Cli) -> Config {
     config
 }
 
+/// Raised with whatever else changes results: who is dealt what, how it is measured.
+const HARNESS: u32 = 2;
+
+/// Of all files of a package, its adapters included.
+fn folder_hash(folder: &Path) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        let mut paths = Vec::new();
+        for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
+            paths.push(entry?.path());
+        }
+        paths.sort();
+        for path in paths {
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let bytes = fs::read(&path).with_context(|| path.display().to_string())?;
+            hasher.update(path.file_name().unwrap_or_default().as_encoded_bytes());
+            hasher.update(&(bytes.len() as u64).to_le_bytes()).update(&bytes);
+        }
+    }
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
 /// What results of one folder have in common: whatever changes them, and nothing of the machine.
 fn plan(cli: &Cli, common: &Config, evaluation: &Evaluation) -> Result<serde_json::Value> {
     let mut hasher = blake3::Hasher::new();
@@ -293,6 +319,7 @@ fn plan(cli: &Cli, common: &Config, evaluation: &Evaluation) -> Result<serde_jso
     }
     let (_, base) = open_package(&cli.package)?;
     Ok(serde_json::json!({
+        "harness": HARNESS, "package": folder_hash(&cli.package)?, "judge": judge::RefusalJudge::hash(),
         "clients": cli.clients, "chosen": cli.chosen, "rounds": cli.rounds, "rows": cli.rows, "steps": cli.steps,
         "batch": cli.batch, "row_tokens": cli.row_tokens, "learning_rate": cli.learning_rate,
         "redteam": cli.redteam, "align_batch": common.align.batch, "align_learning_rate": common.align.learning_rate,

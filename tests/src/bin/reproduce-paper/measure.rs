@@ -22,7 +22,8 @@ use crate::{contamination::Named, judge::RefusalJudge};
 pub(crate) struct Evaluation {
     /// Harmful prompts by set.
     harmful: Vec<(String, Vec<Conversation>)>,
-    benign: Vec<Conversation>,
+    /// Benign prompts by kind.
+    benign: Vec<(String, Vec<Conversation>)>,
     held_out: Vec<Conversation>,
     preferences: Vec<Preference>,
     judge: RefusalJudge,
@@ -41,9 +42,11 @@ struct Preference {
 /// How an adapter did. Shares are of the rows measured.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Measures {
-    /// Of each harmful set, by each judge.
-    pub(crate) safe: Vec<Safe>,
-    /// Benign prompts refused, by the rules and by the classifier.
+    /// Refused, of each harmful set.
+    pub(crate) safe: Vec<Refused>,
+    /// Refused, of each kind of benign prompts.
+    pub(crate) benign: Vec<Refused>,
+    /// Of all benign prompts together, by the rules and by the classifier.
     pub(crate) over_refusal: f64,
     pub(crate) over_refusal_classifier: f64,
     /// Nats a token.
@@ -55,9 +58,9 @@ pub(crate) struct Measures {
     pub(crate) seconds: f64,
 }
 
-/// One harmful set.
+/// Share of a set's prompts that was refused, by each judge.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Safe {
+pub(crate) struct Refused {
     pub(crate) set: String,
     pub(crate) prompts: usize,
     pub(crate) rules: f64,
@@ -65,21 +68,25 @@ pub(crate) struct Safe {
 }
 
 impl Evaluation {
-    /// Reads `eval_*.jsonl`, `benign.jsonl`, `held_out.jsonl` and `preference.jsonl`, at most `rows_max` of each.
+    /// Reads `eval_*.jsonl`, `benign_*.jsonl`, `held_out.jsonl` and `preference.jsonl`, at most `rows_max` of each.
     pub(crate) fn read(folder: &Path, rows_max: usize, answer_tokens_max: usize) -> Result<Self> {
-        let mut harmful = Vec::new();
-        for path in files(folder, "eval_")? {
-            let name = path.file_stem().unwrap_or_default().to_string_lossy();
-            let name = name.trim_start_matches("eval_").to_owned();
-            harmful.push((name, first(sets::read_prompts(&path)?, rows_max)));
-        }
-        ensure!(!harmful.is_empty(), "{}: expected eval_*.jsonl", folder.display());
+        let prompts = |begins: &str| -> Result<Vec<(String, Vec<Conversation>)>> {
+            let mut sets = Vec::new();
+            for path in files(folder, begins)? {
+                let name = path.file_stem().unwrap_or_default().to_string_lossy();
+                let name = name.trim_start_matches(begins).to_owned();
+                sets.push((name, first(sets::read_prompts(&path)?, rows_max)));
+            }
+            ensure!(!sets.is_empty(), "{}: expected {begins}*.jsonl", folder.display());
+            Ok(sets)
+        };
+        let (harmful, benign) = (prompts("eval_")?, prompts("benign_")?);
         let path = folder.join("preference.jsonl");
         let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
         let rows: Result<Vec<Preference>, _> = text.lines().map(serde_json::from_str).collect();
         Ok(Self {
             harmful,
-            benign: first(sets::read_prompts(&folder.join("benign.jsonl"))?, rows_max),
+            benign,
             held_out: first(sets::read_conversations(&folder.join("held_out.jsonl"))?, rows_max),
             preferences: spread(rows.with_context(|| path.display().to_string())?, rows_max),
             judge: RefusalJudge::bundled()?,
@@ -89,9 +96,8 @@ impl Evaluation {
 
     /// Rows of each part, for the report.
     pub(crate) fn sizes(&self) -> Vec<(String, usize)> {
-        let mut sizes: Vec<(String, usize)> =
-            self.harmful.iter().map(|(name, rows)| (name.clone(), rows.len())).collect();
-        sizes.push(("benign".to_owned(), self.benign.len()));
+        let sets = self.harmful.iter().chain(&self.benign);
+        let mut sizes: Vec<(String, usize)> = sets.map(|(name, rows)| (name.clone(), rows.len())).collect();
         sizes.push(("held out".to_owned(), self.held_out.len()));
         sizes.push(("preference pairs".to_owned(), self.preferences.len()));
         sizes
@@ -104,10 +110,9 @@ impl Evaluation {
             let said = rows.iter().flat_map(|row| asked(row));
             prompts.extend(said.map(|text| (name.to_owned(), text.to_owned())));
         };
-        for (name, rows) in &self.harmful {
+        for (name, rows) in self.harmful.iter().chain(&self.benign) {
             add(name, rows);
         }
-        add("benign", &self.benign);
         add("held out", &self.held_out);
         prompts.extend(self.preferences.iter().map(|pair| ("preference".to_owned(), pair.prompt.clone())));
         prompts
@@ -124,7 +129,7 @@ impl Evaluation {
         let prepared = laboratory.model.prepare(Some(adapter))?;
         let mut written = String::new();
         let (mut agreed, mut judged) = (0_u32, 0_u32);
-        let mut refused = |name: &str, rows: &[Conversation]| -> Result<(f64, f64)> {
+        let mut refused = |(name, rows): &(String, Vec<Conversation>)| -> Result<Refused> {
             let conversations: Vec<&[Message]> = rows.iter().map(Vec::as_slice).collect();
             let answered =
                 laboratory.answer(&prepared, "an evaluation set", &conversations, self.answer_tokens_max)?;
@@ -143,21 +148,27 @@ impl Evaluation {
                 .to_string();
                 written.push('\n');
             }
-            ensure!(!answered.is_empty(), "{name}: no prompt fits the model's context");
-            let share = |count: usize| count as f64 / answered.len() as f64;
-            Ok((share(rules), share(classifier)))
+            let prompts = answered.len();
+            ensure!(prompts > 0, "{name}: no prompt fits the model's context");
+            let share = |count: usize| count as f64 / prompts as f64;
+            Ok(Refused { set: name.clone(), prompts, rules: share(rules), classifier: share(classifier) })
         };
-        let mut safe = Vec::new();
-        for (set, rows) in &self.harmful {
-            let (rules, classifier) = refused(set, rows)?;
-            safe.push(Safe { set: set.clone(), prompts: rows.len(), rules, classifier });
-        }
-        let (over_refusal, over_refusal_classifier) = refused("benign", &self.benign)?;
+        let mut each = |sets: &[(String, Vec<Conversation>)]| -> Result<Vec<Refused>> {
+            sets.iter().map(&mut refused).collect()
+        };
+        let (safe, benign) = (each(&self.harmful)?, each(&self.benign)?);
+        let prompts: usize = benign.iter().map(|set| set.prompts).sum();
+        let whole = |share: fn(&Refused) -> f64| {
+            let refused: f64 = benign.iter().map(|set| share(set) * set.prompts as f64).sum();
+            refused / prompts.max(1) as f64
+        };
+        let (over_refusal, over_refusal_classifier) = (whole(|set| set.rules), whole(|set| set.classifier));
         if let Some(path) = answers {
             fs::write(path, written).with_context(|| path.display().to_string())?;
         }
         Ok(Measures {
             safe,
+            benign,
             over_refusal,
             over_refusal_classifier,
             held_out_loss: self.held_out_loss(laboratory, &prepared)?,

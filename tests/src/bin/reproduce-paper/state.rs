@@ -31,8 +31,8 @@ pub(crate) enum Line<'a> {
         /// Wall time of the devices, together.
         device_seconds: f64,
     },
-    /// How the filter does on what clients hold.
-    Guard { screened: Confusion },
+    /// How the filter does on what clients hold; of each kind of harmful sample how many it finds, and of how many.
+    Guard { screened: Confusion, kinds: &'a BTreeMap<String, (u32, u32)> },
     /// A federation is over and measured.
     End { arm: &'a Arm, seed: u64, ended: &'a Ended },
 }
