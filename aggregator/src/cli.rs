@@ -119,7 +119,8 @@ enum Verb {
     Keys(keys::KeysVerb),
     /// Print every setting in force, and where it comes from; every problem, if there are any.
     #[command(after_help = "Examples:\n  aggregator config --dir state\n  \
-        aggregator config --dir state --set round.goal=8 --json\n\nExits with 3 if `serve` would not start with them.")]
+        aggregator config --dir state --set round.goal=8 --json\n  \
+        aggregator config --defaults --package package --address fl.example.org:4433\n\nExits with 3 if `serve` would not start with them.")]
     Config(Box<settings::ConfigVerb>),
     /// Print the dashboard's address, token included.
     #[command(after_help = "Examples:\n  aggregator dashboard --dir state\n  \
@@ -243,6 +244,8 @@ fn directory_code(error: &DirectoryError) -> u8 {
     match error {
         DirectoryError::Absent { .. }
         | DirectoryError::Present { .. }
+        | DirectoryError::Unfinished { .. }
+        | DirectoryError::Unconfigured { .. }
         | DirectoryError::File { .. }
         | DirectoryError::Shared { .. }
         | DirectoryError::Token { .. } => 3,

@@ -256,6 +256,32 @@ fn settings_come_from_file_environment_and_flags_and_are_told() {
 }
 
 #[test]
+fn a_federation_whose_settings_are_lost_is_not_begun_anew_and_goes_on_with_new_ones() {
+    let federation = Federation::new(1, |_| ());
+    let state = federation.state();
+    let keys = || std::fs::read(state.join("signing.pem")).unwrap();
+    let (before, settings) = (keys(), state.join("aggregator.toml"));
+    std::fs::remove_file(&settings).unwrap();
+    let package = commonweal_tests::program::reference("package");
+    for verb in ["init", "serve"] {
+        let mut command = federation.verb(verb);
+        let refused = Finished::of(command.args(["--no-align", "--package"]).arg(&package)).with_code(3);
+        let told = "expected aggregator.toml beside aggregator.db";
+        assert!(refused.stderr.contains(told), "{verb}: {}", refused.stderr);
+    }
+    assert_eq!(keys(), before);
+    let mut defaults = federation.verb("config");
+    defaults.args(["--defaults", "--address", "fl.example.org:4433", "--package"]).arg(&package);
+    std::fs::write(&settings, Finished::of(&mut defaults).with_code(0).stdout).unwrap();
+    let told = Finished::of(federation.verb("config").arg("--json")).with_code(0).objects();
+    let setting = |key: &str| &told.iter().find(|setting| setting["key"] == key).unwrap()["value"];
+    assert_eq!(setting("address"), "fl.example.org:4433");
+    assert_ne!(setting("round.sampling_seed"), 0, "nobody knows it");
+    let head = Finished::of(federation.verb("status").arg("--json")).with_code(0).objects();
+    assert_eq!(head[0]["version"], federation.first_version);
+}
+
+#[test]
 fn the_dashboard_for_grafana_and_the_documents_name_metrics_that_are_there() {
     let root = commonweal_tests::program::workspace();
     let federation = Federation::new(1, |_| ());
