@@ -136,7 +136,7 @@ enum Verb {
     /// The enrolled devices.
     #[command(after_help = "Example:\n  aggregator devices --dir state")]
     Devices,
-    /// Refuse a device from its next request on.
+    /// Refuse a device from its next request on, and leave out what it sent from the next merge on.
     #[command(after_help = "Example:\n  aggregator revoke 3f2a9c41d07be85566aa01c9e2d4b7f0 --dir state")]
     Revoke {
         /// Its name, as `devices` prints it.

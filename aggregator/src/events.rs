@@ -108,6 +108,13 @@ pub enum Event {
         /// Their bytes.
         uploaded_bytes: u64,
     },
+    /// An accepted update is not merged: its device was revoked since.
+    LeftOut {
+        /// The round.
+        round: RoundId,
+        /// Whose it is.
+        device: DeviceId,
+    },
     /// A stage is done.
     Stage {
         /// The round.
@@ -251,7 +258,8 @@ pub struct MergeFigures {
     pub norms: Vec<(DeviceId, f64)>,
     /// Devices whose update was clipped.
     pub clipped: Vec<DeviceId>,
-    /// Devices whose update a robust rule left out.
+    /// Devices whose update was left out: by a robust rule, or, and then it is not in the lineage, because they were
+    /// revoked.
     pub excluded: Vec<DeviceId>,
     /// Norm of the merged delta; of an exact merge, of what moved the factors.
     pub merged_norm: f64,
@@ -263,6 +271,21 @@ pub struct MergeFigures {
     pub state: OptimizerState,
     /// SCAFFOLD's control variate after this round, if it has one.
     pub control: Option<SignedControl>,
+}
+
+impl MergeFigures {
+    /// Counts devices whose updates were accepted and not merged, because they were revoked.
+    pub(crate) fn leave_out(&mut self, revoked: &[DeviceId]) {
+        self.counts.devices_received += revoked.len() as u32;
+        self.counts.updates_excluded += revoked.len() as u32;
+        self.excluded.extend_from_slice(revoked);
+    }
+
+    /// Those devices.
+    pub fn revoked(&self) -> impl Iterator<Item = DeviceId> {
+        let is_merged = |device: &DeviceId| self.lineage.iter().any(|origin| origin.device == *device);
+        self.excluded.iter().copied().filter(move |device| !is_merged(device))
+    }
 }
 
 /// Figures of an alignment.
@@ -386,6 +409,9 @@ impl Event {
             Self::RoundClosed { round, selected, received, uploaded_bytes } => format!(
                 "round {round} closed: {received} updates of {selected} devices, {uploaded_bytes} bytes"
             ),
+            Self::LeftOut { round, device } => {
+                format!("round {round}: the update of device {device} is left out, for it was revoked")
+            }
             Self::Stage { round, seconds, figures, .. } => {
                 format!("round {round}: {} ({seconds:.1} s)", figures.sentence())
             }

@@ -17,12 +17,10 @@ use aggregator::config::{Config, Gates};
 use aggregator::drive::{Driver, Stages, Step};
 use aggregator::events::{AlignFigures, EvaluateFigures, Event};
 use aggregator::laboratory::LaboratoryError;
-use aggregator::receive::enroll::Certify;
 use aggregator::store::{MemoryStorage, RealDisk};
 use commonweal_adapter::Adapter;
 use commonweal_protocol::{
-    CertificateChain, Csr, DeviceId, DeviceReport, Fault, Fetch, KeyNumber, Poll, Release, ReportCard,
-    RoundId, Token, Trouble, Version,
+    DeviceReport, Fault, Fetch, KeyNumber, Poll, Release, ReportCard, RoundId, Trouble, Version,
 };
 use support::*;
 
@@ -156,29 +154,13 @@ fn on_trial(world: &World) -> Vec<u8> {
     deliver(world, 1, 2.0);
     finish(world);
     let members = members(world, Version(1));
-    for (place, number) in members.iter().enumerate() {
-        enroll(world, place as u8, *number);
-    }
+    members.iter().for_each(|number| world.enroll(*number));
     members
 }
 
 fn members(world: &World, head: Version) -> Vec<u8> {
     let canary = state(world);
     (100..200).filter(|number| canary.release_for(&device(*number), head, 0.5) == head).collect()
-}
-
-struct Stamp;
-
-impl Certify for Stamp {
-    fn certify(&self, _: DeviceId, _: &Csr, _: u64, _: u64) -> Result<CertificateChain, String> {
-        Ok(CertificateChain(Vec::new()))
-    }
-}
-
-fn enroll(world: &World, token: u8, number: u8) {
-    let (token, csr) = (Token([token; 32]), Csr::new(vec![1]).unwrap());
-    world.registry.invite(&token, NOW_MS, NOW_MS + 1_000).unwrap();
-    world.registry.enroll(&Stamp, &token, &csr, device(number), NOW_MS, NOW_MS + 1_000).unwrap();
 }
 
 fn words(world: &World) -> u64 {

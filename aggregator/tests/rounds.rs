@@ -293,6 +293,48 @@ fn an_update_that_is_damaged_on_disk_ends_the_round_and_stops_nothing() {
 }
 
 #[test]
+fn the_update_of_a_device_revoked_before_the_merge_is_left_out() {
+    let world = world();
+    [1, 2].map(|number| world.enroll(number));
+    let start = values(&world, &head(&world).digest);
+    deliver(&world, 1, [0.1, 5.0]);
+    world.registry.revoke(&device(2), NOW_MS).unwrap();
+    run(&world, &mut driver(&world, Script::default()));
+    let release = head(&world);
+    let moved = values(&world, &release.digest);
+    let mean =
+        moved.iter().zip(&start).map(|(after, before)| after - before).sum::<f32>() / start.len() as f32;
+    assert!((mean - 0.1).abs() < 0.005, "{mean}");
+    let record = history(&world).pop().unwrap();
+    assert_eq!((record.outcome.as_str(), record.updates, record.excluded), ("published", 2, 1));
+    assert_eq!(record.revoked, [device(2)]);
+    let merged: Vec<_> = record.lineage.iter().map(|origin| origin.device).collect();
+    assert_eq!((merged, record.norms.len()), (vec![device(1)], 1));
+    let counts = release.report_card.counts;
+    assert_eq!((counts.devices_received, counts.devices_merged, counts.updates_excluded), (2, 1, 1));
+    let told = Event::LeftOut { round: RoundId(1), device: device(2) };
+    assert!(world.events.lock().unwrap().contains(&told));
+}
+
+#[test]
+fn a_round_that_revoked_devices_leave_without_a_quorum_is_rejected() {
+    let world = World::open(tempfile::tempdir().unwrap(), Arc::new(RealDisk), |config| {
+        config.round.quorum = 2;
+    });
+    world.enroll(2);
+    deliver(&world, 1, [0.1, 0.2]);
+    world.registry.revoke(&device(2), NOW_MS).unwrap();
+    let mut stages = driver(&world, Script::default());
+    run(&world, &mut stages);
+    let record = history(&world).pop().unwrap();
+    assert_eq!((record.outcome.as_str(), record.updates), ("rejected", 2));
+    let reason = record.reason.unwrap();
+    assert!(reason.contains("1 updates are left") && reason.contains("the quorum is 2"), "{reason}");
+    assert_eq!(head(&world).version, Version(0));
+    assert_eq!(world.parts.desk.round(), RoundId(2));
+}
+
+#[test]
 fn a_candidate_that_is_lost_on_disk_ends_the_round_and_stops_nothing() {
     let world = world();
     let mut stages = driver(&world, Script::default());

@@ -82,7 +82,7 @@ pub(super) fn revoke(opened: &Opened, device: &str, json: bool) -> Result<(), Cl
     if json {
         return say_json(&json!({ "event": "revoked", "device": id }));
     }
-    say(&format!("device {id} is refused from its next request on"));
+    say(&format!("device {id} is refused from its next request on, and what it sent is no longer merged"));
     Ok(())
 }
 

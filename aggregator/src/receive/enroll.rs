@@ -206,6 +206,12 @@ impl Registry {
         self.admitted(device).map(|(_, record)| record)
     }
 
+    /// Whether a device was revoked; one that nobody enrolled was not.
+    pub fn is_revoked(&self, device: &DeviceId) -> Result<bool, EnrollError> {
+        let record: Option<(u64, DeviceRecord)> = self.load(&device_log(device))?;
+        Ok(record.is_some_and(|(_, record)| record.revoked_ms.is_some()))
+    }
+
     fn admitted(&self, device: &DeviceId) -> Result<(u64, DeviceRecord), EnrollError> {
         let (sequence, record) = self.device(device)?;
         if record.revoked_ms.is_some() {
@@ -218,7 +224,7 @@ impl Registry {
         self.load(&device_log(device))?.ok_or(EnrollError::DeviceUnknown { device: *device })
     }
 
-    /// Revokes a device, from its next request on. Doing it again is harmless.
+    /// Revokes a device, from its next request and the next merge on. Doing it again is harmless.
     pub fn revoke(&self, device: &DeviceId, now_ms: u64) -> Result<(), EnrollError> {
         loop {
             let (sequence, record) = self.device(device)?;
