@@ -80,8 +80,10 @@ enum Verb {
         aggregator serve --role front --dir state\n\n\
         COMMONWEAL_PAUSE_AT=upload|receipt|merge|merged|align|evaluate|publish|published halts there (kill tests).")]
     Serve(Box<ServeVerb>),
-    /// Print single-use invitations for devices.
-    #[command(after_help = "Example:\n  aggregator token --dir state --count 4 --expires 1h")]
+    /// Print single-use invitations for devices, or withdraw them.
+    #[command(after_help = "Examples:\n  aggregator token --dir state --count 4 --expires 1h\n  \
+        aggregator token --dir state --revoke commonweal://…\n  \
+        aggregator token --dir state --revoke-all")]
     Token(tokens::TokenVerb),
     /// Where the federation stands.
     #[command(
@@ -220,7 +222,11 @@ impl CliError {
             | Self::Backup(BackupError::Elsewhere)
             | Self::Store(StoreError::Schema { .. } | StoreError::Foreign { .. })
             | Self::Publish(PublishError::Unknown { .. } | PublishError::OtherBase { .. })
-            | Self::Enroll(EnrollError::DeviceUnknown { .. })
+            | Self::Enroll(
+                EnrollError::DeviceUnknown { .. }
+                | EnrollError::TokenUnknown
+                | EnrollError::TokenSpent { .. },
+            )
             | Self::Serve(
                 ServeError::Config(_)
                 | ServeError::Store(StoreError::Schema { .. } | StoreError::Foreign { .. })
