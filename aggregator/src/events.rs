@@ -150,6 +150,13 @@ pub enum Event {
         /// How many devices see it.
         share: f64,
     },
+    /// What devices reported with a round's updates does not count in the trial: what is known of it is damaged.
+    Uncounted {
+        /// The round.
+        round: RoundId,
+        /// What is damaged.
+        reason: String,
+    },
     /// A device says that it cannot install a release.
     Troubled {
         /// Which device.
@@ -424,6 +431,9 @@ impl Event {
                 "release {version} is on trial with {:.1} % of the devices; the others keep {stable}",
                 share * 100.0
             ),
+            Self::Uncounted { round, reason } => {
+                format!("round {round}: what devices reported of releases is not counted: {reason}")
+            }
             Self::Troubled { device, version, fault } => {
                 format!("device {device} cannot install release {version}: {fault}")
             }

@@ -498,3 +498,31 @@ fn trials_that_are_switched_off_are_over() {
     let canary = state(&world);
     assert_eq!((canary.stable, &canary.trial, canary.before.len()), (Version(1), &None, 0));
 }
+
+#[test]
+fn a_damaged_state_of_trials_stops_no_round_and_is_made_anew_without_trials() {
+    let world = world();
+    on_trial(&world);
+    let coord = world.parts.storage.coord.clone();
+    let sequence = coord.head(canary::LOG).unwrap().unwrap().sequence;
+    coord.compare_and_set(canary::LOG, sequence, b"nonsense").unwrap();
+    deliver(&world, 2, 2.0);
+    finish(&world);
+    assert_eq!(head(&world).round, Some(RoundId(2)));
+    let is_told = |wanted: fn(&Event) -> bool| world.events.lock().unwrap().iter().any(wanted);
+    assert!(is_told(|event| matches!(event, Event::Uncounted { round: RoundId(2), .. })));
+    assert!(is_told(|event| matches!(event, Event::Retrying { reason, .. } if reason.contains("damaged"))));
+    assert_eq!(told(&world, 0), [0; 0], "nobody is shown what is not known to be for it");
+    let fetch = Fetch { digest: head(&world).digest, offset: 0 };
+    assert!(!world.receiver.read(device(1), fetch, 100).unwrap().bytes.is_empty());
+
+    let World { dir, parts, receiver, .. } = world;
+    drop((parts, receiver));
+    let world = World::open(dir, Arc::new(RealDisk), |config| {
+        trials(config);
+        config.release.canary_share = 0.0;
+    });
+    finish(&world);
+    assert_eq!(state(&world), Canary::stable(Version(2)));
+    assert_eq!(told(&world, 0), [2; 100]);
+}

@@ -292,6 +292,41 @@ fn an_update_that_is_damaged_on_disk_ends_the_round_and_stops_nothing() {
     assert!(matches!(world.parts.desk.rounds().phase, Phase::Waiting { .. }));
 }
 
+/// As a disk does it: behind the store's back.
+fn damage(world: &World, number: u8) {
+    let database = rusqlite::Connection::open(world.dir.path().join("aggregator.db")).unwrap();
+    let row = "UPDATE inbox SET value = substr(value, 1, 9) WHERE key = ?1";
+    assert_eq!(database.execute(row, [device(number).to_string()]).unwrap(), 1);
+}
+
+#[test]
+fn an_accepted_updates_row_that_is_damaged_ends_the_round_by_its_name_and_stops_nothing() {
+    for is_closed in [false, true] {
+        let world = world();
+        let mut stages = driver(&world, Script::default());
+        world.assign(&[1, 2]);
+        for number in [1, 2] {
+            let bytes = update(0.1 * f32::from(number));
+            world.upload(number, open(1, &bytes), &bytes).unwrap();
+            if number == 1 && !is_closed {
+                damage(&world, 1);
+            }
+        }
+        if is_closed {
+            damage(&world, 1);
+        }
+        run(&world, &mut stages);
+        let record = history(&world).pop().unwrap();
+        assert_eq!((record.outcome.as_str(), record.updates), ("rejected", 2));
+        let named = format!("merge: update of device {}: the stored update's receipt is damaged", device(1));
+        let reason = record.reason.unwrap();
+        assert!(reason.starts_with(&named), "{reason}");
+        deliver(&world, 2, [0.1, 0.2]);
+        run(&world, &mut stages);
+        assert_eq!(head(&world).round, Some(RoundId(2)), "and the next goes on");
+    }
+}
+
 #[test]
 fn the_update_of_a_device_revoked_before_the_merge_is_left_out() {
     let world = world();

@@ -1,6 +1,7 @@
 //! What a merge takes: the updates that were accepted, but for those of devices that were revoked since.
 //!
-//! A part of the merge stage. If that leaves fewer than the quorum, the round is rejected.
+//! A part of the merge stage. If that leaves fewer than the quorum, the round is rejected; and what is damaged rejects it by
+//! its device's name, for it was acknowledged and is not left out in silence.
 
 use commonweal_protocol::{DeviceId, RoundId};
 
@@ -34,11 +35,15 @@ impl<S: Stages> Driver<S> {
         let registry = Registry::new(self.parts.storage.coord.clone());
         let mut gathered = Gathered { updates: Vec::with_capacity(items.len()), revoked: Vec::new() };
         for item in items {
-            let update = decode_accepted(&item.value)?;
-            let device = update.receipt.receipt.device;
+            let Ok(device) = item.key.parse::<DeviceId>() else {
+                return Ok(Err(format!("update of `{}`: expected a device's name", item.key)));
+            };
             match registry.is_revoked(&device) {
                 Ok(true) => gathered.revoked.push(device),
-                Ok(false) => gathered.updates.push(update),
+                Ok(false) => match decode_accepted(&item.value) {
+                    Ok(update) => gathered.updates.push(update),
+                    Err(error) => return Ok(Err(format!("update of device {device}: {}", chain(&error)))),
+                },
                 Err(EnrollError::Store(error)) => return Err(error.into()),
                 Err(error) => return Ok(Err(format!("update of device {device}: {}", chain(&error)))),
             }
