@@ -85,6 +85,8 @@ fn the_admin_port_tells_what_a_federation_does() {
     assert!(before.head.contains("application/openmetrics-text; version=1.0.0"), "{}", before.head);
     for (series, wanted) in [
         ("commonweal_ready", 1.0),
+        ("commonweal_driving", 1.0),
+        ("commonweal_trials_total{outcome=\"rolled_back\"}", 0.0),
         ("commonweal_devices{state=\"active\"}", 0.0),
         ("commonweal_rounds_total{outcome=\"published\"}", 0.0),
         ("commonweal_round_phase{phase=\"waiting\"}", 1.0),
