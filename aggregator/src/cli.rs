@@ -15,6 +15,7 @@ mod settings;
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
+use commonweal_transport::Clock;
 
 use crate::backup::BackupError;
 use crate::config::{Config, ConfigError};
@@ -318,7 +319,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
                 rounds: serve.rounds,
                 linger_ms: serve.linger_seconds.saturating_mul(1_000),
             };
-            Ok(crate::serve::serve(options, &Events::to_stdout(json))?)
+            Ok(crate::serve::serve(options, &Events::to_stdout(json, Clock::system()))?)
         }
         Verb::Token(token) => tokens::token(&opened()?, &token, json),
         Verb::Status => inspect::status(&opened()?, json),
@@ -352,7 +353,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
 }
 
 fn now_ms() -> u64 {
-    commonweal_transport::Clock::system().unix_ms()
+    Clock::system().unix_ms()
 }
 
 /// A moment for a person.

@@ -1,7 +1,7 @@
 //! What a run tells the outside: one [`Event`] for each thing that an operator or a report wants to know.
 //!
-//! With `--json` every event is one line of stdout; otherwise a short sentence. Counts and digests only:
-//! no event can hold a text.
+//! With `--json` every event is one line of stdout, with when it was told (`time_ms`); otherwise a short sentence. Counts and
+//! digests only: no event can hold a text.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use std::sync::Arc;
 use commonweal_protocol::{
     DeviceId, Digest, Fault, Refusal, ReportCard, RoundCounts, RoundId, SignedControl, TraceContext, Version,
 };
+use commonweal_transport::Clock;
 use serde::{Deserialize, Serialize};
 
 use crate::optimize::OptimizerState;
@@ -347,10 +348,10 @@ impl Events {
         Self(Arc::new(sink))
     }
 
-    /// Events become lines of stdout.
-    pub fn to_stdout(json: bool) -> Self {
+    /// Events become lines of stdout: objects with the time by this clock, or sentences.
+    pub fn to_stdout(json: bool, clock: Clock) -> Self {
         Self::to(move |event| {
-            let line = if json { serde_json::to_string(event).unwrap_or_default() } else { event.sentence() };
+            let line = if json { event.object(clock.unix_ms()) } else { event.sentence() };
             // A reader that went away is no reason to stop a round.
             let mut stdout = std::io::stdout().lock();
             drop(writeln!(stdout, "{line}").and_then(|()| stdout.flush()));
@@ -389,6 +390,17 @@ pub fn card_sentence(card: &ReportCard) -> String {
 }
 
 impl Event {
+    /// The event for a program: one line of JSON, with when it was told.
+    fn object(&self, time_ms: u64) -> String {
+        #[derive(Serialize)]
+        struct Timed<'event> {
+            time_ms: u64,
+            #[serde(flatten)]
+            event: &'event Event,
+        }
+        serde_json::to_string(&Timed { time_ms, event: self }).unwrap_or_default()
+    }
+
     /// The event for a person.
     pub fn sentence(&self) -> String {
         match self {
@@ -496,7 +508,8 @@ mod tests {
             seconds: 0.5,
             figures: Figures::Align(AlignFigures { prompts: 3, ..AlignFigures::default() }),
         };
-        let value = serde_json::to_value(&event).unwrap();
+        let value: serde_json::Value = serde_json::from_str(&event.object(1_700_000_000_000)).unwrap();
+        assert_eq!(value["time_ms"], 1_700_000_000_000_u64);
         assert_eq!(value["event"], "stage");
         assert_eq!(value["stage"], "align");
         assert_eq!(value["round"], 2);

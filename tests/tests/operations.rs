@@ -183,7 +183,9 @@ fn a_port_that_is_taken_is_named_and_off_is_off() {
     serve.arg("--json").env_remove("COMMONWEAL_ADMIN").env("COMMONWEAL_LOG", "info");
     let log = federation.path("off.log");
     let mut running = commonweal_tests::program::Running::start("aggregator", &mut serve, &log);
-    assert!(running.event("listening")["admin"].is_null());
+    let listening = running.event("listening");
+    assert!(listening["admin"].is_null());
+    assert!(listening["time_ms"].as_u64().unwrap() > 1_700_000_000_000, "{listening}");
     assert_eq!(running.stop(), 0);
     // Where events are JSON, diagnostics are too.
     let log = std::fs::read_to_string(log).unwrap();

@@ -5,6 +5,7 @@ use std::path::Path;
 use commonweal_adapter::Adapter;
 use commonweal_protocol::{Digest, ReportCard};
 use commonweal_runtime::Cancel;
+use commonweal_transport::Clock;
 
 use super::settings::{environment, written};
 use super::{CliError, Flags, now_ms, progress};
@@ -68,7 +69,7 @@ pub(super) fn init(dir: &Path, init: &Init, set: &[String], json: bool) -> Resul
     let release = publisher.publish(first, now_ms)?.release;
     directory.admin_token()?;
     directory.write_config(&written(config)?)?;
-    Events::to_stdout(json).tell(&Event::Published {
+    Events::to_stdout(json, Clock::system()).tell(&Event::Published {
         round: release.round,
         version: release.version,
         parent: release.parent,
