@@ -15,7 +15,7 @@ use rusqlite::{Connection, OpenFlags};
 
 use crate::config;
 use crate::desk::{self, DeskError};
-use crate::directory::{Directory, DirectoryError};
+use crate::directory::{Claim, Directory, DirectoryError};
 use crate::publish::{PublishError, Publisher};
 use crate::round::Phase;
 use crate::store::{Access, Blob, FileBlob, PAGE_MAX, Put, RealDisk, Storage, StoreError};
@@ -85,6 +85,7 @@ pub fn back_up(from: &Directory, settings: &config::Storage, to: &Path) -> Resul
     let failed = |source| DirectoryError::File { path: to.to_owned(), source };
     // As private as what it is a copy of.
     DirBuilder::new().recursive(true).mode(0o700).create(to).map_err(failed)?;
+    let _claim = Claim::of(to)?;
     let source = FileBlob::open(&from.path().join("blobs"), Arc::new(RealDisk), Access::Shared)?;
     let copy = FileBlob::open(&to.join("blobs"), Arc::new(RealDisk), Access::Exclusive)?;
     let mut copied = Copied::default();
@@ -210,5 +211,12 @@ mod tests {
         assert_eq!(stored.blob.read_all(&Digest::of(bytes), 100).unwrap(), bytes);
         let again = back_up(&from, &config::Storage::default(), &to).unwrap_err();
         assert!(again.to_string().contains("copy: is a state directory already"), "{again}");
+        // Nor over a federation whose settings are lost; but what was interrupted is done again.
+        std::fs::remove_file(to.join(config::FILE)).unwrap();
+        let again = back_up(&from, &config::Storage::default(), &to).unwrap_err();
+        assert!(again.to_string().contains("beside aggregator.db"), "{again}");
+        std::fs::write(to.join("aggregator.new"), "").unwrap();
+        back_up(&from, &config::Storage::default(), &to).unwrap();
+        Directory::open(&to).unwrap();
     }
 }

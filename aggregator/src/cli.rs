@@ -15,6 +15,7 @@ mod settings;
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
+use commonweal_transport::Clock;
 
 use crate::backup::BackupError;
 use crate::config::{Config, ConfigError};
@@ -80,8 +81,10 @@ enum Verb {
         aggregator serve --role front --dir state\n\n\
         COMMONWEAL_PAUSE_AT=upload|receipt|merge|merged|align|evaluate|publish|published halts there (kill tests).")]
     Serve(Box<ServeVerb>),
-    /// Print single-use invitations for devices.
-    #[command(after_help = "Example:\n  aggregator token --dir state --count 4 --expires 1h")]
+    /// Print single-use invitations for devices, or withdraw them.
+    #[command(after_help = "Examples:\n  aggregator token --dir state --count 4 --expires 1h\n  \
+        aggregator token --dir state --revoke commonweal://…\n  \
+        aggregator token --dir state --revoke-all")]
     Token(tokens::TokenVerb),
     /// Where the federation stands.
     #[command(
@@ -119,7 +122,8 @@ enum Verb {
     Keys(keys::KeysVerb),
     /// Print every setting in force, and where it comes from; every problem, if there are any.
     #[command(after_help = "Examples:\n  aggregator config --dir state\n  \
-        aggregator config --dir state --set round.goal=8 --json\n\nExits with 3 if `serve` would not start with them.")]
+        aggregator config --dir state --set round.goal=8 --json\n  \
+        aggregator config --defaults --package package --address fl.example.org:4433\n\nExits with 3 if `serve` would not start with them.")]
     Config(Box<settings::ConfigVerb>),
     /// Print the dashboard's address, token included.
     #[command(after_help = "Examples:\n  aggregator dashboard --dir state\n  \
@@ -135,7 +139,7 @@ enum Verb {
     /// The enrolled devices.
     #[command(after_help = "Example:\n  aggregator devices --dir state")]
     Devices,
-    /// Refuse a device from its next request on.
+    /// Refuse a device from its next request on, and leave out what it sent from the next merge on.
     #[command(after_help = "Example:\n  aggregator revoke 3f2a9c41d07be85566aa01c9e2d4b7f0 --dir state")]
     Revoke {
         /// Its name, as `devices` prints it.
@@ -219,7 +223,11 @@ impl CliError {
             | Self::Backup(BackupError::Elsewhere)
             | Self::Store(StoreError::Schema { .. } | StoreError::Foreign { .. })
             | Self::Publish(PublishError::Unknown { .. } | PublishError::OtherBase { .. })
-            | Self::Enroll(EnrollError::DeviceUnknown { .. })
+            | Self::Enroll(
+                EnrollError::DeviceUnknown { .. }
+                | EnrollError::TokenUnknown
+                | EnrollError::TokenSpent { .. },
+            )
             | Self::Serve(
                 ServeError::Config(_)
                 | ServeError::Store(StoreError::Schema { .. } | StoreError::Foreign { .. })
@@ -243,6 +251,8 @@ fn directory_code(error: &DirectoryError) -> u8 {
     match error {
         DirectoryError::Absent { .. }
         | DirectoryError::Present { .. }
+        | DirectoryError::Unfinished { .. }
+        | DirectoryError::Unconfigured { .. }
         | DirectoryError::File { .. }
         | DirectoryError::Shared { .. }
         | DirectoryError::Token { .. } => 3,
@@ -309,7 +319,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
                 rounds: serve.rounds,
                 linger_ms: serve.linger_seconds.saturating_mul(1_000),
             };
-            Ok(crate::serve::serve(options, &Events::to_stdout(json))?)
+            Ok(crate::serve::serve(options, &Events::to_stdout(json, Clock::system()))?)
         }
         Verb::Token(token) => tokens::token(&opened()?, &token, json),
         Verb::Status => inspect::status(&opened()?, json),
@@ -343,7 +353,7 @@ pub fn run(cli: Cli) -> Result<(), CliError> {
 }
 
 fn now_ms() -> u64 {
-    commonweal_transport::Clock::system().unix_ms()
+    Clock::system().unix_ms()
 }
 
 /// A moment for a person.

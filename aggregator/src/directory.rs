@@ -4,6 +4,11 @@
 //! STATE/  aggregator.toml  aggregator.db  blobs/  partials/
 //!         authority.pem (0600)  signing.pem (0600)  admin.token (0600)  lock
 //! ```
+//!
+//! `aggregator.toml` makes it complete. Until then `aggregator.new` is there, which becomes it by one renaming: so what was
+//! interrupted while it was made is told from a federation whose settings were lost, and only the former is made anew.
+
+mod claim;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -14,9 +19,15 @@ use commonweal_transport::{Authority, IdentityError};
 
 use crate::signer::{Keys, KeysError, Signer};
 use crate::store::sync_dir;
+use claim::unfinished;
+
+pub use claim::Claim;
 
 /// Shortest admin token: nobody guesses 16 characters that were drawn at random.
 const TOKEN_BYTES_MIN: usize = 16;
+
+/// How a file's name ends before it is whole.
+const NEW: &str = "new";
 
 /// Why a state directory cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +43,24 @@ pub enum DirectoryError {
     Present {
         /// Where.
         path: PathBuf,
+    },
+    /// Whoever made it did not come to the end.
+    #[error("{}: expected a whole state directory, but making it was interrupted; run the same command again", path.display())]
+    Unfinished {
+        /// Where.
+        path: PathBuf,
+    },
+    /// There is a federation, but not its settings.
+    #[error(
+        "{}: expected aggregator.toml beside {found}, which is a federation's: write it again, beginning with what \
+         `aggregator config --defaults` prints (docs/operations.md, Disaster); a new federation needs another directory",
+        path.display()
+    )]
+    Unconfigured {
+        /// Where.
+        path: PathBuf,
+        /// What is there.
+        found: &'static str,
     },
     /// It cannot be read or written.
     #[error("{}: cannot be read or written", path.display())]
@@ -95,42 +124,17 @@ pub struct Lock {
 impl Directory {
     /// An existing one.
     pub fn open(path: &Path) -> Result<Self, DirectoryError> {
-        if !path.join(crate::config::FILE).is_file() {
-            return Err(DirectoryError::Absent { path: path.to_owned() });
+        if path.join(crate::config::FILE).is_file() {
+            return Ok(Self { path: path.to_owned() });
         }
-        Ok(Self { path: path.to_owned() })
-    }
-
-    /// Refuses a place where there is one already.
-    pub fn require_none(path: &Path) -> Result<(), DirectoryError> {
-        if path.join(crate::config::FILE).exists() {
-            return Err(DirectoryError::Present { path: path.to_owned() });
-        }
-        Ok(())
-    }
-
-    /// A new one; everything but the configuration, which makes it complete and is written last.
-    pub fn create(path: &Path, now_ms: u64) -> Result<Self, DirectoryError> {
-        Self::require_none(path)?;
-        let failed = |source| DirectoryError::File { path: path.to_owned(), source };
-        fs::create_dir_all(path).map_err(failed)?;
-        let directory = Self { path: path.to_owned() };
-        // Left behind by an interrupted `init`: it never served anyone.
-        for name in ["aggregator.db", "aggregator.db-wal", "aggregator.db-shm"] {
-            match fs::remove_file(path.join(name)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-                _ => {}
-            }
-        }
-        let path = directory.signing_keys_path();
-        let pem =
-            Keys::draw().to_pem().map_err(|source| DirectoryError::Keys { path: path.clone(), source })?;
-        directory.write_secret(&path, pem.as_bytes())?;
-        let path = directory.authority_path();
-        let authority = Authority::create(now_ms)
-            .map_err(|source| DirectoryError::Authority { path: path.clone(), source })?;
-        directory.write_secret(&path, authority.to_pem().as_bytes())?;
-        Ok(directory)
+        let path = path.to_owned();
+        Err(if unfinished(&path).exists() {
+            DirectoryError::Unfinished { path }
+        } else if let Some(found) = Self::part(&path) {
+            DirectoryError::Unconfigured { path, found }
+        } else {
+            DirectoryError::Absent { path }
+        })
     }
 
     /// The directory itself.
@@ -174,7 +178,7 @@ impl Directory {
         between: impl Fn(&'static str),
     ) -> Result<(), DirectoryError> {
         let failed = |source| DirectoryError::File { path: path.to_owned(), source };
-        let temporary = path.with_extension("new");
+        let temporary = path.with_extension(NEW);
         let mut file = OpenOptions::new()
             .write(true)
             .create(true)
@@ -342,8 +346,9 @@ mod tests {
 
     #[test]
     fn a_directory_is_made_once_and_complete_with_its_configuration() {
-        let (_dir, directory) = made();
-        assert!(matches!(Directory::open(directory.path()), Err(DirectoryError::Absent { .. })));
+        let (dir, directory) = made();
+        assert!(matches!(Directory::open(dir.path()), Err(DirectoryError::Absent { .. })));
+        assert!(matches!(Directory::open(directory.path()), Err(DirectoryError::Unfinished { .. })));
         directory.write_config("").unwrap();
         Directory::open(directory.path()).unwrap();
         assert!(matches!(Directory::create(directory.path(), 0), Err(DirectoryError::Present { .. })));

@@ -4,6 +4,7 @@
 //! result is stored before the state names it, so that a killed process begins again at the last finished stage.
 
 mod stages;
+mod gather;
 mod remember;
 mod correct;
 mod trial;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 use commonweal_adapter::AdapterKind;
 use commonweal_protocol::{DeviceId, Digest, Mode, ReportCard, RoundId, Version};
 
-use crate::desk::{self, DeskError, Next, decode_accepted, queue};
+use crate::desk::{self, DeskError, Next};
 use crate::evaluate;
 use crate::events::{AlignFigures, Event as Told, Figures, Origin};
 use crate::laboratory::{Base, LaboratoryError};
@@ -24,7 +25,8 @@ use crate::merge::{self, Member};
 use crate::publish::{Candidate, PublishError};
 use crate::receive::{Parts, chain};
 use crate::round::{Action, Event};
-use crate::store::{PAGE_MAX, StoreError};
+use crate::store::StoreError;
+use gather::Gathered;
 
 pub use stages::{ModelStages, Stages};
 
@@ -228,17 +230,10 @@ impl<S: Stages> Driver<S> {
             Ok(start) => start,
             Err(reason) => return refused(format!("merge: {reason}")),
         };
-        let now_ms = self.parts.clock.unix_ms();
-        let inbox = &self.parts.storage.inbox;
-        let items = inbox.claim(&queue(round), OWNER, now_ms, LEASE_MS, PAGE_MAX)?;
-        // A claim leaves out what another is just looking at, as one may that was thought to be dead.
-        let there = inbox.list(&queue(round), PAGE_MAX)?.len();
-        if items.len() < there {
-            let reason = format!("{there} updates are there, {} are free", items.len());
-            return Err(StoreError::not_done("claim from", &queue(round), reason).into());
-        }
-        let updates: Vec<desk::Accepted> =
-            items.iter().map(|item| decode_accepted(&item.value)).collect::<Result<_, _>>()?;
+        let Gathered { updates, revoked } = match self.gather(round)? {
+            Ok(gathered) => gathered,
+            Err(reason) => return refused(format!("merge: {reason}")),
+        };
         let members: Vec<Member> = updates
             .iter()
             .map(|update| Member {
@@ -280,6 +275,7 @@ impl<S: Stages> Driver<S> {
             }
         };
         figures.counts.devices_selected = rounds.selected();
+        figures.leave_out(&revoked);
         figures.lineage = lineage(&updates, &members, head);
         figures.method = config.method();
         if config.train.scaffold {

@@ -1,7 +1,7 @@
 //! What a run tells the outside: one [`Event`] for each thing that an operator or a report wants to know.
 //!
-//! With `--json` every event is one line of stdout; otherwise a short sentence. Counts and digests only:
-//! no event can hold a text.
+//! With `--json` every event is one line of stdout, with when it was told (`time_ms`); otherwise a short sentence. Counts and
+//! digests only: no event can hold a text.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use std::sync::Arc;
 use commonweal_protocol::{
     DeviceId, Digest, Fault, Refusal, ReportCard, RoundCounts, RoundId, SignedControl, TraceContext, Version,
 };
+use commonweal_transport::Clock;
 use serde::{Deserialize, Serialize};
 
 use crate::optimize::OptimizerState;
@@ -108,6 +109,13 @@ pub enum Event {
         /// Their bytes.
         uploaded_bytes: u64,
     },
+    /// An accepted update is not merged: its device was revoked since.
+    LeftOut {
+        /// The round.
+        round: RoundId,
+        /// Whose it is.
+        device: DeviceId,
+    },
     /// A stage is done.
     Stage {
         /// The round.
@@ -142,6 +150,13 @@ pub enum Event {
         stable: Version,
         /// How many devices see it.
         share: f64,
+    },
+    /// What devices reported with a round's updates does not count in the trial: what is known of it is damaged.
+    Uncounted {
+        /// The round.
+        round: RoundId,
+        /// What is damaged.
+        reason: String,
     },
     /// A device says that it cannot install a release.
     Troubled {
@@ -251,7 +266,8 @@ pub struct MergeFigures {
     pub norms: Vec<(DeviceId, f64)>,
     /// Devices whose update was clipped.
     pub clipped: Vec<DeviceId>,
-    /// Devices whose update a robust rule left out.
+    /// Devices whose update was left out: by a robust rule, or, and then it is not in the lineage, because they were
+    /// revoked.
     pub excluded: Vec<DeviceId>,
     /// Norm of the merged delta; of an exact merge, of what moved the factors.
     pub merged_norm: f64,
@@ -263,6 +279,21 @@ pub struct MergeFigures {
     pub state: OptimizerState,
     /// SCAFFOLD's control variate after this round, if it has one.
     pub control: Option<SignedControl>,
+}
+
+impl MergeFigures {
+    /// Counts devices whose updates were accepted and not merged, because they were revoked.
+    pub(crate) fn leave_out(&mut self, revoked: &[DeviceId]) {
+        self.counts.devices_received += revoked.len() as u32;
+        self.counts.updates_excluded += revoked.len() as u32;
+        self.excluded.extend_from_slice(revoked);
+    }
+
+    /// Those devices.
+    pub fn revoked(&self) -> impl Iterator<Item = DeviceId> {
+        let is_merged = |device: &DeviceId| self.lineage.iter().any(|origin| origin.device == *device);
+        self.excluded.iter().copied().filter(move |device| !is_merged(device))
+    }
 }
 
 /// Figures of an alignment.
@@ -317,10 +348,10 @@ impl Events {
         Self(Arc::new(sink))
     }
 
-    /// Events become lines of stdout.
-    pub fn to_stdout(json: bool) -> Self {
+    /// Events become lines of stdout: objects with the time by this clock, or sentences.
+    pub fn to_stdout(json: bool, clock: Clock) -> Self {
         Self::to(move |event| {
-            let line = if json { serde_json::to_string(event).unwrap_or_default() } else { event.sentence() };
+            let line = if json { event.object(clock.unix_ms()) } else { event.sentence() };
             // A reader that went away is no reason to stop a round.
             let mut stdout = std::io::stdout().lock();
             drop(writeln!(stdout, "{line}").and_then(|()| stdout.flush()));
@@ -359,6 +390,17 @@ pub fn card_sentence(card: &ReportCard) -> String {
 }
 
 impl Event {
+    /// The event for a program: one line of JSON, with when it was told.
+    fn object(&self, time_ms: u64) -> String {
+        #[derive(Serialize)]
+        struct Timed<'event> {
+            time_ms: u64,
+            #[serde(flatten)]
+            event: &'event Event,
+        }
+        serde_json::to_string(&Timed { time_ms, event: self }).unwrap_or_default()
+    }
+
     /// The event for a person.
     pub fn sentence(&self) -> String {
         match self {
@@ -386,6 +428,9 @@ impl Event {
             Self::RoundClosed { round, selected, received, uploaded_bytes } => format!(
                 "round {round} closed: {received} updates of {selected} devices, {uploaded_bytes} bytes"
             ),
+            Self::LeftOut { round, device } => {
+                format!("round {round}: the update of device {device} is left out, for it was revoked")
+            }
             Self::Stage { round, seconds, figures, .. } => {
                 format!("round {round}: {} ({seconds:.1} s)", figures.sentence())
             }
@@ -398,6 +443,9 @@ impl Event {
                 "release {version} is on trial with {:.1} % of the devices; the others keep {stable}",
                 share * 100.0
             ),
+            Self::Uncounted { round, reason } => {
+                format!("round {round}: what devices reported of releases is not counted: {reason}")
+            }
             Self::Troubled { device, version, fault } => {
                 format!("device {device} cannot install release {version}: {fault}")
             }
@@ -460,7 +508,8 @@ mod tests {
             seconds: 0.5,
             figures: Figures::Align(AlignFigures { prompts: 3, ..AlignFigures::default() }),
         };
-        let value = serde_json::to_value(&event).unwrap();
+        let value: serde_json::Value = serde_json::from_str(&event.object(1_700_000_000_000)).unwrap();
+        assert_eq!(value["time_ms"], 1_700_000_000_000_u64);
         assert_eq!(value["event"], "stage");
         assert_eq!(value["stage"], "align");
         assert_eq!(value["round"], 2);

@@ -277,8 +277,12 @@ impl Receiver {
                 live.installed.insert(device, installed);
             }
         }
-        let canary = self.canary(&head).map_err(|error| self.failed(device, REQUEST, &error))?;
-        self.hear(device, &poll, head.release.version, canary.as_ref())
+        let canary = match self.canary(&head) {
+            // Who drives tells of it. Nobody is shown another release until it is known who may see which.
+            Err(DeskError::Damaged { .. }) => None,
+            canary => Some(canary.map_err(|error| self.failed(device, REQUEST, &error))?),
+        };
+        self.hear(device, &poll, head.release.version, canary.as_ref().and_then(Option::as_ref))
             .map_err(|error| self.failed(device, REQUEST, &error))?;
         let start = start_of(&head.release);
         let assigned = self
@@ -307,9 +311,12 @@ impl Receiver {
             seed: round_seed(self.parts.base, round.0),
             deadline_ms,
         });
-        let release = self
-            .news(device, poll.installed, head, canary.as_ref())
-            .map_err(|error| self.failed(device, REQUEST, &error))?;
+        let release = match canary {
+            Some(canary) => self
+                .news(device, poll.installed, head, canary.as_ref())
+                .map_err(|error| self.failed(device, REQUEST, &error))?,
+            None => None,
+        };
         let release = release.map(|release| keys.again(release)).transpose().map_err(unsigned)?;
         let successions = keys.lineage().after(poll.key).to_vec();
         if poll.key > keys.lineage().number() {
@@ -356,8 +363,12 @@ impl Receiver {
         }
         let mut digests = self.parts.publisher.kept(self.parts.config.receive.releases_kept)?;
         // However long the trial, whoever is not in its share may fetch what all have.
-        if let Some((canary, _)) = canary::read(self.parts.storage.coord.as_ref())? {
-            digests.insert(self.parts.publisher.release(canary.stable)?.release.digest);
+        match canary::read(self.parts.storage.coord.as_ref()) {
+            Ok(Some((canary, _))) => {
+                digests.insert(self.parts.publisher.release(canary.stable)?.release.digest);
+            }
+            Ok(None) | Err(DeskError::Damaged { .. }) => {}
+            Err(error) => return Err(error),
         }
         let is_published = digests.contains(digest);
         self.live().published = Published { head, digests };

@@ -17,12 +17,10 @@ use aggregator::config::{Config, Gates};
 use aggregator::drive::{Driver, Stages, Step};
 use aggregator::events::{AlignFigures, EvaluateFigures, Event};
 use aggregator::laboratory::LaboratoryError;
-use aggregator::receive::enroll::Certify;
 use aggregator::store::{MemoryStorage, RealDisk};
 use commonweal_adapter::Adapter;
 use commonweal_protocol::{
-    CertificateChain, Csr, DeviceId, DeviceReport, Fault, Fetch, KeyNumber, Poll, Release, ReportCard,
-    RoundId, Token, Trouble, Version,
+    DeviceReport, Fault, Fetch, KeyNumber, Poll, Release, ReportCard, RoundId, Trouble, Version,
 };
 use support::*;
 
@@ -156,29 +154,13 @@ fn on_trial(world: &World) -> Vec<u8> {
     deliver(world, 1, 2.0);
     finish(world);
     let members = members(world, Version(1));
-    for (place, number) in members.iter().enumerate() {
-        enroll(world, place as u8, *number);
-    }
+    members.iter().for_each(|number| world.enroll(*number));
     members
 }
 
 fn members(world: &World, head: Version) -> Vec<u8> {
     let canary = state(world);
     (100..200).filter(|number| canary.release_for(&device(*number), head, 0.5) == head).collect()
-}
-
-struct Stamp;
-
-impl Certify for Stamp {
-    fn certify(&self, _: DeviceId, _: &Csr, _: u64, _: u64) -> Result<CertificateChain, String> {
-        Ok(CertificateChain(Vec::new()))
-    }
-}
-
-fn enroll(world: &World, token: u8, number: u8) {
-    let (token, csr) = (Token([token; 32]), Csr::new(vec![1]).unwrap());
-    world.registry.invite(&token, NOW_MS, NOW_MS + 1_000).unwrap();
-    world.registry.enroll(&Stamp, &token, &csr, device(number), NOW_MS, NOW_MS + 1_000).unwrap();
 }
 
 fn words(world: &World) -> u64 {
@@ -515,4 +497,32 @@ fn trials_that_are_switched_off_are_over() {
     finish(&world);
     let canary = state(&world);
     assert_eq!((canary.stable, &canary.trial, canary.before.len()), (Version(1), &None, 0));
+}
+
+#[test]
+fn a_damaged_state_of_trials_stops_no_round_and_is_made_anew_without_trials() {
+    let world = world();
+    on_trial(&world);
+    let coord = world.parts.storage.coord.clone();
+    let sequence = coord.head(canary::LOG).unwrap().unwrap().sequence;
+    coord.compare_and_set(canary::LOG, sequence, b"nonsense").unwrap();
+    deliver(&world, 2, 2.0);
+    finish(&world);
+    assert_eq!(head(&world).round, Some(RoundId(2)));
+    let is_told = |wanted: fn(&Event) -> bool| world.events.lock().unwrap().iter().any(wanted);
+    assert!(is_told(|event| matches!(event, Event::Uncounted { round: RoundId(2), .. })));
+    assert!(is_told(|event| matches!(event, Event::Retrying { reason, .. } if reason.contains("damaged"))));
+    assert_eq!(told(&world, 0), [0; 0], "nobody is shown what is not known to be for it");
+    let fetch = Fetch { digest: head(&world).digest, offset: 0 };
+    assert!(!world.receiver.read(device(1), fetch, 100).unwrap().bytes.is_empty());
+
+    let World { dir, parts, receiver, .. } = world;
+    drop((parts, receiver));
+    let world = World::open(dir, Arc::new(RealDisk), |config| {
+        trials(config);
+        config.release.canary_share = 0.0;
+    });
+    finish(&world);
+    assert_eq!(state(&world), Canary::stable(Version(2)));
+    assert_eq!(told(&world, 0), [2; 100]);
 }

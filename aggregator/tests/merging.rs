@@ -524,6 +524,24 @@ fn a_rejected_buffer_takes_its_updates_along_and_the_slow_ones_stay() {
 }
 
 #[test]
+fn a_buffer_leaves_out_the_update_of_a_device_that_was_revoked_since() {
+    let world = world(|config| {
+        buffered(config);
+        config.round.quorum = 1;
+    });
+    [1, 2].map(|number| world.enroll(number));
+    for number in 1..=2 {
+        asked(&world, number).unwrap();
+        sent(&world, number, 1, 0.1 * f32::from(number)).unwrap();
+    }
+    world.registry.revoke(&device(2), NOW_MS).unwrap();
+    finish(&world, 1.0);
+    assert_near(moved(&world, 0, 1), 0.1);
+    let record = records(world.parts.storage.coord.as_ref(), RoundId(1), 1).unwrap().remove(0);
+    assert_eq!((record.lineage.len(), record.revoked), (1, vec![device(2)]));
+}
+
+#[test]
 fn an_upload_that_a_merge_interrupts_goes_on_behind_it_where_it_was() {
     let world = world(buffered);
     for number in 1..=3 {

@@ -292,6 +292,83 @@ fn an_update_that_is_damaged_on_disk_ends_the_round_and_stops_nothing() {
     assert!(matches!(world.parts.desk.rounds().phase, Phase::Waiting { .. }));
 }
 
+/// As a disk does it: behind the store's back.
+fn damage(world: &World, number: u8) {
+    let database = rusqlite::Connection::open(world.dir.path().join("aggregator.db")).unwrap();
+    let row = "UPDATE inbox SET value = substr(value, 1, 9) WHERE key = ?1";
+    assert_eq!(database.execute(row, [device(number).to_string()]).unwrap(), 1);
+}
+
+#[test]
+fn an_accepted_updates_row_that_is_damaged_ends_the_round_by_its_name_and_stops_nothing() {
+    for is_closed in [false, true] {
+        let world = world();
+        let mut stages = driver(&world, Script::default());
+        world.assign(&[1, 2]);
+        for number in [1, 2] {
+            let bytes = update(0.1 * f32::from(number));
+            world.upload(number, open(1, &bytes), &bytes).unwrap();
+            if number == 1 && !is_closed {
+                damage(&world, 1);
+            }
+        }
+        if is_closed {
+            damage(&world, 1);
+        }
+        run(&world, &mut stages);
+        let record = history(&world).pop().unwrap();
+        assert_eq!((record.outcome.as_str(), record.updates), ("rejected", 2));
+        let named = format!("merge: update of device {}: the stored update's receipt is damaged", device(1));
+        let reason = record.reason.unwrap();
+        assert!(reason.starts_with(&named), "{reason}");
+        deliver(&world, 2, [0.1, 0.2]);
+        run(&world, &mut stages);
+        assert_eq!(head(&world).round, Some(RoundId(2)), "and the next goes on");
+    }
+}
+
+#[test]
+fn the_update_of_a_device_revoked_before_the_merge_is_left_out() {
+    let world = world();
+    [1, 2].map(|number| world.enroll(number));
+    let start = values(&world, &head(&world).digest);
+    deliver(&world, 1, [0.1, 5.0]);
+    world.registry.revoke(&device(2), NOW_MS).unwrap();
+    run(&world, &mut driver(&world, Script::default()));
+    let release = head(&world);
+    let moved = values(&world, &release.digest);
+    let mean =
+        moved.iter().zip(&start).map(|(after, before)| after - before).sum::<f32>() / start.len() as f32;
+    assert!((mean - 0.1).abs() < 0.005, "{mean}");
+    let record = history(&world).pop().unwrap();
+    assert_eq!((record.outcome.as_str(), record.updates, record.excluded), ("published", 2, 1));
+    assert_eq!(record.revoked, [device(2)]);
+    let merged: Vec<_> = record.lineage.iter().map(|origin| origin.device).collect();
+    assert_eq!((merged, record.norms.len()), (vec![device(1)], 1));
+    let counts = release.report_card.counts;
+    assert_eq!((counts.devices_received, counts.devices_merged, counts.updates_excluded), (2, 1, 1));
+    let told = Event::LeftOut { round: RoundId(1), device: device(2) };
+    assert!(world.events.lock().unwrap().contains(&told));
+}
+
+#[test]
+fn a_round_that_revoked_devices_leave_without_a_quorum_is_rejected() {
+    let world = World::open(tempfile::tempdir().unwrap(), Arc::new(RealDisk), |config| {
+        config.round.quorum = 2;
+    });
+    world.enroll(2);
+    deliver(&world, 1, [0.1, 0.2]);
+    world.registry.revoke(&device(2), NOW_MS).unwrap();
+    let mut stages = driver(&world, Script::default());
+    run(&world, &mut stages);
+    let record = history(&world).pop().unwrap();
+    assert_eq!((record.outcome.as_str(), record.updates), ("rejected", 2));
+    let reason = record.reason.unwrap();
+    assert!(reason.contains("1 updates are left") && reason.contains("the quorum is 2"), "{reason}");
+    assert_eq!(head(&world).version, Version(0));
+    assert_eq!(world.parts.desk.round(), RoundId(2));
+}
+
 #[test]
 fn a_candidate_that_is_lost_on_disk_ends_the_round_and_stops_nothing() {
     let world = world();

@@ -154,6 +154,29 @@ fn an_invitation_is_good_for_one_device() {
 }
 
 #[test]
+fn a_withdrawn_invitation_is_good_for_nobody() {
+    let federation = Federation::new(2, |_| ());
+    let mut aggregator = federation.serve();
+    let token = |arguments: &[&str]| Finished::of(federation.verb("token").arg("--json").args(arguments));
+    let [first, second, third, used]: [String; 4] = federation.invitations(4).try_into().unwrap();
+    let told = token(&["--revoke", &first]).with_code(0).objects();
+    assert_eq!((&told[0]["event"], &told[0]["invitations"]), (&"withdrawn".into(), &1.into()));
+    let refused = |invitation: &str| federation.device("late").call(&["enroll", invitation]).with_code(4);
+    assert!(refused(&first).stderr.contains("token"));
+    let told = aggregator.event("refused");
+    assert!(told["reason"].as_str().unwrap().contains("withdrawn"), "{told}");
+
+    federation.device("early").call(&["enroll", &used]).with_code(0);
+    assert_eq!(token(&["--revoke-all"]).with_code(0).objects()[0]["invitations"], 2);
+    refused(&second);
+    refused(&third);
+    let spent = token(&["--revoke", &used]).with_code(3).stderr;
+    assert!(spent.contains("the token was spent by device"), "{spent}");
+    let wrong = token(&["--revoke", "secret"]).with_code(3).stderr;
+    assert!(wrong.contains("--revoke: expected an invitation") && !wrong.contains("secret"), "{wrong}");
+}
+
+#[test]
 fn a_device_with_another_base_is_refused() {
     let federation = Federation::new(1, |_| ());
     let mut aggregator = federation.serve();

@@ -85,6 +85,8 @@ fn the_admin_port_tells_what_a_federation_does() {
     assert!(before.head.contains("application/openmetrics-text; version=1.0.0"), "{}", before.head);
     for (series, wanted) in [
         ("commonweal_ready", 1.0),
+        ("commonweal_driving", 1.0),
+        ("commonweal_trials_total{outcome=\"rolled_back\"}", 0.0),
         ("commonweal_devices{state=\"active\"}", 0.0),
         ("commonweal_rounds_total{outcome=\"published\"}", 0.0),
         ("commonweal_round_phase{phase=\"waiting\"}", 1.0),
@@ -181,7 +183,9 @@ fn a_port_that_is_taken_is_named_and_off_is_off() {
     serve.arg("--json").env_remove("COMMONWEAL_ADMIN").env("COMMONWEAL_LOG", "info");
     let log = federation.path("off.log");
     let mut running = commonweal_tests::program::Running::start("aggregator", &mut serve, &log);
-    assert!(running.event("listening")["admin"].is_null());
+    let listening = running.event("listening");
+    assert!(listening["admin"].is_null());
+    assert!(listening["time_ms"].as_u64().unwrap() > 1_700_000_000_000, "{listening}");
     assert_eq!(running.stop(), 0);
     // Where events are JSON, diagnostics are too.
     let log = std::fs::read_to_string(log).unwrap();
@@ -253,6 +257,32 @@ fn settings_come_from_file_environment_and_flags_and_are_told() {
     for part in ["round.gaol: unknown field", "threads: expected 1 to 1024", "round.quorum from --set"] {
         assert!(refused.stderr.contains(part), "{part} in {}", refused.stderr);
     }
+}
+
+#[test]
+fn a_federation_whose_settings_are_lost_is_not_begun_anew_and_goes_on_with_new_ones() {
+    let federation = Federation::new(1, |_| ());
+    let state = federation.state();
+    let keys = || std::fs::read(state.join("signing.pem")).unwrap();
+    let (before, settings) = (keys(), state.join("aggregator.toml"));
+    std::fs::remove_file(&settings).unwrap();
+    let package = commonweal_tests::program::reference("package");
+    for verb in ["init", "serve"] {
+        let mut command = federation.verb(verb);
+        let refused = Finished::of(command.args(["--no-align", "--package"]).arg(&package)).with_code(3);
+        let told = "expected aggregator.toml beside aggregator.db";
+        assert!(refused.stderr.contains(told), "{verb}: {}", refused.stderr);
+    }
+    assert_eq!(keys(), before);
+    let mut defaults = federation.verb("config");
+    defaults.args(["--defaults", "--address", "fl.example.org:4433", "--package"]).arg(&package);
+    std::fs::write(&settings, Finished::of(&mut defaults).with_code(0).stdout).unwrap();
+    let told = Finished::of(federation.verb("config").arg("--json")).with_code(0).objects();
+    let setting = |key: &str| &told.iter().find(|setting| setting["key"] == key).unwrap()["value"];
+    assert_eq!(setting("address"), "fl.example.org:4433");
+    assert_ne!(setting("round.sampling_seed"), 0, "nobody knows it");
+    let head = Finished::of(federation.verb("status").arg("--json")).with_code(0).objects();
+    assert_eq!(head[0]["version"], federation.first_version);
 }
 
 #[test]

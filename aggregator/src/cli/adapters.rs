@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use commonweal_adapter::{Adapter, AdapterKind, export_peft};
 use commonweal_protocol::{Version, bounds};
 use commonweal_runtime::Cancel;
+use commonweal_transport::Clock;
 use serde_json::json;
 
 use super::{CliError, Flags, Opened, now_ms, progress, say, say_json};
@@ -46,7 +47,7 @@ pub(super) struct EvaluateVerb {
 pub(super) fn rollback(opened: &Opened, version: u64, json: bool) -> Result<(), CliError> {
     let (publisher, _) = opened.publisher()?;
     let release = publisher.roll_back(Version(version), now_ms())?.release;
-    Events::to_stdout(json).tell(&Event::Published {
+    Events::to_stdout(json, Clock::system()).tell(&Event::Published {
         round: None,
         version: release.version,
         parent: release.parent,

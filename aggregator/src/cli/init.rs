@@ -5,12 +5,13 @@ use std::path::Path;
 use commonweal_adapter::Adapter;
 use commonweal_protocol::{Digest, ReportCard};
 use commonweal_runtime::Cancel;
+use commonweal_transport::Clock;
 
-use super::settings::environment;
+use super::settings::{environment, written};
 use super::{CliError, Flags, now_ms, progress};
 use crate::config::Settings;
 use crate::desk::Record;
-use crate::directory::Directory;
+use crate::directory::{Claim, Directory};
 use crate::events::{Event, Events};
 use crate::laboratory::{Laboratory, LaboratoryError, has_guard, open_package};
 use crate::optimize::OptimizerState;
@@ -34,7 +35,7 @@ pub(super) struct Init {
 
 pub(super) fn init(dir: &Path, init: &Init, set: &[String], json: bool) -> Result<(), CliError> {
     let settings = Settings::new().with_environment(environment());
-    let mut config = settings.with_flags(|config| init.flags.apply(config)).with_set(set).checked()?;
+    let config = settings.with_flags(|config| init.flags.apply(config)).with_set(set).checked()?;
     let (package, base) = open_package(&config.package)?;
     config.check_package(package.manifest().model.context, &base.layout)?;
     if config.align.enabled && !config.plain && !has_guard(&package) {
@@ -54,7 +55,8 @@ pub(super) fn init(dir: &Path, init: &Init, set: &[String], json: bool) -> Resul
         crate::evaluate::measure(&laboratory, &config.evaluate, &adapter, &progress::measuring())?.report_card
     };
     // Whatever can be wrong with the input was found above: nothing is left behind by then.
-    let directory = Directory::create(dir, now_ms())?;
+    let claim = Claim::of(dir)?;
+    let directory = claim.draw_keys(now_ms())?;
     let storage = Storage::of(dir, &config.storage, Access::Exclusive)?;
     let bytes = base.write(&adapter).map_err(|error| CliError::other("the first adapter", error))?;
     let digest = Digest::of(&bytes);
@@ -65,11 +67,9 @@ pub(super) fn init(dir: &Path, init: &Init, set: &[String], json: bool) -> Resul
     Record::of_base(&card, now_ms).append(storage.coord.as_ref())?;
     let first = Candidate { round: None, parent: None, digest, state: OptimizerState::default(), card };
     let release = publisher.publish(first, now_ms)?.release;
-    config.round.sampling_seed = rand::random::<u32>().into();
-    let text = toml::to_string(&config).map_err(|error| CliError::other("the configuration", error))?;
     directory.admin_token()?;
-    directory.write_config(&text)?;
-    Events::to_stdout(json).tell(&Event::Published {
+    directory.write_config(&written(config)?)?;
+    Events::to_stdout(json, Clock::system()).tell(&Event::Published {
         round: release.round,
         version: release.version,
         parent: release.parent,

@@ -1,6 +1,7 @@
 //! `aggregator keys list` and `rotate`: which keys have signed for the aggregator, and a new one that follows.
 
 use commonweal_protocol::{AggregatorKey, KeyNumber, Lineage};
+use commonweal_transport::Clock;
 use serde_json::{Value, json};
 
 use super::{CliError, moment, now_ms, say, say_json};
@@ -59,7 +60,7 @@ fn list(lineage: &Lineage, json: bool) -> Result<(), CliError> {
 }
 
 fn rotate(directory: &Directory, json: bool) -> Result<(), CliError> {
-    let (pause, events) = (PausePoint::from_environment(), Events::to_stdout(json));
+    let (pause, events) = (PausePoint::from_environment(), Events::to_stdout(json, Clock::system()));
     let keys = directory.rotate(now_ms(), |step| pause.here(step, &events))?;
     let lineage = keys.lineage();
     let rows = rows(lineage);

@@ -20,6 +20,12 @@ pub(super) struct TokenVerb {
     /// How long they can be used: a number and s, m, h or d.
     #[arg(long, default_value = "1h", value_parser = duration)]
     expires: u64,
+    /// Withdraw this invitation, at once, in place of printing any; a device that has used it is revoked by its name.
+    #[arg(long, value_name = "INVITATION", conflicts_with_all = ["count", "expires", "revoke_all"])]
+    revoke: Option<String>,
+    /// Withdraw every invitation that nobody has used.
+    #[arg(long, conflicts_with_all = ["count", "expires"])]
+    revoke_all: bool,
 }
 
 const DAY_SECONDS: u64 = 86_400;
@@ -43,7 +49,28 @@ fn duration(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Withdraws what the flags say, if they say so; how many.
+fn withdraw(registry: &Registry, verb: &TokenVerb) -> Result<Option<usize>, CliError> {
+    let Some(text) = &verb.revoke else {
+        return Ok(if verb.revoke_all { Some(registry.withdraw_all(now_ms())?) } else { None });
+    };
+    // Without its words, which hold the token.
+    let invitation: Invitation = text
+        .parse()
+        .map_err(|error| CliError::Input(format!("--revoke: expected an invitation: {error}")))?;
+    registry.withdraw(&invitation.token, now_ms())?;
+    Ok(Some(1))
+}
+
 pub(super) fn token(opened: &Opened, verb: &TokenVerb, json: bool) -> Result<(), CliError> {
+    let registry = Registry::new(opened.storage.coord.clone());
+    if let Some(count) = withdraw(&registry, verb)? {
+        if json {
+            return say_json(&json!({ "event": "withdrawn", "invitations": count }));
+        }
+        say(&format!("{count} invitations withdrawn: whoever comes with one is refused from now on"));
+        return Ok(());
+    }
     let address = opened.config.address.clone().unwrap_or_else(|| opened.config.listen.to_string());
     let wrong = || {
         CliError::Input(format!(
@@ -54,7 +81,6 @@ pub(super) fn token(opened: &Opened, verb: &TokenVerb, json: bool) -> Result<(),
     let host: Host = host.trim_matches(['[', ']']).parse().map_err(|_| wrong())?;
     let port: u16 = port.parse().map_err(|_| wrong())?;
     let authority = opened.directory.authority()?.digest();
-    let registry = Registry::new(opened.storage.coord.clone());
     let now_ms = now_ms();
     let expires_ms = now_ms.saturating_add(verb.expires);
     let mut invitations = Vec::new();
@@ -82,7 +108,7 @@ pub(super) fn revoke(opened: &Opened, device: &str, json: bool) -> Result<(), Cl
     if json {
         return say_json(&json!({ "event": "revoked", "device": id }));
     }
-    say(&format!("device {id} is refused from its next request on"));
+    say(&format!("device {id} is refused from its next request on, and what it sent is no longer merged"));
     Ok(())
 }
 

@@ -47,8 +47,10 @@ pub struct Record {
     pub uploaded_bytes: u64,
     /// Updates clipped.
     pub clipped: u32,
-    /// Updates left out.
+    /// Updates left out, by a robust rule or because their devices were revoked.
     pub excluded: u32,
+    /// Devices whose accepted updates were left out because they were revoked before the merge.
+    pub revoked: Vec<DeviceId>,
     /// Of an exact merge: share of the products' norm that lies beyond the adapter's rank.
     pub rank_residual: Option<f64>,
     /// The updates that were merged, and what each was trained from.
@@ -93,8 +95,9 @@ impl Record {
         version: Version,
         card: Option<&ReportCard>,
     ) -> Self {
-        let MergeFigures { counts, norms, clipped, excluded, rank_residual, lineage, .. } =
-            progress.merge.clone().unwrap_or_default();
+        let merge = progress.merge.clone().unwrap_or_default();
+        let revoked = merge.revoked().collect();
+        let MergeFigures { counts, norms, clipped, excluded, rank_residual, lineage, .. } = merge;
         let (outcome, reason) = match &summary.outcome {
             Outcome::Published { .. } => ("published", None),
             Outcome::Rejected { reason } => ("rejected", Some(reason.clone())),
@@ -116,6 +119,7 @@ impl Record {
             uploaded_bytes: counts.uploaded_bytes,
             clipped: clipped.len() as u32,
             excluded: excluded.len() as u32,
+            revoked,
             rank_residual,
             lineage,
             norms,

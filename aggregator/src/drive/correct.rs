@@ -11,7 +11,8 @@ use commonweal_protocol::{Control, DeviceId, Digest, RoundId, SignedControl, bou
 use super::remember::Found;
 use super::{Driver, Stages, is_lost};
 use crate::merge::{self, CandidateError, Member};
-use crate::receive::{chain, enroll::Registry};
+use crate::receive::chain;
+use crate::receive::enroll::{EnrollError, Registry};
 use crate::store::{Blob, StoreError};
 
 /// A change longer than so many times the round's median is clipped. Changes differ more than deltas do, and what is
@@ -51,7 +52,11 @@ impl<S: Stages> Driver<S> {
             Err(error) => return Ok(Err(chain(&error))),
         };
         let registry = Registry::new(self.parts.storage.coord.clone());
-        let enrolled = registry.devices().map_err(|error| StoreError::not_done("list", "devices", error))?;
+        let enrolled = match registry.devices() {
+            Ok(enrolled) => enrolled,
+            Err(EnrollError::Store(error)) => return Err(error.into()),
+            Err(error) => return Ok(Err(chain(&error))),
+        };
         let devices = enrolled.iter().filter(|(_, record)| record.revoked_ms.is_none()).count();
         let next = match scaffold::advance(&server, &change, members.len(), devices) {
             Ok(next) => next,

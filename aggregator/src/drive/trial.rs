@@ -11,6 +11,7 @@ use super::{DriveError, Driver, Stages};
 use crate::canary::{self, Canary, Verdict};
 use crate::desk::{self, DeskError};
 use crate::events::Event as Told;
+use crate::receive::chain;
 use crate::receive::enroll::Registry;
 use crate::store::StoreError;
 
@@ -117,8 +118,16 @@ impl<S: Stages> Driver<S> {
 
     /// Without trials all devices have the head; a later one is held against what is reported from then on.
     fn forget_trials(&self, head: Version) -> Result<(), DriveError> {
-        let Some((canary, sequence)) = canary::read(self.parts.storage.coord.as_ref())? else {
-            return Ok(());
+        let coord = self.parts.storage.coord.as_ref();
+        let (canary, sequence) = match canary::read(coord) {
+            Ok(Some(known)) => known,
+            Ok(None) => return Ok(()),
+            // Nothing of it is needed any more.
+            Err(DeskError::Damaged { .. }) => {
+                let sequence = coord.head(canary::LOG)?.map_or(0, |entry| entry.sequence);
+                return self.write_canary(&Canary::stable(head), sequence).map(|_| ());
+            }
+            Err(error) => return Err(error.into()),
         };
         if canary.trial.is_some() || canary.stable != head {
             let Canary { counted_round, counted_word, .. } = canary;
@@ -127,7 +136,8 @@ impl<S: Stages> Driver<S> {
         Ok(())
     }
 
-    /// Counts what devices reported with the updates of a round.
+    /// Counts what devices reported with the updates of a round. Where the state of trials is damaged it cannot, and says so:
+    /// a trial stops no round.
     pub(super) fn count_reports(
         &self,
         round: RoundId,
@@ -137,7 +147,13 @@ impl<S: Stages> Driver<S> {
         if !self.parts.config.release.is_canary() {
             return Ok(());
         }
-        let (mut canary, sequence) = self.read_canary(start)?;
+        let (mut canary, sequence) = match self.read_canary(start) {
+            Err(DriveError::Desk(error @ DeskError::Damaged { .. })) => {
+                self.parts.events.tell(&Told::Uncounted { round, reason: chain(&error) });
+                return Ok(());
+            }
+            known => known?,
+        };
         let reports =
             updates.iter().map(|update| (update.start.unwrap_or(start), update.open.report.loss_first));
         canary.count(round.0, reports);

@@ -319,7 +319,7 @@ pub(super) fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     canary.count(2, [(Version(4), 1.5)].into_iter());
     let device = DeviceRecord { enrolled_ms: NOW_MS, expires_ms: NOW_MS + 5, revoked_ms: None };
     let word = canary::Word { device: DEVICE, version: Version(4), said: canary::Said::Installed };
-    let token = TokenRecord { created_ms: NOW_MS, expires_ms: NOW_MS + 5, device: None };
+    let token = TokenRecord { created_ms: NOW_MS, expires_ms: NOW_MS + 5, device: None, withdrawn_ms: None };
     vec![
         ("round-collecting", entry(0, state(false, 2))),
         ("round-merging", entry(0, state(false, 3))),

@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use commonweal_protocol::RoundId;
+use commonweal_protocol::{Fault, RoundId};
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -32,6 +32,15 @@ struct Refused {
     refusal: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Failed {
+    fault: String,
+}
+
+/// All that there are.
+const FAULTS: [Fault; 6] =
+    [Fault::Signature, Fault::Base, Fault::Damaged, Fault::Layout, Fault::Missing, Fault::Room];
+
 /// What happened: rounds since the first, everything else since this start.
 #[derive(Debug)]
 pub struct Counts {
@@ -41,7 +50,10 @@ pub struct Counts {
     updates: Family<Outcome, Counter>,
     update_bytes: Counter,
     rounds: Family<Outcome, Counter>,
+    left_out: Counter,
     releases: Counter,
+    trials: Family<Outcome, Counter>,
+    install_failures: Family<Failed, Counter>,
     stage_seconds: Family<Stage, Histogram>,
     retries: Counter,
     refusals: Family<Refused, Counter>,
@@ -74,10 +86,19 @@ impl Counts {
             Unit::Bytes,
             update_bytes.clone(),
         );
+        let left_out = Counter::default();
+        let help = "Accepted updates that were not merged, for their devices were revoked";
+        registry.register("updates_left_out", help, left_out.clone());
         let rounds = Family::<Outcome, Counter>::default();
         registry.register("rounds", "Rounds that ended, since the first one", rounds.clone());
         let releases = Counter::default();
-        registry.register("releases_published", "Releases that became the head", releases.clone());
+        let help = "Releases that rounds made; what a roll-back brings back is none";
+        registry.register("releases_published", help, releases.clone());
+        let trials = Family::<Outcome, Counter>::default();
+        registry.register("trials", "Trials that ended by themselves", trials.clone());
+        let install_failures = Family::<Failed, Counter>::default();
+        let help = "Times that a device said it cannot install a release";
+        registry.register("install_failures", help, install_failures.clone());
         // From a tenth of a second to two hours.
         let stage_seconds = Family::<Stage, Histogram>::new_with_constructor(|| {
             Histogram::new(exponential_buckets(0.1, 3.0, 11))
@@ -103,6 +124,12 @@ impl Counts {
         for outcome in ["published", "rejected", "abandoned"] {
             drop(rounds.get_or_create(&Outcome { outcome: outcome.to_owned() }));
         }
+        for outcome in ["promoted", "rolled_back"] {
+            drop(trials.get_or_create(&Outcome { outcome: outcome.to_owned() }));
+        }
+        for fault in FAULTS {
+            drop(install_failures.get_or_create(&Failed { fault: name(fault) }));
+        }
         let next_round = Mutex::new(RoundId(1));
         Self {
             registry,
@@ -111,7 +138,10 @@ impl Counts {
             updates,
             update_bytes,
             rounds,
+            left_out,
             releases,
+            trials,
+            install_failures,
             stage_seconds,
             retries,
             refusals,
@@ -137,9 +167,7 @@ impl Counts {
                 if ["open", "chunk", "finish"].contains(request) {
                     self.update("refused", count);
                 }
-                self.refusals
-                    .get_or_create(&Refused { request, refusal: refusal_name(*refusal) })
-                    .inc_by(count);
+                self.refusals.get_or_create(&Refused { request, refusal: name(*refusal) }).inc_by(count);
             }
             Event::Stage { seconds, figures, .. } => {
                 let stage = match figures {
@@ -156,8 +184,31 @@ impl Counts {
             Event::Retrying { .. } => {
                 self.retries.inc();
             }
-            _ => {}
+            Event::LeftOut { .. } => {
+                self.left_out.inc();
+            }
+            Event::Promoted { .. } => self.trial("promoted"),
+            Event::RolledBack { .. } => self.trial("rolled_back"),
+            Event::Troubled { fault, .. } => {
+                self.install_failures.get_or_create(&Failed { fault: name(*fault) }).inc();
+            }
+            // What these tell is looked at (`standing.rs`), is of a round's record, or is no matter of counts.
+            Event::Listening { .. }
+            | Event::Drives { .. }
+            | Event::StandsBy
+            | Event::RoundOpened { .. }
+            | Event::RoundClosed { .. }
+            | Event::Trial { .. }
+            | Event::Uncounted { .. }
+            | Event::Rejected { .. }
+            | Event::Paused { .. }
+            | Event::Reloaded { .. }
+            | Event::Stopped { .. } => {}
         }
+    }
+
+    fn trial(&self, outcome: &str) {
+        self.trials.get_or_create(&Outcome { outcome: outcome.to_owned() }).inc();
     }
 
     fn update(&self, outcome: &str, count: u64) {
@@ -183,10 +234,43 @@ impl Counts {
     }
 }
 
-/// The name that a refusal has in events, logs and metrics.
-fn refusal_name(refusal: commonweal_protocol::Refusal) -> String {
-    match serde_json::to_value(refusal) {
+/// The name that a refusal or a fault has in events, logs and metrics.
+fn name(reason: impl serde::Serialize) -> String {
+    match serde_json::to_value(reason) {
         Ok(serde_json::Value::String(name)) => name,
         _ => "unnamed".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use commonweal_protocol::{DeviceId, Version};
+    use prometheus_client::encoding::text::encode;
+
+    use super::*;
+
+    #[test]
+    fn how_trials_end_and_what_devices_cannot_install_moves_counts() {
+        let counts = Counts::new();
+        let version = Version(3);
+        let told = |event: &Event| {
+            counts.hear(event);
+            let mut text = String::new();
+            encode(&mut text, counts.registry()).unwrap();
+            text
+        };
+        let (device, fault) = (DeviceId([1; 16]), Fault::Room);
+        let text = told(&Event::Troubled { device, version, fault });
+        assert!(text.contains("commonweal_install_failures_total{fault=\"room\"} 1"), "{text}");
+        assert!(text.contains("commonweal_install_failures_total{fault=\"damaged\"} 0"), "{text}");
+        let text = told(&Event::Promoted { version, reason: String::new() });
+        assert!(text.contains("commonweal_trials_total{outcome=\"promoted\"} 1"), "{text}");
+        assert!(text.contains("commonweal_trials_total{outcome=\"rolled_back\"} 0"), "{text}");
+        let (to, now, reason) = (Version(2), Version(4), String::new());
+        let text = told(&Event::RolledBack { version, to, now, reason });
+        assert!(text.contains("commonweal_trials_total{outcome=\"rolled_back\"} 1"), "{text}");
+        assert!(text.contains("commonweal_releases_published_total 0"), "a roll-back is none: {text}");
+        let text = told(&Event::LeftOut { round: RoundId(1), device });
+        assert!(text.contains("commonweal_updates_left_out_total 1"), "{text}");
     }
 }

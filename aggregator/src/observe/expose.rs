@@ -56,6 +56,8 @@ fn gauges(standing: &Standing) -> Registry {
     registry.register("build", "The program and how it merges", Info::new(labels.map(owned).to_vec()));
     seconds(&mut registry, "start_timestamp", "When the server started", standing.started_ms);
     whole(&mut registry, "ready", "1 if devices are served", u64::from(standing.obstacles.is_empty()));
+    let help = "1 if this process drives the rounds; of several that share a database, one does";
+    whole(&mut registry, "driving", help, standing.driving.into());
     release(&mut registry, standing);
     round(&mut registry, standing);
     devices(&mut registry, standing);

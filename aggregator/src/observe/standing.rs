@@ -29,6 +29,8 @@ pub struct Standing {
     pub plain: bool,
     /// Why devices are not served, if so.
     pub obstacles: Vec<String>,
+    /// Whether this process drives the rounds, as far as it knows.
+    pub driving: bool,
     /// The release in force.
     pub release: Option<Release>,
     /// How the last candidate was measured, published or not; the release's if there was none yet.
@@ -119,6 +121,7 @@ pub(super) fn look(observer: &Observer) -> Result<Standing, ObserveError> {
         method: parts.config.method(),
         plain: parts.config.plain,
         obstacles: observer.obstacles(),
+        driving: !parts.desk.is_superseded(),
         card: candidate.or_else(|| release.as_ref().map(|release| release.report_card.clone())),
         round: RoundStanding {
             round: rounds.round,

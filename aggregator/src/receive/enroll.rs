@@ -3,6 +3,8 @@
 //!
 //! `aggregator token`, `devices` and `revoke` use this beside a running server: all of it is in the store.
 
+mod withdraw;
+
 use std::sync::Arc;
 
 use commonweal_protocol::{CertificateChain, Csr, DeviceId, Token};
@@ -32,6 +34,15 @@ pub struct TokenRecord {
     pub expires_ms: u64,
     /// Who spent it.
     pub device: Option<DeviceId>,
+    /// When an operator withdrew it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub withdrawn_ms: Option<u64>,
+}
+
+impl TokenRecord {
+    fn is_open(&self, now_ms: u64) -> bool {
+        self.device.is_none() && self.withdrawn_ms.is_none() && self.expires_ms > now_ms
+    }
 }
 
 /// An enrolled device.
@@ -64,6 +75,12 @@ pub enum EnrollError {
         expires_ms: u64,
         /// The time.
         now_ms: u64,
+    },
+    /// The token was withdrawn before anybody spent it.
+    #[error("the token was withdrawn at {withdrawn_ms}")]
+    TokenWithdrawn {
+        /// When.
+        withdrawn_ms: u64,
     },
     /// The signing request is not acceptable.
     #[error("the signing request is not acceptable: {0}")]
@@ -106,6 +123,10 @@ impl std::fmt::Debug for Registry {
     }
 }
 
+fn token_log(token: &Token) -> String {
+    format!("token/{}", token.digest())
+}
+
 fn device_log(device: &DeviceId) -> String {
     format!("device/{device}")
 }
@@ -135,8 +156,8 @@ impl Registry {
 
     /// Remembers a new token.
     pub fn invite(&self, token: &Token, now_ms: u64, expires_ms: u64) -> Result<(), EnrollError> {
-        let record = TokenRecord { created_ms: now_ms, expires_ms, device: None };
-        self.save(&format!("token/{}", token.digest()), 0, &record)
+        let record = TokenRecord { created_ms: now_ms, expires_ms, device: None, withdrawn_ms: None };
+        self.save(&token_log(token), 0, &record)
     }
 
     /// Spends a token on a new device and issues its certificate. The device is written first: a crash in
@@ -150,10 +171,13 @@ impl Registry {
         now_ms: u64,
         expires_ms: u64,
     ) -> Result<CertificateChain, EnrollError> {
-        let log = format!("token/{}", token.digest());
+        let log = token_log(token);
         let (sequence, mut record): (u64, TokenRecord) = self.load(&log)?.ok_or(EnrollError::TokenUnknown)?;
         if let Some(device) = record.device {
             return Err(EnrollError::TokenSpent { device });
+        }
+        if let Some(withdrawn_ms) = record.withdrawn_ms {
+            return Err(EnrollError::TokenWithdrawn { withdrawn_ms });
         }
         if record.expires_ms <= now_ms {
             return Err(EnrollError::TokenExpired { expires_ms: record.expires_ms, now_ms });
@@ -174,9 +198,10 @@ impl Registry {
                     if let Err(left) = self.revoke(&device, now_ms) {
                         tracing::warn!(%device, error = chain(&left), "an unused device stays listed");
                     }
-                    match found.and_then(|(_, found)| found.device) {
-                        Some(device) => Err(EnrollError::TokenSpent { device }),
-                        None => Err(error),
+                    match found.map(|(_, found)| (found.device, found.withdrawn_ms)) {
+                        Some((Some(device), _)) => Err(EnrollError::TokenSpent { device }),
+                        Some((_, Some(withdrawn_ms))) => Err(EnrollError::TokenWithdrawn { withdrawn_ms }),
+                        _ => Err(error),
                     }
                 }
             },
@@ -206,6 +231,12 @@ impl Registry {
         self.admitted(device).map(|(_, record)| record)
     }
 
+    /// Whether a device was revoked; one that nobody enrolled was not.
+    pub fn is_revoked(&self, device: &DeviceId) -> Result<bool, EnrollError> {
+        let record: Option<(u64, DeviceRecord)> = self.load(&device_log(device))?;
+        Ok(record.is_some_and(|(_, record)| record.revoked_ms.is_some()))
+    }
+
     fn admitted(&self, device: &DeviceId) -> Result<(u64, DeviceRecord), EnrollError> {
         let (sequence, record) = self.device(device)?;
         if record.revoked_ms.is_some() {
@@ -218,7 +249,7 @@ impl Registry {
         self.load(&device_log(device))?.ok_or(EnrollError::DeviceUnknown { device: *device })
     }
 
-    /// Revokes a device, from its next request on. Doing it again is harmless.
+    /// Revokes a device, from its next request and the next merge on. Doing it again is harmless.
     pub fn revoke(&self, device: &DeviceId, now_ms: u64) -> Result<(), EnrollError> {
         loop {
             let (sequence, record) = self.device(device)?;
@@ -260,7 +291,7 @@ impl Registry {
             after.clone_from(last);
             for (log, entry) in &page {
                 let record: TokenRecord = decode(log, entry)?;
-                open += usize::from(record.device.is_none() && record.expires_ms > now_ms);
+                open += usize::from(record.is_open(now_ms));
             }
         }
     }

@@ -101,9 +101,10 @@ impl Service {
         error: &EnrollError,
     ) -> Refused {
         let reason = match error {
-            EnrollError::TokenUnknown | EnrollError::TokenSpent { .. } | EnrollError::TokenExpired { .. } => {
-                Refusal::TokenRefused
-            }
+            EnrollError::TokenUnknown
+            | EnrollError::TokenSpent { .. }
+            | EnrollError::TokenExpired { .. }
+            | EnrollError::TokenWithdrawn { .. } => Refusal::TokenRefused,
             EnrollError::Csr(_) => Refusal::CsrRefused,
             EnrollError::DeviceUnknown { .. } | EnrollError::Revoked { .. } => Refusal::Revoked,
             EnrollError::Damaged { .. } | EnrollError::Store(_) => Refusal::Internal,
