@@ -9,10 +9,11 @@
 //! | hinted | logind's `IdleHint`, asked once a second and heard at once when it changes: it knows of sessions from elsewhere |
 //! | power | `/sys/class/power_supply`: a mains or USB supply that is online, or no battery at all |
 //! | metered | NetworkManager's `Metered` |
-//! | temperature | the hottest of `/sys/class/thermal/thermal_zone*/temp` |
+//! | temperature | the hottest of `/sys/class/thermal/thermal_zone*/temp` and of the processors' own under `/sys/class/hwmon` (`heat.rs`) |
 //! | memory | `MemAvailable` of `/proc/meminfo`, and `RssAnon` of this process, which it would give back |
 //! | load | the first number of `/proc/loadavg` |
 
+mod heat;
 mod inputs;
 
 use std::{
@@ -27,8 +28,6 @@ use crate::{bus::Bus, returns::Returns, when::Readings};
 
 /// Heat, power and the like do not change faster, and asking a battery's controller can take some milliseconds.
 const SLOW: Duration = Duration::from_secs(1);
-/// Thermal zones that say more than this, or less than nothing, are not connected to anything.
-const HEAT_C_MAX: f64 = 150.0;
 
 /// Tells how the device is.
 pub trait Sensors: Send {
@@ -146,7 +145,7 @@ impl LinuxSensors {
             hinted: None,
             power: on_power(&self.root.join("sys/class/power_supply")),
             metered: self.bus.metered(),
-            temperature_c: hottest(&self.root.join("sys/class/thermal")),
+            temperature_c: heat::hottest_c(&self.root.join("sys/class")),
             memory_free_bytes: memory_free(&self.root.join("proc")),
             load: text(&self.root.join("proc/loadavg"))
                 .and_then(|load| load.split_whitespace().next()?.parse().ok()),
@@ -217,12 +216,6 @@ fn on_power(folder: &Path) -> Option<bool> {
         }
     }
     Some(is_online || !has_battery)
-}
-
-fn hottest(folder: &Path) -> Option<f64> {
-    let zones = entries(folder, |name| name.starts_with("thermal_zone"));
-    let heat = |zone: &PathBuf| text(&zone.join("temp"))?.parse::<f64>().ok().map(|heat| heat / 1000.0);
-    zones.iter().filter_map(heat).filter(|heat| (0.0..=HEAT_C_MAX).contains(heat)).max_by(f64::total_cmp)
 }
 
 fn memory_free(proc: &Path) -> Option<u64> {

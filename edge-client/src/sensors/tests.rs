@@ -67,6 +67,35 @@ fn the_hottest_zone_counts_and_one_without_a_sensor_does_not() {
 }
 
 #[test]
+fn a_processor_tells_its_heat_where_no_zone_does() {
+    let system = System::new();
+    let chip = |number: u32, name: &str, inputs: &[(&str, &str)]| {
+        system.put(&format!("sys/class/hwmon/hwmon{number}/name"), &format!("{name}\n"));
+        for (file, text) in inputs {
+            system.put(&format!("sys/class/hwmon/hwmon{number}/{file}"), &format!("{text}\n"));
+        }
+    };
+    chip(0, "nvme", &[("temp1_input", "95000")]);
+    chip(1, "amdgpu", &[("temp1_input", "96000")]);
+    assert_eq!(system.read().temperature_c, None, "they have limits of their own");
+    // What is absurd, or no temperature, is left out.
+    let absurd = [("temp1_input", "61500"), ("temp3_input", "255000"), ("temp4_input", "-128000")];
+    chip(2, "k10temp", &absurd);
+    chip(2, "k10temp", &[("temp1_max", "99000"), ("in1_input", "99000"), ("temp5_input", "")]);
+    assert_eq!(system.read().temperature_c, Some(61.5));
+    // The fans' measure of a processor that has the heat itself too.
+    let labels = [("temp1_label", "Tctl"), ("temp2_label", "Tdie"), ("temp2_input", "34500")];
+    chip(2, "k10temp", &labels);
+    assert_eq!(system.read().temperature_c, Some(34.5));
+    chip(3, "cpu_thermal", &[("temp1_input", "52000")]);
+    assert_eq!(system.read().temperature_c, Some(52.0));
+    chip(4, "coretemp", &[("temp1_input", "58000"), ("temp12_input", "63000")]);
+    assert_eq!(system.read().temperature_c, Some(63.0));
+    system.put("sys/class/thermal/thermal_zone0/temp", "70000\n");
+    assert_eq!(system.read().temperature_c, Some(70.0), "the hottest of all");
+}
+
+#[test]
 fn memory_is_what_others_would_have_without_this_program() {
     let system = System::new();
     system.put("proc/meminfo", "MemTotal:  8000 kB\nMemFree: 1 kB\nMemAvailable:    3000 kB\n");
