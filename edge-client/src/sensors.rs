@@ -13,6 +13,7 @@
 //! | memory | `MemAvailable` of `/proc/meminfo`, and `RssAnon` of this process, which it would give back |
 //! | load | the first number of `/proc/loadavg` |
 
+mod asking;
 mod heat;
 mod inputs;
 
@@ -23,7 +24,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use self::inputs::Inputs;
+use self::{asking::Asking, inputs::Inputs};
 use crate::{bus::Bus, returns::Returns, when::Readings};
 
 /// Heat, power and the like do not change faster, and asking a battery's controller can take some milliseconds.
@@ -31,8 +32,14 @@ const SLOW: Duration = Duration::from_secs(1);
 
 /// Tells how the device is.
 pub trait Sensors: Send {
-    /// As it is now. Called some 40 times a second while a round runs.
+    /// As it is now. May take some seconds.
     fn read(&mut self) -> Readings;
+
+    /// The same at once: what is not known at once is as it was a moment ago. Called some 40 times a second while a round
+    /// runs.
+    fn glance(&mut self) -> Readings {
+        self.read()
+    }
 
     /// Whether the network is paid for by the byte, alone; a transfer waits for it.
     fn metered(&mut self) -> Option<bool> {
@@ -71,10 +78,10 @@ impl Sensors for NoSensors {
 #[derive(Debug)]
 pub struct LinuxSensors {
     root: PathBuf,
-    bus: Bus,
     inputs: Inputs,
     slow: Option<(Instant, Readings)>,
-    hinted: Option<(Instant, Option<Duration>)>,
+    hint: Asking<Duration>,
+    network: Asking<bool>,
     returns: Option<Returns>,
     slow_again: Duration,
 }
@@ -82,12 +89,14 @@ pub struct LinuxSensors {
 impl LinuxSensors {
     /// Below `/`, or wherever a test has laid the same files.
     pub fn under(root: &Path) -> Self {
+        // Each on its own: one that hangs holds the other up no more than it holds up who watches.
+        let [mut logind, mut network] = [(); 2].map(|()| Bus::at(&socket(root)));
         Self {
             root: root.to_owned(),
-            bus: Bus::at(&socket(root)),
             inputs: Inputs::default(),
             slow: None,
-            hinted: None,
+            hint: Asking::of("logind", move || logind.idle()),
+            network: Asking::of("network", move || network.metered()),
             returns: None,
             slow_again: SLOW,
         }
@@ -111,9 +120,8 @@ impl LinuxSensors {
         [touched, since_typed(&self.root)].into_iter().flatten().min()
     }
 
-    /// As logind has it.
-    fn left(&mut self) -> Option<Duration> {
-        let hinted = self.hinted();
+    /// As logind has it, whose hint is `hinted`.
+    fn left(&mut self, hinted: Option<Duration>) -> Option<Duration> {
         // Where logind is not there to ask, nobody begins to listen to it; it may only be slow to answer.
         let returned = match &mut self.returns {
             Some(returns) if hinted.is_some() => returns.since(),
@@ -123,15 +131,8 @@ impl LinuxSensors {
         [hinted, returned].into_iter().flatten().min()
     }
 
-    fn hinted(&mut self) -> Option<Duration> {
-        match self.hinted {
-            Some((read, hinted)) if read.elapsed() < self.slow_again => hinted,
-            _ => {
-                let hinted = self.bus.idle();
-                self.hinted = Some((Instant::now(), hinted));
-                hinted
-            }
-        }
+    fn with(&mut self, hinted: Option<Duration>, metered: Option<bool>) -> Readings {
+        Readings { idle: self.idle(), hinted: self.left(hinted), metered, ..self.slow() }
     }
 
     fn slow(&mut self) -> Readings {
@@ -141,15 +142,13 @@ impl LinuxSensors {
             return readings;
         }
         let readings = Readings {
-            idle: None,
-            hinted: None,
             power: on_power(&self.root.join("sys/class/power_supply")),
-            metered: self.bus.metered(),
             temperature_c: heat::hottest_c(&self.root.join("sys/class")),
             memory_free_bytes: memory_free(&self.root.join("proc")),
             load: text(&self.root.join("proc/loadavg"))
                 .and_then(|load| load.split_whitespace().next()?.parse().ok()),
             minute: minute(),
+            ..Readings::default()
         };
         self.slow = Some((Instant::now(), readings));
         readings
@@ -163,12 +162,20 @@ fn socket(root: &Path) -> PathBuf {
 
 impl Sensors for LinuxSensors {
     fn read(&mut self) -> Readings {
-        let (idle, hinted) = (self.idle(), self.left());
-        Readings { idle, hinted, ..self.slow() }
+        let again = self.slow_again;
+        self.network.wish(again);
+        let (hinted, metered) = (self.hint.fresh(again), self.network.fresh(again));
+        self.with(hinted, metered)
+    }
+
+    fn glance(&mut self) -> Readings {
+        let again = self.slow_again;
+        let (hinted, metered) = (self.hint.last(again), self.network.last(again));
+        self.with(hinted, metered)
     }
 
     fn metered(&mut self) -> Option<bool> {
-        self.bus.metered()
+        self.network.fresh(Duration::ZERO)
     }
 }
 

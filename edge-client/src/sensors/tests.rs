@@ -1,8 +1,15 @@
 //! The sensors over files that a test writes.
 
-use std::{fs::FileTimes, io::Write};
+use std::{fs::FileTimes, io::Write, thread};
+
+use commonweal_runtime::Cancel;
 
 use super::*;
+use crate::{
+    units::Limit,
+    watch::{Heed, Watched, watched},
+    when::{Broken, WhenPolicy},
+};
 
 struct System(tempfile::TempDir);
 
@@ -199,11 +206,50 @@ fn logind_is_asked_also_where_keyboards_can_be_read() {
     let system = System::new();
     system.input(0, KEYBOARD);
     let mut sensors = untouched(&system);
-    sensors.slow_again = Duration::from_secs(60);
-    sensors.hinted = Some((Instant::now(), Some(Duration::ZERO)));
+    sensors.hint = Asking::of("logind", || Some(Duration::ZERO));
     let readings = sensors.read();
     assert!(readings.idle.unwrap().as_secs() >= 900);
     assert_eq!(readings.hinted, Some(Duration::ZERO), "somebody is there from elsewhere");
+}
+
+#[cfg(target_pointer_width = "64")]
+#[test]
+fn a_sensor_that_hangs_blinds_nobody_who_watches() {
+    let system = System::new();
+    let keyboard = system.input(0, KEYBOARD);
+    let hint = Asking::of("hangs", || {
+        loop {
+            thread::park()
+        }
+    });
+    let network = Asking::of("hangs", || {
+        loop {
+            thread::park()
+        }
+    });
+    let sensors = LinuxSensors { hint, network, ..untouched(&system) };
+    let mut heed = Heed { rules: WhenPolicy::default(), sensors: Box::new(sensors) };
+    let visit = Cancel::new();
+    let watch = Watched {
+        visit: visit.clone(),
+        stop: Cancel::new(),
+        wishes: Vec::new(),
+        heed: Some(&mut heed),
+        memory_max: Limit::OFF,
+    };
+    let (took, broken) = watched(watch, || {
+        thread::sleep(Duration::from_millis(200));
+        assert!(!visit.is_cancelled());
+        touch(&keyboard);
+        let touched = Instant::now();
+        while !visit.is_cancelled() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        touched.elapsed()
+    });
+    assert!(matches!(broken.unwrap().0[..], [Broken::Idle { .. }]));
+    // 25 ms, and what a busy machine makes of them; whoever waits for the sensors takes seconds.
+    assert!(took < Duration::from_secs(1), "{took:?}");
 }
 
 #[test]
