@@ -1,5 +1,5 @@
 //! What two services on the system's bus know: logind, whether anybody is there, and NetworkManager, whether the network is
-//! metered. Of `sensors.rs`, which asks once a second at most; `returns.rs` hears logind in between.
+//! metered. Of `sensors.rs`, which asks once a second at most, on threads of their own; `returns.rs` hears logind in between.
 //!
 //! Asked through systemd's own `busctl`, whose answer is a type and a value: `b true`, `t 1764406800000000`, `u 4`.
 
@@ -84,7 +84,7 @@ fn ask(socket: &Path, [service, path, interface]: [&str; 3], property: &str) -> 
         .stderr(Stdio::null())
         .spawn()
         .ok()?;
-    // `--timeout` bounds the call and not the connecting; whoever asks watches for more than this.
+    // `--timeout` bounds the call and not the connecting.
     let begun = Instant::now();
     let status = loop {
         match asking.try_wait().ok()? {

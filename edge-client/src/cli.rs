@@ -3,6 +3,7 @@
 //! Each verb has a function in a file below; `main.rs` turns the error into an exit code with [`exit::code`].
 
 pub mod exit;
+mod policy_file;
 mod open;
 mod identity;
 mod enroll;

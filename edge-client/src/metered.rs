@@ -5,12 +5,15 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use commonweal_transport::{Meter, PutOff};
 
-use crate::{sensors::Sensors, spend::Spending};
+use crate::{budget::BudgetPolicy, sensors::Sensors, spend::Spending};
 
 /// The account of a link, with a look at the network before each transfer.
 pub struct Metered {
@@ -18,19 +21,25 @@ pub struct Metered {
     pub spending: Arc<Spending>,
     network: Mutex<Box<dyn Sensors>>,
     /// Where nobody knows.
-    unknown: bool,
+    unknown: AtomicBool,
 }
 
 impl Metered {
     /// What these sensors say; where they do not know, what is `unknown`.
     pub fn new(spending: Arc<Spending>, network: Box<dyn Sensors>, unknown: bool) -> Self {
-        Self { spending, network: Mutex::new(network), unknown }
+        Self { spending, network: Mutex::new(network), unknown: unknown.into() }
+    }
+
+    /// The owner's word from now on.
+    pub(crate) fn set(&self, budget: BudgetPolicy, unknown: bool) {
+        self.spending.set_budget(budget);
+        self.unknown.store(unknown, Ordering::Relaxed);
     }
 
     /// What is moved from now on counts as what the network is now.
     pub fn look(&self) {
         let metered = self.network.lock().unwrap_or_else(PoisonError::into_inner).metered();
-        self.spending.set_metered(metered.unwrap_or(self.unknown));
+        self.spending.set_metered(metered.unwrap_or_else(|| self.unknown.load(Ordering::Relaxed)));
     }
 }
 

@@ -14,8 +14,10 @@ use std::{
 
 use crate::doing;
 
-/// A device that has said nothing for so long hangs: a step, 64 judgements or a rewrite take minutes at most on the slowest
-/// device that they fit.
+/// A device that has said nothing for so long hangs: a step, 64 judgements or 16 rewritings take minutes on the slowest
+/// device that they fit, and so does opening a package. Longer than systemd's own `WatchdogSec`, and not by mistake: that one
+/// bounds how long the process as a whole may stand still, while nobody knows from outside whether one long run of the network
+/// goes on. To end a slow one would have it begin again, for ever; to be late for one that hangs costs an hour.
 const SILENCE_MAX: Duration = Duration::from_secs(3600);
 /// The watchdog looks so often whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);

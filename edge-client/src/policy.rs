@@ -441,7 +441,8 @@ mod tests {
         );
         assert_eq!(Policy::from_toml(&toml::to_string(&policy).unwrap()).unwrap(), policy);
         assert_eq!(policy.of_work(), Policy::default());
-        assert!(!serde_json::to_string(&policy.of_work()).unwrap().contains("budget"));
+        let of_work = serde_json::to_string(&policy.of_work()).unwrap();
+        assert!(!of_work.contains("budget") && !of_work.contains("idle_hint"), "{of_work}");
         let error = Policy::from_toml("[budget]\nbytes_per_day = \"15MB\"\nmemory = \"1MB\"\n").unwrap_err();
         let text = error.to_string();
         assert!(text.contains("budget.bytes_per_day") && text.contains("16MB, or off, got 15MB"), "{text}");

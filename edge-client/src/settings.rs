@@ -18,6 +18,9 @@ use crate::keys::KeyPlace;
 /// A person's file of settings, policy or principles has a few pages; more is a wrong file.
 const FILE_BYTES_MAX: u64 = 256 * 1024;
 
+/// Where `scripts/package-deb` puts the bundled package.
+const INSTALLED: &str = "/usr/share/commonweal/package";
+
 /// `device.toml`; the first eight have a flag and an environment variable too.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -153,21 +156,30 @@ pub fn default_directory() -> PathBuf {
     data.unwrap_or_else(|| home.join(".local/share")).join("commonweal").join("device")
 }
 
-/// The package when none is named: beside the executable, in the build tree, or below the working directory.
+/// The package when none is named: beside the executable, in the build tree, below the working directory, or where a package
+/// of the system's puts it.
 pub fn find_package(named: Option<PathBuf>) -> Result<PathBuf, SettingsError> {
     if let Some(path) = named {
         return Ok(path);
     }
+    let places = usual_packages(env::current_exe().ok().as_deref());
+    places.iter().find(|place| place.join("package.toml").is_file()).cloned().ok_or_else(|| {
+        SettingsError::NoPackage(places.iter().map(|place| place.display().to_string()).collect())
+    })
+}
+
+fn usual_packages(executable: Option<&Path>) -> Vec<PathBuf> {
     let mut places = Vec::new();
-    if let Some(beside) = env::current_exe().ok().as_deref().and_then(Path::parent) {
+    if let Some(beside) = executable.and_then(Path::parent) {
         places.push(beside.join("package"));
         // target/release/edge-client → target/reference/package
         places.extend(beside.parent().map(|target| target.join("reference/package")));
     }
     places.push(PathBuf::from("target/reference/package"));
-    places.iter().find(|place| place.join("package.toml").is_file()).cloned().ok_or_else(|| {
-        SettingsError::NoPackage(places.iter().map(|place| place.display().to_string()).collect())
-    })
+    if cfg!(unix) {
+        places.push(PathBuf::from(INSTALLED));
+    }
+    places
 }
 
 #[cfg(test)]
@@ -222,5 +234,15 @@ mod tests {
     #[test]
     fn a_named_package_is_taken_as_it_is() {
         assert_eq!(find_package(Some("x".into())).unwrap(), Path::new("x"));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_program_that_a_system_installed_finds_its_package_last() {
+        let places = usual_packages(Some(Path::new("/usr/bin/edge-client")));
+        assert_eq!(places[0], Path::new("/usr/bin/package"));
+        assert_eq!(places.last().unwrap(), Path::new("/usr/share/commonweal/package"));
+        let told = SettingsError::NoPackage(vec!["a/package".into(), INSTALLED.into()]).to_string();
+        assert!(told.contains("looked at a/package, /usr/share/commonweal/package;"), "{told}");
     }
 }

@@ -33,7 +33,6 @@ const WRITE_AGAIN_MS: u64 = 10 * 60_000;
 #[derive(Debug)]
 pub struct Spending {
     path: PathBuf,
-    budget: BudgetPolicy,
     clock: Clock,
     zone: TimeZone,
     /// Since there is this meter.
@@ -43,6 +42,7 @@ pub struct Spending {
 
 #[derive(Debug)]
 struct State {
+    budget: BudgetPolicy,
     ledger: Ledger,
     /// As far as the account knows of what was moved.
     counted: u64,
@@ -109,13 +109,18 @@ impl Spending {
             }
             Err(error) => return Err(error),
         };
-        let state =
-            State { ledger, counted: 0, unwritten: 0, ahead: 0, ahead_on: (today, false), is_metered: false };
-        let spending = Self { path, budget, clock, zone, moved: AtomicU64::new(0), state: Mutex::new(state) };
+        let ahead_on = (today, false);
+        let state = State { budget, ledger, counted: 0, unwritten: 0, ahead: 0, ahead_on, is_metered: false };
+        let spending = Self { path, clock, zone, moved: AtomicU64::new(0), state: Mutex::new(state) };
         if is_damaged && let Err(error) = spending.write(&mut spending.state()) {
             tracing::warn!("the account of the network is not written yet: {error}");
         }
         Ok(spending)
+    }
+
+    /// What may be moved from now on.
+    pub(crate) fn set_budget(&self, budget: BudgetPolicy) {
+        self.state().budget = budget;
     }
 
     /// Says whether the network is paid for by the byte.
@@ -161,9 +166,9 @@ impl Spending {
         let is_metered = state.is_metered;
         let mut ledger = state.ledger.clone();
         ledger.give_back(state.ahead_on.0, state.ahead, state.ahead_on.1);
-        budget::decide(&self.budget, &ledger, &now, is_metered, wish)?;
+        budget::decide(&state.budget, &ledger, &now, is_metered, wish)?;
         if let Wish::GoOn(bytes) = wish {
-            let ahead = bytes.max(SLICE_BYTES).min(ledger.left(&self.budget, today, is_metered));
+            let ahead = bytes.max(SLICE_BYTES).min(ledger.left(&state.budget, today, is_metered));
             state.ledger = ledger;
             state.go_ahead(today, ahead);
             if let Err(error) = self.write(&mut state) {

@@ -201,11 +201,7 @@ impl Store {
     /// What tells a file from a later one; `None` when there is none.
     pub(crate) fn stamp(&self, name: &str) -> Result<Option<Stamp>, StoreError> {
         let path = self.path(name);
-        match fs::metadata(&path) {
-            Ok(metadata) => Ok(Some(Stamp::of(&metadata))),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(at("look at", &path)(error)),
-        }
+        Stamp::at(&path).map_err(at("look at", &path))
     }
 
     /// Removes a file, durably; fine when there is none.

@@ -3,7 +3,7 @@
 //!
 //! Beside `pipeline.rs`, on a thread of its own; `when.rs` has the rules and `sensors.rs` the readings. A look every 25 ms
 //! and an operator of the network, which is what a cancelled handle waits for at most (50 ms on a phone), stay within the
-//! 100 ms in which the cores are the person's again. One thread may go on: a training's checkpoint is written, and a pass of
+//! 100 ms in which the cores are the person's again: a sensor that takes its time is asked on another thread. One thread may go on: a training's checkpoint is written, and a pass of
 //! the optimizer over a session that was being opened ends. `bench --only stop` measures all of them.
 
 use std::{
@@ -34,9 +34,10 @@ pub struct Heed {
 }
 
 impl Heed {
-    /// Why the device must wait now, or stop.
+    /// Why the device must wait now, or stop. While it works, the answer comes at once.
     pub fn why_not(&mut self, is_working: bool) -> Why {
-        when::why_not(&self.rules, &self.sensors.read(), is_working)
+        let readings = if is_working { self.sensors.glance() } else { self.sensors.read() };
+        when::why_not(&self.rules, &readings, is_working)
     }
 
     /// What the sensors say.
@@ -106,7 +107,6 @@ fn watch<'scope>(
 ) -> ScopedJoinHandle<'scope, Option<Why>> {
     scope.spawn(move || {
         while !over.load(Ordering::Acquire) {
-            // A sensor may take its time.
             if watched.stop.is_cancelled() || watched.wishes.iter().any(|wish| wish.exists()) {
                 watched.visit.cancel();
                 return None;

@@ -28,6 +28,10 @@ pub enum Unknown {
 pub struct WhenPolicy {
     /// Nobody has touched the device for so long; `"0s"` for no such rule.
     pub idle: Span,
+    /// Nor does logind say that somebody is there, for as long. Off is for desktops that never tell it that they are idle.
+    /// Left out where it is the default, as it was before there was such a rule.
+    #[serde(skip_serializing_if = "Clone::clone")]
+    pub idle_hint: bool,
     /// On mains power only.
     pub power: bool,
     /// Not on a network that is paid for by the byte.
@@ -53,6 +57,7 @@ impl Default for WhenPolicy {
     fn default() -> Self {
         Self {
             idle: Span::of_seconds(300),
+            idle_hint: true,
             power: true,
             unmetered: true,
             temperature_max_c: 80.0,
@@ -91,6 +96,9 @@ pub struct Readings {
     /// Since a person last touched the device.
     #[serde(serialize_with = "seconds")]
     pub idle: Option<Duration>,
+    /// Since everybody left, as logind has it.
+    #[serde(serialize_with = "seconds")]
+    pub hinted: Option<Duration>,
     /// Whether it is on mains power.
     pub power: Option<bool>,
     /// Whether its network is paid for by the byte.
@@ -122,6 +130,13 @@ pub enum Broken {
     /// Somebody uses it.
     Idle {
         /// Since the last touch.
+        seconds: u64,
+        /// The owner's.
+        idle: Span,
+    },
+    /// Somebody is there, or was a moment ago, as logind has it.
+    Session {
+        /// Since everybody left; none while somebody is there.
         seconds: u64,
         /// The owner's.
         idle: Span,
@@ -171,6 +186,10 @@ impl fmt::Display for Broken {
             Self::Hours { hours } => write!(f, "it is not between {hours}"),
             Self::Idle { seconds, idle } => {
                 write!(f, "the device is in use (touched {seconds} s ago, {idle} asked for)")
+            }
+            Self::Session { seconds: 0, .. } => f.write_str("logind says that somebody is there"),
+            Self::Session { seconds, idle } => {
+                write!(f, "logind says that everybody left {seconds} s ago ({idle} asked for)")
             }
             Self::Power => f.write_str("it runs on its battery"),
             Self::Unmetered => f.write_str("its network is metered"),
@@ -234,13 +253,16 @@ pub fn why_not(rules: &WhenPolicy, readings: &Readings, is_working: bool) -> Why
         hold("the time", true, broken);
     }
     let idle = rules.idle.duration();
-    hold(
-        "whether somebody uses the device",
-        !idle.is_zero(),
-        readings
-            .idle
-            .map(|since| when(since < idle, Broken::Idle { seconds: since.as_secs(), idle: rules.idle })),
-    );
+    let touched = readings
+        .idle
+        .map(|since| when(since < idle, Broken::Idle { seconds: since.as_secs(), idle: rules.idle }));
+    let left = readings
+        .hinted
+        .filter(|_| rules.idle_hint)
+        .map(|since| when(since < idle, Broken::Session { seconds: since.as_secs(), idle: rules.idle }));
+    // Whichever of the two says that somebody is there is believed.
+    let used = if let Some(None) | None = touched { left.or(touched) } else { touched };
+    hold("whether somebody uses the device", !idle.is_zero(), used);
     hold("its power supply", rules.power, readings.power.map(|power| when(!power, Broken::Power)));
     let metered = readings.metered.map(|metered| when(metered, Broken::Unmetered));
     hold("whether its network is metered", rules.unmetered, metered);
@@ -265,6 +287,7 @@ mod tests {
     fn at_rest() -> Readings {
         Readings {
             idle: Some(Duration::from_secs(600)),
+            hinted: Some(Duration::from_secs(500)),
             power: Some(true),
             metered: Some(false),
             temperature_c: Some(50.0),
@@ -305,6 +328,33 @@ mod tests {
         }
         let both = Readings { power: Some(false), metered: Some(true), ..at_rest() };
         assert_eq!(said(&rules, both), "it runs on its battery, and its network is metered");
+    }
+
+    #[test]
+    fn nobody_is_there_only_if_both_the_devices_and_logind_say_so() {
+        let rules = WhenPolicy { unknown: Unknown::Wait, ..WhenPolicy::default() };
+        let with = |idle: Option<u64>, hinted: Option<u64>| {
+            let [idle, hinted] = [idle, hinted].map(|seconds| seconds.map(Duration::from_secs));
+            Readings { idle, hinted, ..at_rest() }
+        };
+        for (idle, hinted, words) in [
+            (Some(600), Some(0), "logind says that somebody is there"),
+            (Some(600), Some(20), "logind says that everybody left 20 s ago (5m asked for)"),
+            (Some(20), Some(600), "the device is in use (touched 20 s ago, 5m asked for)"),
+            (Some(20), Some(0), "the device is in use (touched 20 s ago, 5m asked for)"),
+            (None, Some(0), "logind says that somebody is there"),
+            (Some(20), None, "the device is in use (touched 20 s ago, 5m asked for)"),
+            (None, None, "whether somebody uses the device is not known, and the policy says to wait then"),
+            (Some(600), Some(600), ""),
+            (Some(600), None, ""),
+            (None, Some(600), ""),
+        ] {
+            assert_eq!(said(&rules, with(idle, hinted)), words, "{idle:?} {hinted:?}");
+        }
+        // A desktop that never says that it is idle.
+        let rules = WhenPolicy { idle_hint: false, ..rules };
+        assert_eq!(said(&rules, with(Some(600), Some(0))), "");
+        assert!(said(&rules, with(None, Some(600))).contains("not known"));
     }
 
     #[test]

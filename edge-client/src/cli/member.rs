@@ -10,20 +10,21 @@ use std::{
 
 use anyhow::{Context, Result};
 use commonweal_protocol::Refusal;
-use commonweal_runtime::{Cancel, measure};
+use commonweal_runtime::{Cancel, measure, memory};
 use commonweal_safety::Constitution;
 use commonweal_transport::{Clock, LinkLimits, QuicLink};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tokio::runtime::Runtime;
 
-use super::{Shared, exit::BadInput, identity::Identity, open};
+use super::{Shared, exit::BadInput, identity::Identity, open, policy_file::PolicyFile};
 use crate::{
     doing, forget,
     install::Expected,
     metered::Metered,
     pipeline::{Device, Visit, until_cancelled},
     pipeline_error::PipelineError,
+    policy::Policy,
     priority, sensors,
     settings::SettingsFile,
     spend::Spending,
@@ -42,6 +43,8 @@ const PAUSED_WAIT: Duration = Duration::from_secs(10);
 const FORGET_WAIT: Duration = Duration::from_secs(1);
 /// Looks for samples that are past their time so often.
 const EXPIRE: Duration = Duration::from_secs(24 * 3600);
+/// Looks so often whether the owner has changed the policy.
+const POLICY_LOOK: Duration = Duration::from_secs(1);
 /// Looks so often whether the owner's rules hold.
 const RULES_WAIT: Duration = Duration::from_secs(10);
 /// After this process held more memory than its budget.
@@ -81,8 +84,12 @@ pub(super) struct Member {
     meter: Arc<Metered>,
     /// The owner's rules of when to work; none if this process is asked to work at any time.
     heed: Option<Heed>,
-    /// What the package is opened with, as long as the device for it has not been chosen.
-    untried: Option<open::Opener>,
+    /// What the package is opened with.
+    opener: open::Opener,
+    /// The device for it has not been chosen.
+    is_untried: bool,
+    policy_file: PolicyFile,
+    policy_looked: Instant,
     constitution: Option<Constitution>,
     /// When the last visit that used the network ended, until what it opened was given back.
     rested: Option<Instant>,
@@ -91,7 +98,8 @@ pub(super) struct Member {
 impl Member {
     pub(super) fn open(shared: &Shared, heeds: bool) -> Result<Self> {
         let place = open::Place::find(shared)?;
-        let policy = place.policy(shared)?;
+        let mut policy_file = place.policy_file(shared);
+        let policy = policy_file.read()?;
         if heeds && let Err(error) = priority::lower(policy.when.nice) {
             tracing::warn!("this process cannot ask for less than others: {error}");
         }
@@ -107,8 +115,8 @@ impl Member {
         let cancel = open::stop_on_signal(runtime.handle());
         let zone = jiff::tz::TimeZone::system();
         let spending = Arc::new(Spending::open(&store, policy.budget, Clock::system(), zone)?);
-        let is_unknown_metered = policy.when.unknown == Unknown::Wait;
-        let meter = Arc::new(Metered::new(spending, sensors::of_system(), is_unknown_metered));
+        let meter = Metered::new(spending, sensors::of_system(), policy.when.unknown == Unknown::Wait);
+        let meter = Arc::new(meter);
         let link = connect(&runtime, &identity, &place.settings, &meter)?;
         let mut opener = open::Opener::find(shared, &place)?;
         // Trying a device opens the package, for which it may be too early. Until then the processor stands for it.
@@ -147,7 +155,10 @@ impl Member {
             expired_ms: 0,
             meter,
             heed,
-            untried: is_untried.then_some(opener),
+            opener,
+            is_untried,
+            policy_file,
+            policy_looked: Instant::now(),
             constitution,
             rested: None,
         };
@@ -175,6 +186,7 @@ impl Member {
     /// A visit that a pause, a wish to forget, a broken rule or a signal ends where it stands; none while there is one of
     /// them. `edge-client pause` and `forget` wait for its end.
     pub(super) fn turn(&mut self) -> Result<Turn> {
+        self.renew_policy();
         let _visiting = self.device.store.hold_visit()?;
         self.forget()?;
         self.device.cancel = Cancel::new();
@@ -212,11 +224,70 @@ impl Member {
         }
     }
 
-    /// To be called now and then while the device waits.
-    pub(super) fn waits(&mut self, now: Instant) {
+    /// To be called now and then while the device waits. Says whether its owner has changed the policy meanwhile.
+    pub(super) fn waits(&mut self, now: Instant) -> bool {
         if self.rested.is_some_and(|rested| now.duration_since(rested) >= KEPT) {
             self.give_memory_back();
         }
+        self.renew_policy()
+    }
+
+    fn renew_policy(&mut self) -> bool {
+        self.policy_looked.elapsed() >= POLICY_LOOK && self.look_at_policy()
+    }
+
+    /// Whether another policy is in force now. One that cannot be used changes nothing: to end would be no better, and to
+    /// fall back to the defaults could allow what the owner forbids.
+    fn look_at_policy(&mut self) -> bool {
+        self.policy_looked = Instant::now();
+        let Some(read) = self.policy_file.changed() else { return false };
+        let taken = read.and_then(|policy| self.take_up(policy));
+        let path = self.policy_file.path().display();
+        match &taken {
+            Ok(true) => tracing::info!("{path} has changed, and is in force"),
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!("{path} has changed, but the policy of before stays in force: {error:#}")
+            }
+        }
+        taken.unwrap_or(false)
+    }
+
+    /// Whether it is another one.
+    fn take_up(&mut self, policy: Policy) -> Result<bool> {
+        let before = &self.device.policy;
+        if *before == policy {
+            return Ok(false);
+        }
+        if before.filter != policy.filter {
+            // The guard's thresholds are the owner's; the guard that was is of the policy of before.
+            self.open_stages(&policy)?;
+        }
+        let before = std::mem::replace(&mut self.device.policy, policy);
+        let Policy { when, budget, store, .. } = &self.device.policy;
+        if let Some(heed) = &mut self.heed {
+            heed.rules = *when;
+            if before.when.nice != when.nice {
+                tracing::info!("nice is {} from the next start on: it is the threads' own", when.nice);
+            }
+        }
+        self.meter.set(*budget, when.unknown == Unknown::Wait);
+        memory::set_budget(budget.memory.count());
+        if before.store != *store {
+            self.expired_ms = 0;
+        }
+        self.device.store.set_disk_max(budget.disk);
+        Ok(true)
+    }
+
+    fn open_stages(&mut self, policy: &Policy) -> Result<()> {
+        let open::Stages { model, guard, reviser } =
+            self.opener.at_rest(policy, self.constitution.clone())?;
+        self.device.model = model;
+        self.device.guard = guard;
+        self.device.reviser = reviser;
+        self.rested = None;
+        Ok(())
     }
 
     fn give_memory_back(&mut self) {
@@ -228,8 +299,8 @@ impl Member {
 
     /// The first visit that the rules allow begins with choosing what the network runs on.
     fn try_devices_and_visit(&mut self) -> Result<Result<Visit, PipelineError>> {
-        if let Some(opener) = &self.untried
-            && let Err(error) = opener.ask_for_memory()
+        if self.is_untried
+            && let Err(error) = self.opener.ask_for_memory()
         {
             return Ok(Err(error.into()));
         }
@@ -240,14 +311,11 @@ impl Member {
     }
 
     fn try_devices(&mut self) -> Result<()> {
-        let Some(opener) = &mut self.untried else { return Ok(()) };
-        opener.choose(&self.device.cancel)?;
-        let open::Stages { model, guard, reviser } =
-            opener.at_rest(&self.device.policy, self.constitution.clone())?;
-        self.device.model = model;
-        self.device.guard = guard;
-        self.device.reviser = reviser;
-        self.untried = None;
+        if self.is_untried {
+            self.opener.choose(&self.device.cancel)?;
+            self.open_stages(&self.device.policy.clone())?;
+            self.is_untried = false;
+        }
         Ok(())
     }
 

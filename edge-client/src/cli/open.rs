@@ -18,7 +18,7 @@ use commonweal_runtime::{
 };
 use commonweal_safety::{Constitution, Guard, Reviser};
 
-use super::{Shared, exit::BadInput};
+use super::{Shared, exit::BadInput, policy_file::PolicyFile};
 use crate::{
     forms,
     keys::{self, KeyPlace},
@@ -65,13 +65,11 @@ impl Place {
     }
 
     pub(super) fn policy(&self, shared: &Shared) -> Result<Policy> {
-        let own = self.directory.join("policy.toml");
-        let (path, text) = match &shared.policy {
-            Some(named) => (named, Some(settings::read_named(named)?)),
-            None => (&own, settings::read_text(&own)?),
-        };
-        let Some(text) = text else { return Ok(Policy::default()) };
-        Policy::from_toml(&text).with_context(|| path.display().to_string())
+        self.policy_file(shared).read()
+    }
+
+    pub(super) fn policy_file(&self, shared: &Shared) -> PolicyFile {
+        PolicyFile::of(&self.directory, shared.policy.as_deref())
     }
 }
 

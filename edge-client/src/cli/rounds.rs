@@ -85,12 +85,12 @@ pub(super) fn run(shared: &Shared, rounds: Option<u64>, heeds: bool) -> Result<(
     let mut delivered = 0;
     let mut is_put_off = false;
     while !stop.is_cancelled() {
-        let (wait, why) = match member.turn()? {
+        let (wait, why, is_owners) = match member.turn()? {
             Turn::PutOff { why, wait } => {
                 if !std::mem::replace(&mut is_put_off, true) {
                     tracing::info!("waits: {why}");
                 }
-                (longest.min(wait), why)
+                (longest.min(wait), why, true)
             }
             Turn::Visited(Ok(Visit { outcome, reconnect })) => {
                 is_put_off = false;
@@ -98,7 +98,7 @@ pub(super) fn run(shared: &Shared, rounds: Option<u64>, heeds: bool) -> Result<(
                 if rounds.is_some_and(|rounds| delivered >= rounds) {
                     break;
                 }
-                (draw(reconnect, longest, random.next_u64()), describe(outcome).to_owned())
+                (draw(reconnect, longest, random.next_u64()), describe(outcome).to_owned(), false)
             }
             Turn::Visited(Err(_)) if stop.is_cancelled() => break,
             Turn::Visited(Err(error)) => {
@@ -106,12 +106,13 @@ pub(super) fn run(shared: &Shared, rounds: Option<u64>, heeds: bool) -> Result<(
                     return Err(error.into());
                 };
                 let why = why_again(&error);
+                let is_owners = error.put_off().is_some() || error.over_disk().is_some();
                 if let Some(PutOff { reason, .. }) = error.put_off() {
                     tracing::info!("waits {reason}");
                 } else {
                     tracing::warn!("{:#}; trying again", anyhow::Error::new(error));
                 }
-                (draw(window, longest, random.next_u64()), why)
+                (draw(window, longest, random.next_u64()), why, is_owners)
             }
         };
         member.tell(sentence(&why));
@@ -120,7 +121,7 @@ pub(super) fn run(shared: &Shared, rounds: Option<u64>, heeds: bool) -> Result<(
         } else {
             shared.output().show(&Event::Waiting { seconds: wait.as_secs_f64(), why });
         }
-        sleep(wait, &mut member);
+        sleep(wait, &mut member, is_owners);
     }
     notify::stopping();
     member.tell("has stopped".to_owned());
@@ -187,13 +188,16 @@ fn describe(outcome: Outcome) -> &'static str {
     }
 }
 
-/// Sleeps in short pieces, so that a signal ends it. When it is long, the device gives its memory back meanwhile.
-fn sleep(total: Duration, member: &mut Member) {
+/// Sleeps in short pieces, so that a signal ends it, and another policy too if it is the owner's rules or budget that the
+/// device waits for. When it is long, the device gives its memory back meanwhile.
+fn sleep(total: Duration, member: &mut Member, is_owners: bool) {
     let piece = Duration::from_millis(50);
     let mut left = total;
     while !left.is_zero() && !member.stop.is_cancelled() {
         doing::goes_on();
-        member.waits(Instant::now());
+        if member.waits(Instant::now()) && is_owners {
+            return;
+        }
         thread::sleep(left.min(piece));
         left = left.saturating_sub(piece);
     }

@@ -93,6 +93,15 @@ pub(crate) struct Stamp {
 }
 
 impl Stamp {
+    /// Of the file at a path; `None` when there is none.
+    pub(crate) fn at(path: &Path) -> io::Result<Option<Self>> {
+        match fs::metadata(path) {
+            Ok(metadata) => Ok(Some(Self::of(&metadata))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     pub(super) fn of(metadata: &fs::Metadata) -> Self {
         #[cfg(unix)]
         let changed = {

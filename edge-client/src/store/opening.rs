@@ -80,6 +80,11 @@ impl Store {
         Self { disk_max, ..self }
     }
 
+    /// What it holds at most from now on.
+    pub(crate) fn set_disk_max(&mut self, disk_max: Limit) {
+        self.disk_max = disk_max;
+    }
+
     /// Opens the directory as a process that is killed after so many durable steps.
     #[cfg(test)]
     pub(crate) fn open_dying(directory: &Path, steps: u32) -> Result<Self, StoreError> {

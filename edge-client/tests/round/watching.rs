@@ -42,7 +42,7 @@ fn a_touch_ends_the_round_where_it_is_and_the_rest_follows_to_the_same_bits() {
     let mut world = World::new();
     long_round(&mut world);
     let system = tempfile::tempdir().unwrap();
-    let keyboard = system.path().join("dev/input/by-path/platform-i8042-serio-0-event-kbd");
+    let keyboard = system.path().join("dev/input/event0");
     fs::create_dir_all(keyboard.parent().unwrap()).unwrap();
     fs::write(&keyboard, b"").unwrap();
     let rules = WhenPolicy { idle: Span::of_seconds(1), ..WhenPolicy::default() };

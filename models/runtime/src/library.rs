@@ -28,6 +28,9 @@ const TELEMETRY_VARIABLE: &str = "ORT_DISABLE_TELEMETRY";
 /// Where `scripts/fetch-runtime` puts the library, below the workspace.
 const FETCHED: &str = "target/runtime";
 
+/// Where a package of the system's puts the library.
+const INSTALLED: &str = "/usr/lib/commonweal";
+
 /// The loaded library and its environment. Cheap to clone; lives until the process ends.
 #[derive(Clone)]
 pub struct Library {
@@ -110,8 +113,8 @@ impl Library {
     /// Loads the library with as many threads as the machine runs at once. A second call returns the same library.
     ///
     /// The file is, in this order: `explicit`; the one that `ORT_DYLIB_PATH` names; `target/runtime/` of the
-    /// workspace that the executable or the current directory lies in; beside the executable. A path that was
-    /// named and does not load is an error: nothing else is tried in its stead.
+    /// workspace that the executable or the current directory lies in; beside the executable; `/usr/lib/commonweal/`. A path
+    /// that was named and does not load is an error: nothing else is tried in its stead.
     pub fn load(explicit: Option<&Path>) -> Result<Self, LibraryError> {
         Self::load_with(explicit, None)
     }
@@ -260,6 +263,9 @@ fn usual_places(executable: Option<&Path>, current: Option<&Path>) -> Vec<PathBu
         .collect();
     places.dedup();
     places.extend(folder.map(|folder| folder.join(&file)));
+    if cfg!(unix) {
+        places.push(Path::new(INSTALLED).join(&file));
+    }
     places
 }
 
@@ -280,13 +286,17 @@ mod tests {
     }
 
     #[test]
-    fn looks_in_the_workspace_before_beside_the_executable() {
+    fn looks_in_the_workspace_before_beside_the_executable_and_where_a_system_installs_it_last() {
         let root = tempfile::tempdir().unwrap();
         std::fs::write(root.path().join("Cargo.lock"), "").unwrap();
         let folder = root.path().join("target/release");
         std::fs::create_dir_all(&folder).unwrap();
         let file = format!("{}onnxruntime{}", env::consts::DLL_PREFIX, env::consts::DLL_SUFFIX);
         let places = usual_places(Some(&folder.join("edge-client")), Some(root.path()));
-        assert_eq!(places, [root.path().join(FETCHED).join(&file), folder.join(&file)]);
+        let mut expected = vec![root.path().join(FETCHED).join(&file), folder.join(&file)];
+        if cfg!(unix) {
+            expected.push(Path::new("/usr/lib/commonweal").join(&file));
+        }
+        assert_eq!(places, expected);
     }
 }

@@ -33,6 +33,7 @@ use crate::{
     sample::Sample,
     sensors::Sensors,
     store::Store,
+    units::Limit,
     when::{Readings, WhenPolicy},
 };
 
@@ -181,7 +182,32 @@ fn the_package_is_opened_for_work_that_may_be_done_and_given_back_when_the_devic
     let Turn::PutOff { why, .. } = member.turn().unwrap() else { panic!("it may not work") };
     assert!(why.contains("battery"), "{why}");
     assert!(!member.device.model.is_open());
-    // It may, and there is nothing to do.
+    // Its owner changes the policy meanwhile. One that is wrong changes nothing.
+    let own = member.device.guard.config().threshold;
+    let mut becomes = |policy: &str, member: &mut Member| {
+        fs::write(directory.path().join("policy.toml"), policy).unwrap();
+        assert!(!member.look_at_policy(), "it may still be written");
+        let is_taken = member.look_at_policy();
+        let Turn::PutOff { why, .. } = member.turn().unwrap() else { return (is_taken, String::new()) };
+        (is_taken, why)
+    };
+    let (is_taken, why) = becomes("[when]\npower = \"no\"\n", &mut member);
+    assert!(!is_taken && why.contains("battery"), "{why}");
+    let (is_taken, why) =
+        becomes("[filter.categories.wepons]\naction = \"drop\"\n[when]\npower = false\n", &mut member);
+    assert!(!is_taken && why.contains("battery"), "{why}");
+    let another = "[when]\nnice = 0\npower = false\n[filter]\nthreshold = 0.875\n[budget]\ndisk = \"16MB\"\n";
+    assert_eq!(becomes(another, &mut member), (true, String::new()));
+    assert_eq!(
+        (member.device.guard.config().threshold, member.device.policy.budget.disk),
+        (0.875, Limit::of(16_000_000))
+    );
+    assert!(member.device.store.require_disk("x", 1 << 30).is_err());
+    let (is_taken, why) = becomes("[when]\nnice = 0\n", &mut member);
+    assert!(is_taken && why.contains("battery"), "{why}");
+    assert_eq!(member.device.guard.config().threshold, own);
+    assert!(!member.device.model.is_open());
+    // It may work, and there is nothing to do.
     person.has_power.store(true, Ordering::SeqCst);
     let Turn::Visited(Ok(Visit { outcome: Outcome::Idle, .. })) = member.turn().unwrap() else {
         panic!("there is no round")
