@@ -3,12 +3,15 @@
 //! A wish is written down before it is carried out, so that a kill in between loses no part of it: the next start goes on.
 //! A daemon's visit under way ends for it (`cli/rounds.rs`). Of a sample that a round has drawn, all goes that rounds
 //! leave: pairs, checkpoint, packed update, residuals, control variates. They are sums over samples, and no one can be
-//! taken out of a sum. What an aggregator has already, stays with it (docs/privacy.md).
+//! taken out of a sum. What an aggregator has already, stays with it (docs/privacy.md). An endpoint that is running sees
+//! that the personal adapter has gone, and that an era has ended (`era.rs`), and lets go of what it holds.
 
 use std::collections::BTreeSet;
 
 use crate::{
-    control, kept, owed, personal,
+    control,
+    era::Era,
+    kept, owed, personal,
     sample::{Sample, SampleId},
     store::{Store, StoreError},
     units::Span,
@@ -118,6 +121,8 @@ fn forget_all(store: &Store) -> Result<Forgotten, StoreError> {
     for name in store.secrets()? {
         store.remove(&name)?;
     }
+    // What somebody holds in memory to write it later is of before.
+    Era::end(store)?;
     store.remove(WISH_ALL)?;
     Ok(forgotten)
 }
