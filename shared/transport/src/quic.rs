@@ -11,6 +11,7 @@
 
 mod socket;
 mod counted;
+mod path;
 mod source;
 mod server;
 mod device;
