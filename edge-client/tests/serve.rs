@@ -275,6 +275,10 @@ async fn the_guard_judges_when_asked_and_stands_before_answers_when_told() {
         (&judged["results"][0]["flagged"], &judged["results"][1]["flagged"]),
         (&json!(true), &json!(false))
     );
+    for alias in ["omni-moderation-latest", "text-moderation-latest"] {
+        let named = endpoint.post("moderations", &json!({"input": HARM, "model": alias})).await.json();
+        assert_eq!((&named["results"][0], &named["model"]), (&judged["results"][0], &judged["model"]));
+    }
     let flags = judged["results"][0]["categories"].as_object().unwrap();
     assert_eq!(flags.values().filter(|flag| **flag == json!(true)).count(), 1, "{flags:?}");
     let refused = endpoint.post("chat/completions", &chat(HARM)).await.json();

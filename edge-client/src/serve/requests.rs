@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
-    fields::{Content, Fields, Part},
+    fields::{Content, Fields, PASSED_OVER, Part},
     refusals::Refusal,
 };
 
@@ -80,20 +80,6 @@ enum Prompts {
 enum Stops {
     One(String),
     Many(Vec<String>),
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Said {
-    role: String,
-    #[serde(default)]
-    content: Option<Content>,
-    /// What a client sends back of an answer of ours.
-    #[serde(default)]
-    refusal: Option<String>,
-    #[serde(default)]
-    #[expect(dead_code, reason = "a name is allowed and tells the model nothing")]
-    name: Option<String>,
 }
 
 impl Fields {
@@ -181,39 +167,53 @@ pub(super) fn chat(body: &[u8]) -> Result<ChatWish, Refusal> {
     fields.only("function_call", "none", |value| value == "none" || value == "auto")?;
     fields.only("parallel_tool_calls", "no tools", Value::is_boolean)?;
     fields.only("response_format", "{\"type\": \"text\"}", |value| value["type"] == "text")?;
+    // What happens here anyway: no thoughts, and as many words as there are.
+    fields.only("reasoning_effort", "\"none\"", |value| value == "none")?;
+    fields.only("verbosity", "\"medium\"", |value| value == "medium")?;
     fields.only("modalities", "[\"text\"]", |value| *value == serde_json::json!(["text"]))?;
     for name in ["audio", "prediction", "web_search_options"] {
         fields.only(name, "none", |_| false)?;
     }
-    let said: Vec<Said> =
+    let said: Vec<Map<String, Value>> =
         fields.take("messages", "a list of messages, each with a role and content")?.unwrap_or_default();
     if said.is_empty() {
         return Err(Refusal::value("messages", "messages: expected at least one message"));
     }
-    let messages =
-        said.into_iter().enumerate().map(|(index, said)| message(index, said)).collect::<Result<_, _>>()?;
-    fields.end()?;
+    let said = said.into_iter().enumerate().map(|(index, said)| Fields::of_message(index, said));
+    let messages = said.map(message).collect::<Result<_, _>>()?;
+    fields.end(&PASSED_OVER)?;
     Ok(ChatWish { messages, wish })
 }
 
-fn message(index: usize, said: Said) -> Result<Message, Refusal> {
-    let param = format!("messages[{index}]");
-    let role = match said.role.as_str() {
-        "system" | "developer" => Role::System,
-        "user" => Role::User,
-        "assistant" => Role::Assistant,
+fn message(mut fields: Fields) -> Result<Message, Refusal> {
+    let role = match fields.take::<String>("role", "a text")?.as_deref() {
+        Some("system" | "developer") => Role::System,
+        Some("user") => Role::User,
+        Some("assistant") => Role::Assistant,
         _ => {
-            let expected = format!("{param}.role: expected system, developer, user or assistant");
-            return Err(Refusal::value(&format!("{param}.role"), expected));
+            let param = fields.name("role");
+            let expected = format!("{param}: expected system, developer, user or assistant");
+            return Err(Refusal::value(&param, expected));
         }
     };
-    let content = match (said.content, said.refusal) {
-        (Some(content), _) => content.text(&format!("{param}.content"))?,
+    let param = fields.name("content");
+    let content = fields.take::<Content>("content", "a text or a list of parts of type text")?;
+    // What a client sends back of an answer of ours.
+    let refusal = fields.take::<String>("refusal", "a text")?;
+    // Tells the model nothing.
+    fields.take::<String>("name", "a text")?;
+    let is_empty = |value: &Value| value.as_array().is_some_and(Vec::is_empty);
+    for name in ["tool_calls", "annotations"] {
+        fields.only(name, "none", is_empty)?;
+    }
+    for name in ["function_call", "audio", "tool_call_id"] {
+        fields.only(name, "none", |_| false)?;
+    }
+    fields.end(&[])?;
+    let content = match (content, refusal) {
+        (Some(content), _) => content.text(&param)?,
         (None, Some(refusal)) => refusal,
-        (None, None) => {
-            let expected = format!("{param}.content: expected a text");
-            return Err(Refusal::value(&format!("{param}.content"), expected));
-        }
+        (None, None) => return Err(Refusal::value(&param, format!("{param}: expected a text"))),
     };
     Ok(Message { role, content })
 }
@@ -243,7 +243,7 @@ pub(super) fn text(body: &[u8]) -> Result<TextWish, Refusal> {
             format!("prompt: expected 1 to {PROMPTS_MAX} prompts, and with n at most {ANSWERS_MAX} answers");
         return Err(Refusal::value("prompt", expected));
     }
-    fields.end()?;
+    fields.end(&PASSED_OVER)?;
     Ok(TextWish { prompts, wish })
 }
 
@@ -270,7 +270,7 @@ pub(super) fn moderation(body: &[u8], inputs_max: usize) -> Result<(Vec<String>,
             format!("input: expected 1 to {inputs_max} texts, got {}", texts.len()),
         ));
     }
-    fields.end()?;
+    fields.end(&PASSED_OVER)?;
     Ok((texts, model))
 }
 
@@ -302,6 +302,7 @@ mod tests {
             "n": 2, "logprobs": true, "top_logprobs": 3, "stream": true, "stream_options": {"include_usage": true},
             "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [], "user": "u",
             "response_format": {"type": "text"}, "parallel_tool_calls": true, "metadata": null,
+            "reasoning_effort": "none", "verbosity": "medium", "of_another_year": null,
         });
         let ChatWish { messages, wish } = asked(&body).unwrap();
         assert_eq!(
@@ -332,6 +333,8 @@ mod tests {
             ("tools", json!([{"type": "function"}]), "unsupported_parameter"),
             ("response_format", json!({"type": "json_object"}), "unsupported_parameter"),
             ("modalities", json!(["audio"]), "unsupported_parameter"),
+            ("reasoning_effort", json!("low"), "unsupported_parameter"),
+            ("verbosity", json!("high"), "unsupported_parameter"),
             ("surprise", json!(1), "unknown_parameter"),
             ("temperature", json!(2.1), "invalid_value"),
             ("temperature", json!("hot"), "invalid_value"),
@@ -355,6 +358,40 @@ mod tests {
         let tool = json!([{"role": "tool", "content": "x"}]);
         assert_eq!(asked(&with("messages", tool)).unwrap_err()["param"], "messages[0].role");
         assert!(asked(&json!([])).unwrap_err()["message"].as_str().unwrap().contains("object"));
+    }
+
+    #[test]
+    fn a_message_may_name_what_it_has_not() {
+        // As the official client gives an answer of ours back.
+        let dumped = json!({"role": "assistant", "content": "b", "refusal": null, "annotations": null, "audio": null,
+            "function_call": null, "tool_calls": null});
+        let emptied = json!({"role": "assistant", "content": "b", "refusal": null, "annotations": [],
+            "tool_calls": [], "of_another_year": null});
+        for answer in [dumped, emptied] {
+            let messages =
+                json!([{"role": "user", "content": "a"}, answer, {"role": "user", "content": "c"}]);
+            let messages = asked(&with("messages", messages)).unwrap().messages;
+            assert_eq!(messages, [Message::user("a"), Message::assistant("b"), Message::user("c")]);
+        }
+        for (name, value, code) in [
+            ("tool_calls", json!([{"id": "x"}]), "unsupported_parameter"),
+            ("annotations", json!([{"type": "url_citation"}]), "unsupported_parameter"),
+            ("function_call", json!({"name": "f"}), "unsupported_parameter"),
+            ("audio", json!({"id": "x"}), "unsupported_parameter"),
+            ("surprise", json!(1), "unknown_parameter"),
+            ("user", json!("u"), "unknown_parameter"),
+            ("content", json!(7), "invalid_value"),
+            ("content", Value::Null, "invalid_value"),
+            ("role", json!(7), "invalid_value"),
+            ("name", json!(7), "invalid_value"),
+        ] {
+            let mut answer = json!({"role": "assistant", "content": "b"});
+            answer[name] = value;
+            let error = asked(&with("messages", json!([answer]))).unwrap_err();
+            let param = format!("messages[0].{name}");
+            assert_eq!((&error["param"], &error["code"]), (&json!(param), &json!(code)), "{error}");
+        }
+        assert_eq!(asked(&with("messages", json!(["a"]))).unwrap_err()["param"], "messages");
     }
 
     #[test]

@@ -125,7 +125,7 @@ async fn moderations(State(served): State<Arc<Served>>, request: Request) -> Ans
     let (_, body) = read(request).await?;
     let (texts, model) = requests::moderation(&body, INPUTS_MAX)?;
     let name = served.moderator.name().to_owned();
-    if let Some(asked) = model.filter(|asked| *asked != name) {
+    if let Some(asked) = model.filter(|asked| !served.moderator.is_named(asked)) {
         return Err(Refusal::no_model(&asked, &[&name]));
     }
     let judgements = served.moderator.judge(texts.into_iter().map(|text| (text, None)).collect()).await?;
