@@ -70,6 +70,16 @@ pub fn expire(store: &Store, keep: Option<Span>, now_ms: u64) -> Result<usize, S
     Ok(old.len())
 }
 
+/// The same for whoever does not hold the directory: nothing where somebody works, who looks for it at the start and once a
+/// day.
+pub(crate) fn expire_alone(store: &Store, keep: Option<Span>, now_ms: u64) -> Result<usize, StoreError> {
+    if keep.is_none() || store.is_worked_in()? {
+        return Ok(0);
+    }
+    let _visiting = store.hold_visit()?;
+    expire(store, keep, now_ms)
+}
+
 /// Carries out what was wished, while nobody works on a round here. Nothing happens if nothing was.
 pub fn carry_out(store: &Store) -> Result<Forgotten, StoreError> {
     let mut forgotten = Forgotten::default();

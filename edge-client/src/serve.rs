@@ -5,7 +5,7 @@
 //! wish (`requests.rs`), joins the batch of the thread that answers (`batch.rs`), and is followed (`follow.rs`) until it
 //! is an answer in OpenAI's form (`answers.rs`) or a refusal (`refusals.rs`). The guard judges on request, and around
 //! answers if the policy says so (`moderate.rs`). What is said is forgotten, but for chats whose owner agreed to keep them
-//! (`keep.rs`). `home.rs` writes those, and sees what the owner wants forgotten meanwhile.
+//! (`keep.rs`, `keeping.rs`). `home.rs` writes those, and sees what the owner wants forgotten meanwhile.
 
 mod refusals;
 mod fields;
@@ -18,24 +18,25 @@ mod follow;
 mod moderate;
 mod keep;
 mod home;
+mod keeping;
 mod routes;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
-use commonweal_runtime::{Message, Model, PreparedAdapter};
+use commonweal_runtime::{Model, PreparedAdapter};
 use commonweal_safety::{Constitution, Guard};
 use tokio::{net::TcpListener, runtime::Handle, sync::mpsc};
 
-use crate::{era::Era, policy::Guarding, sample::Sample, store::StoreError};
+use crate::policy::Guarding;
 use batch::{End, Job};
 use home::Gone;
-use keep::Conversations;
+use keeping::Keeping;
 use moderate::Moderator;
 use refusals::Refusal;
 
@@ -46,7 +47,7 @@ pub use keep::Consent;
 
 /// Prompts that wait for the batch; a further one is told to come back.
 const WAITING_MAX: usize = 32;
-/// How often it is looked which conversations are over.
+/// How often it is looked which conversations are over, and what waits to be written is tried again.
 const KEEP_LOOK: Duration = Duration::from_secs(30);
 /// How often it is looked what was forgotten. Whatever begins looks for itself; this ends what is under way.
 const FORGET_LOOK: Duration = Duration::from_millis(500);
@@ -101,10 +102,9 @@ struct Served {
     moderator: Moderator,
     guarding: Guarding,
     consent: Consent,
-    home: Home,
+    keeping: Keeping,
     /// Whether the personal adapter has.
     gone: Gone,
-    conversations: Mutex<Conversations>,
     jobs: mpsc::Sender<Job>,
     fingerprint: String,
 }
@@ -127,7 +127,7 @@ impl Served {
     }
 
     fn is_gone(&self, voice: &Voice) -> bool {
-        voice.is_personal && self.gone.look(&self.home)
+        voice.is_personal && self.gone.look(&self.keeping.home)
     }
 
     /// What comes of an answer with this adapter, as long as that may be used.
@@ -147,60 +147,6 @@ impl Served {
     fn identifier(&self, prefix: &str) -> String {
         format!("{prefix}-{:032x}", rand::random::<u128>())
     }
-
-    /// The era in which a chat is asked for that is to be kept; none if it cannot be, since it goes on with what was
-    /// forgotten.
-    fn era_of(&self, asked: &[Message]) -> Option<Era> {
-        let open = told(self.enter())?;
-        (!open.is_barred(asked)).then(|| open.era())
-    }
-
-    /// Holds a conversation until it is over.
-    fn hear(self: &Arc<Self>, asked: &[Message], answer: &str, era: Era) {
-        let over = told(self.enter()).and_then(|mut open| open.hear(asked, answer, era, Instant::now()));
-        self.keep_apart(over.into_iter().collect(), era);
-    }
-
-    /// What is held, and may be in the era that it is. Where that cannot be told, nothing is kept.
-    fn enter(&self) -> Result<MutexGuard<'_, Conversations>, StoreError> {
-        let era = self.home.era()?;
-        let mut open = self.conversations.lock().unwrap_or_else(PoisonError::into_inner);
-        open.enter(era);
-        Ok(open)
-    }
-
-    /// Takes out of what is held what is to be kept now.
-    fn take(&self, which: impl FnOnce(&mut Conversations) -> Vec<Sample>) -> (Vec<Sample>, Era) {
-        told(self.enter()).map(|mut open| (which(&mut open), open.era())).unwrap_or_default()
-    }
-
-    /// Keeps samples where writing may take its time.
-    fn keep_apart(self: &Arc<Self>, samples: Vec<Sample>, era: Era) {
-        if !samples.is_empty() {
-            let served = Arc::clone(self);
-            tokio::task::spawn_blocking(move || served.keep(&samples, era));
-        }
-    }
-
-    /// Keeps samples. Counts go to the log, never text.
-    fn keep(&self, samples: &[Sample], era: Era) {
-        match self.home.keep(samples, era) {
-            Ok(Some(added)) => tracing::info!("{added} chats are samples now"),
-            Ok(None) => tracing::info!("{} chats were said before everything was forgotten", samples.len()),
-            Err(error) => {
-                tracing::error!(
-                    "{} chats could not be kept: {:#}",
-                    samples.len(),
-                    anyhow::Error::from(error)
-                );
-            }
-        }
-    }
-}
-
-/// What could be had, or a word on the log.
-fn told<T>(had: Result<T, StoreError>) -> Option<T> {
-    had.inspect_err(|error| tracing::error!("chats cannot be kept: {error}")).ok()
 }
 
 /// Answers on a socket until `stop` is done.
@@ -221,16 +167,14 @@ pub async fn serve(
             .spawn(move || batch::answer(&model, &adapters, queue, &end, &handle))?
     };
     let moderator = Moderator::new(guard, constitution);
-    let conversations = Mutex::default();
     let served = Arc::new(Served {
         model,
         voices,
         moderator,
         guarding,
         consent,
-        home,
+        keeping: Keeping::new(home),
         gone: Gone::new(),
-        conversations,
         jobs,
         fingerprint,
     });
@@ -241,11 +185,8 @@ pub async fn serve(
     looking.abort();
     letting_go.abort();
     end.now();
-    let (rest, era) = served.take(Conversations::all);
     tokio::task::spawn_blocking(move || {
-        if !rest.is_empty() {
-            served.keep(&rest, era);
-        }
+        served.keeping.end();
         let _ = answering.join();
     })
     .await
@@ -257,8 +198,9 @@ async fn look(served: Arc<Served>) {
     let mut ticks = tokio::time::interval(KEEP_LOOK);
     loop {
         ticks.tick().await;
-        let (over, era) = served.take(|open| open.over(Instant::now()));
-        served.keep_apart(over, era);
+        let served = Arc::clone(&served);
+        // Writing may take its time.
+        let _ = tokio::task::spawn_blocking(move || served.keeping.tend(Instant::now())).await;
     }
 }
 
@@ -268,7 +210,7 @@ async fn let_go(served: Arc<Served>) {
     loop {
         ticks.tick().await;
         served.voices.iter().for_each(|voice| drop(served.is_gone(voice)));
-        drop(served.enter());
+        served.keeping.let_go();
     }
 }
 

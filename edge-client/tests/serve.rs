@@ -15,11 +15,10 @@ use commonweal_safety::{Constitution, Guard};
 use edge_client::{
     forget, kept,
     keys::{self, KeyPlace},
-    policy::Guarding,
+    policy::{Guarding, Policy},
     sample::Sample,
     serve::{self, Consent, Home, Key, Offer, Voice},
     store::Store,
-    units::Limit,
 };
 use serde_json::{Value, json};
 use tokio::{
@@ -81,7 +80,7 @@ impl Endpoint {
             constitution: Constitution::default(),
             guarding: Guarding::Off,
             consent: Consent::default(),
-            home: home(directory.path(), Limit::OFF),
+            home: home(directory.path()),
             key: None,
             fingerprint: "fp".into(),
         };
@@ -138,8 +137,8 @@ impl Endpoint {
     }
 }
 
-fn home(directory: &Path, disk_max: Limit) -> Home {
-    Home::open(directory, KeyPlace::File(directory.join(keys::FILE)), disk_max).unwrap()
+fn home(directory: &Path) -> Home {
+    Home::open(directory, KeyPlace::File(directory.join(keys::FILE)), &Policy::default()).unwrap()
 }
 
 fn chat(text: &str) -> Value {

@@ -36,7 +36,7 @@ pub(super) fn serve(shared: &Shared, request: &Request) -> Result<()> {
     let consent = Consent { policy: policy.serve.keep_chats, all: request.keep_chats };
     check(request, consent)?;
     let stages = open::Stages::open(shared, &place, &policy, &Cancel::new())?;
-    let home = Home::open(&place.directory, place.key.clone(), policy.budget.disk)?;
+    let home = Home::open(&place.directory, place.key.clone(), &policy)?;
     let voices = Voices::find(&stages.model, &place.look()?)?;
     let offer = Offer {
         voices: voices.all(&stages.model)?,

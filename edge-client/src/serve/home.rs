@@ -10,12 +10,14 @@ use tokio::sync::watch;
 use super::refusals::Refusal;
 use crate::{
     era::{self, Era},
+    forget,
     keys::KeyPlace,
     personal,
+    policy::Policy,
     rows::Parsed,
     sample::Sample,
     store::{Stamp, Store, StoreError},
-    units::Limit,
+    units::{Limit, Span},
 };
 
 /// The source of chats that became samples.
@@ -27,6 +29,8 @@ pub struct Home {
     directory: PathBuf,
     key: KeyPlace,
     disk_max: Limit,
+    /// How long samples are kept.
+    kept_for: Option<Span>,
     /// For what can be seen without the key.
     look: Store,
     /// The personal adapter at the start.
@@ -34,11 +38,13 @@ pub struct Home {
 }
 
 impl Home {
-    /// This directory, in which no more than so much may lie. To be opened before the personal adapter is read.
-    pub fn open(directory: &Path, key: KeyPlace, disk_max: Limit) -> Result<Self, StoreError> {
+    /// This directory, in which no more may lie, and no longer, than the policy says. To be opened before the personal
+    /// adapter is read.
+    pub fn open(directory: &Path, key: KeyPlace, policy: &Policy) -> Result<Self, StoreError> {
         let look = Store::open_shared_with(directory, key.clone())?;
         let personal = personal::stamp(&look)?;
-        Ok(Self { directory: directory.to_owned(), key, disk_max, look, personal })
+        let (disk_max, kept_for) = (policy.budget.disk, policy.store.keep);
+        Ok(Self { directory: directory.to_owned(), key, disk_max, kept_for, look, personal })
     }
 
     /// What tells the time before a `forget --all` from the time after it.
@@ -54,8 +60,22 @@ impl Home {
     /// Keeps chats as `add` keeps conversations, unless everything was forgotten since they were said: `None` then.
     pub(super) fn keep(&self, samples: &[Sample], era: Era) -> Result<Option<usize>, StoreError> {
         let good = samples.iter().cloned().enumerate().collect();
-        let store = Store::open_shared_with(&self.directory, self.key.clone())?.within(self.disk_max);
-        era::keep(&store, era, &Parsed { good, bad: Vec::new() }, SOURCE, Clock::system().unix_ms())
+        era::keep(
+            &self.store()?.within(self.disk_max),
+            era,
+            &Parsed { good, bad: Vec::new() },
+            SOURCE,
+            Clock::system().unix_ms(),
+        )
+    }
+
+    /// Forgets what is past its time, where no daemon does; tells how many samples that was.
+    pub(super) fn expire(&self) -> Result<usize, StoreError> {
+        forget::expire_alone(&self.store()?, self.kept_for, Clock::system().unix_ms())
+    }
+
+    fn store(&self) -> Result<Store, StoreError> {
+        Store::open_shared_with(&self.directory, self.key.clone())
     }
 }
 
@@ -99,7 +119,7 @@ mod tests {
     use crate::{forget, keys};
 
     fn home(directory: &Path) -> Home {
-        Home::open(directory, KeyPlace::File(directory.join(keys::FILE)), Limit::OFF).unwrap()
+        Home::open(directory, KeyPlace::File(directory.join(keys::FILE)), &Policy::default()).unwrap()
     }
 
     #[tokio::test]

@@ -87,7 +87,7 @@ async fn chat(State(served): State<Arc<Served>>, request: Request) -> Answered {
     let texts = vec![since_last_answer(&messages)];
     let agreed = wish.answers == 1 && served.consent.keeps(&headers);
     let adapter = served.voice(wish.model.as_deref())?;
-    let kept = agreed.then(|| served.era_of(&messages)).flatten().map(|era| (messages, era));
+    let kept = agreed.then(|| served.keeping.era_of(&messages)).flatten().map(|era| (messages, era));
     let keeps = kept.is_some();
     let mut response =
         give(&served, Asked { kind: Kind::Chat, wish, adapter, prompts: vec![prompt], texts, kept }).await?;
@@ -279,7 +279,7 @@ async fn finish(
     if let (Some((messages, era)), [answer]) = (&asked.kept, answers.as_slice())
         && matches!(answer.reason, Some(Reason::Stop(_)))
     {
-        served.hear(messages, &answer.text, *era);
+        served.keeping.hear(messages, &answer.text, *era);
     }
     Ok(answers)
 }
