@@ -9,6 +9,7 @@
 
 mod refusals;
 mod fields;
+mod messages;
 mod requests;
 mod answers;
 mod door;

@@ -4,12 +4,13 @@
 
 use std::collections::BTreeMap;
 
-use commonweal_runtime::{GenerateOptions, Message, Role};
+use commonweal_runtime::{GenerateOptions, Message};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
     fields::{Content, Fields, PASSED_OVER, Part},
+    messages,
     refusals::Refusal,
 };
 
@@ -180,42 +181,9 @@ pub(super) fn chat(body: &[u8]) -> Result<ChatWish, Refusal> {
         return Err(Refusal::value("messages", "messages: expected at least one message"));
     }
     let said = said.into_iter().enumerate().map(|(index, said)| Fields::of_message(index, said));
-    let messages = said.map(message).collect::<Result<_, _>>()?;
+    let messages = said.map(messages::message).collect::<Result<_, _>>()?;
     fields.end(&PASSED_OVER)?;
     Ok(ChatWish { messages, wish })
-}
-
-fn message(mut fields: Fields) -> Result<Message, Refusal> {
-    let role = match fields.take::<String>("role", "a text")?.as_deref() {
-        Some("system" | "developer") => Role::System,
-        Some("user") => Role::User,
-        Some("assistant") => Role::Assistant,
-        _ => {
-            let param = fields.name("role");
-            let expected = format!("{param}: expected system, developer, user or assistant");
-            return Err(Refusal::value(&param, expected));
-        }
-    };
-    let param = fields.name("content");
-    let content = fields.take::<Content>("content", "a text or a list of parts of type text")?;
-    // What a client sends back of an answer of ours.
-    let refusal = fields.take::<String>("refusal", "a text")?;
-    // Tells the model nothing.
-    fields.take::<String>("name", "a text")?;
-    let is_empty = |value: &Value| value.as_array().is_some_and(Vec::is_empty);
-    for name in ["tool_calls", "annotations"] {
-        fields.only(name, "none", is_empty)?;
-    }
-    for name in ["function_call", "audio", "tool_call_id"] {
-        fields.only(name, "none", |_| false)?;
-    }
-    fields.end(&[])?;
-    let content = match (content, refusal) {
-        (Some(content), _) => content.text(&param)?,
-        (None, Some(refusal)) => refusal,
-        (None, None) => return Err(Refusal::value(&param, format!("{param}: expected a text"))),
-    };
-    Ok(Message { role, content })
 }
 
 /// A request of `/v1/completions`.
@@ -358,40 +326,6 @@ mod tests {
         let tool = json!([{"role": "tool", "content": "x"}]);
         assert_eq!(asked(&with("messages", tool)).unwrap_err()["param"], "messages[0].role");
         assert!(asked(&json!([])).unwrap_err()["message"].as_str().unwrap().contains("object"));
-    }
-
-    #[test]
-    fn a_message_may_name_what_it_has_not() {
-        // As the official client gives an answer of ours back.
-        let dumped = json!({"role": "assistant", "content": "b", "refusal": null, "annotations": null, "audio": null,
-            "function_call": null, "tool_calls": null});
-        let emptied = json!({"role": "assistant", "content": "b", "refusal": null, "annotations": [],
-            "tool_calls": [], "of_another_year": null});
-        for answer in [dumped, emptied] {
-            let messages =
-                json!([{"role": "user", "content": "a"}, answer, {"role": "user", "content": "c"}]);
-            let messages = asked(&with("messages", messages)).unwrap().messages;
-            assert_eq!(messages, [Message::user("a"), Message::assistant("b"), Message::user("c")]);
-        }
-        for (name, value, code) in [
-            ("tool_calls", json!([{"id": "x"}]), "unsupported_parameter"),
-            ("annotations", json!([{"type": "url_citation"}]), "unsupported_parameter"),
-            ("function_call", json!({"name": "f"}), "unsupported_parameter"),
-            ("audio", json!({"id": "x"}), "unsupported_parameter"),
-            ("surprise", json!(1), "unknown_parameter"),
-            ("user", json!("u"), "unknown_parameter"),
-            ("content", json!(7), "invalid_value"),
-            ("content", Value::Null, "invalid_value"),
-            ("role", json!(7), "invalid_value"),
-            ("name", json!(7), "invalid_value"),
-        ] {
-            let mut answer = json!({"role": "assistant", "content": "b"});
-            answer[name] = value;
-            let error = asked(&with("messages", json!([answer]))).unwrap_err();
-            let param = format!("messages[0].{name}");
-            assert_eq!((&error["param"], &error["code"]), (&json!(param), &json!(code)), "{error}");
-        }
-        assert_eq!(asked(&with("messages", json!(["a"]))).unwrap_err()["param"], "messages");
     }
 
     #[test]
