@@ -35,6 +35,9 @@ def chats(client, model):
     choice = whole.choices[0]
     check("chat", choice.message.role == "assistant" and choice.finish_reason in ("stop", "length"), whole)
     check("usage", whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens, whole)
+    said_back = [*SAID, choice.message.model_dump(), {"role": "user", "content": "And in the freezer?"}]
+    on = ask(**dict(plain, messages=said_back))
+    check("an answer may be said back as the client gives it", on.choices[0].message.content, on)
     chunks = list(ask(**plain, stream=True, stream_options={"include_usage": True}))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     check("stream: the same text", text == choice.message.content, (text, choice.message.content))
@@ -73,6 +76,8 @@ def others(client, model):
     check("one model", client.models.retrieve(model).id == model)
     judged = client.moderations.create(input=[HARM, SAID[0]["content"]])
     check("moderations", [result.flagged for result in judged.results] == [True, False], judged)
+    named = client.moderations.create(input=HARM, model="omni-moderation-latest")
+    check("moderations under OpenAI's name", named.results[0].flagged and named.model == judged.model, named)
     flags = judged.results[0].categories.model_dump()
     check("moderations name a category", any(flags.values()), flags)
 
@@ -84,6 +89,8 @@ def errors(client, model):
     refused("no such model to look at", missing, lambda: client.models.retrieve("x/y"), code="model_not_found")
     penalty = dict(model=model, messages=SAID, frequency_penalty=0.5)
     refused("a penalty", bad, lambda: ask(**penalty), code="unsupported_parameter", param="frequency_penalty")
+    effort = dict(model=model, messages=SAID, reasoning_effort="high")
+    refused("reasoning effort", bad, lambda: ask(**effort), code="unsupported_parameter", param="reasoning_effort")
     tools = [{"type": "function", "function": {"name": "f"}}]
     refused("tools", bad, lambda: ask(model=model, messages=SAID, tools=tools), param="tools")
     refused("no messages", bad, lambda: ask(model=model, messages=[]), param="messages", type="invalid_request_error")

@@ -16,6 +16,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use commonweal_adapter::{Clip, MergeRule};
+use commonweal_transport::Congestion;
 use serde::{Deserialize, Serialize};
 
 use crate::round::Policy;
@@ -126,6 +127,8 @@ pub struct Receive {
     pub reconnect_spread_ms: u32,
     /// Releases whose adapters are kept for devices and roll-backs.
     pub releases_kept: u64,
+    /// How fast adapters are sent: `cubic`, or `bbr` for links that lose packets at random and are not paid for by the byte.
+    pub congestion: Congestion,
 }
 
 impl Default for Receive {
@@ -140,6 +143,7 @@ impl Default for Receive {
             reconnect_after_ms: 1_000,
             reconnect_spread_ms: 1_000,
             releases_kept: 100,
+            congestion: Congestion::Cubic,
         }
     }
 }

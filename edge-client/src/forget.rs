@@ -3,12 +3,15 @@
 //! A wish is written down before it is carried out, so that a kill in between loses no part of it: the next start goes on.
 //! A daemon's visit under way ends for it (`cli/rounds.rs`). Of a sample that a round has drawn, all goes that rounds
 //! leave: pairs, checkpoint, packed update, residuals, control variates. They are sums over samples, and no one can be
-//! taken out of a sum. What an aggregator has already, stays with it (docs/privacy.md).
+//! taken out of a sum. What an aggregator has already, stays with it (docs/privacy.md). An endpoint that is running sees
+//! that the personal adapter has gone, and that an era has ended (`era.rs`), and lets go of what it holds.
 
 use std::collections::BTreeSet;
 
 use crate::{
-    control, kept, owed, personal,
+    control,
+    era::Era,
+    kept, owed, personal,
     sample::{Sample, SampleId},
     store::{Store, StoreError},
     units::Span,
@@ -67,6 +70,16 @@ pub fn expire(store: &Store, keep: Option<Span>, now_ms: u64) -> Result<usize, S
     Ok(old.len())
 }
 
+/// The same for whoever does not hold the directory: nothing where somebody works, who looks for it at the start and once a
+/// day.
+pub(crate) fn expire_alone(store: &Store, keep: Option<Span>, now_ms: u64) -> Result<usize, StoreError> {
+    if keep.is_none() || store.is_worked_in()? {
+        return Ok(0);
+    }
+    let _visiting = store.hold_visit()?;
+    expire(store, keep, now_ms)
+}
+
 /// Carries out what was wished, while nobody works on a round here. Nothing happens if nothing was.
 pub fn carry_out(store: &Store) -> Result<Forgotten, StoreError> {
     let mut forgotten = Forgotten::default();
@@ -118,6 +131,8 @@ fn forget_all(store: &Store) -> Result<Forgotten, StoreError> {
     for name in store.secrets()? {
         store.remove(&name)?;
     }
+    // What somebody holds in memory to write it later is of before.
+    Era::end(store)?;
     store.remove(WISH_ALL)?;
     Ok(forgotten)
 }

@@ -49,7 +49,18 @@ struct Line {
 
 /// Adds what a file gave, as far as it is new; tells how much that was.
 pub fn keep(store: &Store, parsed: &Parsed<Sample>, source: &str, now_ms: u64) -> Result<usize, StoreError> {
-    let _held = hold(store)?;
+    let held = hold(store)?;
+    add(store, &held, parsed, source, now_ms)
+}
+
+/// The same, for whoever holds the samples already.
+pub(crate) fn add(
+    store: &Store,
+    _held: &Held,
+    parsed: &Parsed<Sample>,
+    source: &str,
+    now_ms: u64,
+) -> Result<usize, StoreError> {
     let mut known: BTreeSet<SampleId> = all(store)?.iter().map(|kept| kept.sample.id()).collect();
     let source: String = source.chars().take(SOURCE_CHARS_MAX).collect();
     let new = parsed.good.iter().filter(|(_, sample)| known.insert(sample.id())).map(|(_, sample)| Kept {

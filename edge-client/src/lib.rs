@@ -31,6 +31,7 @@ pub mod compress;
 pub mod upload;
 pub mod install;
 pub mod personal;
+pub mod era;
 pub mod forget;
 pub mod serve;
 pub mod control;

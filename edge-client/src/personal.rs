@@ -16,7 +16,7 @@ use commonweal_protocol::BaseHash;
 use crate::{
     kept,
     sample::{Sample, SampleId},
-    store::{Held, Store, StoreError},
+    store::{Held, Stamp, Store, StoreError},
 };
 
 const FILE: &str = "personal.adapter";
@@ -107,6 +107,11 @@ pub(crate) fn hold(store: &Store) -> Result<Held, StoreError> {
 /// Whether there is one.
 pub fn exists(store: &Store) -> bool {
     store.exists(FILE)
+}
+
+/// What tells the adapter that is there from a later one, and from none. To be asked for before it is read.
+pub(crate) fn stamp(store: &Store) -> Result<Option<Stamp>, StoreError> {
+    store.stamp(FILE)
 }
 
 /// Before it is trained on these samples: with those of before, for the adapter of before stands until there is another.

@@ -5,10 +5,11 @@
 //! wish (`requests.rs`), joins the batch of the thread that answers (`batch.rs`), and is followed (`follow.rs`) until it
 //! is an answer in OpenAI's form (`answers.rs`) or a refusal (`refusals.rs`). The guard judges on request, and around
 //! answers if the policy says so (`moderate.rs`). What is said is forgotten, but for chats whose owner agreed to keep them
-//! (`keep.rs`).
+//! (`keep.rs`, `keeping.rs`). `home.rs` writes those, and sees what the owner wants forgotten meanwhile.
 
 mod refusals;
 mod fields;
+mod messages;
 mod requests;
 mod answers;
 mod door;
@@ -17,34 +18,40 @@ mod batch;
 mod follow;
 mod moderate;
 mod keep;
+mod home;
+mod keeping;
 mod routes;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant, SystemTime},
 };
 
-use commonweal_runtime::{Message, Model, PreparedAdapter};
+use commonweal_runtime::{Model, PreparedAdapter};
 use commonweal_safety::{Constitution, Guard};
 use tokio::{net::TcpListener, runtime::Handle, sync::mpsc};
 
-use crate::{policy::Guarding, sample::Sample};
+use crate::policy::Guarding;
 use batch::{End, Job};
-use keep::Conversations;
+use home::Gone;
+use keeping::Keeping;
 use moderate::Moderator;
 use refusals::Refusal;
 
 pub(crate) use answers::finish_reason;
 pub use door::Key;
+pub use home::Home;
 pub use keep::Consent;
 
 /// Prompts that wait for the batch; a further one is told to come back.
 const WAITING_MAX: usize = 32;
-/// How often it is looked which conversations are over.
+/// How often it is looked which conversations are over, and what waits to be written is tried again.
 const KEEP_LOOK: Duration = Duration::from_secs(30);
+/// How often it is looked what was forgotten. Whatever begins looks for itself; this ends what is under way.
+const FORGET_LOOK: Duration = Duration::from_millis(500);
 
 /// A model that requests can name: an adapter over the base.
 #[derive(Clone, Debug)]
@@ -53,10 +60,9 @@ pub struct Voice {
     pub name: String,
     /// What it says things with.
     pub adapter: PreparedAdapter,
+    /// Whether that is with the personal adapter, and goes with it.
+    pub is_personal: bool,
 }
-
-/// Keeps samples; says how it went to nobody but the log.
-pub type Keep = Box<dyn Fn(Vec<Sample>) + Send + Sync>;
 
 /// What is served, and how.
 pub struct Offer {
@@ -72,8 +78,8 @@ pub struct Offer {
     pub guarding: Guarding,
     /// Whether chats become samples.
     pub consent: Consent,
-    /// Keeps them.
-    pub keep: Keep,
+    /// Where they are kept, and from where the voices came.
+    pub home: Home,
     /// Requests must name it.
     pub key: Option<Key>,
     /// Tells answers of one state of the model from those of another.
@@ -97,8 +103,9 @@ struct Served {
     moderator: Moderator,
     guarding: Guarding,
     consent: Consent,
-    keep: Keep,
-    conversations: Mutex<Conversations>,
+    keeping: Keeping,
+    /// Whether the personal adapter has.
+    gone: Gone,
     jobs: mpsc::Sender<Job>,
     fingerprint: String,
 }
@@ -107,10 +114,30 @@ impl Served {
     /// The adapter of a model's name.
     fn voice(&self, name: Option<&str>) -> Result<usize, Refusal> {
         let Some(name) = name else { return Ok(0) };
-        self.voices.iter().position(|voice| voice.name == name).ok_or_else(|| {
-            let served: Vec<&str> = self.voices.iter().map(|voice| voice.name.as_str()).collect();
-            Refusal::no_model(name, &served)
-        })
+        match self.voices.iter().position(|voice| voice.name == name) {
+            Some(index) if self.is_gone(&self.voices[index]) => Err(Refusal::personal_gone()),
+            Some(index) => Ok(index),
+            None => Err(Refusal::no_model(name, &self.names())),
+        }
+    }
+
+    /// What can be asked for now.
+    fn names(&self) -> Vec<&str> {
+        let there = self.voices.iter().filter(|voice| !self.is_gone(voice));
+        there.map(|voice| voice.name.as_str()).collect()
+    }
+
+    fn is_gone(&self, voice: &Voice) -> bool {
+        voice.is_personal && self.gone.look(&self.keeping.home)
+    }
+
+    /// What comes of an answer with this adapter, as long as that may be used.
+    async fn allowed<T, E: From<Refusal>>(
+        &self,
+        adapter: usize,
+        answer: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        if self.voices[adapter].is_personal { self.gone.or(answer).await } else { answer.await }
     }
 
     fn guards_answers(&self) -> bool {
@@ -121,24 +148,6 @@ impl Served {
     fn identifier(&self, prefix: &str) -> String {
         format!("{prefix}-{:032x}", rand::random::<u128>())
     }
-
-    /// Holds a conversation until it is over.
-    fn hear(self: &Arc<Self>, asked: &[Message], answer: &str) {
-        let over = self.open().hear(asked, answer, Instant::now());
-        self.keep_apart(over.into_iter().collect());
-    }
-
-    fn open(&self) -> std::sync::MutexGuard<'_, Conversations> {
-        self.conversations.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Keeps samples where writing may take its time.
-    fn keep_apart(self: &Arc<Self>, samples: Vec<Sample>) {
-        if !samples.is_empty() {
-            let served = Arc::clone(self);
-            tokio::task::spawn_blocking(move || (served.keep)(samples));
-        }
-    }
 }
 
 /// Answers on a socket until `stop` is done.
@@ -148,7 +157,7 @@ pub async fn serve(
     stop: impl Future<Output = ()>,
 ) -> std::io::Result<()> {
     let address = listener.local_addr()?;
-    let Offer { model, voices, guard, constitution, guarding, consent, keep, key, fingerprint } = offer;
+    let Offer { model, voices, guard, constitution, guarding, consent, home, key, fingerprint } = offer;
     let (jobs, queue) = mpsc::channel(WAITING_MAX);
     let end = Arc::new(End::default());
     let answering = {
@@ -159,28 +168,26 @@ pub async fn serve(
             .spawn(move || batch::answer(&model, &adapters, queue, &end, &handle))?
     };
     let moderator = Moderator::new(guard, constitution);
-    let conversations = Mutex::default();
     let served = Arc::new(Served {
         model,
         voices,
         moderator,
         guarding,
         consent,
-        keep,
-        conversations,
+        keeping: Keeping::new(home),
+        gone: Gone::new(),
         jobs,
         fingerprint,
     });
     let looking = tokio::spawn(look(Arc::clone(&served)));
+    let letting_go = tokio::spawn(let_go(Arc::clone(&served)));
     let app = door::guarded(routes::routes(Arc::clone(&served)), address.ip(), key);
     listen::listen(listener, app, stop).await;
     looking.abort();
+    letting_go.abort();
     end.now();
-    let rest = served.open().all();
     tokio::task::spawn_blocking(move || {
-        if !rest.is_empty() {
-            (served.keep)(rest);
-        }
+        served.keeping.end();
         let _ = answering.join();
     })
     .await
@@ -192,8 +199,19 @@ async fn look(served: Arc<Served>) {
     let mut ticks = tokio::time::interval(KEEP_LOOK);
     loop {
         ticks.tick().await;
-        let over = served.open().over(Instant::now());
-        served.keep_apart(over);
+        let served = Arc::clone(&served);
+        // Writing may take its time.
+        let _ = tokio::task::spawn_blocking(move || served.keeping.tend(Instant::now())).await;
+    }
+}
+
+/// Lets go of what was forgotten.
+async fn let_go(served: Arc<Served>) {
+    let mut ticks = tokio::time::interval(FORGET_LOOK);
+    loop {
+        ticks.tick().await;
+        served.voices.iter().for_each(|voice| drop(served.is_gone(voice)));
+        served.keeping.let_go();
     }
 }
 

@@ -11,6 +11,7 @@ use std::{
 
 use commonweal_runtime::Devices;
 use commonweal_traces::Endpoint;
+use commonweal_transport::{Congestion, LinkLimits};
 use serde::{Deserialize, Serialize};
 
 use crate::keys::KeyPlace;
@@ -56,6 +57,10 @@ pub struct SettingsFile {
     /// A connection on which nothing moves for so long is given up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stall_seconds: Option<NonZeroU64>,
+    /// How fast updates are sent: `cubic`, or `bbr` for a link that loses packets at random and is not paid for by the byte
+    /// (docs/faults.md).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub congestion: Option<Congestion>,
 }
 
 /// Why settings cannot be used.
@@ -112,6 +117,16 @@ impl SettingsFile {
             error => error,
         })?;
         Ok(settings)
+    }
+
+    /// The numbers of the link, whose pauses are drawn by this seed.
+    pub fn link(&self, seed: u64) -> LinkLimits {
+        let mut limits =
+            LinkLimits { seed, congestion: self.congestion.unwrap_or_default(), ..LinkLimits::default() };
+        if let Some(seconds) = self.stall_seconds {
+            limits.stall_ms = seconds.get().saturating_mul(1000);
+        }
+        limits
     }
 
     /// Where spans go, if anywhere: by the flag, else by the file.
@@ -202,6 +217,8 @@ mod tests {
             "threads = 0\n",
             "poll_seconds_max = 0\n",
             "stall_seconds = 0\n",
+            "congestion = \"reno\"\n",
+            "congestion = true\n",
         ] {
             std::fs::write(directory.path().join("device.toml"), text).unwrap();
             assert!(
@@ -218,6 +235,18 @@ mod tests {
         );
         let told = SettingsFile::default().collector(Some("http://me:word@h")).unwrap_err().to_string();
         assert!(told.starts_with("--traces") && !told.contains("word@"), "{told}");
+    }
+
+    #[test]
+    fn the_link_is_as_the_file_says() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(SettingsFile::default().link(7), LinkLimits { seed: 7, ..LinkLimits::default() });
+        for (word, congestion) in [("cubic", Congestion::Cubic), ("bbr", Congestion::Bbr)] {
+            let text = format!("stall_seconds = 3\ncongestion = \"{word}\"\n");
+            std::fs::write(directory.path().join("device.toml"), text).unwrap();
+            let limits = SettingsFile::read(directory.path()).unwrap().link(7);
+            assert_eq!(limits, LinkLimits { seed: 7, stall_ms: 3_000, congestion, ..LinkLimits::default() });
+        }
     }
 
     #[test]

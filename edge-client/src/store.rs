@@ -27,6 +27,7 @@
 //!   spent.json                        what the network has cost, by date (`spend.rs`); `.damaged`, one that was no account
 //!   doing.json                        what `run` does and why it waits, for `status`
 //!   paused                            while the owner wants no rounds
+//!   forgotten                         a number drawn anew when everything was forgotten (`era.rs`)
 //!   lock visit.lock samples.lock      held by the process that works here, while it visits the aggregator, while
 //!   forget.lock personal.lock         samples are added or taken away, a wish to forget is written, the personal adapter
 //! ```

@@ -6,16 +6,19 @@ use std::{
     net::SocketAddr,
     num::NonZeroUsize,
     path::Path,
-    sync::{Arc, LazyLock, Mutex},
+    sync::{Arc, LazyLock},
 };
 
 use commonweal_package::Package;
 use commonweal_runtime::{Cancel, Library, Model, OpenOptions};
 use commonweal_safety::{Constitution, Guard};
 use edge_client::{
-    policy::Guarding,
+    forget, kept,
+    keys::{self, KeyPlace},
+    policy::{Guarding, Policy},
     sample::Sample,
-    serve::{self, Consent, Key, Offer, Voice},
+    serve::{self, Consent, Home, Key, Offer, Voice},
+    store::Store,
 };
 use serde_json::{Value, json};
 use tokio::{
@@ -37,7 +40,7 @@ static MODEL: LazyLock<Model> = LazyLock::new(|| {
 /// An endpoint that runs until [`Endpoint::end`].
 struct Endpoint {
     address: SocketAddr,
-    kept: Arc<Mutex<Vec<Sample>>>,
+    directory: tempfile::TempDir,
     stop: oneshot::Sender<()>,
     running: JoinHandle<()>,
 }
@@ -63,17 +66,21 @@ impl Answered {
 
 impl Endpoint {
     async fn start(change: impl FnOnce(&mut Offer)) -> Self {
-        let kept: Arc<Mutex<Vec<Sample>>> = Arc::default();
-        let keep = Arc::clone(&kept);
+        let directory = tempfile::tempdir().unwrap();
+        Store::open(directory.path()).unwrap().write("personal.adapter", b"computed").unwrap();
         let model = MODEL.clone();
+        let voice = |name: &str, is_personal| {
+            let adapter = model.prepare(None).unwrap();
+            Voice { name: name.into(), adapter, is_personal }
+        };
         let mut offer = Offer {
-            voices: vec![Voice { name: "m/base".into(), adapter: model.prepare(None).unwrap() }],
+            voices: vec![voice("m/base", false), voice("m/personal", true)],
             guard: Guard::from_package(&model, &Cancel::new()).unwrap(),
             model,
             constitution: Constitution::default(),
             guarding: Guarding::Off,
             consent: Consent::default(),
-            keep: Box::new(move |samples| keep.lock().unwrap().extend(samples)),
+            home: home(directory.path()),
             key: None,
             fingerprint: "fp".into(),
         };
@@ -84,14 +91,21 @@ impl Endpoint {
         let running = tokio::spawn(async move {
             serve::serve(offer, listener, async { drop(stopped.await) }).await.unwrap();
         });
-        Self { address, kept, stop, running }
+        Self { address, directory, stop, running }
     }
 
     /// Ends it; what was kept.
     async fn end(self) -> Vec<Sample> {
         self.stop.send(()).unwrap();
         self.running.await.unwrap();
-        std::mem::take(&mut *self.kept.lock().unwrap())
+        kept::samples(&Store::open(self.directory.path()).unwrap()).unwrap()
+    }
+
+    /// As `edge-client forget` does, while this runs.
+    fn forget(&self, wish: impl FnOnce(&Store)) {
+        let store = Store::open_shared(self.directory.path()).unwrap();
+        wish(&store);
+        forget::carry_out(&store).unwrap();
     }
 
     async fn send(&self, request: &str) -> Answered {
@@ -121,6 +135,10 @@ impl Endpoint {
         let headers = format!("Content-Type: application/json\r\n{headers}");
         self.ask(&format!("POST /v1/{path}"), &headers, &body.to_string()).await
     }
+}
+
+fn home(directory: &Path) -> Home {
+    Home::open(directory, KeyPlace::File(directory.join(keys::FILE)), &Policy::default()).unwrap()
 }
 
 fn chat(text: &str) -> Value {
@@ -256,6 +274,10 @@ async fn the_guard_judges_when_asked_and_stands_before_answers_when_told() {
         (&judged["results"][0]["flagged"], &judged["results"][1]["flagged"]),
         (&json!(true), &json!(false))
     );
+    for alias in ["omni-moderation-latest", "text-moderation-latest"] {
+        let named = endpoint.post("moderations", &json!({"input": HARM, "model": alias})).await.json();
+        assert_eq!((&named["results"][0], &named["model"]), (&judged["results"][0], &judged["model"]));
+    }
     let flags = judged["results"][0]["categories"].as_object().unwrap();
     assert_eq!(flags.values().filter(|flag| **flag == json!(true)).count(), 1, "{flags:?}");
     let refused = endpoint.post("chat/completions", &chat(HARM)).await.json();
@@ -303,4 +325,35 @@ async fn chats_are_kept_by_consent_alone_and_once() {
     let said: Vec<&str> = kept.iter().flat_map(Sample::turns).map(|turn| turn.content.as_str()).collect();
     assert_eq!((kept.len(), said.len()), (1, 4), "{said:?}");
     assert_eq!((said[0], said[2]), ("one", "two"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_forgotten_is_neither_kept_later_nor_answered_from() {
+    let endpoint = Endpoint::start(|offer| offer.consent = Consent { policy: true, all: true }).await;
+    let personal = json!({"model": "m/personal"});
+    let first = endpoint.post("chat/completions", &with(chat("a secret"), &personal)).await;
+    assert!(first.status == 200 && first.head.contains("x-commonweal-kept: yes"), "{}", first.head);
+    let listed = endpoint.ask("GET /v1/models", "", "").await.json();
+    assert_eq!(listed["data"].as_array().unwrap().len(), 2);
+    endpoint.forget(|store| forget::wish_all(store).unwrap());
+    // At once, not at the next look.
+    for stream in [false, true] {
+        let body = with(with(chat("more"), &personal), &json!({ "stream": stream }));
+        let refused = endpoint.post("chat/completions", &body).await;
+        assert_eq!(refused.json()["error"]["code"], "model_not_found", "{}", refused.body);
+        assert!(refused.status == 404 && refused.body.contains("was forgotten"), "{}", refused.body);
+    }
+    let listed = endpoint.ask("GET /v1/models", "", "").await.json();
+    assert_eq!(listed["data"].as_array().unwrap().len(), 1, "{listed}");
+    // What goes on with it says it again.
+    let answer = first.json()["choices"][0]["message"]["content"].clone();
+    let messages = json!({"messages": [{"role": "user", "content": "a secret"},
+        {"role": "assistant", "content": answer}, {"role": "user", "content": "go on"}]});
+    let on = endpoint.post("chat/completions", &with(chat(""), &messages)).await;
+    assert!(on.status == 200 && on.head.contains("x-commonweal-kept: no"), "{}", on.head);
+    let later = endpoint.post("chat/completions", &chat("of later")).await;
+    assert!(later.head.contains("x-commonweal-kept: yes"), "{}", later.head);
+    let kept = endpoint.end().await;
+    assert_eq!(kept.len(), 1);
+    assert_eq!(kept[0].turns()[0].content, "of later");
 }

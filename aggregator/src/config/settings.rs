@@ -351,6 +351,7 @@ mod tests {
                 ("ROUND__GAOL", "6"),
                 ("THREADS", "many"),
                 ("MERGE__TRIMMED_SHARE", "0.5"),
+                ("RECEIVE__CONGESTION", "reno"),
             ]))
             .with_set(&["nonsense".to_owned()]);
         let text = settings.checked().unwrap_err().to_string();
@@ -358,6 +359,7 @@ mod tests {
             "round.gaol: unknown field `gaol`",
             "(COMMONWEAL_AGGREGATOR_ROUND__GAOL)",
             "threads: invalid type",
+            "receive.congestion: unknown variant `reno`, expected `cubic` or `bbr`",
             "--set: expected KEY=VALUE, got `nonsense`",
             "round.quorum from aggregator.toml",
             "package from aggregator.toml",

@@ -127,7 +127,8 @@ impl Shell {
     }
 
     fn bind(&self, service: Service) -> Result<Arc<QuicServer>, ServeError> {
-        let (address, limits) = (self.parts.config.listen, ServeLimits::default());
+        let (address, congestion) = (self.parts.config.listen, self.parts.config.receive.congestion);
+        let limits = ServeLimits { congestion, ..ServeLimits::default() };
         let server = QuicServer::bind(address, self.identity()?, service, limits, self.parts.clock.clone());
         server.map(Arc::new).map_err(|source| ServeError::Listen { address, source: source.into() })
     }

@@ -1,4 +1,4 @@
-//! `add`: keeps the conversations of files for training.
+//! `add`: keeps the conversations of files for training, once those are gone that are past their time.
 
 use std::path::PathBuf;
 
@@ -6,15 +6,20 @@ use anyhow::Result;
 use commonweal_transport::Clock;
 
 use super::{Shared, open};
-use crate::{events::Event, kept};
+use crate::{events::Event, forget, kept};
 
 pub(super) fn add(shared: &Shared, files: &[PathBuf]) -> Result<()> {
     let place = open::Place::find(shared)?;
-    let store = place.store_or_look()?.within(place.policy(shared)?.budget.disk);
+    let policy = place.policy(shared)?;
     // All are read before any is kept: a wrong name among them changes nothing.
     let parsed = files.iter().map(|file| open::read_samples(file)).collect::<Result<Vec<_>>>()?;
     let (mut added, mut seen, mut bad) = (0, 0, 0);
     let now_ms = Clock::system().unix_ms();
+    let expired = forget::expire_alone(&place.look()?, policy.store.keep, now_ms)?;
+    if expired > 0 {
+        tracing::info!("{expired} samples were older than the policy keeps them, and are forgotten");
+    }
+    let store = place.store_or_look()?.within(policy.budget.disk);
     for (file, parsed) in files.iter().zip(&parsed) {
         seen += parsed.good.len();
         bad += parsed.bad.len();

@@ -16,7 +16,12 @@ use commonweal_runtime::{Cancel, GenerateOptions, InferError, Message, Model, Pr
 use serde_json::json;
 
 use super::{Shared, exit::BadInput, open, voices::Voices};
-use crate::{events::Output, serve::finish_reason};
+use crate::{
+    events::Output,
+    personal,
+    serve::finish_reason,
+    store::{Stamp, Store},
+};
 use commands::{HELP, Typed, meaning};
 use reader::Reader;
 
@@ -51,6 +56,8 @@ struct Talk {
     system: Option<String>,
     said: Vec<Message>,
     output: Output,
+    /// The personal adapter as it was read, if it speaks here, and where.
+    personal: Option<(Store, Option<Stamp>)>,
     /// The answer under way.
     answering: Arc<Mutex<Cancel>>,
 }
@@ -61,7 +68,9 @@ pub(super) fn chat(shared: &Shared, request: &Request) -> Result<()> {
     }
     let place = open::Place::find(shared)?;
     let model = open::open_model(shared, &place)?;
-    let voices = Voices::find(&model, &place.look()?)?;
+    let store = place.look()?;
+    let stamp = personal::stamp(&store)?;
+    let voices = Voices::find(&model, &store)?;
     let voice = voices.one(&model, request.personal)?;
     let options = GenerateOptions {
         max_new_tokens: request.max_tokens,
@@ -77,6 +86,7 @@ pub(super) fn chat(shared: &Shared, request: &Request) -> Result<()> {
         system: request.system.clone(),
         said: Vec::new(),
         output: shared.output(),
+        personal: request.personal.then_some((place.look()?, stamp)),
         answering: Arc::default(),
     };
     if let Some(prompt) = &request.prompt {
@@ -123,6 +133,11 @@ impl Talk {
 
     /// Whether there was an answer.
     fn answer(&mut self) -> Result<bool> {
+        if let Some((store, stamp)) = &self.personal
+            && personal::stamp(store)? != *stamp
+        {
+            bail!("the personal adapter was forgotten or trained again since this chat began: begin another");
+        }
         let cancel = Cancel::new();
         *self.answering.lock().unwrap_or_else(PoisonError::into_inner) = cancel.clone();
         let prompt = self.prompt()?;

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use commonweal_protocol::Refusal;
 use commonweal_runtime::{Cancel, measure, memory};
 use commonweal_safety::Constitution;
-use commonweal_transport::{Clock, LinkLimits, QuicLink};
+use commonweal_transport::{Clock, QuicLink};
 use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use tokio::runtime::Runtime;
@@ -375,10 +375,7 @@ fn connect(
     settings: &SettingsFile,
     meter: &Arc<Metered>,
 ) -> Result<QuicLink> {
-    let mut limits = LinkLimits { seed: ChaCha8Rng::from_os_rng().next_u64(), ..LinkLimits::default() };
-    if let Some(seconds) = settings.stall_seconds {
-        limits.stall_ms = seconds.get().saturating_mul(1000);
-    }
+    let limits = settings.link(ChaCha8Rng::from_os_rng().next_u64());
     let Identity { credentials, address } = identity;
     let _inside = runtime.enter();
     let (host, credentials, meter) = (address.host.as_str(), credentials.clone(), Arc::clone(meter));

@@ -33,7 +33,7 @@ pub struct Request {
     /// Those that are older: 90d, 12h, 5m
     #[arg(long, value_name = "TIME")]
     older_than: Option<Span>,
-    /// All, with everything computed from them, the personal adapter, and the key if no other edge-client is running
+    /// All, with everything computed from them, the personal adapter, and the key if no edge-client works in the directory
     #[arg(long, conflicts_with_all = ["names", "source", "older_than"])]
     all: bool,
 }
@@ -152,11 +152,16 @@ fn chosen(store: &Store, request: &Request) -> Result<BTreeSet<SampleId>> {
     Ok(ids)
 }
 
-/// Nobody needs the key any more: older copies of the files, in a backup or on the disk's free blocks, close with it.
+/// Nobody needs the key any more: older copies of the files, in a backup or on the disk's free blocks, close with it. Whoever
+/// holds the directory may have the key in use; `serve`, `chat` and `train` do not hold it, and read the key anew where they
+/// write.
 fn end_key(place: &open::Place) -> Result<bool> {
-    match Store::lock(&place.directory, place.key.clone()) {
-        Ok(mut store) if store.secrets()?.is_empty() => Ok(store.unseal()?),
-        Ok(_) | Err(StoreError::Locked(_)) => Ok(false),
-        Err(error) => Err(error.into()),
-    }
+    let mut store = match Store::lock(&place.directory, place.key.clone()) {
+        Ok(store) => store,
+        Err(StoreError::Locked(_)) => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    // Nothing is sealed with it between the look and its end.
+    let _held = kept::hold(&store)?;
+    if store.secrets()?.is_empty() { Ok(store.unseal()?) } else { Ok(false) }
 }

@@ -4,16 +4,11 @@ use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result};
 use commonweal_runtime::Cancel;
-use commonweal_transport::Clock;
 
 use super::{Shared, exit::BadInput, open, voices::Voices};
 use crate::{
     events::Event,
-    kept,
-    rows::Parsed,
-    sample::Sample,
-    serve::{self, Consent, Keep, Key, Offer},
-    units::Limit,
+    serve::{self, Consent, Home, Key, Offer},
 };
 
 /// How often a signal to stop is looked for.
@@ -41,6 +36,7 @@ pub(super) fn serve(shared: &Shared, request: &Request) -> Result<()> {
     let consent = Consent { policy: policy.serve.keep_chats, all: request.keep_chats };
     check(request, consent)?;
     let stages = open::Stages::open(shared, &place, &policy, &Cancel::new())?;
+    let home = Home::open(&place.directory, place.key.clone(), &policy)?;
     let voices = Voices::find(&stages.model, &place.look()?)?;
     let offer = Offer {
         voices: voices.all(&stages.model)?,
@@ -50,7 +46,7 @@ pub(super) fn serve(shared: &Shared, request: &Request) -> Result<()> {
         model: stages.model,
         guarding: policy.serve.guard,
         consent,
-        keep: keeper(place, policy.budget.disk),
+        home,
         key: request.api_key.as_deref().map(Key::new),
     };
     let models = offer.voices.iter().map(|voice| voice.name.clone()).collect();
@@ -90,18 +86,4 @@ fn check(request: &Request, consent: Consent) -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// Keeps chats as `add` keeps conversations. Counts go to the log, never text.
-fn keeper(place: open::Place, disk_max: Limit) -> Keep {
-    Box::new(move |samples: Vec<Sample>| {
-        let parsed = Parsed { good: samples.into_iter().enumerate().collect(), bad: Vec::new() };
-        let kept = place.look().and_then(|store| {
-            Ok(kept::keep(&store.within(disk_max), &parsed, "serve", Clock::system().unix_ms())?)
-        });
-        match kept {
-            Ok(added) => tracing::info!("{added} chats are samples now"),
-            Err(error) => tracing::error!("{} chats could not be kept: {error:#}", parsed.good.len()),
-        }
-    })
 }

@@ -7,6 +7,7 @@ use commonweal_runtime::Model;
 
 use super::{exit::BadInput, identity::Identity};
 use crate::{
+    forget,
     install::{self, Expected, Installed},
     personal, pipeline,
     serve::Voice,
@@ -21,8 +22,12 @@ pub(super) struct Voices {
 }
 
 impl Voices {
-    /// Reads what there is.
+    /// Reads what there is, once what a kill left of a wish to forget is carried out.
     pub(super) fn find(model: &Model, store: &Store) -> Result<Self> {
+        if forget::is_wished(store) {
+            let _visiting = store.hold_visit()?;
+            forget::carry_out(store)?;
+        }
         let release = release(model, store)?;
         let personal = personal::read(store, pipeline::base_of(model))?;
         Ok(Self { release, personal })
@@ -38,10 +43,12 @@ impl Voices {
         let name = &model.manifest().model.name;
         let release = self.release.as_ref().map(|installed| &installed.adapter);
         let adapter = model.prepare(release)?;
-        let mut voices = vec![Voice { name: format!("{name}/{}", self.release_name()), adapter }];
+        let mut voices =
+            vec![Voice { name: format!("{name}/{}", self.release_name()), adapter, is_personal: false }];
         if let Some(personal) = &self.personal {
             let beside = personal::beside(release, personal).context("personal adapter")?;
-            voices.push(Voice { name: format!("{name}/personal"), adapter: model.prepare(Some(&beside))? });
+            let adapter = model.prepare(Some(&beside))?;
+            voices.push(Voice { name: format!("{name}/personal"), adapter, is_personal: true });
         }
         Ok(voices)
     }

@@ -1,4 +1,5 @@
-//! The parameters of a body, taken one by one by their names; what is wrong with one is a refusal that names it.
+//! The parameters of a body, or of a message in it, taken one by one by their names; what is wrong with one is a refusal
+//! that names it. Null is the same as absent, whatever the name: clients send all that they know.
 //! `requests.rs` says which there are.
 
 use serde::{Deserialize, de::DeserializeOwned};
@@ -7,28 +8,34 @@ use serde_json::{Map, Value};
 use super::refusals::Refusal;
 
 /// What concerns accounts and other places, and no answer.
-const PASSED_OVER: [&str; 8] = [
-    "user",
-    "metadata",
-    "service_tier",
-    "store",
-    "safety_identifier",
-    "prompt_cache_key",
-    "verbosity",
-    "reasoning_effort",
-];
+pub(super) const PASSED_OVER: [&str; 6] =
+    ["user", "metadata", "service_tier", "store", "safety_identifier", "prompt_cache_key"];
 
 /// The parameters of a body, taken one by one; what is left at the end nobody knows.
-pub(super) struct Fields(Map<String, Value>);
+pub(super) struct Fields {
+    left: Map<String, Value>,
+    /// What stands before their names: nothing, or the message that they are of.
+    of: String,
+}
 
 impl Fields {
     /// Those of a body, which must be a JSON object.
     pub(super) fn of(body: &[u8]) -> Result<Self, Refusal> {
         match serde_json::from_slice(body) {
-            Ok(Value::Object(fields)) => Ok(Self(fields)),
+            Ok(Value::Object(left)) => Ok(Self { left, of: String::new() }),
             Ok(_) => Err(Refusal::body("expected a JSON object")),
             Err(error) => Err(Refusal::body(format!("body is not JSON: {error}"))),
         }
+    }
+
+    /// Those of the message of this number.
+    pub(super) fn of_message(index: usize, left: Map<String, Value>) -> Self {
+        Self { left, of: format!("messages[{index}].") }
+    }
+
+    /// A parameter's name for a person.
+    pub(super) fn name(&self, name: &str) -> String {
+        format!("{}{name}", self.of)
     }
 
     /// A parameter, if it is there; null is the same as absent.
@@ -37,11 +44,12 @@ impl Fields {
         name: &str,
         expected: &str,
     ) -> Result<Option<T>, Refusal> {
-        match self.0.remove(name) {
+        match self.left.remove(name) {
             None | Some(Value::Null) => Ok(None),
-            Some(value) => serde_json::from_value(value)
-                .map(Some)
-                .map_err(|_| Refusal::value(name, format!("{name}: expected {expected}"))),
+            Some(value) => serde_json::from_value(value).map(Some).map_err(|_| {
+                let name = self.name(name);
+                Refusal::value(&name, format!("{name}: expected {expected}"))
+            }),
         }
     }
 
@@ -76,20 +84,24 @@ impl Fields {
         expected: &str,
         harmless: impl Fn(&Value) -> bool,
     ) -> Result<(), Refusal> {
-        match self.0.remove(name) {
-            Some(value) if !value.is_null() && !harmless(&value) => Err(Refusal::unsupported(name, expected)),
+        match self.left.remove(name) {
+            Some(value) if !value.is_null() && !harmless(&value) => {
+                Err(Refusal::unsupported(&self.name(name), expected))
+            }
             _ => Ok(()),
         }
     }
 
-    /// Refuses what is left, but for what concerns other places.
-    pub(super) fn end(mut self) -> Result<(), Refusal> {
-        for name in PASSED_OVER {
-            self.0.remove(name);
-        }
-        match self.0.keys().next() {
+    /// Refuses what is left, but for these.
+    pub(super) fn end(self, passed_over: &[&str]) -> Result<(), Refusal> {
+        let unknown =
+            |(name, value): &(&String, &Value)| !value.is_null() && !passed_over.contains(&name.as_str());
+        match self.left.iter().find(unknown) {
             // As much of a stranger's name as a person reads.
-            Some(name) => Err(Refusal::unknown_parameter(&name.chars().take(100).collect::<String>())),
+            Some((name, _)) => {
+                let name: String = name.chars().take(100).collect();
+                Err(Refusal::unknown_parameter(&self.name(&name)))
+            }
             None => Ok(()),
         }
     }

@@ -25,6 +25,12 @@ pub(super) enum Broken {
     Refused(Refusal),
 }
 
+impl From<Refusal> for Broken {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
 /// One request's answers, growing.
 struct Growing<'a> {
     form: &'a Form,

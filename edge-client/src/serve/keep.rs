@@ -1,13 +1,20 @@
 //! Chats that may become samples. Nothing is, unless the owner says so twice: in the policy (`[serve] keep_chats`), and
 //! for all requests (`--keep-chats`) or for one (the header below). A conversation is kept once, as long as it got: a
-//! request that goes on with an earlier one takes its place. `routes.rs` tells what was said.
+//! request that goes on with an earlier one takes its place. What was said before a `forget --all` is not kept after it,
+//! nor when a later request says it again. `routes.rs` tells what was said.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::VecDeque,
+    time::{Duration, Instant},
+};
 
 use axum::http::HeaderMap;
 use commonweal_runtime::{Message, Role};
 
-use crate::sample::{MESSAGES_MAX, Sample, Turn};
+use crate::{
+    era::Era,
+    sample::{MESSAGES_MAX, Sample, Turn},
+};
 
 /// A client's own wish for one request: `yes` or `no`.
 pub(super) const ASKED: &str = "x-commonweal-keep";
@@ -17,6 +24,11 @@ pub(super) const TOLD: &str = "x-commonweal-kept";
 const QUIET: Duration = Duration::from_secs(300);
 /// Conversations that may go on at once; the quietest is over if there are more.
 const OPEN_MAX: usize = 64;
+/// Conversations of before a `forget --all` that are known when they go on; the oldest makes room.
+const BARRED_MAX: usize = 256;
+/// Chats that are over and wait to be written, and their bytes. From then on no chat is begun to be kept.
+const UNWRITTEN_MAX: usize = 256;
+const UNWRITTEN_BYTES_MAX: usize = 8 << 20;
 
 /// What the owner has agreed to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,47 +63,118 @@ impl Consent {
 /// Conversations that may still go on, in memory only.
 #[derive(Debug, Default)]
 pub(super) struct Conversations {
+    /// In which all that is held was said.
+    era: Era,
     open: Vec<(Vec<Turn>, Instant)>,
+    /// What is over and was not written yet.
+    unwritten: Vec<Sample>,
+    /// What was held when an era ended, by its hash alone.
+    barred: VecDeque<blake3::Hash>,
 }
 
 impl Conversations {
-    /// A conversation with its answer; gives what is over because there are too many.
-    pub(super) fn hear(&mut self, asked: &[Message], answer: &str, now: Instant) -> Option<Sample> {
-        let turn = |message: &Message| Turn { role: message.role, content: message.content.clone() };
-        let mut turns: Vec<Turn> = asked.iter().map(turn).collect();
+    /// The era in which all that is held was said.
+    pub(super) fn era(&self) -> Era {
+        self.era
+    }
+
+    /// It is this era now: what was said in another goes.
+    pub(super) fn enter(&mut self, era: Era) {
+        if era != self.era {
+            self.era = era;
+            for (turns, _) in std::mem::take(&mut self.open) {
+                self.bar(&turns);
+            }
+            for sample in std::mem::take(&mut self.unwritten) {
+                self.bar(sample.turns());
+            }
+        }
+    }
+
+    fn bar(&mut self, turns: &[Turn]) {
+        if self.barred.len() == BARRED_MAX {
+            self.barred.pop_front();
+        }
+        self.barred.extend(hashes(turns).last());
+    }
+
+    /// Whether this goes on with something from before a `forget --all`.
+    pub(super) fn is_barred(&self, asked: &[Message]) -> bool {
+        !self.barred.is_empty() && hashes(&turns_of(asked)).any(|hash| self.barred.contains(&hash))
+    }
+
+    /// Whether as much waits to be written as may.
+    pub(super) fn is_full(&self) -> bool {
+        let bytes = |sample: &Sample| sample.turns().iter().map(|turn| turn.content.len()).sum::<usize>();
+        self.unwritten.len() >= UNWRITTEN_MAX
+            || self.unwritten.iter().map(bytes).sum::<usize>() >= UNWRITTEN_BYTES_MAX
+    }
+
+    /// What could not be written waits on, unless everything was forgotten meanwhile.
+    pub(super) fn put_back(&mut self, samples: Vec<Sample>, era: Era) {
+        if era == self.era {
+            self.unwritten.splice(0..0, samples);
+        } else {
+            samples.iter().for_each(|sample| self.bar(sample.turns()));
+        }
+    }
+
+    /// A conversation with its answer, asked for in this era. If there are too many, the quietest is over.
+    pub(super) fn hear(&mut self, asked: &[Message], answer: &str, era: Era, now: Instant) {
+        let mut turns = turns_of(asked);
         turns.push(Turn { role: Role::Assistant, content: answer.to_owned() });
+        if era != self.era {
+            return self.bar(&turns);
+        }
         // What is no sample now is none later: too long, or with an empty turn.
         if turns.len() > MESSAGES_MAX || Sample::new(turns.clone(), None).is_err() {
-            return None;
+            return;
         }
         self.open.retain(|(earlier, _)| !turns.starts_with(earlier));
         self.open.push((turns, now));
-        if self.open.len() <= OPEN_MAX {
-            return None;
+        if self.open.len() > OPEN_MAX
+            && let Some(quietest) = self.open.iter().map(|(_, last)| *last).min()
+        {
+            self.end(|last| last == quietest);
         }
-        let quietest = (0..self.open.len()).min_by_key(|&index| self.open[index].1)?;
-        Sample::new(self.open.swap_remove(quietest).0, None).ok()
     }
 
-    /// What is over by now.
+    /// What is over by now, with what was before.
     pub(super) fn over(&mut self, now: Instant) -> Vec<Sample> {
-        self.take(|last| now.saturating_duration_since(last) >= QUIET)
+        self.end(|last| now.saturating_duration_since(last) >= QUIET);
+        std::mem::take(&mut self.unwritten)
     }
 
     /// Everything: the endpoint ends.
     pub(super) fn all(&mut self) -> Vec<Sample> {
-        self.take(|_| true)
+        self.end(|_| true);
+        std::mem::take(&mut self.unwritten)
     }
 
-    fn take(&mut self, is_over: impl Fn(Instant) -> bool) -> Vec<Sample> {
+    fn end(&mut self, is_over: impl Fn(Instant) -> bool) {
         let over = self.open.extract_if(.., |(_, last)| is_over(*last));
-        over.filter_map(|(turns, _)| Sample::new(turns, None).ok()).collect()
+        self.unwritten.extend(over.filter_map(|(turns, _)| Sample::new(turns, None).ok()));
     }
+}
+
+fn turns_of(messages: &[Message]) -> Vec<Turn> {
+    let turn = |message: &Message| Turn { role: message.role, content: message.content.clone() };
+    messages.iter().map(turn).collect()
+}
+
+/// A hash of the first turn, of the first two, and so on.
+fn hashes(turns: &[Turn]) -> impl Iterator<Item = blake3::Hash> {
+    let mut hasher = blake3::Hasher::new();
+    turns.iter().map(move |turn| {
+        hasher.update(serde_json::json!(turn).to_string().as_bytes());
+        hasher.finalize()
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{forget, store::Store};
 
     fn texts(samples: &[Sample]) -> Vec<String> {
         let joined = |sample: &Sample| {
@@ -126,9 +209,9 @@ mod tests {
         let first = [Message::user("a")];
         let second = [Message::user("a"), Message::assistant("b"), Message::user("c")];
         let other = [Message::user("a"), Message::assistant("x"), Message::user("c")];
-        assert!(open.hear(&first, "b", start).is_none());
-        assert!(open.hear(&second, "d", start + QUIET / 2).is_none());
-        assert!(open.hear(&other, "e", start + QUIET / 2).is_none());
+        open.hear(&first, "b", Era::default(), start);
+        open.hear(&second, "d", Era::default(), start + QUIET / 2);
+        open.hear(&other, "e", Era::default(), start + QUIET / 2);
         assert!(open.over(start + QUIET).is_empty());
         assert_eq!(texts(&open.over(start + QUIET * 2)), ["a|b|c|d", "a|x|c|e"]);
         assert!(open.all().is_empty());
@@ -137,14 +220,71 @@ mod tests {
     #[test]
     fn what_is_no_sample_is_not_held_and_the_quietest_makes_room() {
         let (start, mut open) = (Instant::now(), Conversations::default());
-        assert!(open.hear(&[Message::user(" ")], "b", start).is_none() && open.all().is_empty());
-        assert!(open.hear(&[Message::system("only")], "b", start).is_none() && open.all().is_empty());
+        open.hear(&[Message::user(" ")], "b", Era::default(), start);
+        open.hear(&[Message::system("only")], "b", Era::default(), start);
+        assert!(open.all().is_empty());
         let at = |number: usize| start + Duration::from_secs(number as u64);
         for number in 0..OPEN_MAX {
-            assert!(open.hear(&[Message::user(format!("q{number}"))], "b", at(number)).is_none());
+            open.hear(&[Message::user(format!("q{number}"))], "b", Era::default(), at(number));
         }
-        let over = open.hear(&[Message::user("one more")], "b", at(OPEN_MAX)).unwrap();
-        assert_eq!(texts(&[over]), ["q0|b"]);
+        assert!(open.over(at(OPEN_MAX)).is_empty());
+        open.hear(&[Message::user("one more")], "b", Era::default(), at(OPEN_MAX));
+        assert_eq!(texts(&open.over(at(OPEN_MAX))), ["q0|b"]);
         assert_eq!(open.all().len(), OPEN_MAX);
+    }
+
+    #[test]
+    fn what_waits_to_be_written_is_bounded_by_number_and_by_bytes() {
+        let sample = |text: String| Sample::from_pair(text, "r".into()).unwrap();
+        let mut open = Conversations::default();
+        open.put_back(
+            (1..UNWRITTEN_MAX).map(|number| sample(format!("q{number}"))).collect(),
+            Era::default(),
+        );
+        assert!(!open.is_full());
+        open.put_back(vec![sample("first".into())], Era::default());
+        assert!(open.is_full());
+        // What comes is behind what came before.
+        assert_eq!(texts(&open.all())[..2], ["first|r", "q1|r"]);
+        assert!(!open.is_full());
+        let large = "x".repeat(crate::sample::MESSAGE_BYTES_MAX);
+        open.put_back(vec![sample(large.clone()); UNWRITTEN_BYTES_MAX / large.len()], Era::default());
+        assert!(open.unwritten.len() < UNWRITTEN_MAX && open.is_full());
+    }
+
+    #[test]
+    fn what_was_said_before_everything_was_forgotten_is_not_kept_when_it_goes_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let (now, mut open) = (Instant::now(), Conversations::default());
+        let before = Era::now(&store).unwrap();
+        open.enter(before);
+        let held = [Message::user("a")];
+        open.hear(&held, "b", before, now);
+        forget::wish_all(&store).unwrap();
+        forget::carry_out(&store).unwrap();
+        let after = Era::now(&store).unwrap();
+        open.enter(after);
+        // Asked before, and answered after.
+        open.hear(&[Message::user("x")], "y", before, now);
+        assert!(open.all().is_empty());
+        let again =
+            |first, answer, second| [Message::user(first), Message::assistant(answer), Message::user(second)];
+        assert!(open.is_barred(&again("a", "b", "c")) && open.is_barred(&again("x", "y", "c")));
+        // The same question anew is another conversation.
+        assert!(!open.is_barred(&held) && !open.is_barred(&again("a", "z", "c")));
+        open.hear(&held, "b", after, now);
+        assert_eq!(texts(&open.all()), ["a|b"]);
+    }
+
+    #[test]
+    fn no_more_of_before_is_remembered_than_the_bound() {
+        let mut open = Conversations::default();
+        let turn = |text: String| [Turn { role: Role::User, content: text }];
+        for number in 0..=BARRED_MAX {
+            open.bar(&turn(format!("q{number}")));
+        }
+        assert_eq!(open.barred.len(), BARRED_MAX);
+        assert!(!open.is_barred(&[Message::user("q0")]) && open.is_barred(&[Message::user("q1")]));
     }
 }

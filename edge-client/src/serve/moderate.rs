@@ -14,6 +14,8 @@ use super::refusals::Refusal;
 pub(super) const INPUTS_MAX: usize = 64;
 /// Requests that wait for the guard; a further one is told to come back.
 const WAITING_MAX: usize = 16;
+/// OpenAI's names of its guard, which clients send unasked.
+const ALIASES: [&str; 2] = ["omni-moderation-latest", "text-moderation-latest"];
 
 /// The guard, and what is answered in the place of what it finds.
 #[derive(Debug)]
@@ -34,6 +36,11 @@ impl Moderator {
     /// The guard's name: the model of `/v1/moderations`.
     pub(super) fn name(&self) -> &str {
         &self.guard.config().name
+    }
+
+    /// Whether a request means the guard by this name.
+    pub(super) fn is_named(&self, name: &str) -> bool {
+        name == self.name() || ALIASES.contains(&name)
     }
 
     /// What is answered instead of something of a category.

@@ -88,6 +88,12 @@ impl Refusal {
         Self::invalid(StatusCode::NOT_FOUND, Some("model_not_found"), message).of("model")
     }
 
+    /// The model with the personal adapter, which is not there any more as it was.
+    pub(super) fn personal_gone() -> Self {
+        let message = "the personal adapter was forgotten or trained again since this endpoint was started";
+        Self::invalid(StatusCode::NOT_FOUND, Some("model_not_found"), message).of("model")
+    }
+
     /// A path that leads nowhere.
     pub(super) fn no_route(method: &str, path: &str) -> Self {
         let path: String = path.chars().take(100).collect();

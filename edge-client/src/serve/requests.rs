@@ -4,12 +4,13 @@
 
 use std::collections::BTreeMap;
 
-use commonweal_runtime::{GenerateOptions, Message, Role};
+use commonweal_runtime::{GenerateOptions, Message};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::{
-    fields::{Content, Fields, Part},
+    fields::{Content, Fields, PASSED_OVER, Part},
+    messages,
     refusals::Refusal,
 };
 
@@ -80,20 +81,6 @@ enum Prompts {
 enum Stops {
     One(String),
     Many(Vec<String>),
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Said {
-    role: String,
-    #[serde(default)]
-    content: Option<Content>,
-    /// What a client sends back of an answer of ours.
-    #[serde(default)]
-    refusal: Option<String>,
-    #[serde(default)]
-    #[expect(dead_code, reason = "a name is allowed and tells the model nothing")]
-    name: Option<String>,
 }
 
 impl Fields {
@@ -181,41 +168,22 @@ pub(super) fn chat(body: &[u8]) -> Result<ChatWish, Refusal> {
     fields.only("function_call", "none", |value| value == "none" || value == "auto")?;
     fields.only("parallel_tool_calls", "no tools", Value::is_boolean)?;
     fields.only("response_format", "{\"type\": \"text\"}", |value| value["type"] == "text")?;
+    // What happens here anyway: no thoughts, and as many words as there are.
+    fields.only("reasoning_effort", "\"none\"", |value| value == "none")?;
+    fields.only("verbosity", "\"medium\"", |value| value == "medium")?;
     fields.only("modalities", "[\"text\"]", |value| *value == serde_json::json!(["text"]))?;
     for name in ["audio", "prediction", "web_search_options"] {
         fields.only(name, "none", |_| false)?;
     }
-    let said: Vec<Said> =
+    let said: Vec<Map<String, Value>> =
         fields.take("messages", "a list of messages, each with a role and content")?.unwrap_or_default();
     if said.is_empty() {
         return Err(Refusal::value("messages", "messages: expected at least one message"));
     }
-    let messages =
-        said.into_iter().enumerate().map(|(index, said)| message(index, said)).collect::<Result<_, _>>()?;
-    fields.end()?;
+    let said = said.into_iter().enumerate().map(|(index, said)| Fields::of_message(index, said));
+    let messages = said.map(messages::message).collect::<Result<_, _>>()?;
+    fields.end(&PASSED_OVER)?;
     Ok(ChatWish { messages, wish })
-}
-
-fn message(index: usize, said: Said) -> Result<Message, Refusal> {
-    let param = format!("messages[{index}]");
-    let role = match said.role.as_str() {
-        "system" | "developer" => Role::System,
-        "user" => Role::User,
-        "assistant" => Role::Assistant,
-        _ => {
-            let expected = format!("{param}.role: expected system, developer, user or assistant");
-            return Err(Refusal::value(&format!("{param}.role"), expected));
-        }
-    };
-    let content = match (said.content, said.refusal) {
-        (Some(content), _) => content.text(&format!("{param}.content"))?,
-        (None, Some(refusal)) => refusal,
-        (None, None) => {
-            let expected = format!("{param}.content: expected a text");
-            return Err(Refusal::value(&format!("{param}.content"), expected));
-        }
-    };
-    Ok(Message { role, content })
 }
 
 /// A request of `/v1/completions`.
@@ -243,7 +211,7 @@ pub(super) fn text(body: &[u8]) -> Result<TextWish, Refusal> {
             format!("prompt: expected 1 to {PROMPTS_MAX} prompts, and with n at most {ANSWERS_MAX} answers");
         return Err(Refusal::value("prompt", expected));
     }
-    fields.end()?;
+    fields.end(&PASSED_OVER)?;
     Ok(TextWish { prompts, wish })
 }
 
@@ -270,7 +238,7 @@ pub(super) fn moderation(body: &[u8], inputs_max: usize) -> Result<(Vec<String>,
             format!("input: expected 1 to {inputs_max} texts, got {}", texts.len()),
         ));
     }
-    fields.end()?;
+    fields.end(&PASSED_OVER)?;
     Ok((texts, model))
 }
 
@@ -302,6 +270,7 @@ mod tests {
             "n": 2, "logprobs": true, "top_logprobs": 3, "stream": true, "stream_options": {"include_usage": true},
             "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "tools": [], "user": "u",
             "response_format": {"type": "text"}, "parallel_tool_calls": true, "metadata": null,
+            "reasoning_effort": "none", "verbosity": "medium", "of_another_year": null,
         });
         let ChatWish { messages, wish } = asked(&body).unwrap();
         assert_eq!(
@@ -332,6 +301,8 @@ mod tests {
             ("tools", json!([{"type": "function"}]), "unsupported_parameter"),
             ("response_format", json!({"type": "json_object"}), "unsupported_parameter"),
             ("modalities", json!(["audio"]), "unsupported_parameter"),
+            ("reasoning_effort", json!("low"), "unsupported_parameter"),
+            ("verbosity", json!("high"), "unsupported_parameter"),
             ("surprise", json!(1), "unknown_parameter"),
             ("temperature", json!(2.1), "invalid_value"),
             ("temperature", json!("hot"), "invalid_value"),

@@ -29,6 +29,7 @@ use super::{
     refusals::Refusal,
     requests::{self, TextPrompt, Wish},
 };
+use crate::era::Era;
 
 /// A request's body: some tens of thousands of tokens of any language, far above the context of what runs on a device.
 const BODY_BYTES_MAX: usize = 1 << 20;
@@ -60,12 +61,12 @@ struct Asked {
     adapter: usize,
     prompts: Vec<Prompt>,
     texts: Vec<String>,
-    /// The conversation, if its owner agreed that it be kept.
-    kept: Option<Vec<Message>>,
+    /// The conversation and when it was asked for, if its owner agreed that it be kept.
+    kept: Option<(Vec<Message>, Era)>,
 }
 
 async fn models(State(served): State<Arc<Served>>) -> Json<Value> {
-    let models: Vec<Value> = served.voices.iter().map(|voice| entry(&voice.name)).collect();
+    let models: Vec<Value> = served.names().into_iter().map(entry).collect();
     Json(json!({"object": "list", "data": models}))
 }
 
@@ -84,9 +85,10 @@ async fn chat(State(served): State<Arc<Served>>, request: Request) -> Answered {
     let prompt = served.model.chat().prompt(&messages);
     let prompt = prompt.map_err(|error| Refusal::value("messages", format!("messages: {error}")))?;
     let texts = vec![since_last_answer(&messages)];
-    let keeps = wish.answers == 1 && served.consent.keeps(&headers);
+    let agreed = wish.answers == 1 && served.consent.keeps(&headers);
     let adapter = served.voice(wish.model.as_deref())?;
-    let kept = keeps.then_some(messages);
+    let kept = agreed.then(|| served.keeping.era_of(&messages)).flatten().map(|era| (messages, era));
+    let keeps = kept.is_some();
     let mut response =
         give(&served, Asked { kind: Kind::Chat, wish, adapter, prompts: vec![prompt], texts, kept }).await?;
     response.headers_mut().insert(keep::TOLD, HeaderValue::from_static(if keeps { "yes" } else { "no" }));
@@ -123,7 +125,7 @@ async fn moderations(State(served): State<Arc<Served>>, request: Request) -> Ans
     let (_, body) = read(request).await?;
     let (texts, model) = requests::moderation(&body, INPUTS_MAX)?;
     let name = served.moderator.name().to_owned();
-    if let Some(asked) = model.filter(|asked| *asked != name) {
+    if let Some(asked) = model.filter(|asked| !served.moderator.is_named(asked)) {
         return Err(Refusal::no_model(&asked, &[&name]));
     }
     let judgements = served.moderator.judge(texts.into_iter().map(|text| (text, None)).collect()).await?;
@@ -158,12 +160,15 @@ async fn give(served: &Arc<Served>, asked: Asked) -> Answered {
     let (replies, answers) = ask(served, &asked).await?;
     let with_tokens = asked.wish.alternatives.is_some();
     if !asked.wish.stream {
-        let answers = follow(&form, replies, answers, with_tokens, None).await;
-        let answers = answers.map_err(|broken| match broken {
-            Broken::Refused(refusal) => refusal,
-            Broken::Gone => Refusal::failed("nobody reads the answer"),
-        })?;
-        let answers = finish(served, &asked, answers).await?;
+        let answers = served.allowed(asked.adapter, async {
+            let answers = follow(&form, replies, answers, with_tokens, None).await;
+            let answers = answers.map_err(|broken| match broken {
+                Broken::Refused(refusal) => refusal,
+                Broken::Gone => Refusal::failed("nobody reads the answer"),
+            })?;
+            finish(served, &asked, answers).await
+        });
+        let answers = answers.await?;
         return Ok(Json(form.whole(&answers, prompt_tokens)).into_response());
     }
     let (events, stream) = mpsc::channel::<Sent>(CHUNKS_MAX);
@@ -171,12 +176,12 @@ async fn give(served: &Arc<Served>, asked: Asked) -> Answered {
     tokio::spawn(async move {
         // What the guard has not seen yet does not go out.
         let at_once = (!served.guards_answers()).then_some(&events);
-        let followed = tokio::select! {
-            followed = follow(&form, replies, answers, with_tokens, at_once) => followed,
-            () = events.closed() => return,
-        };
-        let sent = async {
-            let answers = finish(&served, &asked, followed?).await.map_err(Broken::Refused)?;
+        let sent = served.allowed(asked.adapter, async {
+            let followed = tokio::select! {
+                followed = follow(&form, replies, answers, with_tokens, at_once) => followed,
+                () = events.closed() => Err(Broken::Gone),
+            };
+            let answers = finish(&served, &asked, followed?).await?;
             if at_once.is_none() {
                 send_whole(&form, &answers, &events).await?;
             }
@@ -185,8 +190,8 @@ async fn give(served: &Arc<Served>, asked: Asked) -> Answered {
                 send(&events, &usage).await?;
             }
             let _ = events.send(Ok(Event::default().data("[DONE]"))).await;
-            Ok::<_, Broken>(())
-        };
+            Ok(())
+        });
         if let Err(Broken::Refused(refusal)) = sent.await {
             let _ = send(&events, &refusal.body_json()).await;
         }
@@ -271,10 +276,10 @@ async fn finish(
             answer.reason = Some(Reason::Filtered);
         }
     }
-    if let (Some(messages), [answer]) = (&asked.kept, answers.as_slice())
+    if let (Some((messages, era)), [answer]) = (&asked.kept, answers.as_slice())
         && matches!(answer.reason, Some(Reason::Stop(_)))
     {
-        served.hear(messages, &answer.text);
+        served.keeping.hear(messages, &answer.text, *era);
     }
     Ok(answers)
 }

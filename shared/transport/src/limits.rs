@@ -2,6 +2,7 @@
 //! them, `serve` and `quic` admit by them. Bounds of messages are elsewhere (`commonweal_protocol::bounds`).
 
 use commonweal_protocol::bounds;
+use serde::{Deserialize, Serialize};
 
 /// Bytes that may be under way on one connection in each direction, and so be held of it: received and not yet read, or
 /// sent and not yet acknowledged. 100 Mbit/s at 168 ms round trip, 26 Mbit/s at 640 ms.
@@ -108,7 +109,8 @@ impl Default for LinkLimits {
 }
 
 /// How fast a sender dares to send.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Congestion {
     /// The default: fair, slow on links that lose at random.
     #[default]

@@ -11,6 +11,7 @@
 
 mod socket;
 mod counted;
+mod path;
 mod source;
 mod server;
 mod device;
@@ -22,7 +23,10 @@ use crate::{
     IdentityError,
     limits::{CONNECTION_WINDOW_BYTES, Congestion},
 };
-use quinn::{IdleTimeout, TransportConfig, VarInt, congestion};
+use quinn::{
+    IdleTimeout, TransportConfig, VarInt,
+    congestion::{BbrConfig, ControllerFactory, CubicConfig},
+};
 use std::{sync::Arc, time::Duration};
 
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -50,12 +54,26 @@ fn transport(stall_ms: u64, congestion: Congestion) -> Result<TransportConfig, I
         .max_concurrent_bidi_streams(VarInt::from_u32(0))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
-        .max_idle_timeout(Some(idle));
-    match congestion {
-        Congestion::Cubic => {
-            config.congestion_controller_factory(Arc::new(congestion::CubicConfig::default()))
-        }
-        Congestion::Bbr => config.congestion_controller_factory(Arc::new(congestion::BbrConfig::default())),
-    };
+        .max_idle_timeout(Some(idle))
+        .congestion_controller_factory(controllers(congestion));
     Ok(config)
+}
+
+fn controllers(congestion: Congestion) -> Arc<dyn ControllerFactory + Send + Sync> {
+    match congestion {
+        Congestion::Cubic => Arc::new(CubicConfig::default()),
+        Congestion::Bbr => Arc::new(BbrConfig::default()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use quinn::congestion::{Bbr, Cubic};
+
+    #[test]
+    fn quinn_gets_the_congestion_control_that_is_named() {
+        let one = |congestion| controllers(congestion).build(std::time::Instant::now(), 1_200).into_any();
+        assert!(one(Congestion::default()).is::<Cubic>() && one(Congestion::Bbr).is::<Bbr>());
+    }
 }

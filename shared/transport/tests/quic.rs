@@ -5,7 +5,9 @@
 
 mod reference;
 
-use commonweal_protocol::{DeviceId, Enrolled, Invitation, KeyNumber, Poll, Refusal, Request};
+use commonweal_protocol::{
+    Content, DeviceId, Digest, Enrolled, Invitation, KeyNumber, Poll, Refusal, Request,
+};
 use commonweal_transport::{
     Authority, Clock, Credentials, DeviceKey, Handler, Link, LinkError, LinkLimits, Purpose, QuicLink,
     QuicServer, QuicWire, ServeLimits, Wire, enroll,
@@ -147,6 +149,48 @@ async fn a_link_survives_another_socket() {
     link.poll(POLL).await.unwrap();
     link.rebind().await.unwrap();
     link.poll(POLL).await.unwrap();
+}
+
+/// The way of a device's socket dies in the middle of a transfer, and nobody tells the device: the same connection goes on
+/// over another socket, and nothing is sent twice but what was lost. No retry is allowed here.
+#[tokio::test]
+async fn a_transfer_goes_on_by_itself_when_its_path_dies() {
+    for host in ["127.0.0.1", "::1"] {
+        let address = SocketAddr::new(host.parse().unwrap(), 0);
+        if std::net::UdpSocket::bind(address).is_err() {
+            eprintln!("this machine has no {host}");
+            continue;
+        }
+        let world = World::start();
+        let credentials = world.enrol().await;
+        let server = serve(&world.authority, &world.clock, &world.handler, address, ServeLimits::default());
+        let link = |port| {
+            let limits = LinkLimits { retries_max: 0, ..World::limits() };
+            QuicLink::new(host, port, credentials.clone(), limits, world.clock.clone()).unwrap()
+        };
+        let silent = Arc::new(AtomicBool::new(false));
+        let uploading = link(forgetful_relay(server.local_addr(), Arc::clone(&silent)).await.port());
+        let payload = bytes(40_000_000, 9);
+        let open = announce(&payload);
+        let (uploaded, at) = tokio::join!(uploading.upload(&open, &payload), async {
+            while world.handler.uploaded_bytes() < 1_000_000 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            silent.store(true, Ordering::SeqCst);
+            world.handler.uploaded_bytes()
+        });
+        assert!(at < payload.len(), "the upload was over before its path died");
+        assert_eq!(uploaded.unwrap().sent_bytes, open.length);
+        // Whoever only receives says something by its keep-alive.
+        let silent = Arc::new(AtomicBool::new(false));
+        let relay = relay_that_forgets(server.local_addr(), Arc::clone(&silent), 1_000_000).await;
+        let fetching = link(relay.port());
+        let published = world.handler.published().to_vec();
+        let content = Content { digest: Digest::of(&published), length: published.len() as u64 };
+        let mut partial = Vec::new();
+        fetching.fetch(content, &mut partial).await.unwrap();
+        assert!(silent.load(Ordering::SeqCst) && partial == published);
+    }
 }
 
 /// A fresh server certificate is used by connections made from then on, and the old ones go on.
@@ -294,7 +338,13 @@ async fn a_connection_that_went_silent_is_let_go() {
 
 /// A way to the server that, once `silent` is set, drops whatever belongs to connections from before.
 async fn forgetful_relay(server: SocketAddr, silent: Arc<AtomicBool>) -> SocketAddr {
-    let near = Arc::new(tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap());
+    relay_that_forgets(server, silent, usize::MAX).await
+}
+
+/// The same, which sets it by itself once so many bytes of a connection came back.
+async fn relay_that_forgets(server: SocketAddr, silent: Arc<AtomicBool>, back_max: usize) -> SocketAddr {
+    let any = SocketAddr::from((server.ip(), 0));
+    let near = Arc::new(tokio::net::UdpSocket::bind(any).await.unwrap());
     let address = near.local_addr().unwrap();
     tokio::spawn(async move {
         let mut ways = BTreeMap::new();
@@ -303,13 +353,17 @@ async fn forgetful_relay(server: SocketAddr, silent: Arc<AtomicBool>) -> SocketA
             let (far, is_old) = match ways.entry(device) {
                 Entry::Occupied(way) => way.into_mut(),
                 Entry::Vacant(none) => {
-                    let far = Arc::new(tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap());
+                    let far = Arc::new(tokio::net::UdpSocket::bind(any).await.unwrap());
                     far.connect(server).await.unwrap();
                     let is_old = !silent.load(Ordering::SeqCst);
                     let (near, silent, back) = (Arc::clone(&near), Arc::clone(&silent), Arc::clone(&far));
                     tokio::spawn(async move {
-                        let mut packet = [0; 2048];
+                        let (mut packet, mut passed) = ([0; 2048], 0);
                         while let Ok(length) = back.recv(&mut packet).await {
+                            passed += length;
+                            if is_old && passed > back_max {
+                                silent.store(true, Ordering::SeqCst);
+                            }
                             if !(is_old && silent.load(Ordering::SeqCst)) {
                                 let _ = near.send_to(&packet[..length], device).await;
                             }

@@ -1,4 +1,4 @@
-//! A UDP socket whose datagrams are counted. Neighbours: `device` opens one for each connection, if it has a meter.
+//! A UDP socket whose datagrams are counted. Neighbours: `socket` opens one for each connection, if there is a meter.
 
 use crate::Meter;
 use quinn::{

@@ -1,7 +1,12 @@
 //! A device's end of QUIC: connects when a stream is wanted, keeps one connection for questions and one for the transfer
-//! under way, tells why a connection ended. Neighbours: `session` opens streams here.
+//! under way, tells why a connection ended. Neighbours: `session` opens streams here; `path` looks after their way.
 
-use super::{KEEP_ALIVE, code, counted::Counted, socket, transport};
+use super::{
+    KEEP_ALIVE, code,
+    path::{self, LookedAfter},
+    socket::Sockets,
+    transport,
+};
 use crate::{
     Clock, Credentials, DeviceKey, IdentityError, LinkError, LinkLimits, Meter, QuicLink, Session,
     tls::{self, SERVER_NAME},
@@ -9,12 +14,12 @@ use crate::{
 };
 use commonweal_protocol::{Digest, Invitation};
 use quinn::{
-    AsyncUdpSocket, ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, ReadError,
-    Runtime as _, TokioRuntime, WriteError, crypto::rustls::QuicClientConfig,
+    ClientConfig, Connection, ConnectionError, Endpoint, EndpointConfig, ReadError, TokioRuntime, WriteError,
+    crypto::rustls::QuicClientConfig,
 };
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex as SyncMutex, PoisonError},
     time::Duration,
 };
@@ -27,11 +32,11 @@ pub struct QuicWire {
     port: u16,
     clock: Clock,
     limits: LinkLimits,
-    meter: Option<Arc<dyn Meter>>,
+    sockets: Sockets,
     configs: SyncMutex<Configs>,
     questions: Mutex<Option<Connected>>,
-    /// Endpoint of the transfer under way, to rebind.
-    transfer: SyncMutex<Option<Endpoint>>,
+    /// The transfer under way, to rebind.
+    transfer: SyncMutex<Option<Connected>>,
 }
 
 #[derive(Debug, Clone)]
@@ -41,9 +46,11 @@ struct Configs {
 }
 
 #[derive(Debug, Clone)]
-struct Connected {
-    endpoint: Endpoint,
-    connection: Connection,
+pub(super) struct Connected {
+    pub(super) endpoint: Endpoint,
+    pub(super) connection: Connection,
+    /// The address that the system sends from, when it was last looked at.
+    pub(super) from: Arc<SyncMutex<Option<IpAddr>>>,
 }
 
 /// Closes a transfer's connection with its stream, and its keep-alive with it.
@@ -91,11 +98,12 @@ impl QuicLink {
         meter: Arc<dyn Meter>,
     ) -> Result<Self, LinkError> {
         let mut wire = QuicWire::device(host, port, credentials, clock, &limits)?;
-        wire.meter = Some(meter);
+        wire.sockets.meter = Some(meter);
         Ok(Self::over(wire, limits))
     }
 
-    /// Moves to fresh sockets, for a device whose network has changed; transfers go on over them.
+    /// Moves to fresh sockets at once, for whoever knows that the device's network has changed; transfers go on over them.
+    /// A link does so by itself, some seconds after nothing comes any more.
     pub async fn rebind(&self) -> io::Result<()> {
         self.wire().rebind().await
     }
@@ -136,7 +144,7 @@ impl QuicWire {
             port,
             clock,
             limits: *limits,
-            meter: None,
+            sockets: Sockets::default(),
             configs: SyncMutex::new(Configs::new(tls, limits)?),
             questions: Mutex::new(None),
             transfer: SyncMutex::new(None),
@@ -151,23 +159,14 @@ impl QuicWire {
         Ok(())
     }
 
-    /// Moves what is connected to a new socket: to be called when the device's network interface changes.
+    /// Moves what is connected to a new socket at once.
     pub async fn rebind(&self) -> io::Result<()> {
         let transfer = self.transfer.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let questions = self.questions.lock().await.as_ref().map(|connected| connected.endpoint.clone());
-        for endpoint in transfer.into_iter().chain(questions) {
-            endpoint.rebind_abstract(self.socket(endpoint.local_addr()?)?)?;
+        let questions = self.questions.lock().await.clone();
+        for Connected { endpoint, connection, .. } in transfer.into_iter().chain(questions) {
+            endpoint.rebind_abstract(self.sockets.towards(connection.remote_address())?)?;
         }
         Ok(())
-    }
-
-    /// A socket towards this address, counted if anything is.
-    fn socket(&self, remote: SocketAddr) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-        let socket = TokioRuntime.wrap_udp_socket(socket::bind_towards(remote)?)?;
-        Ok(match &self.meter {
-            Some(meter) => Arc::new(Counted { socket, meter: Arc::clone(meter) }),
-            None => socket,
-        })
     }
 
     async fn connect(&self, purpose: Purpose) -> Result<Connected, LinkError> {
@@ -193,7 +192,7 @@ impl QuicWire {
     }
 
     async fn connect_to(&self, remote: SocketAddr, config: ClientConfig) -> Result<Connected, LinkError> {
-        let socket = self.socket(remote).map_err(|source| self.unreachable(source))?;
+        let socket = self.sockets.towards(remote).map_err(|source| self.unreachable(source))?;
         let runtime = Arc::new(TokioRuntime);
         let endpoint = Endpoint::new_with_abstract_socket(EndpointConfig::default(), None, socket, runtime)
             .map_err(|source| self.unreachable(source))?;
@@ -202,7 +201,10 @@ impl QuicWire {
             .map_err(|error| self.unreachable(io::Error::other(error)))?;
         let window = Duration::from_millis(self.limits.stall_ms);
         match tokio::time::timeout(window, connecting).await {
-            Ok(Ok(connection)) => Ok(Connected { endpoint, connection }),
+            Ok(Ok(connection)) => {
+                let from = Arc::new(SyncMutex::new(path::from(remote)));
+                Ok(Connected { endpoint, connection, from })
+            }
             Ok(Err(error)) => Err(match ended("connecting", error) {
                 LinkError::Cut { source, .. } => self.unreachable(source),
                 other => other,
@@ -232,19 +234,20 @@ impl Wire for QuicWire {
         &self,
         purpose: Purpose,
     ) -> Result<Stream<quinn::SendStream, quinn::RecvStream>, LinkError> {
-        let (connection, guard) = match purpose {
-            Purpose::Question => (self.question().await?.connection, None),
+        let (connected, closing) = match purpose {
+            Purpose::Question => (self.question().await?, None),
             Purpose::Transfer => {
-                let Connected { endpoint, connection } = self.connect(purpose).await?;
-                *self.transfer.lock().unwrap_or_else(PoisonError::into_inner) = Some(endpoint);
-                let guard: Box<dyn std::any::Any + Send + Sync> =
-                    Box::new(CloseWithStream(connection.clone()));
-                (connection, Some(guard))
+                let connected = self.connect(purpose).await?;
+                *self.transfer.lock().unwrap_or_else(PoisonError::into_inner) = Some(connected.clone());
+                let closing = CloseWithStream(connected.connection.clone());
+                (connected, Some(closing))
             }
         };
+        let connection = connected.connection.clone();
+        let looked_after = LookedAfter::new(connected, self.sockets.clone());
         let (sending, receiving) =
             connection.open_bi().await.map_err(|error| ended("opening a stream", error))?;
-        Ok(Stream { sending, receiving, guard })
+        Ok(Stream { sending, receiving, guard: Some(Box::new((looked_after, closing))) })
     }
 
     async fn let_go(&self) {
@@ -254,7 +257,7 @@ impl Wire for QuicWire {
     }
 
     fn meter(&self) -> Option<&dyn Meter> {
-        self.meter.as_deref()
+        self.sockets.meter.as_deref()
     }
 
     fn explain(&self, during: &'static str, error: io::Error) -> LinkError {

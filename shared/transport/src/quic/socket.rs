@@ -1,9 +1,13 @@
 //! UDP sockets with buffers that survive a burst. Neighbours: `server` binds one, `device` one for each connection.
 
+use super::counted::Counted;
+use crate::Meter;
+use quinn::{AsyncUdpSocket, Runtime as _, TokioRuntime};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::{
     io,
-    net::{SocketAddr, UdpSocket},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
+    sync::Arc,
 };
 
 /// Wanted in each direction. The kernel may give less (`net.core.rmem_max`), which is logged and lived with.
@@ -26,12 +30,24 @@ pub(super) fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket.into())
 }
 
-/// A socket on any port, for reaching this address.
-pub(super) fn bind_towards(remote: SocketAddr) -> io::Result<UdpSocket> {
-    let any: SocketAddr = if remote.is_ipv4() {
-        (std::net::Ipv4Addr::UNSPECIFIED, 0).into()
-    } else {
-        (std::net::Ipv6Addr::UNSPECIFIED, 0).into()
-    };
-    bind(any)
+/// A device's sockets, counted if anything is.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Sockets {
+    pub(super) meter: Option<Arc<dyn Meter>>,
+}
+
+impl Sockets {
+    /// One on any port, for reaching this address.
+    pub(super) fn towards(&self, remote: SocketAddr) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        let socket = TokioRuntime.wrap_udp_socket(bind(any_towards(remote))?)?;
+        Ok(match &self.meter {
+            Some(meter) => Arc::new(Counted { socket, meter: Arc::clone(meter) }),
+            None => socket,
+        })
+    }
+}
+
+/// Any port of the family of this address.
+pub(super) fn any_towards(remote: SocketAddr) -> SocketAddr {
+    if remote.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() }
 }
