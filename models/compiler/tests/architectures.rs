@@ -120,6 +120,23 @@ fn gemma3_with_two_kinds_of_layers() {
     other_graphs_agree(case);
 }
 
+/// What a file leaves out is what `transformers` takes for it (`goldens/make_configurations.py`).
+#[test]
+fn what_a_file_does_not_say() {
+    let cases = std::fs::read(goldens().join("configurations.json")).unwrap();
+    let cases: Vec<Value> = serde_json::from_slice(&cases).unwrap();
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("config.json");
+    for case in &cases {
+        std::fs::write(&file, case["config"].to_string()).unwrap();
+        let attention = read_file(&file).unwrap().model.attention;
+        let window: Option<Window> = serde_json::from_value(case["window"].clone()).unwrap();
+        let unrotated: Vec<usize> = serde_json::from_value(case["unrotated"].clone()).unwrap();
+        assert_eq!((attention.window, attention.unrotated), (window, unrotated), "{}", case["config"]);
+    }
+    assert_eq!(cases.len(), 22);
+}
+
 /// The keys that `transformers` 5 writes say the same as those of the published files.
 #[test]
 fn gemma3_by_its_newer_keys() {
