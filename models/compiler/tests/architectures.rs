@@ -6,9 +6,9 @@
 mod onnx_runtime;
 
 use commonweal_compiler::config::read_file;
-use commonweal_compiler::{Accuracy, Architecture, Attention, Bias, Bits, Gemma, Window};
+use commonweal_compiler::{Accuracy, Architecture, Attention, Bias, Gemma, Window};
 use commonweal_package::TrainGraph;
-use onnx_runtime::case::Case;
+use onnx_runtime::case::{Case, form};
 use onnx_runtime::{goldens, read};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -29,7 +29,7 @@ fn agrees(variant: &str, architecture: Architecture, attention: &Attention) -> C
         }
     }
     let golden = read(&format!("architectures/{variant}/golden.safetensors"));
-    let kind = (Bits::Full, Accuracy::Exact);
+    let kind = form(32, 32, Accuracy::Exact);
     let case = Case::new(variant, checkpoint.path(), kind, golden.clone(), golden);
     let model = &case.package.manifest().model;
     assert_eq!((model.architecture, &model.attention), (architecture, attention));
