@@ -1,14 +1,15 @@
 """Writes the golden checkpoints and values that tests/goldens.rs compares with.
 
 Run with Python 3, torch, numpy, safetensors and tokenizers: `python make.py`. The output is committed; run it
-again only to change the goldens. `--transformers` also holds the reference against Hugging Face's implementation,
+again only to change the goldens, all or those of the variants that are named. `--transformers` also holds the reference against Hugging Face's implementation,
 where that is installed.
 
 Everything here is written apart from the Rust code: the model in torch with autograd, the quantizer and its layout
-in numpy. Two checkpoints of random weights:
+in numpy. Three checkpoints of random weights:
 
 - tied:   BF16, one file, grouped queries, tied head, default rotary frequencies;
-- untied: F16, two shards, separate head, Llama 3's stretched rotary frequencies.
+- untied: F16, two shards, separate head, Llama 3's stretched rotary frequencies;
+- filled: F32, as many heads of keys as of queries, and rows of 48 and 80 weights, which no block divides.
 """
 
 import argparse
@@ -64,6 +65,20 @@ VARIANTS = {
             "original_max_position_embeddings": 32,
         },
     },
+    "filled": {
+        **BASE,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+    },
+}
+DTYPES = {"tied": torch.bfloat16, "untied": torch.float16, "filled": torch.float32}
+# Bits of a weight and weights of a block.
+WIDTHS = dict.fromkeys(VARIANTS, [(32, BLOCK), (8, BLOCK), (4, BLOCK)]) | {
+    "filled": [(32, BLOCK), (8, 64), (4, 64), (4, 128)]
 }
 TARGETS = ["q", "k", "v", "o", "gate", "up", "down"]
 NAMES = {t: f"self_attn.{t}_proj" for t in "qkvo"} | {t: f"mlp.{t}_proj" for t in ("gate", "up", "down")}
@@ -109,11 +124,14 @@ def random_weights(c, generator, dtype):
     return weights
 
 
-def quantize(matrix, bits):
-    """Codes [rows, blocks, bytes], scales [rows, blocks] and the matrix that they stand for."""
+def quantize(matrix, bits, block=BLOCK):
+    """Codes [rows, blocks, bytes], scales [rows, blocks] and the matrix that they stand for. A row that is no whole
+    number of blocks is filled up with zeros."""
     zero = 1 << (bits - 1)
     rows, columns = matrix.shape
-    blocks = matrix.numpy().astype(np.float32).reshape(-1, BLOCK)
+    per_row = -(-columns // block)
+    whole = np.pad(matrix.numpy().astype(np.float32), ((0, 0), (0, per_row * block - columns)))
+    blocks = whole.reshape(-1, block)
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
     best_gain = np.zeros((len(blocks), 1))
     best_offsets = np.zeros(blocks.shape, np.int64)
@@ -132,9 +150,8 @@ def quantize(matrix, bits):
     codes = (best_offsets + zero).astype(np.uint8)
     if bits == 4:
         codes = codes[:, 0::2] | codes[:, 1::2] << 4
-    stood_for = torch.from_numpy((scales * best_offsets.astype(np.float32)).reshape(rows, columns))
-    per_row = columns // BLOCK
-    return codes.reshape(rows, per_row, -1), scales.reshape(rows, per_row), stood_for
+    stood_for = (scales * best_offsets.astype(np.float32)).reshape(rows, -1)[:, :columns]
+    return codes.reshape(rows, per_row, -1), scales.reshape(rows, per_row), torch.from_numpy(stood_for)
 
 
 def fused(c, weights):
@@ -223,14 +240,14 @@ def reference(c, weights, adapter, ids, targets, row_weights):
     return {name: value.float().contiguous() for name, value in out.items()}
 
 
-def dequantized(c, weights, bits, golden):
+def dequantized(c, weights, bits, block, golden):
     """The weights as the package holds them; quantized matrices also go to `golden`."""
     result = dict(weights)
     if bits == 32:
         return {name: value.float() for name, value in result.items()}
     whole = {}
     for name, matrix in fused(c, weights).items():
-        codes, scales, whole[name] = quantize(matrix, bits)
+        codes, scales, whole[name] = quantize(matrix, bits, block)
         golden[f"{name}.q"], golden[f"{name}.s"] = torch.from_numpy(codes), torch.from_numpy(scales)
     result["model.embed_tokens.weight"] = whole["embed"]
     if "head" in whole:
@@ -280,12 +297,15 @@ def compare_with_transformers(c, weights, ids, scores):
 
 def main():
     parser = argparse.ArgumentParser()
+    parser.add_argument("variants", nargs="*", help="those to make; all without")
     parser.add_argument("--transformers", action="store_true")
     arguments = parser.parse_args()
     for seed, (variant, c) in enumerate(VARIANTS.items()):
+        if arguments.variants and variant not in arguments.variants:
+            continue
         generator = torch.Generator().manual_seed(seed)
-        weights = random_weights(c, generator, torch.bfloat16 if variant == "tied" else torch.float16)
-        save_checkpoint(HERE / variant, c, weights, 1 if variant == "tied" else 2)
+        weights = random_weights(c, generator, DTYPES[variant])
+        save_checkpoint(HERE / variant, c, weights, 2 if variant == "untied" else 1)
         adapter = {}
         for i in range(c["num_hidden_layers"]):
             for target, (rows, columns) in shapes(c).items():
@@ -302,12 +322,13 @@ def main():
             none = {name: torch.zeros_like(value).double() for name, value in adapter.items()}
             plain = {name: value.double() for name, value in weights.items()}
             compare_with_transformers(c, weights, ids, logits(c, plain, none, ids))
-        for bits in (32, 8, 4):
+        for bits, block in WIDTHS[variant]:
             golden = {}
-            held = dequantized(c, weights, bits, golden)
+            held = dequantized(c, weights, bits, block, golden)
             golden |= reference(c, held, adapter, ids, targets, row_weights)
-            save_file(golden, HERE / f"{variant}.{bits}.safetensors")
-            print(variant, bits, "loss", golden["loss"].item())
+            name = f"{variant}.{bits}" if block == BLOCK else f"{variant}.{bits}.{block}"
+            save_file(golden, HERE / f"{name}.safetensors")
+            print(name, "loss", golden["loss"].item())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,17 @@ use serde::Deserialize;
 
 use crate::config::ConfigError;
 use crate::gemma::{self, RawGemma};
+use crate::said::Said;
+
+/// Tokens of a window where `transformers` has one by default.
+const WINDOW_TOKENS: usize = 4096;
+
+/// Qwen's layers from this one on have a window, where the file asks for windows and does not say.
+const WINDOW_LAYERS_FROM: usize = 28;
+
+/// The kinds of layers that graphs have.
+pub(crate) const FULL: &str = "full_attention";
+pub(crate) const SLIDING: &str = "sliding_attention";
 
 /// An architecture by the name in `config.json`.
 #[derive(Debug)]
@@ -77,7 +88,8 @@ static FAMILIES: [Family; 7] = [
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(crate) struct RawAttention {
     attention_bias: Option<bool>,
-    pub(crate) sliding_window: Option<usize>,
+    #[serde(default)]
+    pub(crate) sliding_window: Said<usize>,
     use_sliding_window: Option<bool>,
     max_window_layers: Option<usize>,
     layer_types: Option<Vec<String>>,
@@ -103,11 +115,38 @@ impl Family {
 
     /// How the attention of its layers differs from Llama's.
     pub(crate) fn attention(&self, raw: &RawAttention, layers: usize) -> Result<Attention, ConfigError> {
-        let known = |kind: &&String| matches!(kind.as_str(), "full_attention" | "sliding_attention");
-        if let Some(other) = raw.layer_types.iter().flatten().find(|kind| !known(kind)) {
-            return Err(ConfigError::Unsupported { feature: "layer_types", got: other.clone() });
+        let unsupported = |feature, got| Err(ConfigError::Unsupported { feature, got });
+        let types = raw.layer_types.as_deref().unwrap_or_default();
+        let known = |kind: &&String| [FULL, SLIDING].contains(&kind.as_str());
+        if let Some(other) = types.iter().find(|kind| !known(kind)) {
+            return unsupported("layer_types", other.clone());
         }
-        Ok((self.attention)(raw, layers))
+        if raw.layer_types.is_some() && types.len() != layers {
+            return unsupported("layer_types", format!("{} for {layers} layers", types.len()));
+        }
+        if self.architecture == Architecture::SmolLm3 {
+            match &raw.no_rope_layers {
+                // A longer one is what `transformers` takes too: it asks layer by layer.
+                Some(flags) if flags.len() < layers => {
+                    return unsupported("no_rope_layers", format!("{} for {layers} layers", flags.len()));
+                }
+                None if raw.no_rope_layer_interval == Some(0) => {
+                    return unsupported("no_rope_layer_interval", "0".into());
+                }
+                _ => {}
+            }
+        }
+        let attention = (self.attention)(raw, layers);
+        // Some architectures ask other keys, whatever this one says.
+        let differs = |(layer, kind): &(usize, &String)| {
+            attention.window_of(*layer).is_some() != (kind.as_str() == SLIDING)
+        };
+        match types.iter().enumerate().find(differs) {
+            Some((layer, kind)) => {
+                unsupported("layer_types", format!("{kind} of layer {layer} against the other keys"))
+            }
+            None => Ok(attention),
+        }
     }
 }
 
@@ -116,7 +155,9 @@ fn llama(raw: &RawAttention, _: usize) -> Attention {
 }
 
 fn mistral(raw: &RawAttention, layers: usize) -> Attention {
-    Attention { window: window(raw, 0..layers), ..Attention::default() }
+    let tokens = raw.sliding_window.or(Some(WINDOW_TOKENS));
+    let window = tokens.map(|tokens| Window { tokens, layers: (0..layers).collect() });
+    Attention { window, ..Attention::default() }
 }
 
 fn qwen2(raw: &RawAttention, layers: usize) -> Attention {
@@ -129,13 +170,14 @@ fn qwen3(raw: &RawAttention, layers: usize) -> Attention {
 }
 
 fn smollm3(raw: &RawAttention, layers: usize) -> Attention {
-    let interval = raw.no_rope_layer_interval.unwrap_or(4).max(1);
-    let unrotated = match &raw.no_rope_layers {
+    let interval = raw.no_rope_layer_interval.unwrap_or(4);
+    let unrotated: Vec<usize> = match &raw.no_rope_layers {
         // One means that the layer is rotated, whatever the key is called.
         Some(flags) => (0..layers).filter(|&layer| flags.get(layer) == Some(&0)).collect(),
         None => (0..layers).filter(|layer| (layer + 1).is_multiple_of(interval)).collect(),
     };
-    let window = switched_window(raw, layers);
+    let window = raw.use_sliding_window.filter(|&on| on);
+    let window = window.and_then(|_| self::window(raw, None, unrotated.iter().copied()));
     Attention { bias: declared_bias(raw), window, unrotated, ..Attention::default() }
 }
 
@@ -146,14 +188,20 @@ pub(crate) fn declared_bias(raw: &RawAttention) -> Bias {
 /// Windows where `use_sliding_window` asks for them: from `max_window_layers` on, unless `layer_types` says otherwise.
 fn switched_window(raw: &RawAttention, layers: usize) -> Option<Window> {
     raw.use_sliding_window.filter(|&on| on)?;
-    window(raw, raw.max_window_layers.unwrap_or(layers).min(layers)..layers)
+    let first = raw.max_window_layers.unwrap_or(WINDOW_LAYERS_FROM).min(layers);
+    window(raw, Some(WINDOW_TOKENS), first..layers)
 }
 
-pub(crate) fn window(raw: &RawAttention, usual: impl Iterator<Item = usize>) -> Option<Window> {
-    let tokens = raw.sliding_window?;
+/// The windows of a file, of `unsaid` tokens where it does not say, in the `usual` layers where it does not name them.
+pub(crate) fn window(
+    raw: &RawAttention,
+    unsaid: Option<usize>,
+    usual: impl Iterator<Item = usize>,
+) -> Option<Window> {
+    let tokens = raw.sliding_window.or(unsaid)?;
     let layers: Vec<usize> = match &raw.layer_types {
         None => usual.collect(),
-        Some(types) => (0..types.len()).filter(|&layer| types[layer] == "sliding_attention").collect(),
+        Some(types) => (0..types.len()).filter(|&layer| types[layer] == SLIDING).collect(),
     };
     (!layers.is_empty()).then_some(Window { tokens, layers })
 }

@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 
 use crate::architecture::{Family, RawAttention, supported};
 use crate::gemma;
+use crate::said::Said;
 
 /// Longest configuration file read. Real ones are a few kB.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
@@ -158,7 +159,14 @@ impl RawRope {
             return refused(format!("the key {key}"));
         }
         let settled = |rope: Option<Box<Self>>| -> Result<Option<Box<Self>>, ConfigError> {
-            rope.map(|rope| rope.settled(feature).map(Box::new)).transpose()
+            let Some(rope) = rope else { return Ok(None) };
+            if rope.full_attention.is_some() || rope.sliding_attention.is_some() {
+                return Err(ConfigError::Unsupported {
+                    feature,
+                    got: "kinds of layers within a kind".into(),
+                });
+            }
+            rope.settled(feature).map(|rope| Some(Box::new(rope)))
         };
         let (full_attention, sliding_attention) =
             (settled(self.full_attention)?, settled(self.sliding_attention)?);
@@ -181,6 +189,25 @@ impl RawRope {
             }
         }
         Ok(newer.or(older))
+    }
+
+    /// The bases of layers that see everything and of those with a window, where the file says them. Nothing is scaled.
+    pub(crate) fn plain_bases(self) -> Result<[Option<f64>; 2], ConfigError> {
+        let refused = |got: String| Err(ConfigError::Unsupported { feature: "rope_parameters", got });
+        let Self { rope_type, rope_theta, full_attention, sliding_attention, .. } =
+            self.settled("rope_parameters")?;
+        if rope_type.is_some() || rope_theta.is_some() {
+            return refused("one for all layers".into());
+        }
+        let mut bases = [None; 2];
+        for (base, rope) in bases.iter_mut().zip([full_attention, sliding_attention]) {
+            let Some(rope) = rope else { continue };
+            if let Some(other) = rope.rope_type.filter(|kind| kind != "default") {
+                return refused(other);
+            }
+            *base = rope.rope_theta;
+        }
+        Ok(bases)
     }
 
     /// The factor of linear scaling.
@@ -267,7 +294,7 @@ fn check(raw: RawConfig, family: &Family, name: String) -> Result<Config, Config
     if raw.mlp_bias == Some(true) {
         return Err(unsupported("mlp_bias", &true));
     }
-    if let (Architecture::Llama, Some(window)) = (architecture, raw.attention.sliding_window) {
+    if let (Architecture::Llama, Said::Value(window)) = (architecture, raw.attention.sliding_window) {
         return Err(unsupported("sliding_window", &window));
     }
     // Gemma has a key of its own (`gemma.rs`).

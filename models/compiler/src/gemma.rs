@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use crate::architecture::{RawAttention, declared_bias, window};
 use crate::config::{ConfigError, RawRope};
+use crate::said::Said;
 
 /// The one activation of a Gemma: GELU, approximated by a hyperbolic tangent.
 const ACTIVATION: &str = "gelu_pytorch_tanh";
@@ -17,9 +18,9 @@ pub(crate) struct RawGemma {
     hidden_activation: Option<String>,
     query_pre_attn_scalar: Option<f64>,
     #[serde(default)]
-    attn_logit_softcapping: Cap,
+    attn_logit_softcapping: Said<f64>,
     #[serde(default)]
-    final_logit_softcapping: Cap,
+    final_logit_softcapping: Said<f64>,
     rope_local_base_freq: Option<f64>,
     sliding_window_pattern: Option<usize>,
     use_bidirectional_attention: Option<bool>,
@@ -28,46 +29,20 @@ pub(crate) struct RawGemma {
     dtype: Option<String>,
 }
 
-/// What a file says of a cap: nothing is the default, null is none.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-#[serde(from = "Option<f64>")]
-enum Cap {
-    #[default]
-    Unsaid,
-    None,
-    At(f64),
-}
-
-impl From<Option<f64>> for Cap {
-    fn from(said: Option<f64>) -> Self {
-        said.map_or(Self::None, Self::At)
-    }
-}
-
-impl Cap {
-    fn or(self, default: Option<f64>) -> Option<f64> {
-        match self {
-            Self::Unsaid => default,
-            Self::None => None,
-            Self::At(cap) => Some(cap),
-        }
-    }
-}
-
 fn unsupported(feature: &'static str, got: &dyn ToString) -> ConfigError {
     ConfigError::Unsupported { feature, got: got.to_string() }
 }
 
 /// Gemma 2: every second layer has a window, beginning with the first.
 pub(crate) fn attention2(raw: &RawAttention, layers: usize) -> Attention {
-    let window = window(raw, (0..layers).step_by(2));
+    let window = window(raw, None, (0..layers).step_by(2));
     Attention { bias: declared_bias(raw), window, ..Attention::default() }
 }
 
 /// Gemma 3: all layers have a window but every sixth, or as `sliding_window_pattern` says; heads are normalized.
 pub(crate) fn attention3(raw: &RawAttention, layers: usize) -> Attention {
     let pattern = raw.gemma.sliding_window_pattern.unwrap_or(6);
-    let window = window(raw, (0..layers).filter(|layer| !(layer + 1).is_multiple_of(pattern)));
+    let window = window(raw, None, (0..layers).filter(|layer| !(layer + 1).is_multiple_of(pattern)));
     Attention { bias: declared_bias(raw), head_norm: true, window, ..Attention::default() }
 }
 
@@ -92,14 +67,14 @@ pub(crate) fn describe(
         ("attn_logit_softcapping", raw.attn_logit_softcapping, score_cap),
         ("final_logit_softcapping", raw.final_logit_softcapping, logit_cap),
     ] {
-        if let (Cap::At(cap), None) = (asked, done) {
+        if let (Said::Value(cap), None) = (asked, done) {
             return Err(unsupported(feature, &cap));
         }
     }
     if !matches!(architecture, Architecture::Gemma2 | Architecture::Gemma3) {
         return Ok(None);
     }
-    if attention.sliding_window.is_none() {
+    if attention.sliding_window.or(None).is_none() {
         return Err(unsupported("sliding_window", &"none"));
     }
     if raw.sliding_window_pattern == Some(0) {

@@ -3,6 +3,7 @@
 //! Modules in the order that data passes them.
 
 pub mod architecture;
+mod said;
 mod gemma;
 pub mod config;
 pub mod tensors;

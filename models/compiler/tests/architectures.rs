@@ -1,14 +1,17 @@
 //! Every architecture but plain Llama in the real ONNX Runtime against Hugging Face's implementation
-//! (`goldens/make_architectures.py`): logits at once and over the cache, loss, and the gradient of every adapter tensor.
+//! (`goldens/make_architectures.py`): logits at once and over the cache, loss, and the gradient of every adapter tensor in
+//! every graph; and at 4 bits against floats of the same values.
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failed test may panic")]
 
 #[path = "onnx_runtime/mod.rs"]
 mod onnx_runtime;
 
+use std::path::Path;
+
 use commonweal_compiler::config::read_file;
-use commonweal_compiler::{Accuracy, Architecture, Attention, Bias, Bits, Gemma, Window};
-use commonweal_package::TrainGraph;
-use onnx_runtime::case::Case;
+use commonweal_compiler::{Accuracy, Architecture, Attention, Bias, Gemma, ModelConfig, Window};
+use onnx_runtime::case::{Case, form};
+use onnx_runtime::dequantize::dequantize;
 use onnx_runtime::{goldens, read};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -16,7 +19,9 @@ use tempfile::TempDir;
 /// The reference's rotary tables are 32-bit floats; measured errors are about 1e-6.
 const TOLERANCE: f64 = 2e-5;
 
-fn agrees(variant: &str, architecture: Architecture, attention: &Attention) -> Case {
+/// Compiles a golden checkpoint as it is and compares every graph with the golden; then at 4 bits, and compares with floats
+/// of the values that the codes stand for.
+fn agrees(variant: &str, architecture: Architecture, attention: &Attention) -> ModelConfig {
     let directory = goldens().join("architectures").join(variant);
     // The text files are those of the other goldens.
     let checkpoint = TempDir::new().unwrap();
@@ -29,21 +34,26 @@ fn agrees(variant: &str, architecture: Architecture, attention: &Attention) -> C
         }
     }
     let golden = read(&format!("architectures/{variant}/golden.safetensors"));
-    let kind = (Bits::Full, Accuracy::Exact);
-    let case = Case::new(variant, checkpoint.path(), kind, golden.clone(), golden);
-    let model = &case.package.manifest().model;
+    let compiled = |label: String, checkpoint: &Path, bits| {
+        Case::new(&label, checkpoint, form(bits, 32, Accuracy::Exact), golden.clone(), golden.clone())
+    };
+    let case = compiled(variant.into(), checkpoint.path(), 32);
+    let model = case.package.manifest().model.clone();
     assert_eq!((model.architecture, &model.attention), (architecture, attention));
-    case.graph_agrees(&case.package.train_graph(TrainGraph::Full).unwrap(), "train", TOLERANCE, 0);
-    case.logits_agree(TOLERANCE);
-    case
+    every_graph_agrees(case);
+
+    let mut quantized = compiled(format!("{variant} 4"), checkpoint.path(), 4);
+    let floats = TempDir::new().unwrap();
+    dequantize(&quantized.package, checkpoint.path(), floats.path());
+    quantized.expected = compiled(format!("{variant} of floats"), floats.path(), 32).computed();
+    every_graph_agrees(quantized);
+    model
 }
 
-/// The graphs that recompute more, train less or have no adapter agree too.
-fn other_graphs_agree(mut case: Case) {
-    let upper = case.package.manifest().model.layers / 2;
-    for (graph, first_layer) in [(TrainGraph::Frugal, 0), (TrainGraph::Upper, upper)] {
-        case.graph_agrees(&case.package.train_graph(graph).unwrap(), graph.file(), TOLERANCE, first_layer);
-    }
+/// The graphs that recompute more, train less or have no adapter too.
+fn every_graph_agrees(mut case: Case) {
+    case.gradients_agree(TOLERANCE);
+    case.logits_agree(TOLERANCE);
     case.base_agrees(TOLERANCE);
 }
 
@@ -55,10 +65,9 @@ fn llama_with_biases() {
 /// Short wavelengths as they are, long ones eight times as long, and some between.
 #[test]
 fn llama_with_stretched_wavelengths() {
-    let case = agrees("llama3-rope", Architecture::Llama, &Attention::default());
-    let scaling = case.package.manifest().model.rope_scaling.unwrap();
+    let model = agrees("llama3-rope", Architecture::Llama, &Attention::default());
+    let scaling = model.rope_scaling.unwrap();
     assert_eq!((scaling.factor, scaling.original_context), (8.0, 64));
-    other_graphs_agree(case);
 }
 
 #[test]
@@ -89,7 +98,7 @@ fn smollm3_with_layers_that_do_not_rotate() {
 #[test]
 fn gemma2_with_caps_and_windows() {
     let window = Some(Window { tokens: 7, layers: vec![0, 2] });
-    let case = agrees("gemma2", Architecture::Gemma2, &Attention { window, ..Attention::default() });
+    let model = agrees("gemma2", Architecture::Gemma2, &Attention { window, ..Attention::default() });
     let gemma = Gemma {
         embedding_scale: f64::from(32_f32.sqrt()),
         query_scalar: 24.0,
@@ -98,8 +107,7 @@ fn gemma2_with_caps_and_windows() {
         local_theta: None,
         rope_stretch: None,
     };
-    assert_eq!(case.package.manifest().model.gemma, Some(gemma));
-    other_graphs_agree(case);
+    assert_eq!(model.gemma, Some(gemma));
 }
 
 /// Rotary wavelengths of two bases, one of them stretched, norms of heads, and the embedding's scale in bfloat16.
@@ -107,7 +115,7 @@ fn gemma2_with_caps_and_windows() {
 fn gemma3_with_two_kinds_of_layers() {
     let window = Some(Window { tokens: 5, layers: vec![0, 1, 3] });
     let attention = Attention { window, head_norm: true, ..Attention::default() };
-    let case = agrees("gemma3", Architecture::Gemma3, &attention);
+    let model = agrees("gemma3", Architecture::Gemma3, &attention);
     let gemma = Gemma {
         embedding_scale: 5.65625,
         query_scalar: 24.0,
@@ -116,8 +124,24 @@ fn gemma3_with_two_kinds_of_layers() {
         local_theta: Some(10_000.0),
         rope_stretch: Some(8.0),
     };
-    assert_eq!(case.package.manifest().model.gemma, Some(gemma));
-    other_graphs_agree(case);
+    assert_eq!(model.gemma, Some(gemma));
+}
+
+/// What a file leaves out is what `transformers` takes for it (`goldens/make_configurations.py`).
+#[test]
+fn what_a_file_does_not_say() {
+    let cases = std::fs::read(goldens().join("configurations.json")).unwrap();
+    let cases: Vec<Value> = serde_json::from_slice(&cases).unwrap();
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("config.json");
+    for case in &cases {
+        std::fs::write(&file, case["config"].to_string()).unwrap();
+        let attention = read_file(&file).unwrap().model.attention;
+        let window: Option<Window> = serde_json::from_value(case["window"].clone()).unwrap();
+        let unrotated: Vec<usize> = serde_json::from_value(case["unrotated"].clone()).unwrap();
+        assert_eq!((attention.window, attention.unrotated), (window, unrotated), "{}", case["config"]);
+    }
+    assert_eq!(cases.len(), 22);
 }
 
 /// The keys that `transformers` 5 writes say the same as those of the published files.

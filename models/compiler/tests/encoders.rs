@@ -15,7 +15,7 @@ use commonweal_compiler::encoder::{EncoderOptions, compile};
 use commonweal_compiler::{Accuracy, Bits, EncoderArchitecture, Probabilities};
 use commonweal_package::EncoderPackage;
 use onnx_runtime::{Golden, goldens, read, relative_error, run, session};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
 /// The reference computes in 64-bit floats; measured errors are below 1e-6 in floats and about as much quantized.
@@ -186,9 +186,51 @@ fn what_a_package_says() {
     assert_eq!(encoder.name, "named");
 }
 
+/// The same network however the file says it. `transformers` 5 writes bases and kinds of layers in other keys, and takes
+/// 160,000 and 10,000 for bases that are not there; 4.53 takes the global base for a local one that is null.
+#[test]
+fn modernbert_by_its_newer_keys_and_without_its_bases() {
+    let files = |change: &dyn Fn(&mut Map<String, Value>)| {
+        let checkpoint = Checkpoint::new("modernbert");
+        let path = checkpoint.path("config.json");
+        let mut config: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        change(config.as_object_mut().unwrap());
+        fs::write(path, config.to_string()).unwrap();
+        compile(&checkpoint.options()).unwrap().manifest.files
+    };
+    let remove = |config: &mut Map<String, Value>, keys: &[&str]| {
+        assert!(keys.iter().all(|&key| config.remove(key).is_some()));
+    };
+    let published = files(&|_| ());
+    let without = files(&|config| remove(config, &["global_rope_theta", "local_rope_theta"]));
+    assert_eq!(without, published);
+    let rope = |theta: f64| json!({ "rope_type": "default", "rope_theta": theta });
+    let newer = |every: usize| {
+        files(&|config| {
+            remove(config, &["global_rope_theta", "local_rope_theta", "global_attn_every_n_layers"]);
+            let kind = |layer: usize| {
+                if layer.is_multiple_of(every) { "full_attention" } else { "sliding_attention" }
+            };
+            config.insert("layer_types".into(), json!([0, 1, 2, 3, 4].map(kind)));
+            let ropes = json!({ "full_attention": rope(160_000.0), "sliding_attention": rope(10_000.0) });
+            config.insert("rope_parameters".into(), ropes);
+        })
+    };
+    assert_eq!(newer(3), published);
+    assert_ne!(newer(2), published);
+    let null = files(&|config| {
+        config.insert("local_rope_theta".into(), Value::Null);
+    });
+    let as_global = files(&|config| {
+        config.insert("local_rope_theta".into(), json!(160_000.0));
+    });
+    assert_eq!(null, as_global);
+    assert_ne!(null, published);
+}
+
 #[test]
 fn configurations_that_no_graph_has() {
-    let cases: [(&str, Value, &[&str]); 27] = [
+    let cases: [(&str, Value, &[&str]); 31] = [
         ("bert", json!({ "architectures": ["ElectraForSequenceClassification"] }), &["Electra", "DebertaV2"]),
         ("bert", json!({ "hidden_act": "relu" }), &["hidden_act", "relu"]),
         (
@@ -227,6 +269,18 @@ fn configurations_that_no_graph_has() {
         ("deberta", json!({ "position_buckets": 1 }), &["position_buckets"]),
         ("modernbert", json!({ "classifier_pooling": "max" }), &["classifier_pooling", "max"]),
         ("modernbert", json!({ "rope_scaling": { "rope_type": "yarn" } }), &["rope_scaling", "yarn"]),
+        (
+            "modernbert",
+            json!({ "rope_parameters": { "sliding_attention": { "rope_type": "linear", "factor": 2.0 } } }),
+            &["rope_parameters", "linear"],
+        ),
+        (
+            "modernbert",
+            json!({ "rope_parameters": { "rope_theta": 5.0 } }),
+            &["rope_parameters", "all layers"],
+        ),
+        ("modernbert", json!({ "layer_types": ["full_attention"] }), &["layer_types", "1 for 5 layers"]),
+        ("modernbert", json!({ "layer_types": vec!["chunked"; 5] }), &["layer_types", "chunked"]),
         ("modernbert", json!({ "num_attention_heads": 4 }), &["head_dim", "8"]),
     ];
     for (variant, changes, words) in cases {

@@ -140,7 +140,11 @@ static LLAMA3: LazyLock<Value> = LazyLock::new(|| {
 fn rotary_scalings() {
     let mut steep = LLAMA3.clone();
     steep["factor"] = json!(1e-300);
-    let cases: [(Value, &[&str]); 9] = [
+    let cases: [(Value, &[&str]); 10] = [
+        (
+            json!({ "rope_parameters": { "full_attention": { "full_attention": { "rope_theta": 1e4 } } } }),
+            &["rope_parameters", "within a kind"],
+        ),
         (json!({ "rope_scaling": { "factor": 4.0 } }), &["rope_scaling", "without rope_type"]),
         (
             json!({ "rope_parameters": { "rope_theta": 1e4, "factor": 4.0 } }),
@@ -218,6 +222,32 @@ fn configurations() {
         json!({ "rope_scaling": LLAMA3.clone(), "rope_parameters": LLAMA3.clone() }),
     ] {
         compile(&Spoilt::new("tied").config(&good).options()).unwrap();
+    }
+}
+
+/// Lists of layers that do not fit the layers, or that say another thing than the other keys, are refused by name.
+#[test]
+fn lists_of_layers() {
+    let (full, sliding) = ("full_attention", "sliding_attention");
+    let windows = json!({ "use_sliding_window": true, "sliding_window": 7 });
+    let smollm3 = "SmolLM3ForCausalLM";
+    let cases: [(&str, Value, &[&str]); 8] = [
+        ("Qwen2ForCausalLM", json!({ "layer_types": [sliding] }), &["layer_types", "1 for 2 layers"]),
+        ("Qwen3ForCausalLM", json!({ "layer_types": [full, full, sliding] }), &["layer_types", "3 for 2"]),
+        ("Gemma2ForCausalLM", json!({ "layer_types": [] }), &["layer_types", "0 for 2 layers"]),
+        ("MistralForCausalLM", json!({ "layer_types": [sliding, full] }), &["layer_types", full, "layer 1"]),
+        (
+            "Qwen2ForCausalLM",
+            json!({ "use_sliding_window": false, "layer_types": [full, sliding] }),
+            &["layer_types", sliding, "layer 1"],
+        ),
+        (smollm3, json!({ "layer_types": [sliding, full, full] }), &["layer_types", "3 for 2"]),
+        (smollm3, json!({ "no_rope_layers": [1] }), &["no_rope_layers", "1 for 2 layers"]),
+        (smollm3, json!({ "no_rope_layer_interval": 0 }), &["no_rope_layer_interval", "0"]),
+    ];
+    for (class, changes, words) in cases {
+        let named = json!({ "architectures": [class] });
+        Spoilt::new("tied").config(&named).config(&windows).config(&changes).refused(words);
     }
 }
 

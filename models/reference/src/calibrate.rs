@@ -147,3 +147,50 @@ fn labelled(scored: &[Scored], platt: Platt) -> Vec<Labelled> {
         .map(|row| Labelled { probability: platt.probability(row.log_odds), is_unsafe: row.is_unsafe })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use commonweal_safety::calibrate::CalibrateError;
+
+    use super::*;
+    use crate::rows::Label;
+
+    /// Prompts that are told apart, and pairs of which one label has only `few`.
+    #[test]
+    fn a_layout_with_too_few_rows_is_named() {
+        let config = GuardConfig::from_toml(include_str!("../guard.toml")).unwrap();
+        let calibrate = |few: usize| {
+            let mut rows = Vec::new();
+            for (response, label, count) in [
+                (None, Label::Safe, 12),
+                (None, Label::Unsafe, 12),
+                (Some("r"), Label::Safe, 12),
+                (Some("r"), Label::Unsafe, few),
+            ] {
+                let row = GuardRow {
+                    prompt: "p".into(),
+                    response: response.map(str::to_owned),
+                    label,
+                    category: None,
+                    source: None,
+                };
+                rows.extend(std::iter::repeat_n(row, count));
+            }
+            let judgement = |row: &GuardRow| Judgement {
+                probability: 0.5,
+                log_odds: if row.is_unsafe() { 1.0 } else { -1.0 },
+                category: None,
+                threshold: 0.5,
+                is_unsafe: row.is_unsafe(),
+            };
+            let judgements: Vec<Judgement> = rows.iter().map(judgement).collect();
+            let own = OwnThresholds { per_form: false, per_category: false };
+            calibrate(&config, &rows, &judgements, None, Target::F1, own)
+        };
+        calibrate(10).unwrap();
+        let error = calibrate(9).unwrap_err();
+        assert_eq!(error.to_string(), "layout pair");
+        let cause = error.downcast_ref::<CalibrateError>();
+        assert_eq!(cause, Some(&CalibrateError::TooFew { positives: 9, negatives: 12 }));
+    }
+}

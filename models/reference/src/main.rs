@@ -16,7 +16,8 @@ use commonweal_runtime::{
     memory::{self, Shape},
 };
 use commonweal_safety::{
-    ConfigError, Constitution, ConstitutionError, GuardConfig, Reviser, WordsError, calibrate::Target,
+    ConfigError, Constitution, ConstitutionError, GuardConfig, Reviser, WordsError,
+    calibrate::{CalibrateError, Target},
 };
 use serde_json::json;
 
@@ -222,6 +223,7 @@ fn exit_code(error: &anyhow::Error) -> u8 {
         cause.is::<rows::RowsError>()
             || cause.is::<commonweal_runtime::TextsError>()
             || cause.is::<ConfigError>()
+            || cause.is::<CalibrateError>()
             || cause.is::<WordsError>()
             || cause.is::<read_clusters::ClustersError>()
             || cause.is::<ConstitutionError>()
@@ -295,8 +297,8 @@ fn run(cli: Cli) -> Result<()> {
                 .event(&json!({"event": "learned", "rows": rows.len(), "bytes": bytes.len(), "out": out}));
             Ok(())
         }
-        Command::Calibrate { guard, rows, target, reach, own, out } => {
-            let rows = rows::read(&rows)?;
+        Command::Calibrate { guard, rows: path, target, reach, own, out } => {
+            let rows = rows::read(&path)?;
             let target = match target {
                 TargetArg::F1 => Target::F1,
                 TargetArg::Recall => Target::Recall(reach.unwrap_or(0.9)),
@@ -314,7 +316,8 @@ fn run(cli: Cli) -> Result<()> {
             let (judge, _) = guard.open(&library()?, alone, None)?;
             let judgements = calibrate::judge(&judge, &rows, progress)?;
             let (calibrated, measured) =
-                calibrate::calibrate(&config, &rows, &judgements, words.as_ref(), target, own)?;
+                calibrate::calibrate(&config, &rows, &judgements, words.as_ref(), target, own)
+                    .with_context(|| path.display().to_string())?;
             let out = out.unwrap_or(guard.config);
             learn::write_whole(&out, (heading(&text) + &calibrated.to_toml()?).as_bytes())?;
             progress.event(&json!({"event": "calibrated", "out": out, "measured": measured}));
@@ -426,6 +429,8 @@ mod tests {
         let rows: anyhow::Error = rows::RowsError::Empty { path: "x".into() }.into();
         assert_eq!(exit_code(&rows.context("while reading")), 3);
         assert_eq!(exit_code(&GuardConfig::from_toml("?").unwrap_err().into()), 3);
+        let few: anyhow::Error = CalibrateError::TooFew { positives: 1, negatives: 1 }.into();
+        assert_eq!(exit_code(&few.context("layout pair").context("rows.jsonl")), 3);
         let missing = Library::load(Some("/nonexistent/libonnxruntime.so".as_ref()));
         assert_eq!(exit_code(&missing.unwrap_err().into()), 5);
         assert_eq!(exit_code(&anyhow::anyhow!("anything else")), 1);

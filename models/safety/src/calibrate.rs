@@ -5,6 +5,10 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Rows of either label that a calibration needs. Two numbers are fitted to them: with ten of a label one row is a tenth of
+/// what is known of it, and from fewer a slope is noise that the thresholds would stand on.
+pub const ROWS_MIN: usize = 10;
+
 /// `probability = 1 / (1 + exp(-(slope * log_odds + intercept)))`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -34,9 +38,11 @@ pub struct Scored {
 /// Why no calibration could be fitted.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum CalibrateError {
-    /// One of the classes is missing.
-    #[error("calibration needs rows of both labels, got {positives} unsafe and {negatives} safe")]
-    OneClass {
+    /// One of the labels is missing or has too few rows.
+    #[error(
+        "calibration needs at least {ROWS_MIN} rows of each label, got {positives} unsafe and {negatives} safe"
+    )]
+    TooFew {
         /// Unsafe rows.
         positives: usize,
         /// Safe rows.
@@ -77,8 +83,8 @@ impl Platt {
         }
         let positives = rows.iter().filter(|r| r.is_unsafe).count();
         let negatives = rows.len() - positives;
-        if positives == 0 || negatives == 0 {
-            return Err(CalibrateError::OneClass { positives, negatives });
+        if positives.min(negatives) < ROWS_MIN {
+            return Err(CalibrateError::TooFew { positives, negatives });
         }
         // Smoothed targets keep the fit finite when the classes separate.
         let high = (positives as f64 + 1.0) / (positives as f64 + 2.0);
@@ -292,20 +298,37 @@ mod tests {
     #[test]
     fn separable_classes_stay_finite() {
         let rows: Vec<Scored> =
-            (0..10).map(|i| Scored { log_odds: f64::from(i) - 4.5, is_unsafe: i >= 5 }).collect();
+            (0..20).map(|i| Scored { log_odds: f64::from(i) - 9.5, is_unsafe: i >= 10 }).collect();
         let platt = Platt::fit(&rows).unwrap();
-        assert!(platt.slope.is_finite() && platt.slope > 0.0 && platt.probability(4.5) < 1.0);
+        assert!(platt.slope.is_finite() && platt.slope > 0.0 && platt.probability(9.5) < 1.0);
     }
 
     #[test]
     fn what_cannot_be_fitted_is_refused() {
         let row = |log_odds, is_unsafe| Scored { log_odds, is_unsafe };
-        assert!(matches!(Platt::fit(&[]), Err(CalibrateError::OneClass { .. })));
-        assert!(matches!(Platt::fit(&[row(1.0, true)]), Err(CalibrateError::OneClass { positives: 1, .. })));
+        assert!(matches!(Platt::fit(&[]), Err(CalibrateError::TooFew { .. })));
+        assert!(matches!(Platt::fit(&[row(1.0, true)]), Err(CalibrateError::TooFew { positives: 1, .. })));
         let nan = [row(f64::NAN, true), row(0.0, false)];
         assert!(matches!(Platt::fit(&nan), Err(CalibrateError::NotFinite { row: 0, .. })));
-        let inverted = [row(-2.0, true), row(-1.0, true), row(1.0, false), row(2.0, false)];
+        let inverted = |i| row(f64::from(i), i < 0);
+        let inverted: Vec<Scored> = (-10..10).map(inverted).collect();
         assert!(matches!(Platt::fit(&inverted), Err(CalibrateError::Inverted { .. })));
+    }
+
+    #[test]
+    fn each_label_needs_ten_rows() {
+        let rows = |positives, negatives| -> Vec<Scored> {
+            let row = |(log_odds, is_unsafe)| Scored { log_odds, is_unsafe };
+            let unsafe_rows = std::iter::repeat_n((1.0, true), positives);
+            unsafe_rows.chain(std::iter::repeat_n((-1.0, false), negatives)).map(row).collect()
+        };
+        assert!(Platt::fit(&rows(10, 10)).is_ok());
+        for (positives, negatives) in [(1, 1), (9, 10), (10, 9), (9, 500)] {
+            let error = Platt::fit(&rows(positives, negatives)).unwrap_err();
+            assert_eq!(error, CalibrateError::TooFew { positives, negatives });
+            let said = format!("at least 10 rows of each label, got {positives} unsafe and {negatives} safe");
+            assert!(error.to_string().ends_with(&said), "{error}");
+        }
     }
 
     #[test]

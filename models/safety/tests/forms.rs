@@ -1,4 +1,4 @@
-//! Each form of guard, from its configuration to a score: its prompts against those that others rendered, its score
+//! Each form of guard, from its configuration to a score: its prompts against those that jinja2 rendered, its score
 //! against the model's probabilities, and what every guard must hold.
 #![allow(clippy::unwrap_used, reason = "a failed test may panic")]
 
@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 const FORMS: [&str; 4] = ["llama-guard-3-1b", "llama-guard-3-8b", "shieldgemma", "qwen3guard-gen"];
 
-/// A prompt that another implementation rendered; `goldens/make_prompts.py` says how.
+/// A prompt that jinja2 rendered, from templates of which some were typed again; `goldens/make_prompts.py` says which.
 #[derive(Deserialize)]
 struct Golden {
     form: String,

@@ -25,6 +25,7 @@ pub struct Config {
 #[derive(Debug)]
 pub(super) struct Common {
     pub(super) hidden_size: usize,
+    pub(super) layers: usize,
     pub(super) heads: usize,
     pub(super) positions: usize,
     pub(super) pad: u32,
@@ -114,6 +115,7 @@ fn check(value: &Value, name: String) -> Result<Config, ConfigError> {
     let pad = raw.pad_token_id.unwrap_or(family.pad);
     let common = Common {
         hidden_size: raw.hidden_size,
+        layers: raw.num_hidden_layers,
         heads: raw.num_attention_heads,
         positions: raw.max_position_embeddings,
         pad,

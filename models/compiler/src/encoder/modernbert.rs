@@ -8,18 +8,19 @@ use serde_json::Value;
 use super::config::{Activation, Common, epsilon, keys, unsupported};
 use super::parts::{Entries, Parts};
 use super::{Described, Network};
-use crate::architecture::Source;
-use crate::config::ConfigError;
+use crate::architecture::{FULL, SLIDING, Source};
+use crate::config::{ConfigError, RawRope};
 use crate::graph::{Constant, GraphError, TensorType, ValueId};
 use crate::op::Op;
+use crate::said::Said;
 
 /// A ModernBERT's own facts.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct ModernBert {
     global_theta: f64,
     local_theta: f64,
-    /// Layers 0, n, 2n … see every token.
-    global_every: usize,
+    /// For each layer whether it sees every token.
+    global: Vec<bool>,
     /// Tokens on either side that the other layers see.
     local_reach: usize,
     activation: Activation,
@@ -45,7 +46,9 @@ struct RawModernBert {
     norm_eps: Option<f64>,
     norm_bias: Option<bool>,
     global_rope_theta: Option<f64>,
-    local_rope_theta: Option<f64>,
+    /// Null is the base of the layers that see every token.
+    #[serde(default)]
+    local_rope_theta: Said<f64>,
     global_attn_every_n_layers: Option<usize>,
     local_attention: Option<usize>,
     attention_bias: Option<bool>,
@@ -54,23 +57,23 @@ struct RawModernBert {
     classifier_bias: Option<bool>,
     classifier_activation: Option<String>,
     rope_scaling: Option<Value>,
-    /// Of newer versions of `transformers`.
-    rope_parameters: Option<Value>,
+    /// Of `transformers` 5, in place of both bases and of `global_attn_every_n_layers`.
+    rope_parameters: Option<RawRope>,
+    layer_types: Option<Vec<String>>,
 }
 
 pub(super) fn describe(value: &Value, common: &Common) -> Result<Described, ConfigError> {
     let raw: RawModernBert = keys(value)?;
-    for (feature, got) in [("rope_scaling", raw.rope_scaling), ("rope_parameters", raw.rope_parameters)] {
-        if let Some(got) = got {
-            return Err(unsupported(feature, got.to_string().chars().take(200).collect::<String>()));
-        }
+    if let Some(got) = raw.rope_scaling {
+        return Err(unsupported("rope_scaling", got.to_string().chars().take(200).collect::<String>()));
     }
     let head_dim = common.hidden_size / common.heads;
     if !head_dim.is_multiple_of(16) {
         return Err(ModelError::HeadDim { got: head_dim }.into());
     }
-    let global_theta = raw.global_rope_theta.unwrap_or(160_000.0);
-    let local_theta = raw.local_rope_theta.unwrap_or(global_theta);
+    let [global_base, local_base] = raw.rope_parameters.map_or(Ok([None; 2]), RawRope::plain_bases)?;
+    let global_theta = global_base.or(raw.global_rope_theta).unwrap_or(160_000.0);
+    let local_theta = local_base.or(raw.local_rope_theta.or(Some(10_000.0))).unwrap_or(global_theta);
     for (name, got) in [("global_rope_theta", global_theta), ("local_rope_theta", local_theta)] {
         if !(got.is_finite() && got > 0.0) {
             return Err(ModelError::NotPositive { name, got }.into());
@@ -83,6 +86,14 @@ pub(super) fn describe(value: &Value, common: &Common) -> Result<Described, Conf
             return Err(ModelError::OutOfRange { name, max: DIMENSION_MAX, got }.into());
         }
     }
+    let global = match raw.layer_types {
+        None => (0..common.layers).map(|layer| layer.is_multiple_of(global_every)).collect(),
+        Some(types) if types.len() != common.layers => {
+            let got = format!("{} for {} layers", types.len(), common.layers);
+            return Err(unsupported("layer_types", got));
+        }
+        Some(types) => types.into_iter().map(is_global).collect::<Result<_, _>>()?,
+    };
     let pooling = match raw.classifier_pooling.as_deref() {
         None | Some("cls") => Pooling::First,
         Some("mean") => Pooling::Mean,
@@ -91,7 +102,7 @@ pub(super) fn describe(value: &Value, common: &Common) -> Result<Described, Conf
     let modern = ModernBert {
         global_theta,
         local_theta,
-        global_every,
+        global,
         local_reach: local_attention / 2,
         activation: Activation::read("hidden_activation", raw.hidden_activation.as_deref())?,
         head_activation: Activation::read("classifier_activation", raw.classifier_activation.as_deref())?,
@@ -105,6 +116,14 @@ pub(super) fn describe(value: &Value, common: &Common) -> Result<Described, Conf
     Ok(Described { network: Network::ModernBert(modern), context: common.positions, token_types: 0 })
 }
 
+fn is_global(kind: String) -> Result<bool, ConfigError> {
+    match kind.as_str() {
+        FULL => Ok(true),
+        SLIDING => Ok(false),
+        _ => Err(unsupported("layer_types", kind)),
+    }
+}
+
 /// The rotary tables of one base.
 #[derive(Clone, Copy)]
 struct Tables {
@@ -113,10 +132,6 @@ struct Tables {
 }
 
 impl ModernBert {
-    fn is_global(&self, layer: usize) -> bool {
-        layer.is_multiple_of(self.global_every)
-    }
-
     pub(super) fn tensors(&self, encoder: &EncoderConfig) -> Vec<(String, Source)> {
         let EncoderConfig { hidden_size: hidden, intermediate_size: inner, heads, context, .. } = *encoder;
         let mut list = Entries::default();
@@ -160,7 +175,7 @@ impl ModernBert {
         let (global, local) = (tables(parts, "global")?, tables(parts, "local")?);
         for layer in 0..layers {
             parts.graph.enter(format!("layers.{layer}"), layer);
-            let (tables, bias) = if self.is_global(layer) { (global, everywhere) } else { (local, near) };
+            let (tables, bias) = if self.global[layer] { (global, everywhere) } else { (local, near) };
             let attended = self.attention(parts, layer, tables, bias, x)?;
             x = parts.graph.plus(x, attended)?;
             let fed = self.feed_forward(parts, layer, x)?;

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use commonweal_compiler::compile::{CompileOptions, Method, compile};
-use commonweal_compiler::{Accuracy, Bits};
-use commonweal_package::Package;
+use commonweal_compiler::{Accuracy, Bits, Quantization};
+use commonweal_package::{Package, TrainGraph};
 use ort::session::Session;
 use ort::value::{DynValue, Tensor};
 use tempfile::TempDir;
@@ -24,6 +24,11 @@ pub(crate) struct Case {
     _directory: TempDir,
 }
 
+/// A form of the weights, by its bits and the weights of a block.
+pub(crate) fn form(bits: u8, block_size: usize, accuracy: Accuracy) -> Quantization {
+    Quantization { bits: Bits::try_from(bits).unwrap(), block_size, accuracy }
+}
+
 pub(crate) fn check(name: &str, got: &[f32], expected: &[f32], tolerance: f64) {
     let error = relative_error(got, expected);
     println!("{name}: relative error {error:.1e}");
@@ -35,7 +40,7 @@ impl Case {
     pub(crate) fn new(
         label: &str,
         checkpoint: &Path,
-        (bits, accuracy): (Bits, Accuracy),
+        Quantization { bits, block_size, accuracy }: Quantization,
         inputs: BTreeMap<String, Golden>,
         expected: BTreeMap<String, Golden>,
     ) -> Self {
@@ -43,15 +48,14 @@ impl Case {
         let out = directory.path().join("package");
         // The goldens' codes are of this method; `tests/gptq.rs` has the others.
         let method = Method::Mse;
-        let options = CompileOptions { bits, accuracy, method, ..CompileOptions::new(checkpoint, &out) };
-        compile(&options).unwrap();
+        let options = CompileOptions::new(checkpoint, &out);
+        compile(&CompileOptions { bits, block_size, accuracy, method, ..options }).unwrap();
         let package = Package::open(out).unwrap();
         Self { label: label.into(), inputs, expected, package, _directory: directory }
     }
 
-    /// Runs a gradient graph that lies in the package and trains the layers from `first_layer`, and compares every
-    /// output.
-    pub(crate) fn graph_agrees(&self, graph: &Path, graph_name: &str, tolerance: f64, first_layer: usize) {
+    /// Runs a gradient graph that lies in the package; gives its outputs by name.
+    fn train(&self, graph: &Path) -> BTreeMap<String, Vec<f32>> {
         let mut session = session(graph);
         let wanted: Vec<String> = session.inputs().iter().map(|input| input.name().to_owned()).collect();
         let inputs = self
@@ -60,7 +64,36 @@ impl Case {
             .filter(|(name, _)| wanted.contains(name))
             .map(|(name, golden)| (name.clone(), golden.value()))
             .collect();
-        let got = run(&mut session, inputs);
+        run(&mut session, inputs)
+    }
+
+    /// Every gradient graph of the package.
+    pub(crate) fn gradients_agree(&self, tolerance: f64) {
+        let upper = self.package.manifest().model.layers / 2;
+        for (graph, first_layer) in
+            [(TrainGraph::Full, 0), (TrainGraph::Frugal, 0), (TrainGraph::Upper, upper)]
+        {
+            let path = self.package.train_graph(graph).unwrap();
+            self.graph_agrees(&path, graph.file(), tolerance, first_layer);
+        }
+    }
+
+    /// What this package computes, in the place of what another implementation does.
+    pub(crate) fn computed(&self) -> BTreeMap<String, Golden> {
+        let Golden::Floats(shape, _) = &self.expected["logits"] else { panic!("logits must be floats") };
+        let graph = self.package.train_graph(TrainGraph::Full).unwrap();
+        let flat = |(name, values): (String, Vec<f32>)| (name, Golden::Floats(vec![values.len()], values));
+        let mut computed: BTreeMap<String, Golden> = self.train(&graph).into_iter().map(flat).collect();
+        let mut inference = session(&self.package.infer_graph());
+        let logits = self.infer(&mut inference, (0, shape[1]), &BTreeMap::new()).remove("logits").unwrap();
+        computed.insert("logits".into(), Golden::Floats(shape.clone(), logits));
+        computed
+    }
+
+    /// Runs a gradient graph that lies in the package and trains the layers from `first_layer`, and compares every
+    /// output.
+    pub(crate) fn graph_agrees(&self, graph: &Path, graph_name: &str, tolerance: f64, first_layer: usize) {
+        let got = self.train(graph);
         let is_output = |name: &str| name.starts_with("grad.") || ["loss", "token_logprob"].contains(&name);
         let mut compared = 0;
         let untrained =

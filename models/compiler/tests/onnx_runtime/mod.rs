@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 pub(crate) mod case;
+pub(crate) mod dequantize;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
