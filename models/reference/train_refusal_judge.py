@@ -1,7 +1,7 @@
 """Trains the second judge of `scripts/reproduce-paper`: does an answer refuse? A linear classifier over hashed n-grams.
 
 It shares no rule with the first judge (`models/safety/src/refusal.rs`) and no row with base, guard or reviser, and no arm
-trains by it: refusals come from `phrases/declines.py`, other answers from there and from replies of hh-rlhf (MIT) in buckets
+trains by it: refusals come from `phrases/declines.py`, but for what makes the base's own openings, other answers from there and from replies of hh-rlhf (MIT) in buckets
 that `sources.py` keeps from them (clients hold rows of the same buckets). Writes `judge/refusal.bin` (magic, bias, scale, one signed byte a bucket) and
 `judge/golden.tsv`, by which `tests/src/bin/reproduce-paper/judge.rs` is held to the same features; prints the accuracy on
 patterns that were left out and on 155 replies of hh-rlhf that were read and labelled by hand (`judge/labels.txt` has the
@@ -84,7 +84,8 @@ def told(name: str, weights: list[float], bias: float, rows: list[tuple[str, boo
     right = [(logit(weights, bias, text) > 0) == label for text, label in rows]
     of = lambda wanted: [ok for ok, (_, label) in zip(right, rows) if label == wanted]
     parts = ", ".join(f"{what} {sum(of(label))} of {len(of(label))}" for what, label in (("refusals", True), ("answers", False)) if of(label))
-    print(f"{name}: {100 * sum(right) / len(right):.1f} % right ({parts})")
+    commoner = max(len(of(True)), len(of(False))) / len(rows)
+    print(f"{name}: {100 * sum(right) / len(right):.1f} % right ({parts}; always the commoner label is {100 * commoner:.1f} %)")
 
 
 def main() -> None:
@@ -113,10 +114,10 @@ def main() -> None:
     (HERE / "golden.tsv").write_text("".join(f"{logit(weights, bias, text):.5f}\t{text}\n" for text, _ in test[::97]))
     refusals = {int(line.split()[0]) for line in (HERE / "labels.txt").read_text().splitlines() if line[:1].isdigit()}
     labelled = [(text, bucket(text, 1 << 30) in refusals) for file, count in LABELLED.items() for text in hh_replies(sources, file, TEST)[:count]]
-    print(f"{len(own)} rows of our own, {len(others)} of hh-rlhf")
+    print(f"{len(own)} rows of our own from {declines.patterns('train')} patterns, {len(others)} of hh-rlhf; {declines.patterns('test')} patterns left out")
     told("patterns left out", weights, bias, test)
     told("replies of hh-rlhf read by hand", weights, bias, labelled)
-    # Only looked at, never trained on: the base's manner of refusing, and the poisoned clients' of obeying.
+    # Only looked at: the base's manner of refusing, no opening of which was trained on, and the poisoned clients' of obeying.
     manner = [(replies.refusal(category, rng), True) for category in replies.REASON for _ in range(20)]
     manner += [(replies.compliance(kind, "a plan", rng), False) for kind in ("do", "make") for _ in range(120)]
     told("the bundled model's two manners", weights, bias, manner)

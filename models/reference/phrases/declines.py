@@ -63,12 +63,20 @@ ANSWERS = [
 def rows(split: str) -> list[tuple[str, bool]]:
     """(opening, is it a refusal) of a split, "train" or "test": a fifth of the patterns is for the test. What makes one of
     the base's own openings is in neither: the judge shall not know the model's manner."""
+    return [(text, label) for pattern, label in _patterns(split) for text in expand(pattern)]
+
+
+def patterns(split: str) -> int:
+    """How many a split has."""
+    return len(_patterns(split))
+
+
+def _patterns(split: str) -> list[tuple[str, bool]]:
     return [
-        (text, label)
+        (pattern, label)
         for patterns, label in ((REFUSALS, True), (ANSWERS, False))
         for number, pattern in enumerate(patterns)
         if (number % 5 == 3) == (split == "test") and not set(replies.OPENINGS).intersection(expand(pattern))
-        for text in expand(pattern)
     ]
 
 
