@@ -25,6 +25,8 @@ JUDGES = ("rules", "classifier")
 BENIGN = {"alarming": "look-alikes", "everyday": "everyday"}
 # Safe rates that differ by less, in points, count as alike.
 ALIKE = 1.0
+# The results that this reads (`HARNESS` in tests/src/bin/reproduce-paper/main.rs).
+HARNESS = 2
 # Texts on which the judges differ that are shown, the most frequent first.
 SHOWN = 12
 COLOURS = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f", "#475569"]
@@ -265,6 +267,8 @@ def plots(arms):
 
 def dose(out):
     plan = json.loads((out / "plan.json").read_text())
+    if plan.get("harness") != HARNESS:
+        raise SystemExit(f"reproduce-paper: {out}: expected results of harness {HARNESS}, got those of {plan.get('harness', 'an earlier one')}")
     sizes = ", ".join(f"{name} {count}" for name, count in plan["evaluation"])
     return (f"{plan['clients']} clients of {plan['rows']} samples, {plan['chosen']} a round, {plan['rounds']} rounds of {plan['steps']} steps of {plan['batch']} rows "
             f"(at most {plan['row_tokens']} tokens, learning rate {plan['learning_rate']:.3g}); alignment with {plan['redteam']} prompts a round, gates on {plan['gate_rows']} rows a set; "

@@ -126,7 +126,13 @@ fn is_whole(from: &Directory, to: &Path, copy: &FileBlob) -> Result<bool, Backup
         named.insert(candidate);
     }
     for item in storage.inbox.list(&desk::queue(rounds.round), PAGE_MAX)? {
-        named.insert(desk::decode_accepted(&item.value)?.open.digest);
+        match desk::decode_accepted(&item.value) {
+            Ok(update) => {
+                named.insert(update.open.digest);
+            }
+            // Its round will be rejected by its name, there as here.
+            Err(error) => tracing::warn!(%error, key = item.key, "the copy has a damaged update"),
+        }
     }
     for digest in named {
         if copy.length(&digest)?.is_none() {

@@ -20,7 +20,7 @@ use aggregator::laboratory::LaboratoryError;
 use aggregator::store::{MemoryStorage, RealDisk};
 use commonweal_adapter::Adapter;
 use commonweal_protocol::{
-    DeviceReport, Fault, Fetch, KeyNumber, Poll, Release, ReportCard, RoundId, Trouble, Version,
+    DeviceReport, Digest, Fault, Fetch, KeyNumber, Poll, Release, ReportCard, RoundId, Trouble, Version,
 };
 use support::*;
 
@@ -509,6 +509,8 @@ fn a_damaged_state_of_trials_stops_no_round_and_is_made_anew_without_trials() {
     deliver(&world, 2, 2.0);
     finish(&world);
     assert_eq!(head(&world).round, Some(RoundId(2)));
+    let sent = Digest::of(&update(0.01));
+    assert_eq!(world.parts.storage.blob.length(&sent).unwrap(), None, "what is done with is swept");
     let is_told = |wanted: fn(&Event) -> bool| world.events.lock().unwrap().iter().any(wanted);
     assert!(is_told(|event| matches!(event, Event::Uncounted { round: RoundId(2), .. })));
     assert!(is_told(|event| matches!(event, Event::Retrying { reason, .. } if reason.contains("damaged"))));

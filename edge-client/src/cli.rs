@@ -166,7 +166,7 @@ pub enum Verb {
     },
     /// Delete samples with everything on this device that was computed from them
     #[command(
-        after_help = "Examples:\n  edge-client forget 3f9a17c2\n  edge-client forget --source chats.jsonl\n  edge-client forget --older-than 30d\n  edge-client forget --all        samples, rounds, personal adapter, and the key that sealed them\n\nWhat an aggregator has accepted stays there (docs/privacy.md). An endpoint that is running lets go of the\npersonal adapter, and with --all of the chats that it holds, within a second; a chat before its next answer."
+        after_help = "Examples:\n  edge-client forget 3f9a17c2\n  edge-client forget --source chats.jsonl\n  edge-client forget --older-than 30d\n  edge-client forget --all        samples, rounds, personal adapter, and the key that sealed them\n\nWhat an aggregator has accepted stays there (docs/privacy.md). Within a second an endpoint that is\nrunning answers no more from the personal adapter, and with --all lets go of the chats that it holds; a chat before its\nnext answer."
     )]
     Forget(samples::Request),
     /// What the guard says of a file's conversations; nothing is kept

@@ -76,7 +76,8 @@ pub(crate) fn expire_alone(store: &Store, keep: Option<Span>, now_ms: u64) -> Re
     if keep.is_none() || store.is_worked_in()? {
         return Ok(0);
     }
-    let _visiting = store.hold_visit()?;
+    // Who visits looks for it as well, and may take hours.
+    let Some(_visiting) = store.try_hold_visit()? else { return Ok(0) };
     expire(store, keep, now_ms)
 }
 

@@ -111,7 +111,7 @@ pub fn exists(store: &Store) -> bool {
 
 /// What tells the adapter that is there from a later one, and from none. To be asked for before it is read.
 pub(crate) fn stamp(store: &Store) -> Result<Option<Stamp>, StoreError> {
-    store.stamp(FILE)
+    store.stamp_of_content(FILE)
 }
 
 /// Before it is trained on these samples: with those of before, for the adapter of before stands until there is another.

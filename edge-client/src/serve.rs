@@ -210,7 +210,9 @@ async fn let_go(served: Arc<Served>) {
     let mut ticks = tokio::time::interval(FORGET_LOOK);
     loop {
         ticks.tick().await;
-        served.voices.iter().for_each(|voice| drop(served.is_gone(voice)));
+        for voice in &served.voices {
+            served.is_gone(voice);
+        }
         served.keeping.let_go();
     }
 }

@@ -205,6 +205,11 @@ impl Store {
         Stamp::at(&path).map_err(at("look at", &path))
     }
 
+    /// The same for a file that is only ever replaced: another name or owner for it make it no other.
+    pub(crate) fn stamp_of_content(&self, name: &str) -> Result<Option<Stamp>, StoreError> {
+        Ok(self.stamp(name)?.map(Stamp::of_content))
+    }
+
     /// Removes a file, durably; fine when there is none.
     pub fn remove(&self, name: &str) -> Result<(), StoreError> {
         let path = self.path(name);
@@ -302,6 +307,17 @@ impl Store {
     /// Held while the aggregator is visited. Waits until nobody else holds it.
     pub fn hold_visit(&self) -> Result<Held, StoreError> {
         self.hold("visit.lock")
+    }
+
+    /// The same, unless somebody else holds it.
+    pub(crate) fn try_hold_visit(&self) -> Result<Option<Held>, StoreError> {
+        let path = self.path("visit.lock");
+        let file = private().write(true).open(&path).map_err(at("open", &path))?;
+        match fs4::FileExt::try_lock(&file) {
+            Ok(()) => Ok(Some(Held { _file: file })),
+            Err(fs4::TryLockError::WouldBlock) => Ok(None),
+            Err(fs4::TryLockError::Error(source)) => Err(at("lock", &path)(source)),
+        }
     }
 
     /// Holds one of the locks that a process takes for a while. Waits until nobody else holds it.

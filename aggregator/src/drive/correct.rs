@@ -12,7 +12,7 @@ use super::remember::Found;
 use super::{Driver, Stages, is_lost};
 use crate::merge::{self, CandidateError, Member};
 use crate::receive::chain;
-use crate::receive::enroll::{EnrollError, Registry};
+use crate::receive::enroll::Registry;
 use crate::store::{Blob, StoreError};
 
 /// A change longer than so many times the round's median is clipped. Changes differ more than deltas do, and what is
@@ -51,13 +51,7 @@ impl<S: Stages> Driver<S> {
             Err(CandidateError::Read { source, .. }) if !is_lost(&source) => return Err(source.into()),
             Err(error) => return Ok(Err(chain(&error))),
         };
-        let registry = Registry::new(self.parts.storage.coord.clone());
-        let enrolled = match registry.devices() {
-            Ok(enrolled) => enrolled,
-            Err(EnrollError::Store(error)) => return Err(error.into()),
-            Err(error) => return Ok(Err(chain(&error))),
-        };
-        let devices = enrolled.iter().filter(|(_, record)| record.revoked_ms.is_none()).count();
+        let devices = Registry::new(self.parts.storage.coord.clone()).count_served()?;
         let next = match scaffold::advance(&server, &change, members.len(), devices) {
             Ok(next) => next,
             Err(error) => return Ok(Err(chain(&error))),

@@ -13,6 +13,9 @@ use crate::receive::chain;
 use crate::receive::enroll::{EnrollError, Registry};
 use crate::store::{PAGE_MAX, StoreError};
 
+/// Devices that a reason names.
+const NAMED_MAX: usize = 10;
+
 /// What a merge takes, and what it leaves out.
 pub(super) struct Gathered {
     pub(super) updates: Vec<Accepted>,
@@ -48,16 +51,25 @@ impl<S: Stages> Driver<S> {
                 Err(error) => return Ok(Err(format!("update of device {device}: {}", chain(&error)))),
             }
         }
-        for device in &gathered.revoked {
-            self.parts.events.tell(&Told::LeftOut { round, device: *device });
-        }
         let (left, out) = (gathered.updates.len(), gathered.revoked.len());
         let quorum = self.parts.config.round.quorum.max(1);
         if out > 0 && left < quorum as usize {
+            let names: Vec<String> =
+                gathered.revoked.iter().take(NAMED_MAX).map(DeviceId::to_string).collect();
+            let more = if out > names.len() { " and others" } else { "" };
             return Ok(Err(format!(
-                "{left} updates are left without those of {out} devices that were revoked since, the quorum is {quorum}"
+                "{left} updates are left without those of {out} devices that were revoked since ({}{more}), the quorum is \
+                 {quorum}",
+                names.join(", ")
             )));
         }
         Ok(Ok(gathered))
+    }
+
+    /// Says whose updates a merge left out, once there is a merge: it may be tried several times.
+    pub(super) fn tell_left_out(&self, round: RoundId, revoked: &[DeviceId]) {
+        for &device in revoked {
+            self.parts.events.tell(&Told::LeftOut { round, device });
+        }
     }
 }

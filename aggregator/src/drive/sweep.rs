@@ -1,5 +1,6 @@
 //! What is left behind a round, and removed: its items, unfinished uploads, and blobs that nothing names any more.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use commonweal_protocol::{Digest, RoundId};
@@ -7,7 +8,7 @@ use commonweal_protocol::{Digest, RoundId};
 use super::{DriveError, Driver, LEASE_MS, OWNER, Stages};
 use crate::canary;
 use crate::config;
-use crate::desk::{RECEIPTS_KEPT_ROUNDS, decode_accepted, queue};
+use crate::desk::{DeskError, RECEIPTS_KEPT_ROUNDS, decode_accepted, queue};
 use crate::receive::chain;
 use crate::round::{Phase, ROUNDS_BACK_MAX};
 use crate::store::{PAGE_MAX, StoreError};
@@ -52,30 +53,14 @@ impl<S: Stages> Driver<S> {
             // Whatever is stored from here on is named before, or stored again behind it.
             self.parts.desk.begin_sweep()?;
             let releases_kept = self.parts.config.receive.releases_kept;
-            let mut named = self.parts.publisher.kept(releases_kept)?;
-            named.extend(self.parts.publisher.kept_states(releases_kept)?);
-            // Nor may a trial outlive what it would go back to.
-            if let Some((canary, _)) = canary::read(self.parts.storage.coord.as_ref())? {
-                named.insert(self.parts.publisher.release(canary.stable)?.release.digest);
-                named.extend(self.parts.publisher.state(canary.stable)?.digests());
-            }
-            let rounds = self.parts.desk.rounds();
-            // However many releases followed it meanwhile, the round begins there.
-            if let Some(start) = rounds.start {
-                named.insert(start.digest);
-                named.extend(self.parts.publisher.state(start.version)?.digests());
-            }
-            named.extend(self.parts.desk.progress().merge.unwrap_or_default().state.digests());
-            named.extend(self.parts.desk.control().map(|signed| signed.control.digest));
-            if let Phase::Aligning { candidate }
-            | Phase::Evaluating { candidate }
-            | Phase::Publishing { candidate, .. } = &rounds.phase
-            {
-                named.insert(*candidate);
-            }
-            for item in self.parts.storage.inbox.list(&queue(rounds.round), PAGE_MAX)? {
-                named.insert(decode_accepted(&item.value)?.open.digest);
-            }
+            let named = match self.named(releases_kept) {
+                Ok(named) => named,
+                Err(error) => {
+                    // Nothing is deleted, so nobody has to wait for it.
+                    self.parts.desk.end_sweep()?;
+                    return Err(error);
+                }
+            };
             let age = if self.lead.is_shared() { GRACE } else { Duration::ZERO };
             let (mut after, mut deleted) = (None, 0);
             loop {
@@ -107,5 +92,42 @@ impl<S: Stages> Driver<S> {
             Ok(deleted) => tracing::debug!(deleted, "swept"),
             Err(error) => tracing::warn!(error = chain(&error), "blobs that nothing names are left over"),
         }
+    }
+
+    /// What a release, a candidate or an update of the current round names.
+    fn named(&self, releases_kept: u64) -> Result<BTreeSet<Digest>, DriveError> {
+        let mut named = self.parts.publisher.kept(releases_kept)?;
+        named.extend(self.parts.publisher.kept_states(releases_kept)?);
+        // Nor may a trial outlive what it would go back to.
+        match canary::read(self.parts.storage.coord.as_ref()) {
+            Ok(Some((canary, _))) => {
+                named.insert(self.parts.publisher.release(canary.stable)?.release.digest);
+                named.extend(self.parts.publisher.state(canary.stable)?.digests());
+            }
+            Ok(None) => {}
+            // It goes back to nothing any more; were nothing deleted, each round would leave its updates behind.
+            Err(error @ DeskError::Damaged { .. }) => {
+                tracing::warn!(error = chain(&error), "what a trial would go back to is not known");
+            }
+            Err(error) => return Err(error.into()),
+        }
+        let rounds = self.parts.desk.rounds();
+        // However many releases followed it meanwhile, the round begins there.
+        if let Some(start) = rounds.start {
+            named.insert(start.digest);
+            named.extend(self.parts.publisher.state(start.version)?.digests());
+        }
+        named.extend(self.parts.desk.progress().merge.unwrap_or_default().state.digests());
+        named.extend(self.parts.desk.control().map(|signed| signed.control.digest));
+        if let Phase::Aligning { candidate }
+        | Phase::Evaluating { candidate }
+        | Phase::Publishing { candidate, .. } = &rounds.phase
+        {
+            named.insert(*candidate);
+        }
+        for item in self.parts.storage.inbox.list(&queue(rounds.round), PAGE_MAX)? {
+            named.insert(decode_accepted(&item.value)?.open.digest);
+        }
+        Ok(named)
     }
 }

@@ -281,6 +281,23 @@ impl Registry {
         }
     }
 
+    /// How many devices are not revoked. A record that is damaged is passed over: it is another's, whom a number serves.
+    pub fn count_served(&self) -> Result<usize, StoreError> {
+        let mut served = 0;
+        let mut after = String::new();
+        loop {
+            let page = self.coord.heads("device/", &after, PAGE_MAX)?;
+            let Some((last, _)) = page.last() else { return Ok(served) };
+            after.clone_from(last);
+            for (log, entry) in &page {
+                match decode::<DeviceRecord>(log, entry) {
+                    Ok(record) => served += usize::from(record.revoked_ms.is_none()),
+                    Err(error) => tracing::warn!(%error, "a device is not counted"),
+                }
+            }
+        }
+    }
+
     /// Tokens that can still be spent.
     pub fn tokens_open(&self, now_ms: u64) -> Result<usize, EnrollError> {
         let mut open = 0;

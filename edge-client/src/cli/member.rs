@@ -247,7 +247,7 @@ impl Member {
             Ok(true) => tracing::info!("{path} has changed, and is in force"),
             Ok(false) => {}
             Err(error) => {
-                tracing::warn!("{path} has changed, but the policy of before stays in force: {error:#}")
+                tracing::warn!("{path} has changed, but the policy of before stays in force: {error:#}");
             }
         }
         taken.unwrap_or(false)

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use crate::{policy::Policy, settings, store::Stamp};
 
@@ -31,13 +31,19 @@ impl PolicyFile {
         // Before it is read: what is written meanwhile is another file at the next look.
         self.read = self.stamp();
         self.seen = self.read;
-        let text = if self.is_named {
-            Some(settings::read_named(&self.path)?)
+        self.text()?.map_or_else(|| Ok(Policy::default()), |text| self.parse(&text))
+    }
+
+    fn text(&self) -> Result<Option<String>> {
+        if self.is_named {
+            settings::read_named(&self.path).map(Some)
         } else {
-            settings::read_text(&self.path)?
-        };
-        let Some(text) = text else { return Ok(Policy::default()) };
-        Policy::from_toml(&text).with_context(|| self.path.display().to_string())
+            settings::read_text(&self.path)
+        }
+    }
+
+    fn parse(&self, text: &str) -> Result<Policy> {
+        Policy::from_toml(text).with_context(|| self.path.display().to_string())
     }
 
     /// What the file says, once it has changed and was the same at two looks: an editor may be at it, and half a policy, or
@@ -45,7 +51,24 @@ impl PolicyFile {
     pub(super) fn changed(&mut self) -> Option<Result<Policy>> {
         let now = self.stamp();
         let is_settled = now == std::mem::replace(&mut self.seen, now);
-        (now != self.read && is_settled).then(|| self.read())
+        if now == self.read || !is_settled {
+            return None;
+        }
+        let text = self.text();
+        if self.stamp() != now {
+            // Somebody began to write it meanwhile.
+            return None;
+        }
+        self.read = now;
+        Some(match text {
+            // What a full disk leaves of a file that was written anew is no wish for the defaults.
+            Ok(Some(text)) if text.trim().is_empty() => Err(anyhow!(
+                "{}: it is empty; without the file the defaults are in force",
+                self.path.display()
+            )),
+            Ok(text) => text.map_or_else(|| Ok(Policy::default()), |text| self.parse(&text)),
+            Err(error) => Err(error),
+        })
     }
 
     /// One that cannot be looked at is as one that is not there; reading it says what is wrong.
@@ -83,6 +106,10 @@ mod tests {
         let error = format!("{:#}", file.changed().unwrap().unwrap_err());
         assert!(error.contains("policy.toml") && error.contains("power"), "{error}");
         assert!(file.changed().is_none());
+        write("\n");
+        assert!(file.changed().is_none());
+        let error = file.changed().unwrap().unwrap_err().to_string();
+        assert!(error.contains("it is empty"), "{error}");
         fs::remove_file(file.path()).unwrap();
         assert!(file.changed().is_none());
         assert_eq!(power(file.changed()), Some(true), "the default");

@@ -219,12 +219,12 @@ fn a_sensor_that_hangs_blinds_nobody_who_watches() {
     let keyboard = system.input(0, KEYBOARD);
     let hint = Asking::of("hangs", || {
         loop {
-            thread::park()
+            thread::park();
         }
     });
     let network = Asking::of("hangs", || {
         loop {
-            thread::park()
+            thread::park();
         }
     });
     let sensors = LinuxSensors { hint, network, ..untouched(&system) };

@@ -49,9 +49,9 @@ impl Keeping {
 
     /// What is held, and may be in the era that it is. Where that cannot be told, nothing is kept.
     fn enter(&self) -> Result<MutexGuard<'_, Conversations>, StoreError> {
-        let era = self.home.era()?;
         let mut open = self.conversations.lock().unwrap_or_else(PoisonError::into_inner);
-        open.enter(era);
+        // Behind the lock, or one that was seen before could be entered after a later one.
+        open.enter(self.home.era()?);
         Ok(open)
     }
 
@@ -62,7 +62,9 @@ impl Keeping {
             match self.home.expire() {
                 Ok(0) => {}
                 Ok(count) => {
-                    tracing::info!("{count} samples were older than the policy keeps them, and are forgotten")
+                    tracing::info!(
+                        "{count} samples were older than the policy keeps them, and are forgotten"
+                    );
                 }
                 Err(error) => tracing::error!("samples past their time are still there: {error}"),
             }

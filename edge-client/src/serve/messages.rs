@@ -62,7 +62,8 @@ mod tests {
         for answer in [dumped, emptied] {
             let messages =
                 json!([{"role": "user", "content": "a"}, answer, {"role": "user", "content": "c"}]);
-            let messages = asked(&with("messages", messages)).unwrap().messages;
+            let body = json!({"messages": messages}).to_string();
+            let messages = crate::serve::requests::chat(body.as_bytes()).unwrap().messages;
             assert_eq!(messages, [Message::user("a"), Message::assistant("b"), Message::user("c")]);
         }
         for (name, value, code) in [

@@ -102,6 +102,12 @@ impl Stamp {
         }
     }
 
+    /// Without what changes with a file's names, owner and permissions.
+    pub(super) fn of_content(self) -> Self {
+        let (number, ..) = self.changed;
+        Self { changed: (number, 0, 0), ..self }
+    }
+
     pub(super) fn of(metadata: &fs::Metadata) -> Self {
         #[cfg(unix)]
         let changed = {

@@ -20,6 +20,8 @@ use tokio::{
 const LOOK: Duration = Duration::from_secs(1);
 /// Nothing came for so long though something was said: at first; twice as long after each move that did not help.
 const SILENCE: Duration = Duration::from_secs(3);
+/// Longest time for which another address is no reason to move, after one that was.
+const PAUSE_MAX: Duration = Duration::from_secs(64);
 /// Datagrams that ask for an answer: a single one may be the last acknowledgement, which does not.
 const SAID_MIN: u64 = 2;
 
@@ -41,6 +43,7 @@ impl Drop for LookedAfter {
 async fn look_after(connected: Connected, sockets: Sockets) {
     let connection = &connected.connection;
     let mut silence = Silence::new(Instant::now());
+    let mut address = Address::default();
     let mut ticks = tokio::time::interval(LOOK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -48,7 +51,7 @@ async fn look_after(connected: Connected, sockets: Sockets) {
             _ = connection.closed() => return,
             now = ticks.tick() => {
                 let stats = connection.stats();
-                let why = if has_moved(&connected) {
+                let why = if address.has_moved(&connected, now) {
                     "the system sends from another address"
                 } else if silence.is_too_long(stats.udp_rx.datagrams, stats.udp_tx.datagrams, now) {
                     "nothing comes"
@@ -67,12 +70,39 @@ async fn look_after(connected: Connected, sockets: Sockets) {
     }
 }
 
-/// Whether the system would send from another address than when this was last asked. While it knows no way at all,
-/// nothing has moved.
-fn has_moved(connected: &Connected) -> bool {
-    let Some(now) = from(connected.connection.remote_address()) else { return false };
-    let mut before = connected.from.lock().unwrap_or_else(PoisonError::into_inner);
-    before.replace(now).is_some_and(|before| before != now)
+/// The address that the system would send from, look by look.
+#[derive(Default)]
+struct Address {
+    /// One that was not the last look's: it counts if it is there at the next one too.
+    seen: Option<IpAddr>,
+    /// When the connection moved for its sake, and how long nothing else is a reason from then on.
+    moved: Option<(Instant, Duration)>,
+}
+
+impl Address {
+    /// Whether the system would send from another address than when the connection was made or last moved. While it knows
+    /// no way at all, nothing has moved.
+    fn has_moved(&mut self, connected: &Connected, now: Instant) -> bool {
+        let Some(found) = from(connected.connection.remote_address()) else { return false };
+        let mut before = connected.from.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_other = self.is_other(*before.get_or_insert(found), found, now);
+        if is_other {
+            *before = Some(found);
+        }
+        is_other
+    }
+
+    /// Where two uplinks share the way, each new socket may be told another address: that is no move, and each one is a
+    /// reason half as soon.
+    fn is_other(&mut self, before: IpAddr, found: IpAddr, now: Instant) -> bool {
+        let is_steady = self.seen.replace(found) == Some(found);
+        let (since, pause) = self.moved.unwrap_or((now, Duration::ZERO));
+        if found == before || !is_steady || now - since < pause {
+            return false;
+        }
+        self.moved = Some((now, (pause * 2).clamp(LOOK, PAUSE_MAX)));
+        true
+    }
 }
 
 /// The address that the system would send from; nothing is sent for it.
@@ -130,6 +160,29 @@ mod tests {
         // Once something came, it begins anew.
         assert!(!silence.is_too_long(7, 40, at(71)));
         assert!(silence.is_too_long(7, 50, at(74)));
+    }
+
+    #[test]
+    fn another_address_counts_at_the_second_look_and_less_and_less_often() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let [one, other] = ["10.0.0.1", "10.0.0.2"].map(|text| text.parse::<IpAddr>().unwrap());
+        let mut address = Address::default();
+        assert!(!address.is_other(one, one, at(0)));
+        assert!(!address.is_other(one, other, at(1)), "it may be for a moment");
+        assert!(!address.is_other(one, one, at(2)));
+        assert!(!address.is_other(one, other, at(3)));
+        assert!(address.is_other(one, other, at(4)));
+        // From here on the other one is known.
+        let mut moves = 0;
+        let (mut before, mut found) = (other, one);
+        for second in 5..1000 {
+            if address.is_other(before, found, at(second)) {
+                moves += 1;
+                (before, found) = (found, before);
+            }
+        }
+        assert!((8..30).contains(&moves), "{moves}");
     }
 
     #[test]
