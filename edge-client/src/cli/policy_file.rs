@@ -35,11 +35,11 @@ impl PolicyFile {
     }
 
     fn text(&self) -> Result<Option<String>> {
-        if self.is_named {
-            settings::read_named(&self.path).map(Some)
+        Ok(if self.is_named {
+            Some(settings::read_named(&self.path)?)
         } else {
-            settings::read_text(&self.path)
-        }
+            settings::read_text(&self.path)?
+        })
     }
 
     fn parse(&self, text: &str) -> Result<Policy> {

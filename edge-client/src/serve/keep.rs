@@ -115,7 +115,9 @@ impl Conversations {
         if era == self.era {
             self.unwritten.splice(0..0, samples);
         } else {
-            samples.iter().for_each(|sample| self.bar(sample.turns()));
+            for sample in &samples {
+                self.bar(sample.turns());
+            }
         }
     }
 
