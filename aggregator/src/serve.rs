@@ -65,7 +65,10 @@ pub enum ServeError {
     #[error("the aggregator's certificate cannot be made")]
     Identity(#[from] IdentityError),
     /// There is nothing to start from.
-    #[error("the state directory has no release; `aggregator init` was interrupted, run it again")]
+    #[error(
+        "the state directory has no release: its database is another one, or was lost; restore a backup \
+         (docs/operations.md, Disaster)"
+    )]
     NoRelease,
     /// More devices than an exact merge can take of this adapter.
     #[error("round.goal (with several processes: and round.over_selection) with train.mode exact")]

@@ -529,7 +529,7 @@ fn a_buffer_leaves_out_the_update_of_a_device_that_was_revoked_since() {
         buffered(config);
         config.round.quorum = 1;
     });
-    [1, 2].map(|number| world.enroll(number));
+    (1..=2).for_each(|number| world.enroll(number));
     for number in 1..=2 {
         asked(&world, number).unwrap();
         sent(&world, number, 1, 0.1 * f32::from(number)).unwrap();

@@ -330,7 +330,7 @@ fn an_accepted_updates_row_that_is_damaged_ends_the_round_by_its_name_and_stops_
 #[test]
 fn the_update_of_a_device_revoked_before_the_merge_is_left_out() {
     let world = world();
-    [1, 2].map(|number| world.enroll(number));
+    (1..=2).for_each(|number| world.enroll(number));
     let start = values(&world, &head(&world).digest);
     deliver(&world, 1, [0.1, 5.0]);
     world.registry.revoke(&device(2), NOW_MS).unwrap();
@@ -364,7 +364,7 @@ fn a_round_that_revoked_devices_leave_without_a_quorum_is_rejected() {
     let record = history(&world).pop().unwrap();
     assert_eq!((record.outcome.as_str(), record.updates), ("rejected", 2));
     let reason = record.reason.unwrap();
-    assert!(reason.contains("1 updates are left") && reason.contains("the quorum is 2"), "{reason}");
+    assert!(reason.contains("1 of 2 updates are left") && reason.contains("the quorum is 2"), "{reason}");
     assert_eq!(head(&world).version, Version(0));
     assert_eq!(world.parts.desk.round(), RoundId(2));
 }

@@ -68,7 +68,7 @@ pub(super) fn token(opened: &Opened, verb: &TokenVerb, json: bool) -> Result<(),
         if json {
             return say_json(&json!({ "event": "withdrawn", "invitations": count }));
         }
-        say(&format!("{count} invitations withdrawn: whoever comes with one is refused from now on"));
+        say(&format!("invitations withdrawn: {count}; whoever comes with one is refused from now on"));
         return Ok(());
     }
     let address = opened.config.address.clone().unwrap_or_else(|| opened.config.listen.to_string());

@@ -56,10 +56,10 @@ impl<S: Stages> Driver<S> {
         if out > 0 && left < quorum as usize {
             let names: Vec<String> =
                 gathered.revoked.iter().take(NAMED_MAX).map(DeviceId::to_string).collect();
-            let more = if out > names.len() { " and others" } else { "" };
+            let (all, more) = (left + out, if out > names.len() { " and others" } else { "" });
             return Ok(Err(format!(
-                "{left} updates are left without those of {out} devices that were revoked since ({}{more}), the quorum is \
-                 {quorum}",
+                "{left} of {all} updates are left, the others are of devices that were revoked since ({}{more}); the quorum \
+                 is {quorum}",
                 names.join(", ")
             )));
         }

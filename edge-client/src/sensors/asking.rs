@@ -178,9 +178,10 @@ mod tests {
             *counts.lock().unwrap() += 1;
             answers.recv().ok()
         });
-        for _ in 0..100 {
-            assert_eq!(asking.last(AGES), None);
-        }
+        assert_eq!(asking.last(AGES), None);
+        until("it is asked", || *asked.lock().unwrap() == 1);
+        assert_eq!(asking.last(AGES), None);
+        assert!(!asking.shared.state().is_wanted, "it would be asked again");
         answer.send(1).unwrap();
         until("it is answered", || asking.last(AGES) == Some(1));
         assert_eq!(*asked.lock().unwrap(), 1);

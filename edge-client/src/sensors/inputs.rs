@@ -90,7 +90,7 @@ fn bits(path: &Path) -> Option<Vec<usize>> {
     let mut bits = Vec::new();
     for (at, word) in text(path)?.split_whitespace().rev().enumerate() {
         let word = usize::from_str_radix(word, 16).ok()?;
-        bits.extend((0..width).filter(|bit| word >> bit & 1 == 1).map(|bit| at * width + bit));
+        bits.extend((0..width).filter(|bit| (word >> bit) & 1 == 1).map(|bit| at * width + bit));
     }
     Some(bits)
 }
