@@ -154,7 +154,9 @@ fn on_trial(world: &World) -> Vec<u8> {
     deliver(world, 1, 2.0);
     finish(world);
     let members = members(world, Version(1));
-    members.iter().for_each(|number| world.enroll(*number));
+    for &number in &members {
+        world.enroll(number);
+    }
     members
 }
 

@@ -85,7 +85,9 @@ mod tests {
     fn registry(tokens: u8) -> (Registry, Vec<Token>) {
         let registry = Registry::new(MemoryStorage::default().storage().coord);
         let tokens: Vec<_> = (0..tokens).map(|number| Token([number; 32])).collect();
-        tokens.iter().for_each(|token| registry.invite(token, 0, 100).unwrap());
+        for token in &tokens {
+            registry.invite(token, 0, 100).unwrap();
+        }
         (registry, tokens)
     }
 
