@@ -101,7 +101,7 @@ def seconds(ended):
 
 def table(arms):
     names = sets(arms)
-    rows = [["arm", "seeds", *(f"{name}, safe % by rules / classifier" for name in names), "paper's AdvBench", *(f"{kind} refused % by rules / classifier" for kind in BENIGN),
+    rows = [["arm", "seeds", *(f"{name}, safe % by rules / classifier" for name in names), "paper's AdvBench", *(f"{told} refused % by rules / classifier" for told in BENIGN.values()),
              "held-out loss", "preference %", "paper's HHH"]]
     for name, arm in arms.items():
         if arm["arm"]["family"] != "main":
