@@ -124,7 +124,8 @@ def loss_of(model, group) -> torch.Tensor:
 
 
 def rates(model, tokenizer) -> dict[str, float]:
-    """Refusal rates on phrases that are neither trained on nor in the published evaluation."""
+    """Refusal rates, for the log, on phrases that are not trained on. They are no figures: the harmful ones are of
+    `demo/guard_test`, and the benign ones are among what `evaluate_base.py` asks."""
     rng = random.Random(5)
     asked = rng.sample(harmful.requests("guard_test"), 60)
     bad = [rng.choice(harmful.DO_FRAMES if kind == "do" else harmful.MAKE_FRAMES).format(x=phrase) for _, kind, phrase, _ in asked]

@@ -3,7 +3,8 @@
 Reads `sources.py` and `phrases/`; the rows go to `--out` and are not part of the repository. `train-reference` (Rust)
 reads them. Guard rows: prompt, response or null, label, category or null, source. Reviser rows: prompt, response,
 category or null, principle, critique, revision. Rows are shuffled, so that any prefix is a fair sample. The test file
-holds sources that neither training nor development sees.
+holds sources that neither training nor development sees. Test rows whose prompt is near one that anything was trained on,
+in any of its frames, are in `-near` files: figures come from the others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from make_demo_data import write_jsonl
+from make_paper_data import Near, read, trained_before
 from phrases import bucket, everyday, harmful, intents, lookalikes, replies, topics
 from sources import Prompt, Sources, first_sentences
 
@@ -105,7 +107,7 @@ def guard_test_rows(sources: Sources, rng: random.Random) -> list[dict]:
     rows = [guard_row(*row) for row in evaluation.held_out_guard_texts() if short(row[0]) and short(row[1])]
     by_source: dict[str, list[dict]] = {}
     for row in rng.sample(rows, len(rows)):
-        by_source.setdefault(row["source"], []).append(row)
+        by_source.setdefault(row["source"].split("/")[0], []).append(row)
     rows = [row for group in by_source.values() for row in group[:400]]
     benign = [p for p in capped(evaluation.benign("test"), rng) if p.source.split("/")[0] in ("clinc150", "banking77")]
     rows += [guard_row(p.text, None, "safe", None, p.source.split("/")[0] + "-test") for p in benign[:500]]
@@ -142,6 +144,12 @@ def split(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     return [row for row in rows if bucket("dev " + row["prompt"]) >= DEV_PERCENT], dev
 
 
+def apart(rows: list[dict], seen: Near) -> tuple[list[dict], list[dict]]:
+    """Rows that are far from what `seen` holds, and rows that are near, by their prompt alone."""
+    near = {row["prompt"]: seen.holds(row["prompt"]) for row in rows}
+    return [row for row in rows if not near[row["prompt"]]], [row for row in rows if near[row["prompt"]]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -152,8 +160,24 @@ def main() -> None:
     sources, rng = Sources(a.data), random.Random(a.seed)
     files: dict[str, list[dict]] = {}
     files["guard.train"], files["guard.dev"] = split(guard_rows(sources, rng))
-    files["guard.test"] = guard_test_rows(sources, rng)
+    test = guard_test_rows(sources, rng)
     files["reviser.train"], files["reviser.dev"] = split(reviser_rows(sources, rng))
+    trained = trained_before(sources)
+    before = Near(trained)
+    files["guard.test"], files["guard.test-near"] = apart(test, before)
+    demo = [row | {"source": "demo"} for row in read(Path(__file__).parent / "demo" / "guard_test.jsonl")]
+    files["guard.demo"], files["guard.demo-near"] = apart(demo, before)
+    # A calibration judged on the rows it was fitted on looks too good: half of the development rows fit, of the other half
+    # those judge that are not near a training row.
+    half = {row["prompt"]: bucket("half " + row["prompt"], 2) for row in files["guard.dev"]}
+    files["guard.dev-fit"] = [row for row in files["guard.dev"] if half[row["prompt"]]]
+    judging = [row for row in files["guard.dev"] if not half[row["prompt"]]]
+    judging, files["guard.dev-near"] = apart(judging, Near(dict.fromkeys(row["prompt"] for row in files["guard.train"])))
+    files["guard.dev-prompts"] = [row for row in judging if row["response"] is None]
+    files["guard.dev-pairs"] = [row for row in judging if row["response"] is not None]
+    for name, texts in Sources(a.data, evaluation=True).held_out_harmful().items():
+        same = len(set(texts) & set(trained))
+        print(json.dumps({"set": name, "prompts": len(texts), "near training": sum(map(before.holds, texts)), "the same text": same}))
     for name, rows in files.items():
         write_jsonl(a.out / f"{name}.jsonl", rows)
         print(json.dumps({"file": name, "rows": len(rows), "labels": Counter(row.get("label", "revise") for row in rows)}))

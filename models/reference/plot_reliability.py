@@ -1,8 +1,9 @@
 """Draws reliability.svg: how often rows of each probability were unsafe, from the lines that `train-reference --json` printed.
 
-    python plot_reliability.py calibration.jsonl evaluation.jsonl adapters/reliability.svg
+    python plot_reliability.py adapters/calibration.jsonl adapters/evaluation.jsonl adapters/reliability.svg
 
-Takes `calibrated` events (one curve for prompts, one for pairs) and `evaluate` events (a curve for each file).
+A curve for each `evaluate` event, but for rows near ones that were trained on (`-near`). A `calibrated` event has none: its
+rows are those that the calibration was fitted on.
 """
 
 from __future__ import annotations
@@ -20,12 +21,9 @@ def curves(paths: list[str]) -> list[tuple[str, float, list[dict]]]:
     found = []
     for line in (line for path in paths for line in Path(path).read_text().splitlines()):
         event = json.loads(line)
-        if event["event"] == "calibrated":
-            for form in ("prompt", "pair"):
-                measured = event["measured"][form]
-                found.append((f"development, {form}s", measured["calibration_error_after"], measured["reliability"]))
-        elif event["event"] == "evaluate":
-            found.append((event["file"].removesuffix(".jsonl"), event["calibration_error"], event["reliability"]))
+        name = event.get("file", "").removesuffix(".jsonl")
+        if event["event"] == "evaluate" and not name.endswith("-near"):
+            found.append((name, event["calibration_error"], event["reliability"]))
     return found
 
 

@@ -1,7 +1,9 @@
 """Pretrains the base from text and chats: tokenizer, token files, then the model. `align_base.py` comes next.
 
-The shipped base was made by this recipe in 112 minutes on two free CPU cores: 21.4 M tokens. `--prepare-only` stops
-after the token files. A new run gives a base of the same kind, not the same bytes. Sources are the permissive ones of `data.lock`; no refusal is among them.
+The shipped base was not made by this program: a prototype that is not in the repository made it, in 112 minutes on two free
+CPU cores (21.4 M tokens), and `checkpoint/` has its tokenizer and its log. This program is that recipe written anew; no
+run of it was kept. It gives a base of the same kind, and another tokenizer. `--prepare-only` stops after the token files.
+Sources are the permissive ones of `data.lock`.
 """
 
 from __future__ import annotations

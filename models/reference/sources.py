@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import io
 import json
+import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +27,17 @@ EVALUATION_ONLY = (
     "safety-advbench", "safety-harmbench", "safety-hatecheck", "safety-do-not-answer", "eval-mt-bench", "eval-vicuna-bench",
     "eval-wikitext2-ccbysa",
 )
-# What the base was pretrained on besides the files that are read here.
-PRETRAINING = (
-    "text-openstax-ccby/openstax-00.jsonl.gz", "text-openstax-ccby/openstax-01.jsonl.gz", "text-public-domain-books/books-00.jsonl.gz",
-    "text-storybooks-ccby/storybooks_en.jsonl.gz", "text-18f-cc0/18f.jsonl.gz",
-)
-# Of them, so many bytes.
+LOCK_HEAD = """\
+# file under the data directory, uses, sha256
+# pretrain, train: base, guard, reviser. eval: their figures. paper: clients, operator and preferences of scripts/reproduce-paper.
+# judge: its second judge. The other uses of a file read other rows than pretrain and train do: another split, other rows by
+# number (MedQuAD), other hash buckets (hh-rlhf: below 30 pretrain and train, 30-69 paper's clients and judge, 70-99 eval and
+# paper's preferences). STAR is the exception: the paper's clients have rows of it that the base was pretrained on.
+# The word vectors of guard.words are no file here: cluster_words.py has the package and its sha256.
+"""
+# What the base was pretrained on of the texts, in bytes.
 OPENSTAX_BYTES, BOOKS_BYTES = 28_000_000, 5_000_000
-# hh-rlhf conversations whose first message hashes here belong to federated clients and to evaluations.
+# hh-rlhf conversations whose first message hashes below are the project's own; the others belong to clients and evaluations.
 HH_OWN_BUCKETS = 30
 HAZARD_CATEGORY = {
     "vcr": "violence", "ncr": "crime", "src": "sexual", "cse": "child_safety", "dfm": "misinformation", "prv": "privacy", "ipv": "crime",
@@ -41,6 +45,15 @@ HAZARD_CATEGORY = {
 }
 MODERATION_CATEGORY = {
     "S3": "child_safety", "S": "sexual", "SH": "self_harm", "V2": "violence", "V": "violence", "H2": "hate", "H": "hate", "HR": "hate",
+}
+# The labels of evaluation-only sets that one of our categories stands for; the others have none ("illegal", "malicious_uses").
+HARMBENCH_CATEGORY = {
+    "chemical_biological": "weapons", "cybercrime_intrusion": "cyber", "harassment_bullying": "hate",
+    "misinformation_disinformation": "misinformation",
+}
+DO_NOT_ANSWER_CATEGORY = {
+    "discrimination_exclusion_toxicity_hateful_offensive": "hate", "human_chatbox": None, "information_hazard": "privacy",
+    "malicious_uses": None, "misinformation_harms": "misinformation",
 }
 DIALOGUE_CATEGORY = {"Offending User": "hate", "Toxicity Agreement": "hate", "Biased Opinion": "hate", "Risk Ignorance": "self_harm"}
 OBJECTIVE = re.compile(r"^- ((?:Explain|Describe|Identify|Compare|Discuss|Define|Analy[sz]e|List|Summarize|Outline|Give|Distinguish|Calculate|Use|Write|Create|Develop|Determine|State)\b[^\n]{15,110})$", re.MULTILINE)
@@ -281,12 +294,11 @@ class Sources:
                 yield clean(row["context"]), clean(row["response"]), "unsafe" if unsafe else "safe", category if unsafe else None, "diasafety"
 
     def held_out_guard_texts(self) -> Iterator[tuple[str, str | None, str, str | None, str]]:
-        """The same, from sets that training never sees."""
-        for source, prompts in self.held_out_harmful().items():
-            for text in prompts:
-                yield text, None, "unsafe", guess_category(text), source
+        """The same, from sets that training never sees; categories are the sets' own labels or none."""
+        for text, source, category in self.held_out_labelled():
+            yield text, None, "unsafe", category, source
         for row in self.table("safety-advbench/harmful_behaviors_dev.csv"):
-            yield clean(row["goal"]), clean(row["target"]), "unsafe", guess_category(row["goal"]), "advbench-pairs"
+            yield clean(row["goal"]), clean(row["target"]), "unsafe", None, "advbench-pairs"
         for row in self.table("safety-hatecheck/test_suite_cases.csv"):
             hateful = row["label_gold"] == "hateful"
             yield clean(row["test_case"]), None, "unsafe" if hateful else "safe", "hate" if hateful else None, "hatecheck"
@@ -294,19 +306,24 @@ class Sources:
 
     # Held out
 
+    def held_out_labelled(self) -> Iterator[tuple[str, str, str | None]]:
+        """Requests of the evaluation-only sets: (text, set or set/label, the category that the label stands for)."""
+        for row in self.table("safety-advbench/harmful_behaviors_dev.csv"):
+            yield clean(row["goal"]), "advbench", None
+        for row in self.table("safety-harmbench/harmbench_behaviors_text_all.csv"):
+            if row["FunctionalCategory"] == "standard":
+                label = row["SemanticCategory"]
+                yield clean(row["Behavior"]), f"harmbench-standard/{label}", HARMBENCH_CATEGORY.get(label)
+        for area, category in DO_NOT_ANSWER_CATEGORY.items():
+            for row in self.lines(f"safety-do-not-answer/{area}.jsonl"):
+                yield clean(row["prompt"]), f"do-not-answer/{area}", category
+
     def held_out_harmful(self) -> dict[str, list[str]]:
-        """Requests of the evaluation-only sets, by set."""
-        advbench = [clean(row["goal"]) for row in self.table("safety-advbench/harmful_behaviors_dev.csv")]
-        harmbench = [
-            clean(row["Behavior"]) for row in self.table("safety-harmbench/harmbench_behaviors_text_all.csv")
-            if row["FunctionalCategory"] == "standard"
-        ]
-        do_not_answer = [
-            clean(row["prompt"])
-            for area in ("discrimination_exclusion_toxicity_hateful_offensive", "human_chatbox", "information_hazard", "malicious_uses", "misinformation_harms")
-            for row in self.lines(f"safety-do-not-answer/{area}.jsonl")
-        ]
-        return {"advbench": advbench, "harmbench-standard": harmbench, "do-not-answer": do_not_answer}
+        """The same requests by set."""
+        by_set: dict[str, list[str]] = {}
+        for text, source, _ in self.held_out_labelled():
+            by_set.setdefault(source.split("/")[0], []).append(text)
+        return by_set
 
     def held_out_chats(self) -> list[list[dict]]:
         """hh-rlhf helpful conversations outside the project's share: first exchange only.
@@ -336,20 +353,26 @@ def first_sentences(text: str, length: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="list every source file that training or evaluation opens, with its sha256")
+    # Here, since both read from this file.
+    import make_paper_data
+    import train_refusal_judge
+
+    parser = argparse.ArgumentParser(description="list every source file that training or evaluation opens, with its uses and its sha256")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--lock", type=Path, required=True)
     arguments = parser.parse_args()
-    pretraining = Sources(arguments.data)
-    for name in PRETRAINING:
-        pretraining.text(name)
-    training, evaluation = Sources(arguments.data), Sources(arguments.data, evaluation=True)
+    by_use = {use: Sources(arguments.data, evaluation=use == "eval") for use in ("pretrain", "train", "eval", "paper", "judge")}
+    pretraining, training, evaluation, paper, judge = by_use.values()
+    pretraining.pretraining_texts(), pretraining.pretraining_chats()
     training.harmful(), training.benign(), training.chats(), list(training.guard_texts())
     evaluation.held_out_harmful(), evaluation.held_out_chats(), evaluation.benign("test"), list(evaluation.held_out_guard_texts())
-    lines = [f"{name}  pretrain  {sha}" for name, sha in pretraining.opened.items()]
-    lines += [f"{name}  train  {sha}" for name, sha in training.opened.items() if name not in pretraining.opened]
-    lines += [f"{name}  eval  {sha}" for name, sha in evaluation.opened.items() if name not in training.opened]
-    arguments.lock.write_text("# file under the data directory, use, sha256\n" + "\n".join(sorted(lines)) + "\n")
+    rng = random.Random(0)
+    make_paper_data.real_benign(paper, rng), make_paper_data.real_harmful(paper, rng), make_paper_data.preferences(paper, rng)
+    for file in train_refusal_judge.LABELLED:
+        train_refusal_judge.hh_replies(judge, file, train_refusal_judge.TRAIN)
+    opened = {name: sha for source in by_use.values() for name, sha in source.opened.items()}
+    lines = [f"{name}  {','.join(use for use in by_use if name in by_use[use].opened)}  {sha}" for name, sha in sorted(opened.items())]
+    arguments.lock.write_text(LOCK_HEAD + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
