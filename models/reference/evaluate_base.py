@@ -57,7 +57,7 @@ class Rows:
         self.benign["everyday held out"] = [rng.choice(everyday.frames(kind)).format(x=phrase) for kind, phrase, _ in everyday.requests("evaluation")]
         self.benign["topics held out"] = [question for question, _ in rng.sample(topics.questions("evaluation"), 100)]
         self.benign["demo/eval_benign"] = [row["messages"][0]["content"] for row in rows_of("eval_benign.jsonl")]
-        seen, self.near = Near(trained_before(Sources(sources.data))), {}
+        seen, self.near = Near(trained_before(Sources(sources.data)), by_words=False), {}
         for sets in (self.harmful, self.benign):
             for name, prompts in sets.items():
                 sets[name] = [prompt for prompt in prompts if not seen.holds(prompt)]

@@ -163,7 +163,7 @@ def main() -> None:
     test = guard_test_rows(sources, rng)
     files["reviser.train"], files["reviser.dev"] = split(reviser_rows(sources, rng))
     trained = trained_before(sources)
-    before = Near(trained)
+    before = Near(trained, by_words=False)
     files["guard.test"], files["guard.test-near"] = apart(test, before)
     demo = [row | {"source": "demo"} for row in read(Path(__file__).parent / "demo" / "guard_test.jsonl")]
     files["guard.demo"], files["guard.demo-near"] = apart(demo, before)
@@ -172,7 +172,7 @@ def main() -> None:
     half = {row["prompt"]: bucket("half " + row["prompt"], 2) for row in files["guard.dev"]}
     files["guard.dev-fit"] = [row for row in files["guard.dev"] if half[row["prompt"]]]
     judging = [row for row in files["guard.dev"] if not half[row["prompt"]]]
-    judging, files["guard.dev-near"] = apart(judging, Near(dict.fromkeys(row["prompt"] for row in files["guard.train"])))
+    judging, files["guard.dev-near"] = apart(judging, Near(dict.fromkeys(row["prompt"] for row in files["guard.train"]), by_words=False))
     files["guard.dev-prompts"] = [row for row in judging if row["response"] is None]
     files["guard.dev-pairs"] = [row for row in judging if row["response"] is not None]
     for name, texts in Sources(a.data, evaluation=True).held_out_harmful().items():

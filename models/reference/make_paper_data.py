@@ -80,15 +80,18 @@ class Sets:
 
 
 class Near:
-    """Finds texts that have `NEAR` of their three-word runs, or so many of their words, in common with a known one."""
+    """Finds texts that have `NEAR` of their three-word runs or, if asked for, so many of their words in common with a known
+    one."""
 
-    def __init__(self, texts: Iterable[str]):
-        texts = list(texts)
+    def __init__(self, texts: Iterable[str], by_words: bool = True):
+        texts, self.by_words = list(texts), by_words
         self.runs = Sets((frozenset(shingles(text)) for text in texts), NEAR)
         self.words = Sets((words for text in texts if len(words := content(text)) >= WORDS_MIN), ALIKE)
         self.as_said = Sets((words for text in texts if len(words := as_said(text)) >= AS_SAID_MIN), AS_SAID)
 
     def holds(self, text: str) -> bool:
+        if not self.by_words:
+            return self.runs.holds(frozenset(shingles(text)))
         words, said = content(text), as_said(text)
         return (
             self.runs.holds(frozenset(shingles(text)))
