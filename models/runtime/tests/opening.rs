@@ -30,7 +30,7 @@ fn leave_an_opening(model: &Model, call: impl Fn(&Cancel) -> bool) {
     let is_left = || {
         model.close();
         let cancel = Cancel::new();
-        thread::scope(|scope| {
+        let says_so = thread::scope(|scope| {
             scope.spawn(|| {
                 // A call that fails before it opens anything is told below, and not waited for.
                 let begun = Instant::now();
@@ -39,12 +39,12 @@ fn leave_an_opening(model: &Model, call: impl Fn(&Cancel) -> bool) {
                 }
                 cancel.cancel();
             });
-            assert!(call(&cancel), "a call that was cancelled says so");
+            call(&cancel)
         });
         settle();
-        !model.is_open()
+        says_so && !model.is_open()
     };
-    assert!((0..50).any(|_| is_left()), "every opening was waited for");
+    assert!((0..50).any(|_| is_left()), "every opening was waited for, or none was said to be cancelled");
 }
 
 #[test]

@@ -171,6 +171,16 @@ fn hostile(drawn: &[usize], turns: &[u32], share: f64) -> Vec<usize> {
         left -= f64::from(turns[number]);
         hostile.push(number);
     }
+    // Where clients with that many turns are used up, the last may be far off: one of them for another who makes up for it.
+    let wanted = left.round() as i64;
+    let gain =
+        |&(one, other): &(usize, usize)| i64::from(turns[others[other]]) - i64::from(turns[hostile[one]]);
+    let mut exchanges = (0..hostile.len()).flat_map(|one| (0..others.len()).map(move |other| (one, other)));
+    if wanted != 0
+        && let Some((one, other)) = exchanges.find(|exchange| gain(exchange) == wanted)
+    {
+        hostile[one] = others[other];
+    }
     hostile
 }
 
