@@ -3,7 +3,6 @@
 
 use std::{
     fs,
-    net::UdpSocket,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -12,7 +11,10 @@ use aggregator::config::{self, Config, Gates};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::program::{Finished, Running, command, reference};
+use crate::{
+    port,
+    program::{Finished, Running, command, reference},
+};
 
 /// One aggregator's directory and address.
 #[derive(Debug)]
@@ -35,6 +37,11 @@ fn open_gates(config: &mut Config) {
     config.evaluate.gates = Gates { safe_rate_min: Some(0.0), held_out_loss_max: Some(1e3), ..Gates::off() };
 }
 
+fn free_address() -> String {
+    let port = port::lasting().unwrap_or_else(|error| panic!("{error}"));
+    format!("127.0.0.1:{port}")
+}
+
 impl Federation {
     /// `aggregator init` for rounds of `devices` devices; `change` may change the settings further.
     ///
@@ -50,9 +57,7 @@ impl Federation {
     /// When it fails.
     pub fn over(storage: &config::Storage, devices: u32, change: impl FnOnce(&mut Config)) -> Self {
         let directory = tempfile::tempdir().unwrap_or_else(|error| panic!("no temporary directory: {error}"));
-        // The system names a free port; between here and `serve` nobody else asks for it.
-        let probe = UdpSocket::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
-        let address = probe.unwrap_or_else(|error| panic!("no free port: {error}")).to_string();
+        let address = free_address();
         let mut federation = Self { directory, address, first_version: 0 };
         let devices = devices.to_string();
         let package = reference("package");
@@ -124,8 +129,7 @@ impl Federation {
     #[must_use]
     pub fn elsewhere(&self) -> Self {
         let directory = tempfile::tempdir().unwrap_or_else(|error| panic!("no temporary directory: {error}"));
-        let probe = UdpSocket::bind("127.0.0.1:0").and_then(|socket| socket.local_addr());
-        let address = probe.unwrap_or_else(|error| panic!("no free port: {error}")).to_string();
+        let address = free_address();
         let other = Self { directory, address, first_version: self.first_version };
         let copied = fs::create_dir_all(other.state()).is_ok()
             && ["aggregator.toml", "signing.pem", "authority.pem", "admin.token"]

@@ -11,6 +11,7 @@ pub mod visitor;
 pub mod verdict;
 pub mod program;
 pub mod federation;
+pub mod port;
 pub mod http;
 pub mod postgres;
 pub mod bucket;
