@@ -337,8 +337,11 @@ def write(out, kind, docs=False):
     (out / "results.svg").write_text(drawing, encoding="utf8")
     if docs:
         (ROOT / "docs" / f"results-{kind}.svg").write_text(drawing, encoding="utf8")
+        ends = [{"arm": name, "seed": seed, **ended} for name, arm in arms.items() for seed, ended in arm["seeds"].items()]
+        (ROOT / "docs" / f"results-{kind}.jsonl").write_text("".join(json.dumps(end) + "\n" for end in ends), encoding="utf8")
         end, page = "<!-- to here -->", PAGE.read_text(encoding="utf8")
         before, rest = page.split(begin(kind))
-        page = before + begin(kind) + text + f"\n![safe answers by arm, and one setting varied at a time](results-{kind}.svg)\n" + rest[rest.index(end):]
+        links = f"\nEach federation by itself: [results-{kind}.jsonl](results-{kind}.jsonl).\n\n![safe answers by arm, and one setting varied at a time](results-{kind}.svg)\n"
+        page = before + begin(kind) + text + links + rest[rest.index(end):]
         PAGE.write_text(page, encoding="utf8")
     return text
