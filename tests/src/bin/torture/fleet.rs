@@ -24,7 +24,6 @@ use commonweal_protocol::{DeviceId, RoundId};
 use commonweal_tests::{
     child::Child,
     modelless::{self, Modelless},
-    port,
     postgres::Postgres,
     verdict::Held,
 };
@@ -104,8 +103,7 @@ impl Fleet {
             if number > 0 {
                 Modelless::copy_keys(aggregator_dir, &directory)?;
             }
-            let own = if role.receives() { port::lasting()? } else { 0 };
-            let (child, told) = serve(&directory, own, devices, role)?;
+            let (child, told) = serve(&directory, 0, devices, role)?;
             if number == 0 {
                 invitations = told.invitations;
             }

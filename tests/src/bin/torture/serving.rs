@@ -8,6 +8,7 @@ use anyhow::Result;
 use commonweal_tests::{
     child::tell,
     modelless::{self, Modelless},
+    port,
 };
 use commonweal_transport::ServeLimits;
 use serde::{Deserialize, Serialize};
@@ -35,12 +36,12 @@ pub(super) fn open(path: &Path, devices: u32) -> Result<Modelless> {
     Modelless::open(path, ADAPTER_MB, config(devices), events)
 }
 
-/// Serves at a port, 0 for any, until the standard input ends.
+/// Serves at a port until the standard input ends; 0 stands for one of its own choice, and for the first start.
 pub(super) fn serve(path: &Path, port: u16, devices: u32, role: Role) -> Result<()> {
     let aggregator = open(path, devices)?;
+    let (port, invited) = if port == 0 { (port::lasting()?, devices + peers::ENROLLED) } else { (port, 0) };
     let limits = ServeLimits { stall_ms: STALL_MS, ..ServeLimits::default() };
     aggregator.serve_as(role, port, limits, |aggregator, address| {
-        let invited = if port == 0 { devices + peers::ENROLLED } else { 0 };
         let invitations = aggregator.invite(invited, address)?;
         tell(&Listening { port: address.port(), invitations });
         Ok(())
