@@ -190,14 +190,23 @@ impl Desk {
 
     /// What was taken from a device for a round, if its receipt is still kept, and the round that it was taken into.
     pub fn taken(&self, round: RoundId, device: &DeviceId) -> Result<Option<(RoundId, Accepted)>, DeskError> {
+        let now = self.round();
         let newest = if self.policy.is_buffered() {
-            self.round().0.min(round.0.saturating_add(ROUNDS_BACK_MAX))
+            now.0.min(round.0.saturating_add(ROUNDS_BACK_MAX))
         } else {
             round.0
         };
         for into in (round.0..=newest).map(RoundId) {
             let Some(bytes) = self.storage.inbox.find(&queue(into), &device.to_string())? else { continue };
-            let accepted = decode_accepted(&bytes)?;
+            let accepted = match decode_accepted(&bytes) {
+                Ok(accepted) => accepted,
+                // Its round was rejected for it, by the device's name; nobody waits for what it said.
+                Err(error) if into < now => {
+                    tracing::warn!(round = %into, %device, %error, "a damaged receipt is passed over");
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             if accepted.open.round == round {
                 return Ok(Some((into, accepted)));
             }
@@ -312,6 +321,12 @@ impl Desk {
         done?;
         drop(inner);
         if let Some(figures) = figures {
+            // With the stage that is on record, and so once, however often it was tried.
+            if let Figures::Merge(merge) = &figures {
+                for device in merge.revoked() {
+                    self.events.tell(&Told::LeftOut { round, device });
+                }
+            }
             self.events.tell(&Told::Stage { round, opened_ms, seconds, figures });
         }
         Ok(())

@@ -292,7 +292,6 @@ impl<S: Stages> Driver<S> {
         self.count_reports(round, head, &updates)?;
         match self.keep(&candidate, AdapterKind::Assistant)? {
             Ok(digest) => {
-                self.tell_left_out(round, &revoked);
                 self.parts.pause.here("merged", &self.parts.events);
                 Ok((Some(Figures::Merge(Box::new(figures))), Event::Merged(digest)))
             }

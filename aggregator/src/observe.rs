@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::desk::DeskError;
 use crate::publish::PublishError;
-use crate::receive::enroll::{EnrollError, Registry};
+use crate::receive::enroll::Registry;
 use crate::receive::{Parts, Receiver};
 use crate::store::StoreError;
 
@@ -43,9 +43,6 @@ pub enum ObserveError {
     /// The releases.
     #[error(transparent)]
     Publish(#[from] PublishError),
-    /// The devices.
-    #[error(transparent)]
-    Enroll(#[from] EnrollError),
 }
 
 /// Connections that are open, whenever it is called.

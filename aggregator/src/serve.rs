@@ -66,8 +66,8 @@ pub enum ServeError {
     Identity(#[from] IdentityError),
     /// There is nothing to start from.
     #[error(
-        "the state directory has no release: its database is another one, or was lost; restore a backup \
-         (docs/operations.md, Disaster)"
+        "the store has no release: its database is another one than `init` wrote to, or was lost; look at \
+         storage.coordination, or restore a backup (docs/operations.md, Disaster)"
     )]
     NoRelease,
     /// More devices than an exact merge can take of this adapter.

@@ -331,6 +331,21 @@ fn who_was_heard_in_one_trial_is_heard_in_the_next_of_the_same_release() {
 }
 
 #[test]
+fn a_damaged_record_of_a_device_keeps_no_verdict_from_being_carried_out() {
+    let world = world();
+    let members = on_trial(&world);
+    for number in &members[..4] {
+        complain(&world, *number, Fault::Damaged);
+    }
+    let (coord, log) = (&world.parts.storage.coord, format!("device/{}", device(members[9])));
+    let record = coord.head(&log).unwrap().unwrap();
+    coord.compare_and_set(&log, record.sequence, b"damaged").unwrap();
+    finish(&world);
+    let head = head(&world);
+    assert_eq!((head.version, head.round), (Version(2), None), "release 0 again, for all");
+}
+
+#[test]
 fn who_was_revoked_holds_no_release_up() {
     let world = world();
     let members = on_trial(&world);

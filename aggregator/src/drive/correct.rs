@@ -51,7 +51,7 @@ impl<S: Stages> Driver<S> {
             Err(CandidateError::Read { source, .. }) if !is_lost(&source) => return Err(source.into()),
             Err(error) => return Ok(Err(chain(&error))),
         };
-        let devices = Registry::new(self.parts.storage.coord.clone()).count_served()?;
+        let devices = Registry::new(self.parts.storage.coord.clone()).served()?.len();
         let next = match scaffold::advance(&server, &change, members.len(), devices) {
             Ok(next) => next,
             Err(error) => return Ok(Err(chain(&error))),

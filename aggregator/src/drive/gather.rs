@@ -8,7 +8,6 @@ use commonweal_protocol::{DeviceId, RoundId};
 use super::remember::Found;
 use super::{Driver, LEASE_MS, OWNER, Stages};
 use crate::desk::{Accepted, decode_accepted, queue};
-use crate::events::Event as Told;
 use crate::receive::chain;
 use crate::receive::enroll::{EnrollError, Registry};
 use crate::store::{PAGE_MAX, StoreError};
@@ -64,12 +63,5 @@ impl<S: Stages> Driver<S> {
             )));
         }
         Ok(Ok(gathered))
-    }
-
-    /// Says whose updates a merge left out, once there is a merge: it may be tried several times.
-    pub(super) fn tell_left_out(&self, round: RoundId, revoked: &[DeviceId]) {
-        for &device in revoked {
-            self.parts.events.tell(&Told::LeftOut { round, device });
-        }
     }
 }

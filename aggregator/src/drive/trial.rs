@@ -3,9 +3,7 @@
 //! `canary` judges; this is its shell, on the thread of `drive`, which alone writes the state. Each write is a
 //! compare-and-set; after a kill the head and the log say what is still to do.
 
-use std::collections::BTreeSet;
-
-use commonweal_protocol::{DeviceId, Release, RoundId, Version};
+use commonweal_protocol::{Release, RoundId, Version};
 
 use super::{DriveError, Driver, Stages};
 use crate::canary::{self, Canary, Verdict};
@@ -13,7 +11,6 @@ use crate::desk::{self, DeskError};
 use crate::events::Event as Told;
 use crate::receive::chain;
 use crate::receive::enroll::Registry;
-use crate::store::StoreError;
 
 /// Counted in one look; the rest in the next.
 const WORDS_MAX: usize = 1_000;
@@ -83,14 +80,8 @@ impl<S: Stages> Driver<S> {
 
     /// Whoever was revoked after it said something has no voice. True if somebody had one.
     fn silence_strangers(&self, canary: &mut Canary) -> Result<bool, DriveError> {
-        let registry = Registry::new(self.parts.storage.coord.clone());
-        let enrolled = registry.devices().map_err(|error| StoreError::not_done("list", "devices", error))?;
-        let admitted: BTreeSet<DeviceId> = enrolled
-            .into_iter()
-            .filter(|(_, record)| record.revoked_ms.is_none())
-            .map(|(device, _)| device)
-            .collect();
-        Ok(canary.silence(|device| !admitted.contains(device)))
+        let served = Registry::new(self.parts.storage.coord.clone()).served()?;
+        Ok(canary.silence(|device| !served.contains(device)))
     }
 
     /// Brings back what all devices have, unless that was done before a kill, and tells why.

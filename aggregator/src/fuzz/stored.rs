@@ -18,7 +18,7 @@ use crate::observe::Counts;
 use crate::pause::PausePoint;
 use crate::publish::{self, Publisher};
 use crate::receive::Parts;
-use crate::receive::enroll::{Certify, Registry};
+use crate::receive::enroll::{Certify, EnrollError, Registry};
 use crate::receive::partial::PartialMemory;
 use crate::round::{Policy, RoundMode};
 use crate::store::{MemoryStorage, Storage, StoreError};
@@ -199,10 +199,13 @@ fn enrolled(value: &[u8]) -> bool {
     if aggregator.put(&format!("device/{DEVICE}"), value).is_err() {
         return false;
     }
-    let listed = match registry.devices() {
-        Ok(listed) => listed,
-        Err(error) => return told(&error, &DEVICE.to_string()),
-    };
+    let listed = registry.devices().expect("what is damaged is passed over");
+    if let Err(error @ EnrollError::Damaged { .. }) = registry.admit(&DEVICE) {
+        assert!(listed.is_empty());
+        registry.revoke(&DEVICE, NOW_MS).expect("a record that is revoked takes its place");
+        assert!(matches!(registry.admit(&DEVICE), Err(EnrollError::Revoked { .. })));
+        return told(&error, &DEVICE.to_string());
+    }
     assert_eq!(listed.len(), 1);
     let _ = (registry.admit(&DEVICE), registry.renew(&NoAuthority, &csr(), DEVICE, NOW_MS, u64::MAX));
     registry.revoke(&DEVICE, NOW_MS).expect("the record is read");
@@ -217,11 +220,12 @@ fn token(value: &[u8]) -> bool {
     if aggregator.put(&log, value).is_err() {
         return false;
     }
-    let open = match registry.tokens_open(NOW_MS) {
-        Ok(open) => open,
-        Err(error) => return told(&error, &log),
-    };
+    let open = registry.tokens_open(NOW_MS).expect("what is damaged is passed over");
     let enrolled = registry.enroll(&NoAuthority, &token, &csr(), DEVICE, NOW_MS, u64::MAX);
+    if let Err(error @ EnrollError::Damaged { .. }) = &enrolled {
+        assert_eq!(open, 0);
+        return told(error, &log);
+    }
     assert_eq!(enrolled.is_ok(), open == 1, "a token opens once");
     assert!(registry.enroll(&NoAuthority, &token, &csr(), DeviceId([2; 16]), NOW_MS, u64::MAX).is_err());
     true

@@ -3,6 +3,7 @@
 //!
 //! `aggregator token`, `devices` and `revoke` use this beside a running server: all of it is in the store.
 
+mod list;
 mod withdraw;
 
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use commonweal_protocol::{CertificateChain, Csr, DeviceId, Token};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::chain;
-use crate::store::{Coord, Entry, PAGE_MAX, StoreError};
+use crate::store::{Coord, Entry, StoreError};
 
 /// Issues certificates; the transport's certificate authority, or a twin in simulations.
 pub trait Certify: Send + Sync {
@@ -249,66 +250,21 @@ impl Registry {
         self.load(&device_log(device))?.ok_or(EnrollError::DeviceUnknown { device: *device })
     }
 
-    /// Revokes a device, from its next request and the next merge on. Doing it again is harmless.
+    /// Revokes a device, from its next request and the next merge on. Doing it again is harmless. In place of a record that
+    /// is damaged comes one that is revoked: it serves nobody either way, and then says so.
     pub fn revoke(&self, device: &DeviceId, now_ms: u64) -> Result<(), EnrollError> {
+        let log = device_log(device);
         loop {
-            let (sequence, record) = self.device(device)?;
-            if record.revoked_ms.is_some() {
-                return Ok(());
-            }
-            let revoked = DeviceRecord { revoked_ms: Some(now_ms), ..record };
-            match self.save(&device_log(device), sequence, &revoked) {
+            let head = self.coord.head(&log)?.ok_or(EnrollError::DeviceUnknown { device: *device })?;
+            let revoked = match decode::<DeviceRecord>(&log, &head) {
+                Ok(record) if record.revoked_ms.is_some() => return Ok(()),
+                Ok(record) => DeviceRecord { revoked_ms: Some(now_ms), ..record },
+                Err(_) => DeviceRecord { enrolled_ms: 0, expires_ms: 0, revoked_ms: Some(now_ms) },
+            };
+            match self.save(&log, head.sequence, &revoked) {
                 // The device renewed its certificate meanwhile, which does not save it.
                 Err(EnrollError::Store(StoreError::Conflict { .. })) => {}
                 result => return result,
-            }
-        }
-    }
-
-    /// All devices, in the order of their names.
-    pub fn devices(&self) -> Result<Vec<(DeviceId, DeviceRecord)>, EnrollError> {
-        let mut devices = Vec::new();
-        let mut after = String::new();
-        loop {
-            let page = self.coord.heads("device/", &after, PAGE_MAX)?;
-            let Some((last, _)) = page.last() else { return Ok(devices) };
-            after.clone_from(last);
-            for (log, entry) in &page {
-                if let Ok(id) = log.trim_start_matches("device/").parse() {
-                    devices.push((id, decode(log, entry)?));
-                }
-            }
-        }
-    }
-
-    /// How many devices are not revoked. A record that is damaged is passed over: it is another's, whom a number serves.
-    pub fn count_served(&self) -> Result<usize, StoreError> {
-        let mut served = 0;
-        let mut after = String::new();
-        loop {
-            let page = self.coord.heads("device/", &after, PAGE_MAX)?;
-            let Some((last, _)) = page.last() else { return Ok(served) };
-            after.clone_from(last);
-            for (log, entry) in &page {
-                match decode::<DeviceRecord>(log, entry) {
-                    Ok(record) => served += usize::from(record.revoked_ms.is_none()),
-                    Err(error) => tracing::warn!(%error, "a device is not counted"),
-                }
-            }
-        }
-    }
-
-    /// Tokens that can still be spent.
-    pub fn tokens_open(&self, now_ms: u64) -> Result<usize, EnrollError> {
-        let mut open = 0;
-        let mut after = String::new();
-        loop {
-            let page = self.coord.heads("token/", &after, PAGE_MAX)?;
-            let Some((last, _)) = page.last() else { return Ok(open) };
-            after.clone_from(last);
-            for (log, entry) in &page {
-                let record: TokenRecord = decode(log, entry)?;
-                open += usize::from(record.is_open(now_ms));
             }
         }
     }

@@ -2,8 +2,8 @@
 
 use commonweal_protocol::Token;
 
-use super::{EnrollError, Registry, TokenRecord, decode, token_log};
-use crate::store::{PAGE_MAX, StoreError};
+use super::{EnrollError, Registry, TokenRecord, token_log};
+use crate::store::StoreError;
 
 impl Registry {
     /// Withdraws a token, at once. Doing it again is harmless; one that was spent is refused with its device's name.
@@ -13,23 +13,16 @@ impl Registry {
 
     /// Withdraws all that can still be spent; how many there were.
     pub fn withdraw_all(&self, now_ms: u64) -> Result<usize, EnrollError> {
-        let (mut withdrawn, mut after) = (0, String::new());
-        loop {
-            let page = self.coord.heads("token/", &after, PAGE_MAX)?;
-            let Some((last, _)) = page.last() else { return Ok(withdrawn) };
-            after.clone_from(last);
-            for (log, entry) in &page {
-                if !decode::<TokenRecord>(log, entry)?.is_open(now_ms) {
-                    continue;
-                }
-                match self.withdraw_log(log, now_ms) {
-                    Ok(()) => withdrawn += 1,
-                    // Somebody was faster.
-                    Err(EnrollError::TokenSpent { .. }) => {}
-                    Err(error) => return Err(error),
-                }
+        let mut withdrawn = 0;
+        for log in self.open_logs(now_ms)? {
+            match self.withdraw_log(&log, now_ms) {
+                Ok(()) => withdrawn += 1,
+                // Somebody was faster.
+                Err(EnrollError::TokenSpent { .. }) => {}
+                Err(error) => return Err(error),
             }
         }
+        Ok(withdrawn)
     }
 
     fn withdraw_log(&self, log: &str, now_ms: u64) -> Result<(), EnrollError> {
