@@ -112,7 +112,7 @@ def table(arms):
         refused = [" / ".join(figure(over_seeds(arm, benign(kind, judge)), 1, 100) for judge in JUDGES) for kind in BENIGN]
         rows.append([name, len(arm["seeds"]), *both, paper[0], *refused, figure(measure("held_out_loss"), 3),
                      figure(measure("preference"), 1, 100), paper[1]])
-    return lines_of(rows)
+    return lines_of(rows) if len(rows) > 1 else []
 
 
 def costs(arms):
@@ -125,7 +125,7 @@ def costs(arms):
         bits = of(lambda ended: ended["bits_per_parameter"] or 0)
         rows.append([name, *counts, f"{of(lambda e: e['uploaded_bytes']) / 1e3:.0f}", f"{bits:.2f}", f"{of(seconds):.0f}",
                      f"{of(lambda e: e['stage_seconds'].get('align', 0)):.0f}", f"{of(lambda e: e['published']):.1f} of {of(lambda e: e['rounds']):.0f}"])
-    return lines_of(rows)
+    return lines_of(rows) if len(rows) > 1 else []
 
 
 def order(arms):
@@ -246,7 +246,8 @@ def plots(arms):
             body.append(f'<line x1="{240 + paper[0] * scale:.1f}" x2="{240 + paper[0] * scale:.1f}" y1="{y + 1}" y2="{y + bar - 3}" stroke="{COLOURS[1]}" stroke-width="3"/>')
         body.append(f'<text x="{wide - 60}" y="{y + 15}">{value:.1f}</text>')
     title = f'<text x="240" y="16" font-weight="600">safe answers on {html.escape(first)} in %, by rules; the red mark is the paper\'s figure</text>'
-    offset = TOP + len(rows) * bar + 20
+    # Without an arm of the table there are the panels alone.
+    title, offset = (title, TOP + len(rows) * bar + 20) if rows else ("", 0)
     grouped = {}
     for family, members in families(arms).items():
         # "harm share, plain" and "harm share, ours" are one panel.
@@ -301,7 +302,9 @@ def report(out, kind):
                   f"Harmful rows that clients draw from: {harmful}; {'; '.join(told('kept')) or 'none is near what the guard learned from'}.", ""]
     if guard:
         parts += [*filtering(guard), ""]
-    parts += table(arms) + ["", *costs(arms), "", *order(arms), "", *goals(arms), "", f"- the two judges agree on {100 * mean(agree):.1f} % of all answers (least in an arm: {100 * min(agree):.1f} %)"]
+    for lines in (table(arms), costs(arms), order(arms), goals(arms)):
+        parts += [*lines, ""] if lines else []
+    parts += [f"- the two judges agree on {100 * mean(agree):.1f} % of all answers (least in an arm: {100 * min(agree):.1f} %)"]
     if (out / "carriers.json").is_file():
         digests = json.loads((out / "carriers.json").read_text())
         same = digests["memory"] == digests["quic"]

@@ -92,9 +92,9 @@ struct Cli {
     /// Factor on a hostile device's update
     #[arg(long, default_value_t = 2.0)]
     boost: f32,
-    /// Also vary one setting at a time
-    #[arg(long)]
-    ablations: bool,
+    /// The table's, those that vary one setting at a time, or both
+    #[arg(long, value_enum, default_value = "table")]
+    arms: Arms,
     /// Only arms with this in their name
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
@@ -106,6 +106,14 @@ struct Cli {
     /// Threads of the model; the machine's cores if absent
     #[arg(long)]
     threads: Option<usize>,
+}
+
+/// Which arms there are to choose from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Arms {
+    Table,
+    Ablations,
+    All,
 }
 
 fn rank_package(text: &str) -> Result<(u32, PathBuf), String> {
@@ -223,8 +231,8 @@ fn end(
 
 /// The arms that are wanted: those named, or with the text in their name if none is of that name.
 fn arms(cli: &Cli, common: &Config, blunt: Option<f64>) -> Result<Vec<Arm>> {
-    let mut arms = arms::main_arms(blunt);
-    if cli.ablations {
+    let mut arms = if cli.arms == Arms::Ablations { Vec::new() } else { arms::main_arms(blunt) };
+    if cli.arms != Arms::Table {
         let ranks: Vec<u32> = cli.rank_package.iter().map(|(rank, _)| *rank).collect();
         let is_real = cli.data.join("eval_advbench.jsonl").is_file();
         arms.extend(arms::ablations(&ranks, is_real));
