@@ -334,7 +334,7 @@ fn who_was_heard_in_one_trial_is_heard_in_the_next_of_the_same_release() {
 fn a_damaged_record_of_a_device_keeps_no_verdict_from_being_carried_out() {
     let world = world();
     let members = on_trial(&world);
-    for number in &members[..4] {
+    for number in &members[..8] {
         complain(&world, *number, Fault::Damaged);
     }
     let (coord, log) = (&world.parts.storage.coord, format!("device/{}", device(members[9])));
