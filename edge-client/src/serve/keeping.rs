@@ -49,10 +49,14 @@ impl Keeping {
 
     /// What is held, and may be in the era that it is. Where that cannot be told, nothing is kept.
     fn enter(&self) -> Result<MutexGuard<'_, Conversations>, StoreError> {
-        let mut open = self.conversations.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.held();
         // Behind the lock, or one that was seen before could be entered after a later one.
         open.enter(self.home.era()?);
         Ok(open)
+    }
+
+    fn held(&self) -> MutexGuard<'_, Conversations> {
+        self.conversations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes what is over by now and what could not be written before; once a day takes away what is past its time.
@@ -91,15 +95,28 @@ impl Keeping {
         }
         let count = samples.len();
         match self.home.keep(&samples, era) {
-            Ok(Some(added)) => tracing::info!("{added} chats are samples now"),
+            Ok(Some(added)) => {
+                tracing::info!("{added} chats are samples now");
+                return None;
+            }
             Ok(None) => tracing::info!("{count} chats were said before everything was forgotten"),
             Err(error) => {
                 tracing::error!("{count} chats could not be kept: {:#}", anyhow::Error::from(error));
-                self.conversations.lock().unwrap_or_else(PoisonError::into_inner).put_back(samples, era);
-                return Some(count);
             }
         }
-        None
+        self.put_back(samples, era)
+    }
+
+    /// How many of them wait on, if any. If everything was forgotten meanwhile, none does, and a later request that goes on
+    /// with one is not kept either.
+    fn put_back(&self, samples: Vec<Sample>, era: Era) -> Option<usize> {
+        let count = samples.len();
+        // By the era that it is now: the store may have found out first that another has begun. While that cannot be told,
+        // they wait.
+        let entered = told(self.enter());
+        let mut open = entered.unwrap_or_else(|| self.held());
+        open.put_back(samples, era);
+        (open.era() == era).then_some(count)
     }
 }
 
@@ -180,6 +197,26 @@ mod tests {
         said(&keeping, "two");
         keeping.end();
         assert_eq!(texts(&store), ["two"]);
+    }
+
+    #[test]
+    fn what_is_forgotten_while_it_is_being_written_is_not_kept_when_it_goes_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let keeping = keeping(&store, &Policy::default());
+        said(&keeping, "one");
+        let left = keeping.write(|open| {
+            let taken = open.all();
+            forget::wish_all(&store).unwrap();
+            forget::carry_out(&store).unwrap();
+            taken
+        });
+        assert_eq!(left, None);
+        let asked = |text: &str| [Message::user(text), Message::assistant("b"), Message::user("on")];
+        assert_eq!(keeping.era_of(&asked("one")), None);
+        assert!(keeping.era_of(&asked("two")).is_some());
+        keeping.end();
+        assert!(texts(&store).is_empty());
     }
 
     #[test]
