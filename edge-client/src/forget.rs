@@ -57,28 +57,31 @@ pub fn expired(store: &Store, keep: Span, now_ms: u64) -> Result<BTreeSet<Sample
     Ok(kept::all(store)?.iter().filter(|kept| is_old(kept)).map(|kept| kept.sample.id()).collect())
 }
 
-/// Forgets what is older than the owner wants to keep anything; tells how many samples that was.
-pub fn expire(store: &Store, keep: Option<Span>, now_ms: u64) -> Result<usize, StoreError> {
-    let old = match keep {
-        Some(keep) => expired(store, keep, now_ms)?,
-        None => BTreeSet::new(),
-    };
+/// Forgets what is older than the owner wants to keep anything; the log tells how many samples that was.
+pub fn expire(store: &Store, keep: Option<Span>, now_ms: u64) -> Result<(), StoreError> {
+    let Some(keep) = keep else { return Ok(()) };
+    let old = expired(store, keep, now_ms)?;
     if !old.is_empty() {
         wish(store, &old)?;
         carry_out(store)?;
+        tracing::info!("{} samples were older than the policy keeps them, and are forgotten", old.len());
     }
-    Ok(old.len())
+    Ok(())
 }
 
-/// The same for whoever does not hold the directory: nothing where somebody works, who looks for it at the start and once a
-/// day.
-pub(crate) fn expire_alone(store: &Store, keep: Option<Span>, now_ms: u64) -> Result<usize, StoreError> {
-    if keep.is_none() || store.is_worked_in()? {
-        return Ok(0);
+/// The same for whoever does not hold the directory. Tells whether it was looked: not where somebody works, who looks for
+/// it at the start and once a day.
+pub(crate) fn expire_alone(store: &Store, keep: Option<Span>, now_ms: u64) -> Result<bool, StoreError> {
+    if keep.is_none() {
+        return Ok(true);
+    }
+    if store.is_worked_in()? {
+        return Ok(false);
     }
     // Who visits looks for it as well, and may take hours.
-    let Some(_visiting) = store.try_hold_visit()? else { return Ok(0) };
-    expire(store, keep, now_ms)
+    let Some(_visiting) = store.try_hold_visit()? else { return Ok(false) };
+    expire(store, keep, now_ms)?;
+    Ok(true)
 }
 
 /// Carries out what was wished, while nobody works on a round here. Nothing happens if nothing was.

@@ -64,15 +64,11 @@ impl Keeping {
         let mut expired = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         if expired.is_none_or(|at| now.saturating_duration_since(at) >= EXPIRE) {
             match self.home.expire() {
-                Ok(0) => {}
-                Ok(count) => {
-                    tracing::info!(
-                        "{count} samples were older than the policy keeps them, and are forgotten"
-                    );
-                }
+                Ok(true) => *expired = Some(now),
+                // Whoever works here looks as well, but may end before the day does: this looks again each time.
+                Ok(false) => {}
                 Err(error) => tracing::error!("samples past their time are still there: {error}"),
             }
-            *expired = Some(now);
         }
         if let Some(left) = self.write(|open| open.over(now)) {
             tracing::error!("{left} chats wait in memory, and are tried again");
@@ -127,6 +123,8 @@ fn told<T>(had: Result<T, StoreError>) -> Option<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
     use crate::{
         budget::BudgetPolicy,
@@ -153,17 +151,20 @@ mod tests {
         kept::samples(store).unwrap().iter().map(|sample| sample.turns()[0].content.clone()).collect()
     }
 
+    /// An endpoint that has no room until this file is removed.
+    fn without_room(store: &Store) -> (Keeping, PathBuf) {
+        let filler = store.path("filler");
+        std::fs::write(&filler, vec![0; 100_000]).unwrap();
+        let disk = Limit::of(store.disk_bytes().unwrap());
+        let budget = BudgetPolicy { disk, ..BudgetPolicy::default() };
+        (keeping(store, &Policy { budget, ..Policy::default() }), filler)
+    }
+
     #[test]
     fn what_finds_no_room_is_tried_again_until_it_does() {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();
-        let filler = directory.path().join("filler");
-        std::fs::write(&filler, vec![0; 100_000]).unwrap();
-        let disk = Limit::of(store.disk_bytes().unwrap());
-        let keeping = keeping(
-            &store,
-            &Policy { budget: BudgetPolicy { disk, ..BudgetPolicy::default() }, ..Policy::default() },
-        );
+        let (keeping, filler) = without_room(&store);
         let later = Instant::now() + Duration::from_secs(3600);
         said(&keeping, "one");
         keeping.tend(later);
@@ -182,13 +183,7 @@ mod tests {
     fn what_waits_to_be_written_goes_when_everything_is_forgotten() {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();
-        let filler = directory.path().join("filler");
-        std::fs::write(&filler, vec![0; 100_000]).unwrap();
-        let disk = Limit::of(store.disk_bytes().unwrap());
-        let keeping = keeping(
-            &store,
-            &Policy { budget: BudgetPolicy { disk, ..BudgetPolicy::default() }, ..Policy::default() },
-        );
+        let (keeping, filler) = without_room(&store);
         said(&keeping, "one");
         keeping.tend(Instant::now() + Duration::from_secs(3600));
         std::fs::remove_file(&filler).unwrap();
@@ -222,18 +217,31 @@ mod tests {
     #[test]
     fn samples_past_their_time_go_where_only_the_endpoint_runs() {
         let directory = tempfile::tempdir().unwrap();
-        let store = Store::open(directory.path()).unwrap();
-        let old =
-            Parsed { good: vec![(0, Sample::from_pair("old".into(), "r".into()).unwrap())], bad: Vec::new() };
-        kept::keep(&store, &old, "a", 1_000).unwrap();
+        let store = Store::open_shared(directory.path()).unwrap();
+        let add = |text: &str| {
+            let old = vec![(0, Sample::from_pair(text.into(), "r".into()).unwrap())];
+            kept::keep(&store, &Parsed { good: old, bad: Vec::new() }, "a", 1_000).unwrap();
+        };
         let policy =
             Policy { store: StorePolicy { keep: Some(Span::of_seconds(3600)) }, ..Policy::default() };
         let keeping = keeping(&store, &policy);
+        let start = Instant::now();
+        add("old");
         // `run` holds the directory, and does so itself.
-        keeping.tend(Instant::now());
+        let working = Store::open(directory.path()).unwrap();
+        keeping.tend(start);
+        drop(working);
+        let visiting = store.hold_visit().unwrap();
+        keeping.tend(start);
+        drop(visiting);
         assert_eq!(texts(&store), ["old"]);
-        drop(store);
-        keeping.tend(Instant::now() + EXPIRE);
-        assert!(texts(&Store::open(directory.path()).unwrap()).is_empty());
+        // At the next look that can be made, and from then on once a day.
+        keeping.tend(start);
+        assert!(texts(&store).is_empty());
+        add("older");
+        keeping.tend(start + EXPIRE / 2);
+        assert_eq!(texts(&store), ["older"]);
+        keeping.tend(start + EXPIRE);
+        assert!(texts(&store).is_empty());
     }
 }
