@@ -13,14 +13,14 @@ use crate::{
     era::Era,
     kept, owed, personal,
     sample::{Sample, SampleId},
-    store::{Store, StoreError},
+    store::{Held, Store, StoreError},
     units::Span,
 };
 
 /// The samples that shall go.
 pub(crate) const WISH: &str = "forget.samples";
 /// Held while a wish is written down or taken off, which a command and a daemon may do at once.
-const WISH_LOCK: &str = "forget.lock";
+pub(crate) const WISH_LOCK: &str = "forget.lock";
 /// There if everything shall; it must be read without the key, which may be lost.
 pub(crate) const WISH_ALL: &str = "forget-all";
 
@@ -36,6 +36,17 @@ pub struct Forgotten {
 /// Writes down that these samples shall go.
 pub fn wish(store: &Store, ids: &BTreeSet<SampleId>) -> Result<(), StoreError> {
     let _held = store.hold(WISH_LOCK)?;
+    add_to_wish(store, ids)
+}
+
+/// The same for samples that were listed in an era. Once it is over they have gone, and maybe the key with them that this
+/// store has read: a wish that it sealed would never open, nor would the directory.
+pub fn wish_of(store: &Store, ids: &BTreeSet<SampleId>, era: Era) -> Result<(), StoreError> {
+    let _held = store.hold(WISH_LOCK)?;
+    if Era::now(store)? == era { add_to_wish(store, ids) } else { Ok(()) }
+}
+
+fn add_to_wish(store: &Store, ids: &BTreeSet<SampleId>) -> Result<(), StoreError> {
     let mut all = kept::read_ids(store, WISH)?.unwrap_or_default();
     all.extend(ids);
     kept::write_ids(store, WISH, &all)
@@ -126,11 +137,16 @@ pub(crate) fn has_rounds(store: &Store) -> Result<bool, StoreError> {
     Ok(!store.list("round")?.is_empty() || owed::is_any(store) || control::is_any(store))
 }
 
+/// Until they are dropped, nobody adds a sample, a personal adapter or a wish, or takes one away. Nobody else holds two of
+/// these at once, so that whoever waits here is waited for by none that it waits for.
+pub(crate) fn hold_all(store: &Store) -> Result<[Held; 3], StoreError> {
+    Ok([kept::hold(store)?, personal::hold(store)?, store.hold(WISH_LOCK)?])
+}
+
 /// Opens nothing, so that it works without the key.
 fn forget_all(store: &Store) -> Result<Forgotten, StoreError> {
     let forgotten = Forgotten { rounds: has_rounds(store)?, personal: personal::exists(store) };
-    let _held = kept::hold(store)?;
-    let _training = personal::hold(store)?;
+    let _held = hold_all(store)?;
     store.remove_parts()?;
     for name in store.secrets()? {
         store.remove(&name)?;

@@ -1,6 +1,6 @@
 //! What goes and what stays, and kills in between.
 
-use std::path::Path;
+use std::{path::Path, thread, time::Duration};
 
 use commonweal_adapter::{Adapter, AdapterLayout, Module, Target};
 use commonweal_protocol::BaseHash;
@@ -158,6 +158,46 @@ fn what_is_wished_while_another_wish_is_carried_out_stays_wished() {
     assert!(!is_wished(&store));
     drop(store);
     check(directory.path(), &[1, 4], true, true);
+}
+
+#[test]
+fn a_wish_that_is_being_written_goes_with_everything() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(directory.path()).unwrap();
+    filled(&store);
+    wish_all(&store).unwrap();
+    let held = store.hold(WISH_LOCK).unwrap();
+    thread::scope(|scope| {
+        let forgetting = scope.spawn(|| carry_out(&store).unwrap());
+        // Long enough for whoever does not wait.
+        for _ in 0..200 {
+            if !forgetting.is_finished() {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+        add_to_wish(&store, &ids(&[1])).unwrap();
+        drop(held);
+    });
+    assert!(!is_wished(&store) && store.secrets().unwrap().is_empty());
+}
+
+#[test]
+fn what_was_listed_before_everything_was_forgotten_is_not_wished_with_a_key_that_has_gone() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut store = Store::open(directory.path()).unwrap();
+    filled(&store);
+    let looking = Store::open_shared(directory.path()).unwrap();
+    let era = Era::now(&looking).unwrap();
+    assert_eq!(left(&looking).len(), 6);
+    wish_of(&looking, &ids(&[1]), era).unwrap();
+    assert!(is_wished(&looking));
+    wish_all(&store).unwrap();
+    carry_out(&store).unwrap();
+    assert!(store.unseal().unwrap());
+    drop(store);
+    wish_of(&looking, &ids(&[2]), era).unwrap();
+    assert!(!is_wished(&looking));
+    Store::open(directory.path()).unwrap();
 }
 
 #[test]
