@@ -15,10 +15,7 @@ pub(super) fn add(shared: &Shared, files: &[PathBuf]) -> Result<()> {
     let parsed = files.iter().map(|file| open::read_samples(file)).collect::<Result<Vec<_>>>()?;
     let (mut added, mut seen, mut bad) = (0, 0, 0);
     let now_ms = Clock::system().unix_ms();
-    let expired = forget::expire_alone(&place.look()?, policy.store.keep, now_ms)?;
-    if expired > 0 {
-        tracing::info!("{expired} samples were older than the policy keeps them, and are forgotten");
-    }
+    forget::expire_alone(&place.look()?, policy.store.keep, now_ms)?;
     let store = place.store_or_look()?.within(policy.budget.disk);
     for (file, parsed) in files.iter().zip(&parsed) {
         seen += parsed.good.len();

@@ -174,10 +174,7 @@ impl Member {
         forget::carry_out(store)?;
         let now_ms = Clock::system().unix_ms();
         if now_ms.abs_diff(self.expired_ms) >= EXPIRE.as_millis() as u64 {
-            let expired = forget::expire(store, self.device.policy.store.keep, now_ms)?;
-            if expired > 0 {
-                tracing::info!("{expired} samples were older than the policy keeps them, and are forgotten");
-            }
+            forget::expire(store, self.device.policy.store.keep, now_ms)?;
             self.expired_ms = now_ms;
         }
         Ok(())

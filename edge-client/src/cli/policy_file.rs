@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 
+use super::exit::BadInput;
 use crate::{policy::Policy, settings, store::Stamp};
 
 /// `policy.toml` in the state directory, which need not be there, or a file that was named, which must.
@@ -31,7 +32,7 @@ impl PolicyFile {
         // Before it is read: what is written meanwhile is another file at the next look.
         self.read = self.stamp();
         self.seen = self.read;
-        self.text()?.map_or_else(|| Ok(Policy::default()), |text| self.parse(&text))
+        self.parse(self.text()?)
     }
 
     fn text(&self) -> Result<Option<String>> {
@@ -42,8 +43,16 @@ impl PolicyFile {
         })
     }
 
-    fn parse(&self, text: &str) -> Result<Policy> {
-        Policy::from_toml(text).with_context(|| self.path.display().to_string())
+    /// Without a file the defaults are in force.
+    fn parse(&self, text: Option<String>) -> Result<Policy> {
+        let Some(text) = text else { return Ok(Policy::default()) };
+        // What a full disk leaves of a file that was written anew is no wish for the defaults.
+        if text.trim().is_empty() {
+            let path = self.path.display();
+            let text = format!("{path}: it is empty; with no policy file the defaults are in force");
+            return Err(BadInput(text).into());
+        }
+        Policy::from_toml(&text).with_context(|| self.path.display().to_string())
     }
 
     /// What the file says, once it has changed and was the same at two looks: an editor may be at it, and half a policy, or
@@ -60,15 +69,7 @@ impl PolicyFile {
             return None;
         }
         self.read = now;
-        Some(match text {
-            // What a full disk leaves of a file that was written anew is no wish for the defaults.
-            Ok(Some(text)) if text.trim().is_empty() => Err(anyhow!(
-                "{}: it is empty; without the file the defaults are in force",
-                self.path.display()
-            )),
-            Ok(text) => text.map_or_else(|| Ok(Policy::default()), |text| self.parse(&text)),
-            Err(error) => Err(error),
-        })
+        Some(text.and_then(|text| self.parse(text)))
     }
 
     /// One that cannot be looked at is as one that is not there; reading it says what is wrong.
@@ -82,6 +83,7 @@ mod tests {
     use std::fs;
 
     use super::*;
+    use crate::cli::exit;
 
     fn power(read: Option<Result<Policy>>) -> Option<bool> {
         read.map(|read| read.unwrap().when.power)
@@ -114,6 +116,28 @@ mod tests {
         assert!(file.changed().is_none());
         assert_eq!(power(file.changed()), Some(true), "the default");
         assert!(file.changed().is_none());
+    }
+
+    #[test]
+    fn an_empty_file_is_no_policy_at_the_start_either() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("policy.toml");
+        for named in [None, Some(path.as_path())] {
+            let mut file = PolicyFile::of(directory.path(), named);
+            for empty in ["", "\n \n"] {
+                fs::write(&path, "[when]\npower = false\n").unwrap();
+                file.read().unwrap();
+                fs::write(&path, empty).unwrap();
+                assert!(file.changed().is_none());
+                let later = file.changed().unwrap().unwrap_err();
+                let error = PolicyFile::of(directory.path(), named).read().unwrap_err();
+                assert_eq!(error.to_string(), later.to_string());
+                assert!(error.to_string().contains("policy.toml: it is empty"), "{error}");
+                assert_eq!(exit::code(&error), 3);
+            }
+        }
+        fs::write(&path, "# nothing but the defaults\n").unwrap();
+        assert_eq!(PolicyFile::of(directory.path(), None).read().unwrap(), Policy::default());
     }
 
     #[test]

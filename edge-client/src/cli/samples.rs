@@ -10,6 +10,7 @@ use time::{OffsetDateTime, macros::format_description};
 
 use super::{Shared, exit::BadInput, open};
 use crate::{
+    era::Era,
     events::{Event, Output},
     forget,
     kept::{self, Kept},
@@ -113,9 +114,11 @@ pub(super) fn forget(shared: &Shared, request: &Request) -> Result<()> {
         forget::wish_all(&store)?;
         count
     } else {
+        // Before they are listed: somebody else may say `--all` meanwhile.
+        let era = Era::now(&store)?;
         let ids = chosen(&store, request)?;
         if !ids.is_empty() {
-            forget::wish(&store, &ids)?;
+            forget::wish_of(&store, &ids, era)?;
         }
         Some(ids.len())
     };
@@ -162,6 +165,43 @@ fn end_key(place: &open::Place) -> Result<bool> {
         Err(error) => return Err(error.into()),
     };
     // Nothing is sealed with it between the look and its end.
-    let _held = kept::hold(&store)?;
+    let _held = forget::hold_all(&store)?;
     if store.secrets()?.is_empty() { Ok(store.unseal()?) } else { Ok(false) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{thread, time::Duration};
+
+    use super::*;
+    use crate::{
+        keys::{self, KeyPlace},
+        settings::SettingsFile,
+    };
+
+    #[test]
+    fn the_key_stays_if_a_wish_is_being_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let key = KeyPlace::File(directory.path().join(keys::FILE));
+        let place =
+            open::Place { directory: directory.path().to_owned(), settings: SettingsFile::default(), key };
+        drop(place.store().unwrap());
+        let store = place.look().unwrap();
+        let held = store.hold(forget::WISH_LOCK).unwrap();
+        let is_ended = thread::scope(|scope| {
+            let ending = scope.spawn(|| end_key(&place).unwrap());
+            // Long enough for whoever does not wait.
+            for _ in 0..200 {
+                if !ending.is_finished() {
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+            store.write(forget::WISH, b"").unwrap();
+            drop(held);
+            ending.join().unwrap()
+        });
+        assert!(!is_ended && directory.path().join(keys::FILE).exists());
+        store.remove(forget::WISH).unwrap();
+        assert!(end_key(&place).unwrap() && !directory.path().join(keys::FILE).exists());
+    }
 }

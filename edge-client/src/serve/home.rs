@@ -69,8 +69,8 @@ impl Home {
         )
     }
 
-    /// Forgets what is past its time, where no daemon does; tells how many samples that was.
-    pub(super) fn expire(&self) -> Result<usize, StoreError> {
+    /// Forgets what is past its time, where no daemon does; tells whether it could look.
+    pub(super) fn expire(&self) -> Result<bool, StoreError> {
         forget::expire_alone(&self.store()?, self.kept_for, Clock::system().unix_ms())
     }
 

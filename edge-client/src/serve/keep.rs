@@ -1,7 +1,10 @@
 //! Chats that may become samples. Nothing is, unless the owner says so twice: in the policy (`[serve] keep_chats`), and
 //! for all requests (`--keep-chats`) or for one (the header below). A conversation is kept once, as long as it got: a
-//! request that goes on with an earlier one takes its place. What was said before a `forget --all` is not kept after it,
-//! nor when a later request says it again. `routes.rs` tells what was said.
+//! request that goes on with an earlier one takes its place. `routes.rs` tells what was said.
+//!
+//! What is held at a `forget --all`, or is answered meanwhile, is not kept after it, nor is a later request that goes on
+//! with the whole of it, until the endpoint ends. What had been written by then, or was not to be kept, is known no more:
+//! a request that says it again is kept with it.
 
 use std::{
     collections::VecDeque,
@@ -24,11 +27,12 @@ pub(super) const TOLD: &str = "x-commonweal-kept";
 const QUIET: Duration = Duration::from_secs(300);
 /// Conversations that may go on at once; the quietest is over if there are more.
 const OPEN_MAX: usize = 64;
-/// Conversations of before a `forget --all` that are known when they go on; the oldest makes room.
-const BARRED_MAX: usize = 256;
 /// Chats that are over and wait to be written, and their bytes. From then on no chat is begun to be kept.
 const UNWRITTEN_MAX: usize = 256;
 const UNWRITTEN_BYTES_MAX: usize = 8 << 20;
+/// Conversations of before a `forget --all` that are known when they go on; the oldest makes room. One `forget` bars what
+/// waits to be written, what is open, and as many that are answered meanwhile, and finds room for all of them.
+const BARRED_MAX: usize = UNWRITTEN_MAX + 2 * OPEN_MAX;
 
 /// What the owner has agreed to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -82,11 +86,12 @@ impl Conversations {
     pub(super) fn enter(&mut self, era: Era) {
         if era != self.era {
             self.era = era;
-            for (turns, _) in std::mem::take(&mut self.open) {
-                self.bar(&turns);
-            }
+            // The older first: they make room first.
             for sample in std::mem::take(&mut self.unwritten) {
                 self.bar(sample.turns());
+            }
+            for (turns, _) in std::mem::take(&mut self.open) {
+                self.bar(&turns);
             }
         }
     }
@@ -254,29 +259,81 @@ mod tests {
         assert!(open.unwritten.len() < UNWRITTEN_MAX && open.is_full());
     }
 
-    #[test]
-    fn what_was_said_before_everything_was_forgotten_is_not_kept_when_it_goes_on() {
+    /// The era before everything is forgotten, and the one after it.
+    fn eras() -> (Era, Era) {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();
-        let (now, mut open) = (Instant::now(), Conversations::default());
         let before = Era::now(&store).unwrap();
+        forget::wish_all(&store).unwrap();
+        forget::carry_out(&store).unwrap();
+        (before, Era::now(&store).unwrap())
+    }
+
+    fn again(first: &str, answer: &str, second: &str) -> [Message; 3] {
+        [Message::user(first), Message::assistant(answer), Message::user(second)]
+    }
+
+    #[test]
+    fn what_was_said_before_everything_was_forgotten_is_not_kept_when_it_goes_on() {
+        let (now, mut open) = (Instant::now(), Conversations::default());
+        let (before, after) = eras();
         open.enter(before);
         let held = [Message::user("a")];
         open.hear(&held, "b", before, now);
-        forget::wish_all(&store).unwrap();
-        forget::carry_out(&store).unwrap();
-        let after = Era::now(&store).unwrap();
         open.enter(after);
         // Asked before, and answered after.
         open.hear(&[Message::user("x")], "y", before, now);
         assert!(open.all().is_empty());
-        let again =
-            |first, answer, second| [Message::user(first), Message::assistant(answer), Message::user(second)];
         assert!(open.is_barred(&again("a", "b", "c")) && open.is_barred(&again("x", "y", "c")));
         // The same question anew is another conversation.
         assert!(!open.is_barred(&held) && !open.is_barred(&again("a", "z", "c")));
         open.hear(&held, "b", after, now);
         assert_eq!(texts(&open.all()), ["a|b"]);
+    }
+
+    #[test]
+    fn what_had_been_written_before_everything_was_forgotten_is_known_no_more() {
+        let (now, mut open) = (Instant::now(), Conversations::default());
+        let (before, after) = eras();
+        open.hear(&[Message::user("a")], "b", before, now);
+        assert_eq!(texts(&open.all()), ["a|b"]);
+        open.enter(after);
+        let on = again("a", "b", "c");
+        assert!(!open.is_barred(&on));
+        open.hear(&on, "d", after, now);
+        assert_eq!(texts(&open.all()), ["a|b|c|d"]);
+    }
+
+    /// So many wait to be written, as many are held as can be open, and as many are answered when everything is forgotten.
+    /// Conversations in the order in which they were said.
+    fn forgotten_with(unwritten: usize) -> (Conversations, Vec<String>) {
+        let (now, mut open) = (Instant::now(), Conversations::default());
+        let (before, after) = eras();
+        let said: Vec<String> = (0..unwritten + 2 * OPEN_MAX).map(|number| format!("q{number}")).collect();
+        let (waiting, others) = said.split_at(unwritten);
+        let waiting = waiting.iter().map(|text| Sample::from_pair(text.clone(), "r".into()).unwrap());
+        open.put_back(waiting.collect(), before);
+        let (held, answered) = others.split_at(OPEN_MAX);
+        for text in held {
+            open.hear(&[Message::user(text.clone())], "r", before, now);
+        }
+        assert_eq!((open.unwritten.len(), open.open.len()), (unwritten, OPEN_MAX));
+        open.enter(after);
+        for text in answered {
+            open.hear(&[Message::user(text.clone())], "r", before, now);
+        }
+        (open, said)
+    }
+
+    #[test]
+    fn all_that_one_forget_bars_is_known_and_of_more_the_oldest_makes_room() {
+        let is_barred = |open: &Conversations, text: &str| open.is_barred(&again(text, "r", "on"));
+        let (open, said) = forgotten_with(UNWRITTEN_MAX);
+        assert!(said.iter().all(|text| is_barred(&open, text)));
+        let (open, said) = forgotten_with(UNWRITTEN_MAX + OPEN_MAX);
+        let known: Vec<bool> = said.iter().map(|text| is_barred(&open, text)).collect();
+        assert_eq!(known.iter().position(|&known| known), Some(OPEN_MAX));
+        assert!(known[OPEN_MAX..].iter().all(|&known| known));
     }
 
     #[test]

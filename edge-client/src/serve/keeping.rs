@@ -49,10 +49,14 @@ impl Keeping {
 
     /// What is held, and may be in the era that it is. Where that cannot be told, nothing is kept.
     fn enter(&self) -> Result<MutexGuard<'_, Conversations>, StoreError> {
-        let mut open = self.conversations.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.held();
         // Behind the lock, or one that was seen before could be entered after a later one.
         open.enter(self.home.era()?);
         Ok(open)
+    }
+
+    fn held(&self) -> MutexGuard<'_, Conversations> {
+        self.conversations.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes what is over by now and what could not be written before; once a day takes away what is past its time.
@@ -60,15 +64,11 @@ impl Keeping {
         let mut expired = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         if expired.is_none_or(|at| now.saturating_duration_since(at) >= EXPIRE) {
             match self.home.expire() {
-                Ok(0) => {}
-                Ok(count) => {
-                    tracing::info!(
-                        "{count} samples were older than the policy keeps them, and are forgotten"
-                    );
-                }
+                Ok(true) => *expired = Some(now),
+                // Whoever works here looks as well, but may end before the day does: this looks again each time.
+                Ok(false) => {}
                 Err(error) => tracing::error!("samples past their time are still there: {error}"),
             }
-            *expired = Some(now);
         }
         if let Some(left) = self.write(|open| open.over(now)) {
             tracing::error!("{left} chats wait in memory, and are tried again");
@@ -91,15 +91,28 @@ impl Keeping {
         }
         let count = samples.len();
         match self.home.keep(&samples, era) {
-            Ok(Some(added)) => tracing::info!("{added} chats are samples now"),
+            Ok(Some(added)) => {
+                tracing::info!("{added} chats are samples now");
+                return None;
+            }
             Ok(None) => tracing::info!("{count} chats were said before everything was forgotten"),
             Err(error) => {
                 tracing::error!("{count} chats could not be kept: {:#}", anyhow::Error::from(error));
-                self.conversations.lock().unwrap_or_else(PoisonError::into_inner).put_back(samples, era);
-                return Some(count);
             }
         }
-        None
+        self.put_back(samples, era)
+    }
+
+    /// How many of them wait on, if any. If everything was forgotten meanwhile, none does, and a later request that goes on
+    /// with one is not kept either.
+    fn put_back(&self, samples: Vec<Sample>, era: Era) -> Option<usize> {
+        let count = samples.len();
+        // By the era that it is now: the store may have found out first that another has begun. While that cannot be told,
+        // they wait.
+        let entered = told(self.enter());
+        let mut open = entered.unwrap_or_else(|| self.held());
+        open.put_back(samples, era);
+        (open.era() == era).then_some(count)
     }
 }
 
@@ -110,6 +123,8 @@ fn told<T>(had: Result<T, StoreError>) -> Option<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
     use crate::{
         budget::BudgetPolicy,
@@ -136,17 +151,20 @@ mod tests {
         kept::samples(store).unwrap().iter().map(|sample| sample.turns()[0].content.clone()).collect()
     }
 
+    /// An endpoint that has no room until this file is removed.
+    fn without_room(store: &Store) -> (Keeping, PathBuf) {
+        let filler = store.path("filler");
+        std::fs::write(&filler, vec![0; 100_000]).unwrap();
+        let disk = Limit::of(store.disk_bytes().unwrap());
+        let budget = BudgetPolicy { disk, ..BudgetPolicy::default() };
+        (keeping(store, &Policy { budget, ..Policy::default() }), filler)
+    }
+
     #[test]
     fn what_finds_no_room_is_tried_again_until_it_does() {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();
-        let filler = directory.path().join("filler");
-        std::fs::write(&filler, vec![0; 100_000]).unwrap();
-        let disk = Limit::of(store.disk_bytes().unwrap());
-        let keeping = keeping(
-            &store,
-            &Policy { budget: BudgetPolicy { disk, ..BudgetPolicy::default() }, ..Policy::default() },
-        );
+        let (keeping, filler) = without_room(&store);
         let later = Instant::now() + Duration::from_secs(3600);
         said(&keeping, "one");
         keeping.tend(later);
@@ -165,13 +183,7 @@ mod tests {
     fn what_waits_to_be_written_goes_when_everything_is_forgotten() {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();
-        let filler = directory.path().join("filler");
-        std::fs::write(&filler, vec![0; 100_000]).unwrap();
-        let disk = Limit::of(store.disk_bytes().unwrap());
-        let keeping = keeping(
-            &store,
-            &Policy { budget: BudgetPolicy { disk, ..BudgetPolicy::default() }, ..Policy::default() },
-        );
+        let (keeping, filler) = without_room(&store);
         said(&keeping, "one");
         keeping.tend(Instant::now() + Duration::from_secs(3600));
         std::fs::remove_file(&filler).unwrap();
@@ -183,20 +195,53 @@ mod tests {
     }
 
     #[test]
-    fn samples_past_their_time_go_where_only_the_endpoint_runs() {
+    fn what_is_forgotten_while_it_is_being_written_is_not_kept_when_it_goes_on() {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(directory.path()).unwrap();
-        let old =
-            Parsed { good: vec![(0, Sample::from_pair("old".into(), "r".into()).unwrap())], bad: Vec::new() };
-        kept::keep(&store, &old, "a", 1_000).unwrap();
+        let keeping = keeping(&store, &Policy::default());
+        said(&keeping, "one");
+        let left = keeping.write(|open| {
+            let taken = open.all();
+            forget::wish_all(&store).unwrap();
+            forget::carry_out(&store).unwrap();
+            taken
+        });
+        assert_eq!(left, None);
+        let asked = |text: &str| [Message::user(text), Message::assistant("b"), Message::user("on")];
+        assert_eq!(keeping.era_of(&asked("one")), None);
+        assert!(keeping.era_of(&asked("two")).is_some());
+        keeping.end();
+        assert!(texts(&store).is_empty());
+    }
+
+    #[test]
+    fn samples_past_their_time_go_where_only_the_endpoint_runs() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open_shared(directory.path()).unwrap();
+        let add = |text: &str| {
+            let old = vec![(0, Sample::from_pair(text.into(), "r".into()).unwrap())];
+            kept::keep(&store, &Parsed { good: old, bad: Vec::new() }, "a", 1_000).unwrap();
+        };
         let policy =
             Policy { store: StorePolicy { keep: Some(Span::of_seconds(3600)) }, ..Policy::default() };
         let keeping = keeping(&store, &policy);
+        let start = Instant::now();
+        add("old");
         // `run` holds the directory, and does so itself.
-        keeping.tend(Instant::now());
+        let working = Store::open(directory.path()).unwrap();
+        keeping.tend(start);
+        drop(working);
+        let visiting = store.hold_visit().unwrap();
+        keeping.tend(start);
+        drop(visiting);
         assert_eq!(texts(&store), ["old"]);
-        drop(store);
-        keeping.tend(Instant::now() + EXPIRE);
-        assert!(texts(&Store::open(directory.path()).unwrap()).is_empty());
+        // At the next look that can be made, and from then on once a day.
+        keeping.tend(start);
+        assert!(texts(&store).is_empty());
+        add("older");
+        keeping.tend(start + EXPIRE / 2);
+        assert_eq!(texts(&store), ["older"]);
+        keeping.tend(start + EXPIRE);
+        assert!(texts(&store).is_empty());
     }
 }
