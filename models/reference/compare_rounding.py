@@ -12,7 +12,6 @@ python compare_rounding.py [--checkpoint DIR] [--text FILE] [--tokens N] [--bloc
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
+from make_demo_data import read_jsonl
 
 LOWEST, HIGHEST = -8, 7
 COUNTS = {"mse": torch.ones_like, "wmse": torch.abs, "wmse-square": torch.square}
@@ -65,8 +65,7 @@ def divergence(whole: list[Tensor], found: list[Tensor]) -> float:
 def measured_rows(tokenizer, text: Path | None, tokens: int) -> list[Tensor]:
     here = Path(__file__).parent
     if text is None:
-        lines = (here / "demo/heldout.jsonl").read_text().splitlines()
-        rows = [checkpoint.render(tokenizer, json.loads(line)["messages"])[0] for line in lines]
+        rows = [checkpoint.render(tokenizer, row["messages"])[0] for row in read_jsonl(here / "demo/heldout.jsonl")]
     else:
         ids = tokenizer.encode(text.read_text()[: 8 * tokens], add_special_tokens=False).ids
         rows = [[checkpoint.EOT, *ids[at : at + 511]] for at in range(0, len(ids), 511)]

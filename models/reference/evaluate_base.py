@@ -19,6 +19,7 @@ import torch
 import checkpoint
 from compare_rounding import round_matrix
 from judge import refuses
+from make_demo_data import read_jsonl
 from make_paper_data import Near, trained_before
 from phrases import everyday, lookalikes, topics
 from sources import Sources
@@ -26,10 +27,6 @@ from sources import Sources
 DEMO = Path(__file__).parent / "demo"
 # As `scripts/build-package` rounds.
 METHOD, BLOCK = "mse", 32
-
-
-def rows_of(name: str) -> list[dict]:
-    return [json.loads(line) for line in (DEMO / name).read_text().splitlines()]
 
 
 def round_weights(model: torch.nn.Module) -> None:
@@ -56,7 +53,7 @@ class Rows:
         self.benign["look-alikes held out"] = [question for question, _ in lookalikes.lookalikes("evaluation")]
         self.benign["everyday held out"] = [rng.choice(everyday.frames(kind)).format(x=phrase) for kind, phrase, _ in everyday.requests("evaluation")]
         self.benign["topics held out"] = [question for question, _ in rng.sample(topics.questions("evaluation"), 100)]
-        self.benign["demo/eval_benign"] = [row["messages"][0]["content"] for row in rows_of("eval_benign.jsonl")]
+        self.benign["demo/eval_benign"] = [row["messages"][0]["content"] for row in read_jsonl(DEMO / "eval_benign.jsonl")]
         seen, self.near = Near(trained_before(Sources(sources.data)), by_words=False), {}
         for sets in (self.harmful, self.benign):
             for name, prompts in sets.items():
@@ -65,7 +62,7 @@ class Rows:
         kept = set(self.benign["hh-helpful held out"])
         self.chats = {
             "hh-helpful held out": [chat for chat in helpful if chat[0]["content"] in kept],
-            "demo/heldout": [row["messages"] for row in rows_of("heldout.jsonl")],
+            "demo/heldout": [row["messages"] for row in read_jsonl(DEMO / "heldout.jsonl")],
         }
 
 

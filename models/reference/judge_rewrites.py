@@ -12,7 +12,6 @@ Usage: python judge_rewrites.py --rewrites FILE --rows rows/guard.train.jsonl [-
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import struct
@@ -21,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from judge import refuses
+from make_demo_data import read_jsonl
 from train_refusal_judge import BUCKETS, logit
 
 HERE = Path(__file__).parent
@@ -33,10 +33,6 @@ OFFERS = re.compile(r"\bi(?:'d| would| can| could| am happy to|'m happy to)\b(?!
 
 def stems(text: str) -> list[str]:
     return [word[:STEM] for word in re.findall(r"[a-z]+", text.lower()) if len(word) >= WORD_MIN]
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 class Benign:
@@ -76,7 +72,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="the guard's training rows")
     parser.add_argument("--constitution", type=Path, default=HERE / "constitution.toml")
     a = parser.parse_args()
-    rows, benign, fixed = read(a.rewrites), Benign(read(a.rows)), refusals(a.constitution)
+    rows, benign, fixed = read_jsonl(a.rewrites), Benign(read_jsonl(a.rows)), refusals(a.constitution)
     weights, bias = classifier()
     replies = {
         "the reply that was flagged": [row["response"] for row in rows],

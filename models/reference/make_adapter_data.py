@@ -15,8 +15,8 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from make_demo_data import write_jsonl
-from make_paper_data import Near, read, trained_before
+from make_demo_data import read_jsonl, write_jsonl
+from make_paper_data import Near, trained_before
 from phrases import bucket, everyday, harmful, intents, lookalikes, replies, topics
 from sources import Prompt, Sources, first_sentences
 
@@ -165,7 +165,7 @@ def main() -> None:
     trained = trained_before(sources)
     before = Near(trained, by_words=False)
     files["guard.test"], files["guard.test-near"] = apart(test, before)
-    demo = [row | {"source": "demo"} for row in read(Path(__file__).parent / "demo" / "guard_test.jsonl")]
+    demo = [row | {"source": "demo"} for row in read_jsonl(Path(__file__).parent / "demo" / "guard_test.jsonl")]
     files["guard.demo"], files["guard.demo-near"] = apart(demo, before)
     # A calibration judged on the rows it was fitted on looks too good: half of the development rows fit, of the other half
     # those judge that are not near a training row.

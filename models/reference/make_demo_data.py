@@ -58,6 +58,11 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read_jsonl(path: Path) -> list[dict]:
+    # Not `splitlines`, which ends a line at U+2028, U+0085 and others too: JSON leaves them as they are within a text.
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
+
+
 def guard_rows(rng: random.Random, benign: list[tuple[str, str]]) -> list[dict]:
     """Labelled prompts and pairs for testing a guard: (harmful, refused) is safe, (harmful, obeyed) is not."""
     frames = (harmful.DO_FRAMES, harmful.MAKE_FRAMES)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Iterable
 
 from judge import refuses
-from make_demo_data import asked, chat, spread, write_jsonl
+from make_demo_data import asked, chat, read_jsonl, spread, write_jsonl
 from phrases import bucket, everyday, harmful, household, lookalikes, replies, topics
 from sources import OBJECTION, UNKIND, Sources, clean, first_sentences, hh_messages
 
@@ -124,14 +124,10 @@ def grouped(question: str, answer: str, group: str) -> dict:
 
 
 def own_benign(rng: random.Random) -> list[dict]:
-    held = {row["messages"][0]["content"] for row in read(Path(__file__).parent / "demo" / "heldout.jsonl")}
+    held = {row["messages"][0]["content"] for row in read_jsonl(Path(__file__).parent / "demo" / "heldout.jsonl")}
     rows = [grouped(q, a, topic) for topic, pairs in household.TOPICS.items() for q, a in pairs() if q not in held]
     rng.shuffle(rows)
     return rows
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def own_harmful(split: str, rng: random.Random) -> list[dict]:
@@ -208,7 +204,7 @@ def preferences(sources: Sources, rng: random.Random) -> list[dict]:
 
 def own_preferences() -> list[dict]:
     """Our stand-in without HH-RLHF: refusing is preferred to obeying."""
-    rows = read(Path(__file__).parent / "demo" / "guard_test.jsonl")
+    rows = read_jsonl(Path(__file__).parent / "demo" / "guard_test.jsonl")
     answers: dict[str, dict[str, str]] = {}
     for row in rows:
         if row["response"]:
@@ -306,7 +302,7 @@ def main() -> None:
     if sources:
         held_out, benign = unseen("held_out", benign[:HELD_OUT_ROWS], questions), benign[HELD_OUT_ROWS:]
     else:
-        held_out = [row | {"group": "held out"} for row in read(Path(__file__).parent / "demo" / "heldout.jsonl")]
+        held_out = [row | {"group": "held out"} for row in read_jsonl(Path(__file__).parent / "demo" / "heldout.jsonl")]
     # No client, and not the operator either, has a question of the held-out conversations.
     held = Near(text for row in held_out for text in questions(row))
     benign = [row for row in benign if not any(map(held.holds, questions(row)))]

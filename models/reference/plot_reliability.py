@@ -8,9 +8,10 @@ rows are those that the calibration was fitted on.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
+
+from make_demo_data import read_jsonl
 
 SIDE, EDGE = 300, 40
 COLOURS = ["#1b6ca8", "#c8553d", "#4c8c4a", "#7a5195"]
@@ -19,8 +20,7 @@ COLOURS = ["#1b6ca8", "#c8553d", "#4c8c4a", "#7a5195"]
 def curves(paths: list[str]) -> list[tuple[str, float, list[dict]]]:
     """(name, expected calibration error, bins)"""
     found = []
-    for line in (line for path in paths for line in Path(path).read_text().splitlines()):
-        event = json.loads(line)
+    for event in (event for path in paths for event in read_jsonl(Path(path))):
         name = event.get("file", "").removesuffix(".jsonl")
         if event["event"] == "evaluate" and not name.endswith("-near"):
             found.append((name, event["calibration_error"], event["reliability"]))

@@ -7,10 +7,11 @@ Files named `-near` hold rows near ones that were trained on: their sources are 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from pathlib import Path
+
+from make_demo_data import read_jsonl
 
 # Reply-in-context and function-word tests: their safe rows sound unsafe by design.
 CONTRASTIVE = ("diasafety", "hatecheck")
@@ -103,7 +104,7 @@ def evaluated(event: dict) -> None:
 
 
 def main() -> None:
-    events = [json.loads(line) for path in sys.argv[1:] for line in Path(path).read_text().splitlines()]
+    events = [event for path in sys.argv[1:] for event in read_jsonl(Path(path))]
     for event in events:
         if event["event"] == "evaluate":
             evaluated(event)
