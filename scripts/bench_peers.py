@@ -150,7 +150,7 @@ def measure_model(kind, shape, package):
         peer = "llama.cpp" if program == "llama.cpp" else "pytorch"
         command = [python(peer), ROOT / "scripts/peers/models.py", kind, shape]
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, check=True)
-    figures = json.loads(done.stdout.decode().strip().splitlines()[-1])
+    figures = json.loads(done.stdout.decode().strip().split("\n")[-1])
     return {"rate": float(figures["rate"]), "peak_mb": figures["peak_mb"]}
 
 

@@ -4,11 +4,13 @@ Nothing here computes a result but means, intervals over seeds and the paper's f
 """
 
 import collections
+import functools
 import html
 import json
 import math
 import pathlib
 import statistics
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -30,18 +32,42 @@ HARNESS = 2
 # Texts on which the judges differ that are shown, the most frequent first.
 SHOWN = 12
 COLOURS = ["#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f", "#475569"]
-WIDTH, HEIGHT, COLUMNS, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 3, 44, 12, 28, 30
+WIDTH, COLUMNS, LEFT, RIGHT, TOP, PLOT, LINE = 360, 3, 44, 12, 28, 152, 14
+# Of a character, about: nothing here can measure text.
+CHARACTER = 6.6
+
+
+@functools.cache
+def tell(text):
+    """To standard error, once however often the file is read."""
+    print(f"reproduce-paper: {text}", file=sys.stderr)
+
+
+def lines(path):
+    """The JSON objects of a file, one a line.
+
+    The last line may be cut short by a kill: it is passed over, what it said is done again. A damaged line before it is
+    passed over too, as the program does that goes on with the file, but told: a run that went on after a kill leaves one.
+    """
+    # Not `splitlines`, which ends a line at U+2028, U+0085 and others too: JSON leaves them as they are within a text.
+    *whole, last = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*whole, last], 1):
+        try:
+            row = json.loads(line.decode())
+            if not isinstance(row, dict):
+                raise ValueError
+        except ValueError:
+            if number <= len(whole):
+                tell(f"{path}: line {number}: expected a JSON object, got {line[:40]!r}, {len(line)} bytes in all; passed over")
+            continue
+        yield row
 
 
 def read(out):
     """The ends of federations, by arm in the order in which they first came, and what the guard does on the clients' data."""
     arms, guard = {}, {}
     path = out / "results.jsonl"
-    for text in path.read_text(encoding="utf8").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # cut short by a kill
+    for line in lines(path) if path.is_file() else []:
         if line["line"] == "end":
             arms.setdefault(line["arm"]["name"], {"arm": line["arm"], "seeds": {}})["seeds"][line["seed"]] = line["ended"]
         elif line["line"] == "guard":
@@ -206,26 +232,57 @@ def ablations(arms):
     return lines_of(rows) if len(rows) > 1 else []
 
 
-def panel(column, row, title, series, labels):
-    """Lines over a shared axis: name → [(x, y)], y a share from 0 to 100; what the axis says at an x."""
-    x0, y0 = column * WIDTH, row * HEIGHT
-    xs = [x for points in series.values() for x, _ in points]
-    low, high = min(xs), max(max(xs), min(xs) + 1e-9)
-    at = lambda x, y: (x0 + LEFT + (x - low) / (high - low) * (WIDTH - LEFT - RIGHT), y0 + HEIGHT - BOTTOM - y / 100 * (HEIGHT - TOP - BOTTOM))
-    out = [f'<text x="{x0 + LEFT}" y="{y0 + 16}" font-weight="600">{html.escape(title)}</text>']
+def levels(labels):
+    """(place, text) → (place, text, middle of the text, line): a text that would touch its neighbour goes a line lower."""
+    ends, placed = [], []
+    for place, text in sorted(labels):
+        half = CHARACTER * len(text) / 2
+        middle = min(max(place, half), WIDTH - half)
+        line = next((line for line, end in enumerate(ends) if end + CHARACTER <= middle - half), len(ends))
+        ends[line:line + 1] = [middle + half]
+        placed.append((place, text, middle, line))
+    return placed, len(ends)
+
+
+def legend(names, y):
+    """The names of the lines in their colours, as many in a row as fit; and how many rows that are."""
+    out, x, row = [], LEFT, 0
+    for name, colour in zip(names, COLOURS):
+        wide = CHARACTER * len(name) + 26
+        if x > LEFT and x + wide > WIDTH:
+            x, row = LEFT, row + 1
+        middle = y + LINE * row
+        out.append(f'<circle cx="{x + 4:.1f}" cy="{middle - 4}" r="4" fill="{colour}"/><text x="{x + 12:.1f}" y="{middle}">{html.escape(name)}</text>')
+        x += wide
+    return out, row + 1
+
+
+def panel(title, series, labels):
+    """Lines over a shared axis: name → [(x, y)], y a share from 0 to 100; what the axis says at an x. Gives its height too."""
+    xs = sorted({x for points in series.values() for x, _ in points})
+    low, high = xs[0], max(xs[-1], xs[0] + 1e-9)
+    across = lambda x: LEFT + (x - low) / (high - low) * (WIDTH - LEFT - RIGHT)
+    down = lambda y: TOP + PLOT - y / 100 * PLOT
+    out = [f'<text x="{LEFT}" y="16" font-weight="600">{html.escape(title)}</text>']
     for tick in (0, 25, 50, 75, 100):
-        _, y = at(low, tick)
-        out.append(f'<line x1="{x0 + LEFT}" x2="{x0 + WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d1d5db"/><text x="{x0 + LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>')
-    for x in sorted(set(xs)):
-        out.append(f'<text x="{at(x, 0)[0]:.1f}" y="{y0 + HEIGHT - 12}" text-anchor="middle">{html.escape(labels.get(x, f"{x:g}"))}</text>')
+        y = down(tick)
+        out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d1d5db"/><text x="{LEFT - 5}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>')
+    placed, count = levels([(across(x), labels.get(x, f"{x:g}")) for x in xs])
+    under = [down(0) + 18 + LINE * line for *_, line in placed]
+    out += [f'<path d="M{place:.1f},{down(0):.1f} v4 L{middle:.1f},{y - 10:.1f}" fill="none" stroke="#d1d5db"/>' for (place, _, middle, _), y in zip(placed, under)]
+    for (_, text, middle, _), y in zip(placed, under):
+        half = CHARACTER * len(text) / 2
+        # No line from the axis to a lower text goes through this one.
+        out.append(f'<rect x="{middle - half:.1f}" y="{y - 10:.1f}" width="{2 * half:.1f}" height="{LINE - 1}" fill="#ffffff"/>')
+        out.append(f'<text x="{middle:.1f}" y="{y:.1f}" text-anchor="middle">{html.escape(text)}</text>')
     for (name, points), colour in zip(series.items(), COLOURS):
-        points = sorted(points)
-        path = " ".join(f"{'M' if i == 0 else 'L'}{at(*point)[0]:.1f},{at(*point)[1]:.1f}" for i, point in enumerate(points))
+        points = [(x, across(x), y, down(y)) for x, y in sorted(points)]
+        path = " ".join(f"{'L' if i else 'M'}{x:.1f},{y:.1f}" for i, (_, x, _, y) in enumerate(points))
         out.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        out += [f'<circle cx="{at(*point)[0]:.1f}" cy="{at(*point)[1]:.1f}" r="3" fill="{colour}"><title>{html.escape(name)}, {point[0]:g}: {point[1]:.1f}</title></circle>' for point in points]
-    for i, (name, colour) in enumerate(zip(series, COLOURS)):
-        out.append(f'<text x="{x0 + LEFT + 6}" y="{y0 + TOP + 12 + 13 * i}" fill="{colour}" opacity="0.85">{html.escape(name)}</text>')
-    return "".join(out)
+        out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"><title>{html.escape(name)}, {value:g}: {share:.1f}</title></circle>' for value, x, share, y in points]
+    bottom = down(0) + 18 + LINE * count + 6
+    names, rows = legend(series, bottom)
+    return "".join(out + names), bottom + LINE * rows + 10
 
 
 def plots(arms):
@@ -234,20 +291,21 @@ def plots(arms):
     rows = [(name, arm) for name, arm in arms.items() if arm["arm"]["family"] == "main"]
     bar, body = 22, []
     wide = COLUMNS * WIDTH
+    left = 20 + CHARACTER * max((len(name) for name, _ in rows), default=0)
+    scale = (wide - left - 80) / 100
     for i, (name, arm) in enumerate(rows):
         y = TOP + i * bar
         value = 100 * mean(over_seeds(arm, safe(first, "rules")))
         half = interval([100 * v for v in over_seeds(arm, safe(first, "rules"))]) or 0
-        scale = (wide - 320) / 100
-        body.append(f'<text x="232" y="{y + 15}" text-anchor="end">{html.escape(name)}</text><rect x="240" y="{y + 3}" width="{value * scale:.1f}" height="{bar - 7}" fill="{COLOURS[0]}"/>')
-        body.append(f'<line x1="{240 + max(0, value - half) * scale:.1f}" x2="{240 + min(100, value + half) * scale:.1f}" y1="{y + 11}" y2="{y + 11}" stroke="#111827"/>')
+        body.append(f'<text x="{left - 8:.1f}" y="{y + 15}" text-anchor="end">{html.escape(name)}</text><rect x="{left:.1f}" y="{y + 3}" width="{value * scale:.1f}" height="{bar - 7}" fill="{COLOURS[0]}"/>')
+        body.append(f'<line x1="{left + max(0, value - half) * scale:.1f}" x2="{left + min(100, value + half) * scale:.1f}" y1="{y + 11}" y2="{y + 11}" stroke="#111827"/>')
         paper = PAPER.get(name)
         if paper:
-            body.append(f'<line x1="{240 + paper[0] * scale:.1f}" x2="{240 + paper[0] * scale:.1f}" y1="{y + 1}" y2="{y + bar - 3}" stroke="{COLOURS[1]}" stroke-width="3"/>')
+            body.append(f'<line x1="{left + paper[0] * scale:.1f}" x2="{left + paper[0] * scale:.1f}" y1="{y + 1}" y2="{y + bar - 3}" stroke="{COLOURS[1]}" stroke-width="3"/>')
         body.append(f'<text x="{wide - 60}" y="{y + 15}">{value:.1f}</text>')
-    title = f'<text x="240" y="16" font-weight="600">safe answers on {html.escape(first)} in %, by rules; the red mark is the paper\'s figure</text>'
+    title = f'<text x="{left:.1f}" y="16" font-weight="600">safe answers on {html.escape(first)} in %, by rules; the red mark is the paper\'s figure</text>'
     # Without an arm of the table there are the panels alone.
-    title, offset = (title, TOP + len(rows) * bar + 20) if rows else ("", 0)
+    title, height = (title, TOP + len(rows) * bar + 20) if rows else ("", 0)
     grouped = {}
     for family, members in families(arms).items():
         # "harm share, plain" and "harm share, ours" are one panel.
@@ -260,10 +318,13 @@ def plots(arms):
             series["benign, refused"] = points(lambda ended: ended["measures"]["over_refusal"])
         words = {arm["arm"]["x"]: arm["arm"]["name"].split(": ", 1)[1] for arm in members}
         labels.update({x: word for x, word in words.items() if not word[0].isdigit()})
-    panels = [panel(i % COLUMNS, i // COLUMNS, name, *drawn) for i, (name, drawn) in enumerate(grouped.items())]
-    height = offset + math.ceil(len(panels) / COLUMNS) * HEIGHT
+    panels = [panel(name, *drawn) for name, drawn in grouped.items()]
+    for start in range(0, len(panels), COLUMNS):
+        beside = panels[start:start + COLUMNS]
+        body += [f'<g transform="translate({column * WIDTH} {height})">{drawn}</g>' for column, (drawn, _) in enumerate(beside)]
+        height += math.ceil(max(of for _, of in beside))
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {height}" font-family="system-ui, sans-serif" font-size="12" fill="#4b5563">'
-            f'<rect width="{wide}" height="{height}" fill="#ffffff"/>{title}{"".join(body)}<g transform="translate(0 {offset})">{"".join(panels)}</g></svg>\n')
+            f'<rect width="{wide}" height="{height}" fill="#ffffff"/>{title}{"".join(body)}</svg>\n')
 
 
 def dose(out):
@@ -278,7 +339,7 @@ def dose(out):
 
 def said(out):
     """What the answers that were kept say: in how many words the model refuses, and where the judges differ."""
-    rows = [json.loads(line) for path in sorted((out / "federations").glob("*.answers.jsonl")) for line in path.read_text(encoding="utf8").splitlines()]
+    rows = [row for path in sorted((out / "federations").glob("*.answers.jsonl")) for row in lines(path)]
     if not rows:
         return []
     refused = [row["answer"] for row in rows if row["rules"]]

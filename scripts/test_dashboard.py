@@ -38,7 +38,7 @@ def call(*command):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment())
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}: exit {done.returncode}\n{done.stderr}")
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in done.stdout.split("\n") if line.startswith("{")]
 
 
 class Federation:

@@ -99,8 +99,7 @@ def nvflare(venv, megabytes, devices, rounds):
         if job.returncode != 0 or not server.exists():
             raise Failed(f"FLARE's job ended with {job.returncode}:\n{tail(log)}")
         marks = []
-        for line in server.read_text().splitlines():
-            told = json.loads(line)
+        for told in (json.loads(line) for line in server.read_text().split("\n") if line):
             if re.search(r"Round \d+ started\.|Finished FedAvg\.", told["message"]):
                 marks.append(datetime.datetime.strptime(told["asctime"], "%Y-%m-%d %H:%M:%S,%f").timestamp())
         seconds = [after - before for before, after in zip(marks, marks[1:])]

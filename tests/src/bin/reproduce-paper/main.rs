@@ -13,6 +13,8 @@ mod measure;
 mod contamination;
 mod progress;
 mod state;
+#[cfg(test)]
+mod script;
 
 use std::{
     collections::BTreeMap,
