@@ -9,11 +9,12 @@ import tempfile
 
 
 @contextlib.contextmanager
-def endpoint(program, *options, policy="", env=None):
+def endpoint(program, *options, policy=None, env=None):
     """Yields what it says of itself when it answers, with its state directory; ends it afterwards."""
     with tempfile.TemporaryDirectory() as state:
-        with open(os.path.join(state, "policy.toml"), "w") as file:
-            file.write(policy)
+        if policy:
+            with open(os.path.join(state, "policy.toml"), "w") as file:
+                file.write(policy)
         keys = os.path.join(state, "..", os.path.basename(state) + "-keys")
         own = {**os.environ, "COMMONWEAL_KEYS": os.path.abspath(keys), "RUST_LOG": "warn", **(env or {})}
         command = [program, "serve", "--listen", "127.0.0.1:0", "--dir", state, "--json", *options]

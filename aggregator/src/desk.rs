@@ -200,7 +200,7 @@ impl Desk {
             let Some(bytes) = self.storage.inbox.find(&queue(into), &device.to_string())? else { continue };
             let accepted = match decode_accepted(&bytes) {
                 Ok(accepted) => accepted,
-                // Its round was rejected for it, by the device's name; nobody waits for what it said.
+                // Its round is over: merged, or rejected for this row. The device takes *stale* for *may have been taken*.
                 Err(error) if into < now => {
                     tracing::warn!(round = %into, %device, %error, "a damaged receipt is passed over");
                     continue;

@@ -45,7 +45,7 @@ pub enum DirectoryError {
         path: PathBuf,
     },
     /// Whoever made it did not come to the end.
-    #[error("{}: expected a whole state directory, but `aggregator init` was interrupted there; run it again", path.display())]
+    #[error("{}: expected a whole state directory, but `aggregator init` or `aggregator backup`, whichever made it, was interrupted; run that same command again", path.display())]
     Unfinished {
         /// Where.
         path: PathBuf,

@@ -17,7 +17,7 @@ use aggregator::drive::{Driver, Stages, Step};
 use aggregator::events::{AlignFigures, EvaluateFigures, Event, Figures};
 use aggregator::laboratory::LaboratoryError;
 use aggregator::round::Phase;
-use aggregator::store::RealDisk;
+use aggregator::store::{Faults, MemoryStorage, RealDisk};
 use commonweal_adapter::{Adapter, AdapterKind};
 use commonweal_protocol::{Digest, ReportCard, RoundId, Version};
 use support::*;
@@ -351,6 +351,39 @@ fn the_update_of_a_device_revoked_before_the_merge_is_left_out() {
     assert_eq!((counts.devices_received, counts.devices_merged, counts.updates_excluded), (2, 1, 1));
     let told = Event::LeftOut { round: RoundId(1), device: device(2) };
     assert_eq!(world.events.lock().unwrap().iter().filter(|event| **event == told).count(), 1);
+}
+
+/// The merge is tried again when its end was not saved.
+#[test]
+fn whatever_the_store_does_an_update_is_told_once_to_be_left_out() {
+    for seed in 0..30 {
+        let memory = MemoryStorage::default();
+        let world = World::in_memory(&memory, |_| {});
+        (1..=2).for_each(|number| world.enroll(number));
+        deliver(&world, 1, [0.1, 5.0]);
+        world.registry.revoke(&device(2), NOW_MS).unwrap();
+        let mut stages = driver(&world, Script::default());
+        memory.inject(seed, Faults { determinate: 0.2, indeterminate: 0.2 });
+        run(&world, &mut stages);
+        memory.inject(seed, Faults::default());
+        run(&world, &mut stages);
+        let told = Event::LeftOut { round: RoundId(1), device: device(2) };
+        let times = world.events.lock().unwrap().iter().filter(|event| **event == told).count();
+        assert_eq!((times, history(&world).len()), (1, 1), "seed {seed}");
+    }
+}
+
+#[test]
+fn a_devices_damaged_record_rejects_the_round_with_its_update_by_its_name() {
+    let world = world();
+    (1..=2).for_each(|number| world.enroll(number));
+    deliver(&world, 1, [0.1, 0.2]);
+    let (coord, log) = (&world.parts.storage.coord, format!("device/{}", device(2)));
+    let record = coord.head(&log).unwrap().unwrap();
+    coord.compare_and_set(&log, record.sequence, b"damaged").unwrap();
+    run(&world, &mut driver(&world, Script::default()));
+    let reason = history(&world).pop().unwrap().reason.unwrap();
+    assert_eq!(reason.find(&format!("merge: update of device {}: ", device(2))), Some(0), "{reason}");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use crate::{
     store::{Store, StoreError},
 };
 
-/// A number drawn anew whenever everything was forgotten; read without the key.
+/// A number drawn anew whenever everything was forgotten, and again when the key goes; read without the key.
 const FILE: &str = "forgotten";
 
 /// See the module.

@@ -39,11 +39,15 @@ pub fn wish(store: &Store, ids: &BTreeSet<SampleId>) -> Result<(), StoreError> {
     add_to_wish(store, ids)
 }
 
-/// The same for samples that were listed in an era. Once it is over they have gone, and maybe the key with them that this
-/// store has read: a wish that it sealed would never open, nor would the directory.
-pub fn wish_of(store: &Store, ids: &BTreeSet<SampleId>, era: Era) -> Result<(), StoreError> {
+/// The same for samples that were listed in an era. False, and nothing is written, once it is over: the key that this store
+/// has read may have gone with it, and a wish that was sealed with that would never open, nor would the directory.
+pub fn wish_of(store: &Store, ids: &BTreeSet<SampleId>, era: Era) -> Result<bool, StoreError> {
     let _held = store.hold(WISH_LOCK)?;
-    if Era::now(store)? == era { add_to_wish(store, ids) } else { Ok(()) }
+    let is_over = Era::now(store)? != era;
+    if !is_over {
+        add_to_wish(store, ids)?;
+    }
+    Ok(!is_over)
 }
 
 fn add_to_wish(store: &Store, ids: &BTreeSet<SampleId>) -> Result<(), StoreError> {

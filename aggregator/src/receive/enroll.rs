@@ -6,7 +6,8 @@
 mod list;
 mod withdraw;
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 
 use commonweal_protocol::{CertificateChain, Csr, DeviceId, Token};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -116,6 +117,8 @@ pub enum EnrollError {
 #[derive(Clone)]
 pub struct Registry {
     coord: Arc<dyn Coord>,
+    /// Damaged records that were warned of.
+    warned: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl std::fmt::Debug for Registry {
@@ -140,7 +143,7 @@ fn decode<T: DeserializeOwned>(log: &str, entry: &Entry) -> Result<T, EnrollErro
 impl Registry {
     /// Over this store.
     pub fn new(coord: Arc<dyn Coord>) -> Self {
-        Self { coord }
+        Self { coord, warned: Arc::default() }
     }
 
     fn load<T: DeserializeOwned>(&self, log: &str) -> Result<Option<(u64, T)>, EnrollError> {

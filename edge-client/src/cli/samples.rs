@@ -114,13 +114,7 @@ pub(super) fn forget(shared: &Shared, request: &Request) -> Result<()> {
         forget::wish_all(&store)?;
         count
     } else {
-        // Before they are listed: somebody else may say `--all` meanwhile.
-        let era = Era::now(&store)?;
-        let ids = chosen(&store, request)?;
-        if !ids.is_empty() {
-            forget::wish_of(&store, &ids, era)?;
-        }
-        Some(ids.len())
+        Some(wish(&place, request)?)
     };
     let visiting = store.hold_visit()?;
     let forgotten = forget::carry_out(&store)?;
@@ -129,6 +123,19 @@ pub(super) fn forget(shared: &Shared, request: &Request) -> Result<()> {
     let forget::Forgotten { rounds, personal } = forgotten;
     shared.output().show(&Event::Forgotten { samples, rounds, personal, key });
     Ok(())
+}
+
+/// How many samples shall go. If somebody says `--all` meanwhile, they are looked for again, among what was added since.
+fn wish(place: &open::Place, request: &Request) -> Result<usize> {
+    loop {
+        // Anew, for the key of the samples that are there now.
+        let store = place.look()?;
+        let era = Era::now(&store)?;
+        let ids = chosen(&store, request)?;
+        if ids.is_empty() || forget::wish_of(&store, &ids, era)? {
+            return Ok(ids.len());
+        }
+    }
 }
 
 fn chosen(store: &Store, request: &Request) -> Result<BTreeSet<SampleId>> {
@@ -166,7 +173,12 @@ fn end_key(place: &open::Place) -> Result<bool> {
     };
     // Nothing is sealed with it between the look and its end.
     let _held = forget::hold_all(&store)?;
-    if store.secrets()?.is_empty() { Ok(store.unseal()?) } else { Ok(false) }
+    if !store.secrets()?.is_empty() {
+        return Ok(false);
+    }
+    // Who has read it already seals nothing more with it.
+    Era::end(&store)?;
+    Ok(store.unseal()?)
 }
 
 #[cfg(test)]
@@ -202,6 +214,8 @@ mod tests {
         });
         assert!(!is_ended && directory.path().join(keys::FILE).exists());
         store.remove(forget::WISH).unwrap();
+        let era = Era::now(&store).unwrap();
         assert!(end_key(&place).unwrap() && !directory.path().join(keys::FILE).exists());
+        assert_ne!(Era::now(&store).unwrap(), era, "whoever has read the key knows that it has gone");
     }
 }

@@ -189,13 +189,13 @@ fn what_was_listed_before_everything_was_forgotten_is_not_wished_with_a_key_that
     let looking = Store::open_shared(directory.path()).unwrap();
     let era = Era::now(&looking).unwrap();
     assert_eq!(left(&looking).len(), 6);
-    wish_of(&looking, &ids(&[1]), era).unwrap();
+    assert!(wish_of(&looking, &ids(&[1]), era).unwrap());
     assert!(is_wished(&looking));
     wish_all(&store).unwrap();
     carry_out(&store).unwrap();
     assert!(store.unseal().unwrap());
     drop(store);
-    wish_of(&looking, &ids(&[2]), era).unwrap();
+    assert!(!wish_of(&looking, &ids(&[2]), era).unwrap());
     assert!(!is_wished(&looking));
     Store::open(directory.path()).unwrap();
 }

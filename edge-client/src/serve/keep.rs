@@ -31,7 +31,7 @@ const OPEN_MAX: usize = 64;
 const UNWRITTEN_MAX: usize = 256;
 const UNWRITTEN_BYTES_MAX: usize = 8 << 20;
 /// Conversations of before a `forget --all` that are known when they go on; the oldest makes room. One `forget` bars what
-/// waits to be written, what is open, and as many that are answered meanwhile, and finds room for all of them.
+/// is written or waits to be, what is open, and as many that are answered meanwhile, and finds room for all of them.
 const BARRED_MAX: usize = UNWRITTEN_MAX + 2 * OPEN_MAX;
 
 /// What the owner has agreed to.
@@ -72,6 +72,8 @@ pub(super) struct Conversations {
     open: Vec<(Vec<Turn>, Instant)>,
     /// What is over and was not written yet.
     unwritten: Vec<Sample>,
+    /// What is being written, by its hash alone.
+    writing: Vec<blake3::Hash>,
     /// What was held when an era ended, by its hash alone.
     barred: VecDeque<blake3::Hash>,
 }
@@ -87,6 +89,9 @@ impl Conversations {
         if era != self.era {
             self.era = era;
             // The older first: they make room first.
+            for hash in std::mem::take(&mut self.writing) {
+                self.bar_hash(hash);
+            }
             for sample in std::mem::take(&mut self.unwritten) {
                 self.bar(sample.turns());
             }
@@ -97,10 +102,16 @@ impl Conversations {
     }
 
     fn bar(&mut self, turns: &[Turn]) {
+        if let Some(hash) = hashes(turns).last() {
+            self.bar_hash(hash);
+        }
+    }
+
+    fn bar_hash(&mut self, hash: blake3::Hash) {
         if self.barred.len() == BARRED_MAX {
             self.barred.pop_front();
         }
-        self.barred.extend(hashes(turns).last());
+        self.barred.push_back(hash);
     }
 
     /// Whether this goes on with something from before a `forget --all`.
@@ -111,18 +122,20 @@ impl Conversations {
     /// Whether as much waits to be written as may.
     pub(super) fn is_full(&self) -> bool {
         let bytes = |sample: &Sample| sample.turns().iter().map(|turn| turn.content.len()).sum::<usize>();
-        self.unwritten.len() >= UNWRITTEN_MAX
+        self.writing.len() + self.unwritten.len() >= UNWRITTEN_MAX
             || self.unwritten.iter().map(bytes).sum::<usize>() >= UNWRITTEN_BYTES_MAX
     }
 
-    /// What could not be written waits on, unless everything was forgotten meanwhile.
+    /// What was taken is written.
+    pub(super) fn written(&mut self) {
+        self.writing.clear();
+    }
+
+    /// What was taken and could not be written waits on, unless everything was forgotten meanwhile.
     pub(super) fn put_back(&mut self, samples: Vec<Sample>, era: Era) {
+        self.writing.clear();
         if era == self.era {
             self.unwritten.splice(0..0, samples);
-        } else {
-            for sample in &samples {
-                self.bar(sample.turns());
-            }
         }
     }
 
@@ -149,13 +162,20 @@ impl Conversations {
     /// What is over by now, with what was before.
     pub(super) fn over(&mut self, now: Instant) -> Vec<Sample> {
         self.end(|last| now.saturating_duration_since(last) >= QUIET);
-        std::mem::take(&mut self.unwritten)
+        self.take()
     }
 
     /// Everything: the endpoint ends.
     pub(super) fn all(&mut self) -> Vec<Sample> {
         self.end(|_| true);
-        std::mem::take(&mut self.unwritten)
+        self.take()
+    }
+
+    /// To be written: until that is done, or they are put back, they are known if everything is forgotten.
+    fn take(&mut self) -> Vec<Sample> {
+        let taken = std::mem::take(&mut self.unwritten);
+        self.writing = taken.iter().filter_map(|sample| hashes(sample.turns()).last()).collect();
+        taken
     }
 
     fn end(&mut self, is_over: impl Fn(Instant) -> bool) {

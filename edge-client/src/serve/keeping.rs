@@ -13,13 +13,15 @@ use crate::{era::Era, sample::Sample, store::StoreError};
 
 /// Looks for samples that are past their time so often.
 const EXPIRE: Duration = Duration::from_secs(24 * 3600);
+/// After that failed: each look reads all samples.
+const EXPIRE_AGAIN: Duration = Duration::from_secs(3600);
 
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Keeping {
     pub(super) home: Home,
     conversations: Mutex<Conversations>,
-    /// Held while something is written, so that nothing is twice: when it was last looked for what is past its time.
+    /// Held while something is written, so that nothing is twice: when it is looked again for what is past its time.
     writing: Mutex<Option<Instant>>,
 }
 
@@ -61,13 +63,16 @@ impl Keeping {
 
     /// Writes what is over by now and what could not be written before; once a day takes away what is past its time.
     pub(super) fn tend(&self, now: Instant) {
-        let mut expired = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        if expired.is_none_or(|at| now.saturating_duration_since(at) >= EXPIRE) {
+        let mut next = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        if next.is_none_or(|next| now >= next) {
             match self.home.expire() {
-                Ok(true) => *expired = Some(now),
+                Ok(true) => *next = Some(now + EXPIRE),
                 // Whoever works here looks as well, but may end before the day does: this looks again each time.
                 Ok(false) => {}
-                Err(error) => tracing::error!("samples past their time are still there: {error}"),
+                Err(error) => {
+                    tracing::error!("samples past their time are still there: {error}");
+                    *next = Some(now + EXPIRE_AGAIN);
+                }
             }
         }
         if let Some(left) = self.write(|open| open.over(now)) {
@@ -93,6 +98,7 @@ impl Keeping {
         match self.home.keep(&samples, era) {
             Ok(Some(added)) => {
                 tracing::info!("{added} chats are samples now");
+                self.held().written();
                 return None;
             }
             Ok(None) => tracing::info!("{count} chats were said before everything was forgotten"),
@@ -200,14 +206,17 @@ mod tests {
         let store = Store::open(directory.path()).unwrap();
         let keeping = keeping(&store, &Policy::default());
         said(&keeping, "one");
+        let asked = |text: &str| [Message::user(text), Message::assistant("b"), Message::user("on")];
         let left = keeping.write(|open| {
             let taken = open.all();
             forget::wish_all(&store).unwrap();
             forget::carry_out(&store).unwrap();
+            // A request that comes before the writing has ended.
+            open.enter(keeping.home.era().unwrap());
+            assert!(open.is_barred(&asked("one")));
             taken
         });
         assert_eq!(left, None);
-        let asked = |text: &str| [Message::user(text), Message::assistant("b"), Message::user("on")];
         assert_eq!(keeping.era_of(&asked("one")), None);
         assert!(keeping.era_of(&asked("two")).is_some());
         keeping.end();

@@ -1,15 +1,19 @@
 //! What the registry holds as a whole, a page at a time: devices, those that are served, invitations that are open.
 //!
-//! A record that is damaged is passed over, with a warning: it is one device's or one token's, and nobody else's list,
-//! merge or trial waits for it. Whoever asks for that very device is told (`admit`, `is_revoked`).
+//! A record that is damaged is passed over, with a warning the first time: it is one device's or one token's, and nobody
+//! else's list, count or trial waits for it. Whoever asks for that very device is told (`admit`, `is_revoked`).
 
 use std::collections::BTreeSet;
+use std::sync::PoisonError;
 
 use commonweal_protocol::DeviceId;
 use serde::de::DeserializeOwned;
 
-use super::{DeviceRecord, Registry, TokenRecord, decode};
+use super::{DeviceRecord, EnrollError, Registry, TokenRecord, decode};
 use crate::store::{PAGE_MAX, StoreError};
+
+/// Damaged records that are warned of.
+const WARNED_MAX: usize = 1_000;
 
 impl Registry {
     /// All devices, in the order of their names.
@@ -58,9 +62,17 @@ impl Registry {
             for (log, entry) in &page {
                 match decode(log, entry) {
                     Ok(record) => with(log, record),
-                    Err(error) => tracing::warn!(%error, "a damaged record is passed over"),
+                    Err(error) => self.warn_once(log, &error),
                 }
             }
+        }
+    }
+
+    /// A page of the dashboard lists every two seconds.
+    fn warn_once(&self, log: &str, error: &EnrollError) {
+        let mut warned = self.warned.lock().unwrap_or_else(PoisonError::into_inner);
+        if warned.len() < WARNED_MAX && warned.insert(log.to_owned()) {
+            tracing::warn!(%error, "a damaged record is passed over");
         }
     }
 }
@@ -69,7 +81,7 @@ impl Registry {
 mod tests {
     use commonweal_protocol::{CertificateChain, Csr, Token};
 
-    use super::super::{Certify, EnrollError};
+    use super::super::Certify;
     use super::*;
     use crate::store::{Coord, MemoryStorage};
 
@@ -109,10 +121,23 @@ mod tests {
         assert_eq!(listed, [first, third]);
         assert_eq!(registry.served().unwrap(), BTreeSet::from([first, third]));
         assert_eq!(registry.tokens_open(10).unwrap(), 1);
+        assert_eq!(registry.warned.lock().unwrap().len(), 2, "each is warned of");
         assert_eq!(registry.withdraw_all(10).unwrap(), 1);
         assert!(matches!(registry.admit(&broken), Err(EnrollError::Damaged { .. })));
         registry.revoke(&third, 60).unwrap();
         assert_eq!(registry.served().unwrap(), BTreeSet::from([first]));
+    }
+
+    #[test]
+    fn a_damaged_invitation_opens_nothing_and_can_be_withdrawn() {
+        let (_memory, registry, _) = damaged();
+        let enroll = || {
+            registry.enroll(&Stamp, &Token([9; 32]), &Csr::new(vec![1]).unwrap(), DeviceId([9; 16]), 50, 900)
+        };
+        assert!(matches!(enroll(), Err(EnrollError::Damaged { .. })));
+        registry.withdraw(&Token([9; 32]), 60).unwrap();
+        registry.withdraw(&Token([9; 32]), 70).unwrap();
+        assert!(matches!(enroll(), Err(EnrollError::TokenWithdrawn { withdrawn_ms: 60 })));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use commonweal_protocol::Token;
 
-use super::{EnrollError, Registry, TokenRecord, token_log};
+use super::{EnrollError, Registry, TokenRecord, decode, token_log};
 use crate::store::StoreError;
 
 impl Registry {
@@ -27,17 +27,24 @@ impl Registry {
 
     fn withdraw_log(&self, log: &str, now_ms: u64) -> Result<(), EnrollError> {
         loop {
-            let (sequence, record): (u64, TokenRecord) = self.load(log)?.ok_or(EnrollError::TokenUnknown)?;
-            if let Some(device) = record.device {
-                return Err(EnrollError::TokenSpent { device });
-            }
-            if record.withdrawn_ms.is_some() {
-                return Ok(());
-            }
-            // A process of a version that knows of no withdrawal takes it for one whose time is over.
-            let expires_ms = record.expires_ms.min(now_ms);
-            let record = TokenRecord { expires_ms, withdrawn_ms: Some(now_ms), ..record };
-            match self.save(log, sequence, &record) {
+            let head = self.coord.head(log)?.ok_or(EnrollError::TokenUnknown)?;
+            let record = match decode(log, &head) {
+                Ok(TokenRecord { device: Some(device), .. }) => {
+                    return Err(EnrollError::TokenSpent { device });
+                }
+                Ok(TokenRecord { withdrawn_ms: Some(_), .. }) => return Ok(()),
+                // A process of a version that knows of no withdrawal takes it for one whose time is over.
+                Ok(record) => TokenRecord {
+                    expires_ms: record.expires_ms.min(now_ms),
+                    withdrawn_ms: Some(now_ms),
+                    ..record
+                },
+                // It opens nothing either way, and then says so.
+                Err(_) => {
+                    TokenRecord { created_ms: 0, expires_ms: 0, device: None, withdrawn_ms: Some(now_ms) }
+                }
+            };
+            match self.save(log, head.sequence, &record) {
                 // Spent or withdrawn meanwhile: the record says.
                 Err(EnrollError::Store(StoreError::Conflict { .. })) => {}
                 result => return result,

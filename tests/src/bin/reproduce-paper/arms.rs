@@ -82,7 +82,7 @@ impl Arm {
     fn plain(name: &str) -> Self {
         Self {
             name: name.to_owned(),
-            family: "main",
+            family: TABLE,
             x: None,
             trains: true,
             averaging: Averaging::Fedavg,
@@ -151,6 +151,8 @@ impl Arm {
     }
 }
 
+/// Of arms of the table.
+pub(crate) const TABLE: &str = "main";
 /// Share of the harmful samples that the paper's filter finds.
 pub(crate) const PAPER_RECALL: f64 = 0.737;
 

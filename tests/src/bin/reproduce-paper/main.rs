@@ -97,6 +97,9 @@ struct Cli {
     /// The table's, those that vary one setting at a time, or both
     #[arg(long, value_enum, default_value = "table")]
     arms: Arms,
+    /// Federations of each arm that varies one setting
+    #[arg(long, default_value_t = 1)]
+    ablation_seeds: u64,
     /// Only arms with this in their name
     #[arg(long, value_name = "TEXT")]
     only: Vec<String>,
@@ -151,8 +154,10 @@ fn run(cli: &Cli) -> Result<()> {
         state.keep(&Line::Guard { screened: screening.confusion, kinds: &screening.kinds })?;
     }
     let arms = arms(cli, &common, screening.threshold(arms::PAPER_RECALL))?;
-    let jobs: Vec<(u64, &Arm)> =
-        (1..=cli.seeds).flat_map(|seed| arms.iter().map(move |arm| (seed, arm))).collect();
+    let seeds_of = |arm: &Arm| if arm.family == arms::TABLE { cli.seeds } else { cli.ablation_seeds };
+    let jobs: Vec<(u64, &Arm)> = (1..=cli.seeds.max(cli.ablation_seeds))
+        .flat_map(|seed| arms.iter().filter(move |arm| seed <= seeds_of(arm)).map(move |arm| (seed, arm)))
+        .collect();
     let mut progress = Progress::new(jobs.iter().map(|(_, arm)| 1 + if arm.trains { cli.rounds } else { 0 }));
     for (seed, arm) in jobs {
         if state.is_done(&arm.name, seed) {
