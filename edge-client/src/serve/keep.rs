@@ -273,6 +273,8 @@ mod tests {
         assert!(open.is_full());
         // What comes is behind what came before.
         assert_eq!(texts(&open.all())[..2], ["first|r", "q1|r"]);
+        assert!(open.is_full(), "they are being written");
+        open.written();
         assert!(!open.is_full());
         let large = "x".repeat(crate::sample::MESSAGE_BYTES_MAX);
         open.put_back(vec![sample(large.clone()); UNWRITTEN_BYTES_MAX / large.len()], Era::default());
@@ -317,6 +319,7 @@ mod tests {
         let (before, after) = eras();
         open.hear(&[Message::user("a")], "b", before, now);
         assert_eq!(texts(&open.all()), ["a|b"]);
+        open.written();
         open.enter(after);
         let on = again("a", "b", "c");
         assert!(!open.is_barred(&on));

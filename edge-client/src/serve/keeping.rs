@@ -90,7 +90,7 @@ impl Keeping {
 
     /// How many chats could not be written, if any. Counts go to the log, never text.
     fn write(&self, take: impl FnOnce(&mut Conversations) -> Vec<Sample>) -> Option<usize> {
-        let (samples, era) = told(self.enter()).map(|mut open| (take(&mut open), open.era()))?;
+        let (era, samples) = told(self.enter()).map(|mut open| (open.era(), take(&mut open)))?;
         if samples.is_empty() {
             return None;
         }
