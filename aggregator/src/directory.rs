@@ -348,7 +348,10 @@ mod tests {
     fn a_directory_is_made_once_and_complete_with_its_configuration() {
         let (dir, directory) = made();
         assert!(matches!(Directory::open(dir.path()), Err(DirectoryError::Absent { .. })));
-        assert!(matches!(Directory::open(directory.path()), Err(DirectoryError::Unfinished { .. })));
+        let unfinished = Directory::open(directory.path()).unwrap_err();
+        assert!(matches!(unfinished, DirectoryError::Unfinished { .. }));
+        // `init` over what an interrupted `backup` has copied would take its keys away.
+        assert!(unfinished.to_string().contains("`aggregator backup`"), "{unfinished}");
         directory.write_config("").unwrap();
         Directory::open(directory.path()).unwrap();
         assert!(matches!(Directory::create(directory.path(), 0), Err(DirectoryError::Present { .. })));

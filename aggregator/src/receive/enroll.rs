@@ -278,7 +278,7 @@ mod tests {
     use super::*;
     use crate::store::{Faults, MemoryStorage};
 
-    struct Stamp;
+    pub(super) struct Stamp;
     impl Certify for Stamp {
         fn certify(&self, _: DeviceId, csr: &Csr, _: u64, _: u64) -> Result<CertificateChain, String> {
             if csr.is_empty() { Err("empty".to_owned()) } else { Ok(CertificateChain(Vec::new())) }

@@ -117,7 +117,8 @@ pub(super) fn forget(shared: &Shared, request: &Request) -> Result<()> {
         Some(wish(&place, request)?)
     };
     let visiting = store.hold_visit()?;
-    let forgotten = forget::carry_out(&store)?;
+    // Anew: only who visits ends a key, so the one that is read from here on is the one that is there.
+    let forgotten = forget::carry_out(&place.look()?)?;
     let key = request.all && end_key(&place)?;
     drop(visiting);
     let forget::Forgotten { rounds, personal } = forgotten;

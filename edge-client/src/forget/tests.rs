@@ -89,15 +89,21 @@ fn of_what_a_program_of_before_left_nobody_knows_the_samples() {
     assert_eq!(carry_out(&store).unwrap(), Forgotten { rounds: true, personal: true });
 }
 
+/// Filled, and killed at this durable step from now on.
+fn dying(kill_at: u32) -> (tempfile::TempDir, Store) {
+    let directory = tempfile::tempdir().unwrap();
+    let store = Store::open(directory.path()).unwrap();
+    filled(&store);
+    drop(store);
+    let dying = Store::open_dying(directory.path(), kill_at).unwrap();
+    (directory, dying)
+}
+
 /// A kill at every durable step, then another start.
 #[test]
 fn a_wish_outlives_any_kill() {
     for kill_at in 0.. {
-        let directory = tempfile::tempdir().unwrap();
-        let store = Store::open(directory.path()).unwrap();
-        filled(&store);
-        drop(store);
-        let dying = Store::open_dying(directory.path(), kill_at).unwrap();
+        let (directory, dying) = dying(kill_at);
         let wished = wish(&dying, &ids(&[1, 4]));
         let done = wished.and_then(|()| carry_out(&dying));
         drop(dying);
@@ -121,11 +127,7 @@ fn a_wish_outlives_any_kill() {
 #[test]
 fn everything_goes_without_the_key_too_and_survives_any_kill() {
     for kill_at in 0.. {
-        let directory = tempfile::tempdir().unwrap();
-        let store = Store::open(directory.path()).unwrap();
-        filled(&store);
-        drop(store);
-        let dying = Store::open_dying(directory.path(), kill_at).unwrap();
+        let (directory, dying) = dying(kill_at);
         let done = wish_all(&dying).and_then(|()| carry_out(&dying));
         drop(dying);
         std::fs::remove_file(directory.path().join(crate::keys::FILE)).unwrap();

@@ -79,18 +79,11 @@ impl Registry {
 
 #[cfg(test)]
 mod tests {
-    use commonweal_protocol::{CertificateChain, Csr, Token};
+    use commonweal_protocol::{Csr, Token};
 
-    use super::super::Certify;
+    use super::super::tests::Stamp;
     use super::*;
     use crate::store::{Coord, MemoryStorage};
-
-    struct Stamp;
-    impl Certify for Stamp {
-        fn certify(&self, _: DeviceId, _: &Csr, _: u64, _: u64) -> Result<CertificateChain, String> {
-            Ok(CertificateChain(Vec::new()))
-        }
-    }
 
     /// Three devices and two open tokens; a device and a token are damaged.
     fn damaged() -> (MemoryStorage, Registry, [DeviceId; 3]) {
